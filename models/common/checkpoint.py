@@ -1,0 +1,215 @@
+"""Safetensors checkpoints into abstract `nnx` skeletons, by a table of rules.
+
+A model's `params.py` is a table of `Rule`s: regex on the stored name, our path, layout change.
+
+    RULES = (
+        Rule(r"head\\.weight", "head.kernel", linear_kernel),
+        Rule(r"blocks\\.(\\d+)\\.attn\\.q\\.weight", "blocks.q.kernel", linear_kernel, layer=1),
+    )
+    model = load(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0))), files, RULES)
+
+The headers of all files are checked against the skeleton before any tensor is read: a wrong or
+partial checkpoint fails at once, with every missing, unused and misshapen name in one error. Then
+parameters are read one by one, cast to the skeleton's dtype and put on the device, so that host
+memory holds one parameter at a time and no random weights are ever made.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit the model; the message lists everything that is wrong."""
+
+
+def as_stored(x: np.ndarray) -> np.ndarray:
+    """Keeps the stored layout."""
+    return x
+
+
+def vector(x: np.ndarray) -> np.ndarray:
+    """`[C, 1, ..., 1]` to `[C]`; leaves any other shape alone, for the shape check to report."""
+    return x.reshape(x.shape[:1]) if all(n == 1 for n in x.shape[1:]) else x
+
+
+def linear_kernel(x: np.ndarray) -> np.ndarray:
+    """`[out, in]` to `[in, out]`."""
+    return np.moveaxis(x, 0, -1)
+
+
+def conv_kernel(x: np.ndarray) -> np.ndarray:
+    """`[out, in, *window]` to `[*window, in, out]`."""
+    return np.moveaxis(x, (1, 0), (-2, -1))
+
+
+def patch_kernel(x: np.ndarray) -> np.ndarray:
+    """`[out, in, *window]` to `[in * window, out]`: a convolution with stride = window as a matmul
+    over input vectors with the channel slowest."""
+    return np.moveaxis(x, 0, -1).reshape(-1, x.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where one family of stored tensors goes.
+
+    Args:
+        pattern: regular expression that must match the whole stored name.
+        path: dotted path of our parameter, a template for `re.Match.expand` (`\\1`, `\\g<name>`).
+        layout: function from the stored numpy array to our layout; views only, it also runs on
+            stand-ins without data to check shapes.
+        layer: number of the regex group with the row of a stacked parameter (leading axis L) that
+            the tensor fills; None for a parameter stored whole.
+        alias: the tensor may be stored under several names (tied weights); the first one counts.
+    """
+
+    pattern: str
+    path: str
+    layout: Callable[[np.ndarray], np.ndarray] = as_stored
+    layer: int | None = None
+    alias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    file: Path
+    name: str
+    rule: Rule
+
+
+def checkpoint_files(source: str | Path | Iterable[str | Path]) -> tuple[Path, ...]:
+    """Lists the safetensors files of a checkpoint: a file, a folder (all its shards), or several.
+
+    Raises:
+        CheckpointError: a path does not exist, a folder holds no safetensors file, or a file is of
+            another kind.
+    """
+    paths = [source] if isinstance(source, str | Path) else list(source)
+    files = []
+    for path in map(Path, paths):
+        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not found or not all(f.is_file() for f in found):
+            raise CheckpointError(f"{path}: no such file, or a folder without *.safetensors")
+        files += found
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{file}: expected a .safetensors file; `qvg convert` makes one from .pt and .pth"
+            )
+    if not files:
+        raise CheckpointError("no checkpoint files given")
+    return tuple(files)
+
+
+def load[M: nnx.Module](
+    skeleton: M,
+    source: str | Path | Iterable[str | Path],
+    rules: Sequence[Rule],
+    *,
+    rename: Callable[[str], str] = str,
+    ignore: Sequence[str] = (),
+    device: jax.Device | jax.sharding.Sharding | None = None,
+) -> M:
+    """Fills an abstract module from safetensors files.
+
+    Args:
+        skeleton: module from `nnx.eval_shape`; its shapes are checked, its dtypes are cast to.
+        source: a `.safetensors` file, a folder of shards, or several of either.
+        rules: table from stored names to paths in `skeleton`; the first matching rule is used.
+        rename: applied to each stored name before matching, e.g. to strip a wrapper's prefix.
+        ignore: regular expressions of whole (renamed) names to leave out on purpose.
+        device: device or sharding of the parameters; default: JAX's default device.
+
+    Returns:
+        The module with real arrays.
+
+    Raises:
+        CheckpointError: any name missing, unused, doubly stored, misshapen or not floating-point;
+            all of them in one message. No tensor has been read then.
+    """
+    graphdef, state = nnx.split(skeleton)
+    wanted = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+    plan, errors = _plan(wanted, checkpoint_files(source), rules, rename, ignore)
+    if errors:
+        lines = [f"{len(errors)} problems with {source}:", *sorted(errors)]
+        raise CheckpointError("\n  ".join(lines))
+    arrays = {path: jax.device_put(_read(plan[path], v), device) for path, v in wanted.items()}
+    filled = [
+        (path, v.replace(arrays[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _plan(wanted, files, rules, rename, ignore):
+    """Maps each of our paths to its source tensors (`{row or None: source}`), and lists errors."""
+    plan: dict[str, dict[int | None, _Source]] = {path: {} for path in wanted}
+    errors = []
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as f:
+                header = [(n, f.get_slice(n)) for n in f.keys()]  # noqa: SIM118 - not a dict
+                header = [(n, tuple(s.get_shape()), s.get_dtype()) for n, s in header]
+        except SafetensorError as e:
+            raise CheckpointError(f"{file}: not a readable safetensors file ({e})") from e
+        for stored, shape, dtype in header:
+            name = rename(stored)
+            if any(re.fullmatch(p, name) for p in ignore):
+                continue
+            hit = next(((r, m) for r in rules if (m := re.fullmatch(r.pattern, name))), None)
+            if hit is None:
+                errors.append(f"unused: {stored} {list(shape)}")
+                continue
+            rule, match = hit
+            path = match.expand(rule.path)
+            row = None if rule.layer is None else int(match[rule.layer])
+            if path not in wanted or (row is not None and row >= wanted[path].shape[0]):
+                errors.append(f"unused: {stored} {list(shape)}, the model has no {_at(path, row)}")
+                continue
+            if row in plan[path]:
+                if not rule.alias:
+                    first = plan[path][row]
+                    errors.append(f"stored twice: {stored} and {first.name} ({first.file.name})")
+                continue
+            plan[path][row] = _Source(file, stored, rule)
+            expected = wanted[path].shape[rule.layer is not None :]
+            try:
+                ours = rule.layout(np.broadcast_to(np.float32(0), shape)).shape
+            except ValueError:  # too few axes for the layout
+                ours = ()
+            if ours != expected:
+                errors.append(
+                    f"misshapen: {stored} {list(shape)} gives {list(ours)}, "
+                    f"{_at(path, row)} is {list(expected)}"
+                )
+            if dtype not in _FLOATS:
+                errors.append(f"dtype: {stored} is {dtype}, not one of {sorted(_FLOATS)}")
+    for path, v in wanted.items():
+        template = ((r, re.sub(r"\\(\d+|g<\w+>)", ".+", r.path)) for r in rules)
+        rule = next((r for r, t in template if re.fullmatch(t, path)), None)
+        stacked = rule is not None and rule.layer is not None
+        name = "no rule" if rule is None else rule.pattern
+        for row in range(v.shape[0]) if stacked else (None,):
+            if row not in plan[path]:
+                errors.append(f"missing: {_at(path, row)} (stored as {name})")
+    return plan, errors
+
+
+def _at(path: str, row: int | None) -> str:
+    return path if row is None else f"{path}[{row}]"
+
+
+def _read(sources: dict[int | None, _Source], variable) -> np.ndarray:
+    """Reads one parameter in the skeleton's shape and dtype; a stacked one row by row."""
+    out = np.empty(variable.shape, variable.dtype)
+    for row, source in sources.items():
+        with safe_open(source.file, "numpy") as f:
+            out[... if row is None else row] = source.rule.layout(f.get_tensor(source.name))
+    return out

@@ -1,0 +1,224 @@
+"""From a camera path to frames: the block step that `qvg_jax.rollout` drives, and caches to run it with.
+
+A block is either *given* (real frames of a tour: only the context pass runs) or generated (a few
+denoising steps, then the context pass). Both end with the block's clean K and V in the cache.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
+
+from models.pocket_world import camera, world
+from models.pocket_world.config import PocketWorldConfig
+from models.pocket_world.modeling import PocketWorld, to_frames, to_tokens
+from qvg_jax.attention import attend
+from qvg_jax.cache import KVCache, append, compress
+from qvg_jax.codec import Codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a block is denoised.
+
+    Attributes:
+        steps: denoising evaluations per block.
+        shift: spacing of the noise levels s(u) = shift u / (1 + (shift - 1) u), u = 1 .. 0.
+        context_noise: noise level told to the context pass of generated frames.
+    """
+
+    steps: int = 4
+    shift: float = 2.0
+    context_noise: float = 0.02
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}; accepted: a whole number of at least 1")
+
+    def levels(self) -> tuple[float, ...]:
+        """steps + 1 noise levels from 1 to 0."""
+        u = [1 - i / self.steps for i in range(self.steps + 1)]
+        return tuple(self.shift * x / (1 + (self.shift - 1) * x) for x in u)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WorldState:
+    """What a generation carries from block to block: the cache and a noise key."""
+
+    cache: KVCache
+    key: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockInput:
+    """One block of a path for B worlds; a scan's xs has a leading axis of blocks.
+
+    Attributes:
+        number: int32, counts blocks; noise depends on it and the state's key only.
+        pose: [B, n, 3] camera poses of the block's n frames.
+        before: [B, n, 3] the pose one frame earlier.
+        time: [n] frame numbers.
+        frames: [B, n, 64, 96, 3] real frames in [-1, 1]; read where `given`.
+        given: bool, whether the block is part of a tour.
+    """
+
+    number: Int[Array, ""]
+    pose: Float[Array, "B n 3"]
+    before: Float[Array, "B n 3"]
+    time: Int[Array, "n"]
+    frames: Float[Array, "B n 64 96 3"]
+    given: Array
+
+
+def make_cache(
+    cfg: PocketWorldConfig,
+    codec: Codec,
+    frames: int,
+    *,
+    batch: int = 1,
+    span_blocks: int = 8,
+    keep_recent: int = 2,
+    dtype=jnp.bfloat16,
+) -> KVCache:
+    """A cache for `frames` frames of history with one codec for K and V; the first block is the sink."""
+    blocks = -(-frames // cfg.block_frames)
+    spans = max(1, -(-(blocks - 1 - keep_recent) // span_blocks))
+    return KVCache.create(
+        **_sizes(cfg, batch),
+        sink_blocks=1,
+        span_blocks=span_blocks,
+        max_spans=spans,
+        keep_recent=keep_recent,
+        key_codec=codec,
+        value_codec=codec,
+        dtype=dtype,
+    )
+
+
+def make_window(cfg: PocketWorldConfig, frames: int, *, batch: int = 1, dtype=jnp.bfloat16) -> KVCache:
+    """A sliding window: the newest `frames` frames in bf16, everything older forgotten."""
+    blocks = max(1, frames // cfg.block_frames)
+    return KVCache.create(
+        **_sizes(cfg, batch), sink_blocks=0, max_spans=0, window_blocks=blocks, overflow="drop", dtype=dtype
+    )
+
+
+def _sizes(cfg, batch):
+    return dict(
+        layers=cfg.layers,
+        batch=batch,
+        heads=cfg.heads,
+        head_dim=cfg.head_dim,
+        block_tokens=cfg.block_tokens,
+        pos_dims=4,
+    )
+
+
+def block_inputs(
+    cfg: PocketWorldConfig,
+    seed_B: Int[Array, "B"],
+    path_BF3: Float[Array, "B F 3"],
+    tour_frames: int,
+) -> BlockInput:
+    """Cuts paths into blocks and renders the frames of the tour.
+
+    Args:
+        seed_B: the worlds.
+        path_BF3: all poses, tour first; F is a multiple of `cfg.block_frames`.
+        tour_frames: how many of them are given; a multiple of `cfg.block_frames`.
+
+    Returns:
+        BlockInput with a leading axis of F // block_frames blocks.
+
+    Raises:
+        ValueError: a count that is not a multiple of `block_frames`.
+    """
+    n, (b, f) = cfg.block_frames, path_BF3.shape[:2]
+    if f % n or tour_frames % n:
+        raise ValueError(f"frames={f} and tour_frames={tour_frames} must be multiples of block_frames={n}")
+    blocks = f // n
+    before = jnp.concatenate([path_BF3[:, :1], path_BF3[:, :-1]], 1)
+
+    def cut(x_BF3):
+        return jnp.moveaxis(x_BF3.reshape(b, blocks, n, 3), 1, 0)
+
+    time = jnp.arange(f, dtype=jnp.int32).reshape(blocks, n)
+    given = jnp.arange(blocks) < tour_frames // n
+    truth = render_path(seed_B, path_BF3[:, :tour_frames])
+    frames = jnp.zeros((blocks, b, n, world.HEIGHT, world.WIDTH, 3), jnp.float32)
+    truth = jnp.moveaxis(truth.reshape(b, tour_frames // n, n, world.HEIGHT, world.WIDTH, 3), 1, 0)
+    frames = frames.at[: tour_frames // n].set(truth)
+    return BlockInput(
+        number=jnp.arange(blocks, dtype=jnp.int32),
+        pose=cut(path_BF3),
+        before=cut(before),
+        time=time,
+        frames=frames,
+        given=given,
+    )
+
+
+_render_block = jax.jit(jax.vmap(world.render, in_axes=(0, 0, None)))
+
+
+def render_path(seed_B, path_BF3, *, chunk: int = 16, first_time: int = 0) -> Float[Array, "B F 64 96 3"]:
+    """Ground truth for every pose, rendered `chunk` frames at a time to bound memory."""
+    b, f = path_BF3.shape[:2]
+    parts = []
+    for i in range(0, f, chunk):
+        j = min(i, max(0, f - chunk))  # the last chunk moves back: one shape, one compilation
+        pose = path_BF3[:, j : j + chunk]
+        time = first_time + jnp.arange(j, j + pose.shape[1], dtype=jnp.int32)
+        parts.append(_render_block(seed_B, pose, time)[:, i - j :])
+    return jnp.concatenate(parts, 1) if parts else jnp.zeros((b, 0, world.HEIGHT, world.WIDTH, 3))
+
+
+def make_step(model: PocketWorld, sampler: Sampler):
+    """The step `(state, BlockInput) -> (state, frames [B, n, 64, 96, 3])` for `qvg_jax.rollout`.
+
+    A `Partial`: the weights travel as arrays and are not baked into the program.
+    """
+    graph, params = nnx.split(model)
+    cfg, levels = model.cfg, sampler.levels()
+    rope, n = cfg.rope(), cfg.block_frames
+
+    def step(params, state: WorldState, x: BlockInput):
+        model = nnx.merge(graph, params)
+        features = jax.vmap(camera.frame_features, (0, 0, None))(x.pose, x.before, x.time)
+        positions = jax.vmap(camera.token_positions, (0, None, None))(x.pose, x.time, cfg.patch)
+        batch = x.pose.shape[0]
+
+        view = state.cache.view(positions, rope)
+
+        def evaluate(tokens, level):
+            return model(
+                tokens,
+                jnp.full((batch, n), level),
+                features,
+                lambda i, q, k, v: attend(q, view, k, v, layer=i),
+                jnp.arange(cfg.layers),
+            )
+
+        def denoise():
+            key = jax.random.fold_in(state.key, x.number)
+            tokens = jax.random.normal(key, (batch, cfg.block_tokens, cfg.token_channels))
+
+            def one(tokens, pair):
+                now, then = pair
+                clean, _ = evaluate(tokens, now)
+                return clean + (tokens - clean) * (then / now), None
+
+            pairs = (jnp.array(levels[:-1]), jnp.array(levels[1:]))
+            return jnp.clip(jax.lax.scan(one, tokens, pairs)[0], -1.0, 1.0)
+
+        tokens = jax.lax.cond(x.given, lambda: to_tokens(x.frames, cfg.patch), denoise)
+        _, (k, v) = evaluate(tokens, jnp.where(x.given, 0.0, sampler.context_noise))
+        cache = compress(append(state.cache, k, v, positions))
+        return dataclasses.replace(state, cache=cache), to_frames(tokens, cfg.patch)
+
+    return Partial(step, params)

@@ -1,0 +1,288 @@
+"""Trains pocket world: `python -m models.pocket_world.train --out DIR` (on a GPU), `--smoke` on anything.
+
+Flow matching with x-prediction: noisy = (1 - s) * clean + s * normal, loss = weight(s) * |model - clean|^2.
+One sequence is [clean blocks | noisy copies of the run blocks]; a clean block sees itself and earlier
+clean blocks, a noisy block sees earlier clean blocks and itself, as in generation. Clean blocks carry a little
+noise of their own (told to the model), so that its own imperfect frames are familiar to it later.
+
+The optimiser is Muon for the matrices of the layers and Adam for the rest (optax); orbax keeps parameters,
+their moving average, optimiser state, step and time spent, so the same command resumes a run that stopped.
+A run is bounded by `--steps` (deterministic) or by `--minutes` (the schedule then follows the clock, for a
+machine lent by the hour).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from models.pocket_world import data
+from models.pocket_world.config import PocketWorldConfig
+from models.pocket_world.modeling import PocketWorld, to_tokens
+from models.pocket_world.params import save_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training: it lasts until `until` (share of the whole run)."""
+
+    until: float
+    batch: int
+    shape: data.SequenceShape
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run but its length.
+
+    Attributes:
+        peak_lr: learning rate after warm-up; RMS of the update of every matrix is 0.2 times it.
+        decay: the share of the run, at the end, over which the rate falls to zero.
+        chunk: steps in one compiled scan, and the granularity of logs and of the schedule.
+    """
+
+    model: PocketWorldConfig = PocketWorldConfig()
+    stages: tuple[Stage, ...] = (
+        Stage(0.82, 16, data.SequenceShape()),
+        Stage(1.0, 8, data.SequenceShape(distractors=36)),
+    )
+    peak_lr: float = 2e-3
+    warmup: int = 200
+    decay: float = 0.45
+    ema: float = 0.999
+    chunk: int = 100
+    seed: int = 0
+
+    @classmethod
+    def smoke(cls) -> "TrainConfig":
+        """Two short stages of a tiny model, for tests."""
+        short = data.SequenceShape(near=1, distractors=1, recent=1, run=1, walk_frames=64)
+        longer = dataclasses.replace(short, distractors=2)
+        return cls(
+            model=PocketWorldConfig.smoke(), stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer)), warmup=2, chunk=2
+        )
+
+
+def sequence_mask(shape: data.SequenceShape, block_tokens: int):
+    """Who sees whom, [1, 1, T, T] bool, for [clean blocks | noisy run blocks]."""
+    clean, noisy = jnp.arange(shape.blocks), jnp.arange(shape.memory, shape.blocks)
+    order, is_noisy = jnp.r_[clean, noisy], jnp.r_[jnp.zeros_like(clean), jnp.ones_like(noisy)] == 1
+    order, is_noisy = jnp.repeat(order, block_tokens), jnp.repeat(is_noisy, block_tokens)
+    q, k = order[:, None], order[None, :]
+    sees_clean = ~is_noisy[None, :] & jnp.where(is_noisy[:, None], q > k, q >= k)
+    return (sees_clean | (is_noisy[:, None] & is_noisy[None, :] & (q == k)))[None, None]
+
+
+def predict(model, key, batch, shape: data.SequenceShape, *, noise=None, attention=None):
+    """Runs the model on a batch of sequences; returns (prediction, target, noise) of the run blocks.
+
+    Args:
+        key: randomness of noise levels and noise.
+        batch: output of `data.sample_sequence` with a leading batch axis.
+        noise: a fixed noise level for the noisy blocks; None draws it per block.
+        attention: `jax.nn.dot_product_attention` implementation; None lets XLA do it.
+    """
+    cfg = model.cfg
+    frames, features, positions = batch
+    b, n = frames.shape[0], cfg.block_frames
+    k_level, k_clean, k_augment, k_one, k_eps, k_none = jax.random.split(key, 6)
+    x = to_tokens(frames, cfg.patch)
+    target = x[:, shape.memory * cfg.block_tokens :]
+    if noise is None:
+        level = jax.nn.sigmoid(0.4 + 1.2 * jax.random.normal(k_level, (b, 2 * shape.run)))
+        level = jnp.where(jax.random.bernoulli(k_one, 0.15, level.shape), 1.0, level)
+        augment = 0.25 * jax.random.uniform(k_augment, (b, shape.blocks)) ** 2
+        augment = jnp.where(jax.random.bernoulli(k_none, 0.4, (b, 1)), 0.0, augment)
+    else:
+        level, augment = jnp.full((b, 2 * shape.run), noise), jnp.zeros((b, shape.blocks))
+
+    def per_token(z):
+        return jnp.repeat(z, cfg.block_tokens, axis=1)[..., None]
+
+    a, s = per_token(augment), per_token(level)
+    clean = x + a * jax.random.normal(k_clean, x.shape)
+    noisy = (1 - s) * target + s * jax.random.normal(k_eps, target.shape)
+    run_frames, run_tokens = 2 * shape.run * n, target.shape[1]
+    features = jnp.concatenate([features, features[:, -run_frames:]], 1)
+    positions = jnp.concatenate([positions, positions[:, -run_tokens:]], 1)
+    levels = jnp.repeat(jnp.concatenate([augment, level], 1), n, axis=1)
+    mask = sequence_mask(shape, cfg.block_tokens)
+    rope = cfg.rope()
+    table = rope.table(positions)
+
+    def attend(_, q, k, v):
+        q, k = (rope.rotate(x.swapaxes(1, 2), table).swapaxes(1, 2) for x in (q, k))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention)
+
+    out, _ = model(jnp.concatenate([clean, noisy], 1), levels, features, attend)
+    return out[:, -run_tokens:], target, s
+
+
+def loss_fn(model, key, batch, shape, attention=None):
+    """Mean weighted squared error; the weight 1 / max(s, 0.3) leans towards fine detail."""
+    out, target, s = predict(model, key, batch, shape, attention=attention)
+    return jnp.mean((out - target) ** 2 / jnp.maximum(s, 0.3))
+
+
+def make_optimizer(cfg: TrainConfig, progress):
+    """Muon on the layers' matrices, Adam elsewhere; warm-up, plateau, linear decay.
+
+    Args:
+        progress: share of the run that is over, a traced scalar in [0, 1].
+    """
+
+    def schedule(step):
+        warm = jnp.minimum(1.0, (step + 1) / cfg.warmup)
+        return cfg.peak_lr * warm * jnp.clip((1.0 - progress) / cfg.decay, 0.0, 1.0)
+
+    def dimensions(params):
+        """All kernels of the stacked layers [L, in, out] are L matrices to Muon."""
+        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: matrix if path[0].key == "blocks" and path[-1].key == "kernel" else None, params
+        )
+
+    muon = optax.contrib.muon(
+        schedule,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=0.2,
+        weight_decay=0.01,
+        adam_learning_rate=schedule,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def init_state(cfg: TrainConfig, dtype):
+    """(model graph, {params, ema, opt, step, minutes}) at step 0."""
+    graph, params = nnx.split(PocketWorld(cfg.model, dtype=dtype, rngs=nnx.Rngs(cfg.seed)))
+    params = nnx.to_pure_dict(params)
+    opt = make_optimizer(cfg, 0.0).init(params)
+    ema = jax.tree.map(jnp.copy, params)
+    return graph, dict(params=params, ema=ema, opt=opt, step=jnp.int32(0), minutes=jnp.float32(0))
+
+
+def sample_batch(key, cfg: TrainConfig, shape: data.SequenceShape, size: int):
+    """`size` sequences with a leading batch axis."""
+    sample = functools.partial(data.sample_sequence, cfg=cfg.model, shape=shape)
+    return jax.vmap(sample)(jax.random.split(key, size))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "graph", "stage", "attention"), donate_argnames="state")
+def train_chunk(cfg: TrainConfig, graph, stage: Stage, state, progress, attention=None):
+    """`cfg.chunk` optimiser steps; returns the state and their mean loss."""
+    optimizer = make_optimizer(cfg, progress)
+
+    def step(state, _):
+        key = jax.random.fold_in(jax.random.key(cfg.seed + 1), state["step"])
+        k_data, k_noise = jax.random.split(key)
+        batch = sample_batch(k_data, cfg, stage.shape, stage.batch)
+        loss, grads = jax.value_and_grad(
+            lambda p: loss_fn(nnx.merge(graph, p), k_noise, batch, stage.shape, attention)
+        )(state["params"])
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        rate = jnp.minimum(cfg.ema, (state["step"] + 1) / (state["step"] + 10))
+        ema = jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, state["ema"], params)
+        return dict(state, params=params, ema=ema, opt=opt, step=state["step"] + 1), loss
+
+    state, losses = jax.lax.scan(step, state, None, length=cfg.chunk)
+    return state, losses.mean()
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "graph", "shape", "worlds", "attention"))
+def one_step_psnr(cfg: TrainConfig, graph, params, shape, worlds=16, attention=None):
+    """PSNR (dB) of the run blocks predicted from pure noise in one step, on worlds not trained on."""
+    batch = sample_batch(jax.random.key(987_654), cfg, shape, worlds)
+    model = nnx.merge(graph, params)
+    out, target, _ = predict(model, jax.random.key(5), batch, shape, noise=1.0, attention=attention)
+    mse = jnp.mean((jnp.clip(out, -1, 1) - target) ** 2, (1, 2)) / 4
+    return jnp.mean(-10 * jnp.log10(mse))
+
+
+def train(
+    cfg: TrainConfig,
+    out: pathlib.Path,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    pause_after: float | None = None,
+    dtype=jnp.bfloat16,
+    attention: str | None = None,
+    log=print,
+):
+    """Trains (or resumes) into `out`: checkpoints/, log.jsonl. Returns (graph, state).
+
+    Args:
+        steps, minutes: length of the whole run, by count or by clock (exactly one of them).
+        pause_after: stop with a checkpoint after this many minutes of this call.
+        dtype: compute dtype of the matrix products; parameters stay float32.
+        attention: `jax.nn.dot_product_attention` implementation.
+    """
+    if (steps is None) == (minutes is None):
+        raise ValueError(f"give exactly one of steps and minutes, not {steps=} and {minutes=}")
+    out.mkdir(parents=True, exist_ok=True)
+    graph, state = init_state(cfg, dtype)
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with ocp.CheckpointManager(out.absolute() / "checkpoints", options=options) as manager:
+        if manager.latest_step() is not None:
+            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+        before, start, chunks = float(state["minutes"]), time.monotonic(), 0
+
+        def progress():
+            spent = before + (time.monotonic() - start) / 60
+            return int(state["step"]) / steps if steps else spent / minutes
+
+        while (now := progress()) < 1.0 and (
+            pause_after is None or time.monotonic() - start < 60 * pause_after
+        ):
+            stage = next(s for s in cfg.stages if now < s.until)
+            state, loss = train_chunk(cfg, graph, stage, state, jnp.float32(now), attention)
+            spent = before + (time.monotonic() - start) / 60
+            state["minutes"], chunks = jnp.float32(spent), chunks + 1
+            row = dict(step=int(state["step"]), loss=float(loss), minutes=round(spent, 3), progress=round(now, 4))
+            if chunks % 5 == 0:
+                shape = cfg.stages[0].shape
+                row["psnr_one_step"] = float(one_step_psnr(cfg, graph, state["ema"], shape, attention=attention))
+            with (out / "log.jsonl").open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            log(row)
+        if manager.latest_step() != int(state["step"]):
+            manager.save(int(state["step"]), args=ocp.args.StandardSave(state))
+    return graph, state
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="checkpoints and logs; resumes what is there")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, help="length of the whole run in optimiser steps")
+    length.add_argument("--minutes", type=float, help="length of the whole run in minutes")
+    parser.add_argument("--pause-after", type=float, help="stop with a checkpoint after this many minutes")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on short sequences")
+    parser.add_argument("--attention", choices=["xla", "cudnn"], help="attention implementation")
+    parser.add_argument("--export", type=pathlib.Path, help="write the averaged weights as safetensors here")
+    args = parser.parse_args(argv)
+    cfg = TrainConfig.smoke() if args.smoke else TrainConfig()
+    _, state = train(
+        cfg,
+        args.out,
+        steps=args.steps,
+        minutes=args.minutes,
+        pause_after=args.pause_after,
+        attention=args.attention,
+        log=lambda row: print(row, flush=True),
+    )
+    if args.export:
+        save_weights(args.export, cfg.model, state["ema"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Sizes of the causal Wan2.1 transformer and the constants of its few-step sampler."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfForcingConfig:
+    """Everything that decides the shapes and the arithmetic of the transformer.
+
+    The height and width of the video are not here: any grid that the patch divides works.
+
+    Attributes:
+      layers, width, heads, ffn_width: size of the transformer; head_dim = width / heads.
+      latent_channels, out_channels: channels of the latent video, in and out.
+      patch: (rows, columns) of latent pixels per token; one latent frame deep.
+      time_width: width of the sinusoid of the timestep.
+      text_width, text_slots: width of the text embedding; length it is zero-padded to.
+      eps: added to the variance in every norm.
+      rope_frames: rows of the RoPE table, hence the longest video in latent frames.
+      rope_theta: base of the RoPE frequencies.
+      frames_per_block: latent frames that are denoised together.
+      dtype: dtype of the weights and of the activations between the float32 islands.
+
+    Source: Self-Forcing (arXiv 2506.08009) on Wan2.1-T2V-1.3B (arXiv 2503.20314).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    ffn_width: int
+    latent_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int] = (2, 2)
+    time_width: int = 256
+    text_width: int = 4096
+    text_slots: int = 512
+    eps: float = 1e-6
+    rope_frames: int = 1024
+    rope_theta: float = 10000.0
+    frames_per_block: int = 3
+    dtype: DTypeLike = jnp.bfloat16
+
+    def __post_init__(self):
+        if self.width % self.heads or self.head_dim % 2:
+            raise ValueError(
+                f"width={self.width} must be heads={self.heads} times an even head size"
+            )
+        if self.time_width % 2:
+            raise ValueError(f"time_width={self.time_width} must be even: cosines and sines")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+    @classmethod
+    def wan_1_3b(cls, *, dtype: DTypeLike = jnp.bfloat16) -> "SelfForcingConfig":
+        """The released Self-Forcing checkpoint: 1,418,996,800 parameters, 825 tensors."""
+        return cls(layers=30, width=1536, heads=12, ffn_width=8960, dtype=dtype)
+
+    @classmethod
+    def from_wan(
+        cls,
+        sizes: Mapping[str, Any],
+        *,
+        frames_per_block: int = 3,
+        dtype: DTypeLike = jnp.bfloat16,
+    ) -> "SelfForcingConfig":
+        """The configuration written with Wan2.1's own key names (`dim`, `ffn_dim`, ...).
+
+        Args:
+          sizes: the mapping found in a Wan `config.json`.
+          frames_per_block: latent frames per auto-regressive block; Wan itself has no such thing.
+          dtype: dtype of weights and activations.
+
+        Raises:
+          ValueError: for a variant whose arithmetic differs (image-to-video, no q/k norm, ...).
+        """
+        wanted = {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True}
+        for name, value in wanted.items():
+            if sizes.get(name, value) != value:
+                raise ValueError(f"{name}={sizes[name]!r} is not supported; need {value!r}")
+        patch = tuple(sizes.get("patch_size", (1, 2, 2)))
+        if len(patch) != 3 or patch[0] != 1:
+            raise ValueError(f"patch_size={patch} is not supported; need (1, rows, columns)")
+        config = cls(
+            layers=sizes["num_layers"],
+            width=sizes["dim"],
+            heads=sizes["num_heads"],
+            ffn_width=sizes["ffn_dim"],
+            latent_channels=sizes["in_dim"],
+            out_channels=sizes["out_dim"],
+            patch=patch[1:],
+            time_width=sizes["freq_dim"],
+            text_width=sizes.get("text_dim", 4096),
+            text_slots=sizes["text_len"],
+            eps=sizes["eps"],
+            frames_per_block=frames_per_block,
+            dtype=dtype,
+        )
+        if sizes.get("head_dim", config.head_dim) != config.head_dim:
+            raise ValueError(
+                f"head_dim={sizes['head_dim']} must be dim / num_heads = {config.head_dim}"
+            )
+        return config
+
+    def grid(self, latent_height: int, latent_width: int) -> tuple[int, int]:
+        """Token rows and columns of one latent frame; raises if the patch does not divide it."""
+        rows, columns = self.patch
+        if latent_height % rows or latent_width % columns:
+            raise ValueError(
+                f"latent height x width {latent_height} x {latent_width} must be a multiple of "
+                f"the patch {rows} x {columns}"
+            )
+        return latent_height // rows, latent_width // columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """The few-step schedule of the distilled model.
+
+    Attributes:
+      steps: noise levels visited, on the unshifted scale 0..train_steps, noisiest first.
+      shift: how far the ladder of noise levels leans towards noise (1 = straight).
+      train_steps: rungs of the ladder.
+      context_timestep: timestep of the last pass, which writes the clean block to the cache.
+    """
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    train_steps: int = 1000
+    context_timestep: float = 0.0
+
+    def __post_init__(self):
+        if not self.steps or any(not 0 < s <= self.train_steps for s in self.steps):
+            raise ValueError(f"steps={self.steps} must lie in 1..train_steps={self.train_steps}")
+        if any(a <= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError(f"steps={self.steps} must fall from noisy to clean")

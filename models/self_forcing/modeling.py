@@ -1,0 +1,196 @@
+"""The causal Wan2.1 diffusion transformer: latents and timesteps in, flow and fresh K/V out.
+
+Letters in array names: B batch, F latent frames, Z latent channels, Y and X latent rows and
+columns, T tokens (frame slowest, then row, then column), M model width, H heads, D head dim,
+L layers, U text slots, E text width, P position components (frame, row, column).
+
+Everything runs in the dtype of the weights, as the released bfloat16 pipeline does, except for the
+islands that the pipeline keeps in higher precision: statistics of the norms, softmax, RoPE and the
+sinusoid of the timestep.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.self_forcing.config import SelfForcingConfig
+from models.self_forcing.layers import (
+    AffineLayerNorm,
+    FeedForward,
+    Head,
+    Projections,
+    TimeEmbedding,
+    dense_attention,
+    layer_norm,
+    linear,
+    modulate,
+    modulation,
+    per_frame,
+)
+
+
+class TextKV(NamedTuple):
+    """Keys and values of the prompt for every layer's cross-attention: made once per prompt."""
+
+    k_LBUHD: Float[Array, "L B U H D"]
+    v_LBUHD: Float[Array, "L B U H D"]
+
+
+class Output(NamedTuple):
+    """One forward pass: the flow (noise - x0), and K before RoPE and V of all layers, or None."""
+
+    flow_BFZYX: Float[Array, "B F Z Y X"]
+    k_LBTHD: Float[Array, "L B T H D"] | None
+    v_LBTHD: Float[Array, "L B T H D"] | None
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; modulated frame by frame."""
+
+    def __init__(self, config: SelfForcingConfig, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.modulation = modulation(6, config, rngs)
+        self.self_attn = Projections(config, rngs=rngs)
+        self.cross_norm = AffineLayerNorm(config)
+        self.cross_attn = Projections(config, rngs=rngs)
+        self.ffn = FeedForward(config.width, config.ffn_width, config, rngs=rngs)
+
+    def __call__(self, x_BTM, e_BF6M, text_kv, attention):
+        """One layer.
+
+        Args:
+            x_BTM: residual stream.
+            e_BF6M: what the timestep adds to this layer's modulation.
+            text_kv: this layer's (k_BUHD, v_BUHD) of the prompt.
+            attention: (q_BTHD, k_BTHD, v_BTHD) -> o_BTHD; it rotates q and k and decides what
+                else the queries see.
+
+        Returns:
+            The residual stream and this layer's (k_BTHD, v_BTHD), k before RoPE.
+        """
+        m_BF6M = self.modulation[...][None, None] + e_BF6M
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(m_BF6M, 2, 0)
+        tokens = x_BTM.shape[1]
+
+        y_BTM = modulate(layer_norm(x_BTM, self.eps), shift1, scale1)
+        q_BTHD, (k_BTHD, v_BTHD) = self.self_attn.query(y_BTM), self.self_attn.key_value(y_BTM)
+        y_BTM = self.self_attn.output(attention(q_BTHD, k_BTHD, v_BTHD))
+        x_BTM = x_BTM + y_BTM * per_frame(gate1, tokens)
+
+        x_BTM = x_BTM + self.cross_attention(self.cross_norm(x_BTM), text_kv)
+
+        y_BTM = self.ffn(modulate(layer_norm(x_BTM, self.eps), shift2, scale2))
+        return x_BTM + y_BTM * per_frame(gate2, tokens), (k_BTHD, v_BTHD)
+
+    def cross_attention(self, x_BTM, text_kv):
+        """Every token reads every text slot: padding is attended, as in training."""
+        k_BUHD, v_BUHD = text_kv
+        q_BTHD = self.cross_attn.query(x_BTM)
+        return self.cross_attn.output(dense_attention(q_BTHD, k_BUHD, v_BUHD))
+
+
+class SelfForcingDiT(nnx.Module):
+    """The whole network; the layers are stacked and run by one scan."""
+
+    def __init__(self, config: SelfForcingConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        rows, columns = config.patch
+        self.patch = linear(rows * columns * config.latent_channels, config.width, config, rngs)
+        self.text = FeedForward(config.text_width, config.width, config, rngs=rngs)
+        self.time = TimeEmbedding(config, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.head = Head(config, rngs=rngs)
+
+    def layer(self, index: int) -> Block:
+        """One layer taken out of the stack, to look at."""
+        graphdef, stacked = nnx.split(self.blocks)
+        return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], stacked))
+
+    def encode_text(self, text_BUE: Float[Array, "B rows E"]) -> Float[Array, "B U M"]:
+        """Zero-pads the text embedding to all slots and projects it to the model width."""
+        slots, width = self.config.text_slots, self.config.text_width
+        if text_BUE.ndim != 3 or text_BUE.shape[1] > slots or text_BUE.shape[2] != width:
+            raise ValueError(
+                f"text_BUE has shape {text_BUE.shape}; accepted: (B, at most {slots}, {width})"
+            )
+        padding = ((0, 0), (0, slots - text_BUE.shape[1]), (0, 0))
+        return self.text(jnp.pad(text_BUE.astype(self.config.dtype), padding))
+
+    def text_kv(self, text_BUE: Float[Array, "B rows E"]) -> TextKV:
+        """Cross-attention keys and values of a prompt, for all layers.
+
+        Args:
+            text_BUE: text embedding without padding, at most `text_slots` rows.
+        """
+        encoded_BUM = self.encode_text(text_BUE)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def one_layer(_, state):
+            return None, nnx.merge(graphdef, state).cross_attn.key_value(encoded_BUM)
+
+        return TextKV(*jax.lax.scan(one_layer, None, stacked)[1])
+
+    def patchify(self, x_BFZYX: Float[Array, "B F Z Y X"]) -> Float[Array, "B T M"]:
+        """One token per patch of each latent frame."""
+        B, F, Z, Y, X = x_BFZYX.shape
+        rows, columns = self.config.grid(Y, X)
+        p, q = self.config.patch
+        x = x_BFZYX.astype(self.config.dtype).reshape(B, F, Z, rows, p, columns, q)
+        x = x.transpose(0, 1, 3, 5, 2, 4, 6)  # the channel is the slowest part of a patch
+        return self.patch(x.reshape(B, F * rows * columns, Z * p * q))
+
+    def unpatchify(self, y_BTO: Float[Array, "B T O"], like: tuple) -> Float[Array, "B F Z Y X"]:
+        """The head's patches as latent frames of the (F, Y, X) in the input's shape `like`."""
+        B, F, _, Y, X = like
+        rows, columns = self.config.grid(Y, X)
+        p, q = self.config.patch
+        y = y_BTO.reshape(B, F, rows, columns, p, q, -1)
+        y = y.transpose(0, 1, 6, 2, 4, 3, 5)  # the channel is the fastest part of a patch
+        return y.reshape(B, F, -1, Y, X)
+
+    def __call__(
+        self,
+        x_BFZYX: Float[Array, "B F Z Y X"],
+        t: Float[Array, "B F"] | Float[Array, "B 1"] | Float[Array, "B"],
+        text_kv: TextKV,
+        attention: Callable[..., Array],
+        *,
+        keep_kv: bool = False,
+    ) -> Output:
+        """Predicts the flow of a few latent frames.
+
+        Args:
+            x_BFZYX: noisy latents.
+            t: timestep per latent frame (or one for all), 0..1000, float32.
+            text_kv: from `text_kv`.
+            attention: (q_BTHD, k_BTHD, v_BTHD, layer) -> o_BTHD, layer a traced index; it rotates
+                q and k and decides what the frames see besides themselves.
+            keep_kv: also return K and V of the frames, for the cache.
+        """
+        B, F, Z = x_BFZYX.shape[:3]
+        if self.config.latent_channels != Z:
+            raise ValueError(f"x_BFZYX has {Z} channels; accepted: {self.config.latent_channels}")
+        t = t[:, None] if t.ndim == 1 else t
+        e_BFM, e_BF6M = self.time(jnp.broadcast_to(t.astype(jnp.float32), (B, F)))
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def one_layer(x_BTM, layer):
+            state, text, index = layer
+            block = nnx.merge(graphdef, state)
+            x_BTM, kv = block(x_BTM, e_BF6M, text, lambda q, k, v: attention(q, k, v, index))
+            return x_BTM, kv if keep_kv else (None, None)
+
+        layers = (stacked, text_kv, jnp.arange(self.config.layers))
+        x_BTM, kv = jax.lax.scan(one_layer, self.patchify(x_BFZYX), layers)
+        flow_BFZYX = self.unpatchify(self.head(x_BTM, e_BFM), x_BFZYX.shape)
+        return Output(flow_BFZYX, *kv)

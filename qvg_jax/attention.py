@@ -1,0 +1,204 @@
+"""attend: one softmax over sink, compressed spans, window and the new block.
+
+For a query q and keys k_t with values v_t in regions R_1, R_2, ... the output is
+    o = sum_t exp(s_t - m) v_t / sum_t exp(s_t - m),   s_t = scale q . k_t,   m = max_t s_t.
+Regions are visited one after another with running (m, sum, weighted values) in float32, which
+is the same softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135). So one
+span is decoded at a time, and never the whole history at once.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qvg_jax.cache import KVCache
+from qvg_jax.layout import Layout
+from qvg_jax.rope import Rope
+from qvg_jax.slots import read_slot
+from qvg_jax.view import CacheView
+
+__all__ = ["attend"]
+
+# Tokens of sink and window that are read together. Small enough to skip most of an empty window,
+# large enough for one matrix product to be worth its call.
+DENSE_CHUNK_TOKENS = 512
+
+
+class _Running(NamedTuple):
+    """Softmax state of the keys seen so far, float32; Q counts queries per key-value head."""
+
+    max_BHQ: Array
+    sum_BHQ: Array
+    out_BHQD: Array
+
+
+def attend(
+    q_BTHD: Float[Array, "B T Hq D"],
+    cache: KVCache | CacheView,
+    k_BTHD: Float[Array, "B T H D"],
+    v_BTHD: Float[Array, "B T H D"],
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    positions: Float[Array, "B T P"] | Int[Array, "B T P"] | None = None,
+    rope: Rope | None = None,
+    scale: float | Float[Array, ""] | None = None,
+) -> Float[Array, "B T Hq D"]:
+    """Attention of a new block to everything in the cache and, both ways, to itself.
+
+        o_BTHD = attend(q_BTHD, cache, k_BTHD, v_BTHD, positions=pos_BTP, rope=rope)
+
+    A model of many layers makes one `cache.view(positions, rope)` for all of them and passes it
+    in place of the cache. `layer` may be traced, so the layers can be one `lax.scan`; packed
+    spans are read where they lie, and no layer is copied. Works in q's dtype with logits, sums
+    and output accumulated in float32. Not differentiable in reverse (dynamic trip count).
+
+    Args:
+        q_BTHD: queries before RoPE; Hq is a multiple of the cache's H, and query head j reads
+            key-value head j // (Hq / H).
+        cache: the cache, or a view of it that brings positions and rope along.
+        k_BTHD: the new block's keys before RoPE; any number of tokens.
+        v_BTHD: the new block's values.
+        layer: which layer of the cache; may be left out if it has one.
+        positions: positions of the new tokens; only with a cache and a rope.
+        rope: rotation of Q and K; only with a cache. None is none.
+        scale: factor of the logits; None is 1 / sqrt(D).
+
+    Returns:
+        The attention output in q's dtype.
+
+    Raises:
+        ValueError: a shape that does not fit the cache, a missing layer, or positions or rope
+            beside a view.
+    """
+    if isinstance(cache, CacheView):
+        if positions is not None or rope is not None:
+            raise ValueError("positions and rope belong to cache.view(...); leave them out here")
+        view = cache
+    else:
+        view = cache.view(positions, rope, precompute=False)
+    lay: Layout = view.cache.layout
+    _check(lay, q_BTHD, k_BTHD, v_BTHD, layer)
+    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    scale = jnp.float32(1 / math.sqrt(lay.head_dim) if scale is None else scale)
+    return _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
+
+
+@jax.jit
+def _attend(
+    q_BTHD: Array, view: CacheView, k_BTHD: Array, v_BTHD: Array, layer: Array, scale: Array
+) -> Array:
+    lay: Layout = view.cache.layout
+    q_BHTD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+    k_BHTD, v_BHTD = k_BHTD.astype(q_BTHD.dtype), v_BHTD.astype(q_BTHD.dtype)
+    q_BHTD, k_BHTD = (_rotated(view, x, view.table_new) for x in (q_BHTD, k_BHTD))
+    # Query heads that share a key-value head become more queries of that head. In two steps, for
+    # explicitly sharded heads: XLA knows how to split that axis and how to merge the others.
+    q_BHGTD = q_BHTD.reshape(lay.batch, lay.heads, -1, *q_BHTD.shape[2:])
+    q_BHQD = q_BHGTD.reshape(lay.batch, lay.heads, -1, lay.head_dim)
+
+    # The new block comes first: all of it is visible, so the maximum is finite from here on.
+    run = _visit(None, q_BHQD, k_BHTD, v_BHTD, scale)
+    run = _visit_dense(run, view, q_BHQD, layer, scale)
+    if lay.max_spans:
+        run = _visit_spans(run, view, q_BHQD, layer, scale)
+    out_BHGTD = (run.out_BHQD / run.sum_BHQ[..., None]).reshape(q_BHGTD.shape)
+    out_BHTD = out_BHGTD.reshape(q_BHTD.shape)
+    return jnp.swapaxes(out_BHTD, 1, 2).astype(q_BTHD.dtype)
+
+
+def _check(lay: Layout, q: Array, k: Array, v: Array, layer: Any) -> None:
+    if layer is None and lay.layers > 1:
+        raise ValueError(f"layer=None; the cache has {lay.layers} layers: give an index below it")
+    if isinstance(layer, int) and not 0 <= layer < lay.layers:
+        raise ValueError(f"layer={layer} is not accepted: give 0 <= layer < {lay.layers}")
+    tokens = q.shape[1] if q.ndim == 4 else "T"
+    for name, x in (("k", k), ("v", v)):
+        want = (lay.batch, tokens, lay.heads, lay.head_dim)
+        if x.shape != want:
+            raise ValueError(f"{name} has shape {x.shape}; accepted: {want} (B, T, H, D)")
+    fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (lay.batch, lay.head_dim)
+    if not fits or q.shape[2] % lay.heads:
+        want = f"({lay.batch}, T, a multiple of {lay.heads}, {lay.head_dim})"
+        raise ValueError(f"q has shape {q.shape}; accepted: {want} (B, T, Hq, D)")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q has dtype {q.dtype}; accepted: floating point")
+
+
+def _rotated(view: CacheView, x_BHTD: Array, table: Any) -> Array:
+    return x_BHTD if view.rope is None else view.rope.rotate(x_BHTD, table)
+
+
+def _visit(
+    run: _Running | None,
+    q_BHQD: Array,
+    k_BHTD: Array,
+    v_BHTD: Array,
+    scale: Array,
+    visible_T: Array | None = None,
+) -> _Running:
+    """Merges one more set of keys into the running softmax; `visible_T` masks some of them."""
+    f32 = jnp.float32
+    s_BHQT = jnp.einsum("bhqd,bhtd->bhqt", q_BHQD, k_BHTD, preferred_element_type=f32) * scale
+    if visible_T is not None:
+        s_BHQT = jnp.where(visible_T[None, None, None, :], s_BHQT, -jnp.inf)
+    new_max = s_BHQT.max(-1) if run is None else jnp.maximum(run.max_BHQ, s_BHQT.max(-1))
+    p_BHQT = jnp.exp(s_BHQT - new_max[..., None])
+    new_sum = p_BHQT.sum(-1)
+    p_BHQT = p_BHQT.astype(v_BHTD.dtype)
+    new_out = jnp.einsum("bhqt,bhtd->bhqd", p_BHQT, v_BHTD, preferred_element_type=f32)
+    if run is None:
+        return _Running(new_max, new_sum, new_out)
+    fade = jnp.exp(run.max_BHQ - new_max)
+    return _Running(new_max, run.sum_BHQ * fade + new_sum, run.out_BHQD * fade[..., None] + new_out)
+
+
+def _visit_dense(
+    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, scale: Array
+) -> _Running:
+    """Sink and window: chunks of the valid prefix, so an empty window costs nothing."""
+    cache, lay = view.cache, view.cache.layout
+    total = lay.dense_blocks * lay.block_tokens
+    per_chunk = max(1, min(lay.dense_blocks, DENSE_CHUNK_TOKENS // lay.block_tokens))
+    size = per_chunk * lay.block_tokens
+
+    def chunk(i, run):
+        # The last chunk is moved back to stay inside the buffer; the mask hides what it repeats.
+        start = jnp.minimum(i * size, total - size)
+        token = start + jnp.arange(size)
+        visible = (token >= i * size) & (token < cache.dense_blocks * lay.block_tokens)
+
+        def read(buffer):
+            corner, form = (layer, 0, 0, start, 0), (1, lay.batch, lay.heads, size, lay.head_dim)
+            return lax.dynamic_slice(buffer, corner, form)[0].astype(q_BHQD.dtype)
+
+        # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
+        v_BHTD = jnp.where(visible[None, None, :, None], read(cache.dense_v), 0)
+        k_BHTD = _rotated(view, read(cache.dense_k), view.dense_table(start, size))
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, visible)
+
+    chunks = (cache.dense_blocks + per_chunk - 1) // per_chunk
+    return lax.fori_loop(0, chunks, chunk, run)
+
+
+def _visit_spans(
+    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, scale: Array
+) -> _Running:
+    """The compressed history: decodes one span of K and V at a time, as many as are valid."""
+    cache, lay = view.cache, view.cache.layout
+
+    def span(i, run):
+        slot = (cache.first_span + i) % lay.max_spans
+
+        packed_k, packed_v = (read_slot(x, layer, slot) for x in (cache.span_k, cache.span_v))
+        k_BHTD = lay.key_codec.decode(packed_k, q_BHQD.dtype)
+        if view.rope is not None:
+            # Rotation reads each channel twice; without the barrier XLA decodes it twice.
+            k_BHTD = view.rope.rotate(lax.optimization_barrier(k_BHTD), view.span_table(slot))
+        v_BHTD = lay.value_codec.decode(packed_v, q_BHQD.dtype)
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale)
+
+    return lax.fori_loop(0, cache.num_spans, span, run)

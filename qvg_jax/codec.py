@@ -1,0 +1,218 @@
+"""What a compressor of K or V is: a frozen tuple of pure functions, and how compressors compose.
+
+A `Codec` turns a span of tokens into a pytree of small arrays and back. A `Smoothing` takes
+something out of the span, stores it, and leaves a residual. `chain` puts any number of smoothings
+in front of one codec and is again a codec, so chains nest:
+
+    codec = chain(kmeans_smoothing(256), residual_quantize(bits=2, group=64))
+    state = codec.init(x_BHTD.shape, x_BHTD.dtype)
+    packed, state = codec.encode(x_BHTD, state)
+    x_BHTD = codec.decode(packed)
+
+Arrays carry their axes in their names: B batch, H heads, T tokens of one span, D head dim.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+__all__ = [
+    "Codec",
+    "EmptyState",
+    "IdentityPacked",
+    "Packed",
+    "Shape",
+    "Smoothing",
+    "State",
+    "chain",
+    "check_span",
+    "identity",
+    "per_element",
+]
+
+type Shape = tuple[int, ...]
+type Packed = Any  # a pytree of arrays; its shapes depend on the span's shape only
+type State = Any  # a pytree of arrays that one span hands to the next
+
+
+class EmptyState(NamedTuple):
+    """State of a transform that remembers nothing between spans."""
+
+
+class Codec(NamedTuple):
+    """A compressor of spans: pure functions only, so it jits, vmaps, scans and shards.
+
+    Same input, same state and same key give the same bytes on every run. `packed` holds arrays
+    only and its shapes depend on the span's shape only, so that the packed form of several spans
+    can be stacked, scanned over, written with `dynamic_update_slice` and donated.
+
+    Attributes:
+        init: `init(shape, dtype) -> state` for spans of shape (B, H, T, D).
+        encode: `encode(x_BHTD, state, *, key=None) -> (packed, state)`. The new state lets the
+            next span start from what this one learned.
+        decode: `decode(packed, dtype=jnp.bfloat16) -> x_BHTD`.
+        bits_per_element: `bits_per_element(shape) -> float`, from the storage formats; equals
+            eight times the bytes of `packed`'s buffers divided by the number of elements.
+        name: what reports call it.
+        nbytes: `nbytes(shape) -> int`, the bytes of `packed` for that span.
+    """
+
+    init: Callable[..., State]
+    encode: Callable[..., tuple[Packed, State]]
+    decode: Callable[..., Array]
+    bits_per_element: Callable[[Shape], float]
+    name: str
+    nbytes: Callable[[Shape], int]
+
+
+class Smoothing(NamedTuple):
+    """A transform that takes something out of a span and leaves a residual of the same shape.
+
+    Attributes:
+        init: `init(shape, dtype) -> state`.
+        encode: `encode(x_BHTD, state, *, key=None) -> (node, residual_BHTD, state)`; `node` is
+            what must be stored, `residual_BHTD` is float32 and relative to the *stored* values.
+        decode: `decode(node, residual_BHTD) -> x_BHTD`, float32, the inverse of `encode`.
+        nbytes: `nbytes(shape) -> int`, the bytes of `node`.
+        name: what reports call it.
+    """
+
+    init: Callable[..., State]
+    encode: Callable[..., tuple[Packed, Array, State]]
+    decode: Callable[..., Array]
+    nbytes: Callable[[Shape], int]
+    name: str
+
+
+class IdentityPacked(NamedTuple):
+    """What `identity` stores: the values themselves."""
+
+    values_BHTD: Float[Array, "B H T D"]
+
+
+def check_span(shape: Shape, dtype: Any = jnp.float32) -> None:
+    """Raises ValueError unless `shape` is (B, H, T, D) with every axis > 0 and `dtype` floats."""
+    if len(shape) != 4:
+        raise ValueError(f"shape={tuple(shape)} has rank {len(shape)}; accepted: (B, H, T, D)")
+    if any(n < 1 for n in shape):
+        raise ValueError(f"shape={tuple(shape)} has an empty axis; accepted: B, H, T, D >= 1")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name} is not accepted: give floating point")
+
+
+def per_element(nbytes: Callable[[Shape], int]) -> Callable[[Shape], float]:
+    """Turns bytes of a span into bits per element: 8 * nbytes(shape) / prod(shape)."""
+
+    def bits_per_element(shape: Shape) -> float:
+        return 8 * nbytes(shape) / math.prod(shape)
+
+    return bits_per_element
+
+
+def identity(dtype: Any = jnp.bfloat16) -> Codec:
+    """The codec that only stores: x is rounded to `dtype` and nothing else happens.
+
+    "No compression" is a codec and not a special case, so the plain cache and the compressed
+    cache run the same code.
+
+    Args:
+        dtype: floating dtype of the stored values.
+
+    Returns:
+        A stateless codec with `8 * itemsize` bits per element.
+
+    Raises:
+        ValueError: `dtype` is not floating point.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")
+
+    def init(shape: Shape, x_dtype: Any = jnp.bfloat16) -> EmptyState:
+        check_span(shape, x_dtype)
+        return EmptyState()
+
+    def encode(x_BHTD: Array, state: EmptyState, *, key: PRNGKeyArray | None = None):
+        del key
+        check_span(x_BHTD.shape, x_BHTD.dtype)
+        return IdentityPacked(x_BHTD.astype(dtype)), state
+
+    def decode(packed: IdentityPacked, dtype: Any = jnp.bfloat16) -> Array:
+        return packed.values_BHTD.astype(dtype)
+
+    def nbytes(shape: Shape) -> int:
+        check_span(shape)
+        return math.prod(shape) * dtype.itemsize
+
+    name = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(dtype.name, dtype.name)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+
+
+def chain(*transforms: Smoothing | Codec) -> Codec:
+    """Smoothings in order, then one codec for what they leave: the result is again a codec.
+
+    With smoothings s1 .. sn and codec q,
+    r0 = x, (node_i, r_i) = s_i.encode(r_{i-1}), packed = (node_1, ..., node_n, q.encode(r_n));
+    decoding runs backwards, in float32, with one rounding to the requested dtype at the end.
+
+    Args:
+        *transforms: any number of `Smoothing`s followed by exactly one `Codec` (which may itself
+            be a chain).
+
+    Returns:
+        A codec whose `packed` and `state` are tuples with one entry per transform.
+
+    Raises:
+        ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
+    """
+    accepted = "any number of smoothings, then one codec, e.g. chain(kmeans_smoothing(256), "
+    accepted += "residual_quantize(bits=2, group=64))"
+    if not transforms:
+        raise ValueError(f"chain() got no transforms; accepted: {accepted}")
+    *smoothings, last = transforms
+    for i, t in enumerate(smoothings):
+        if not isinstance(t, Smoothing):
+            what = getattr(t, "name", repr(t))
+            raise ValueError(f"transforms[{i}]={what} is not a smoothing; accepted: {accepted}")
+    if not isinstance(last, Codec):
+        what = getattr(last, "name", repr(last))
+        raise ValueError(f"the last transform, {what}, is not a codec; accepted: {accepted}")
+
+    def init(shape: Shape, dtype: Any = jnp.bfloat16) -> State:
+        check_span(shape, dtype)
+        return tuple(t.init(shape, dtype) for t in transforms)
+
+    def encode(x_BHTD: Array, state: State, *, key: PRNGKeyArray | None = None):
+        check_span(x_BHTD.shape, x_BHTD.dtype)
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            raise ValueError(
+                f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
+                f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
+            )
+        keys = [None if key is None else jax.random.fold_in(key, i) for i in range(len(state))]
+        residual_BHTD, nodes, states = x_BHTD, [], []
+        for t, s, k in zip(smoothings, state[:-1], keys[:-1], strict=True):
+            node, residual_BHTD, s = t.encode(residual_BHTD, s, key=k)
+            nodes.append(node)
+            states.append(s)
+        node, s = last.encode(residual_BHTD, state[-1], key=keys[-1])
+        return (*nodes, node), (*states, s)
+
+    def decode(packed: Packed, dtype: Any = jnp.bfloat16) -> Array:
+        if not smoothings:
+            return last.decode(packed[0], dtype)
+        x_BHTD = last.decode(packed[-1], jnp.float32)
+        for t, node in zip(reversed(smoothings), reversed(packed[:-1]), strict=True):
+            x_BHTD = t.decode(node, x_BHTD)
+        return x_BHTD.astype(dtype)
+
+    def nbytes(shape: Shape) -> int:
+        check_span(shape)
+        return sum(t.nbytes(shape) for t in transforms)
+
+    name = " > ".join(t.name for t in transforms)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)

@@ -1,0 +1,204 @@
+"""What the Self-Forcing pipeline promises beyond agreeing with the reference; no vectors needed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.self_forcing import (
+    BlockNoise,
+    History,
+    Request,
+    SamplerConfig,
+    SelfForcing,
+    SelfForcingConfig,
+    State,
+    compressions,
+    make_cache,
+    network_calls,
+    plan_blocks,
+    random_dit,
+    recall,
+    skeleton,
+)
+from models.self_forcing.block import draw_noise, generate_block
+from models.self_forcing.modeling import TextKV
+from qvg_jax import rollout as rollout_module
+from qvg_jax.codec import identity
+
+CONFIG = SelfForcingConfig(
+    layers=2,
+    width=24,
+    heads=2,
+    ffn_width=32,
+    latent_channels=4,
+    out_channels=4,
+    time_width=8,
+    text_width=6,
+    text_slots=5,
+    dtype=jnp.float32,
+)
+SHORT = SamplerConfig(steps=(1000, 500))
+PLAIN = identity(jnp.float32)
+CAPACITY = 18
+
+
+@functools.cache
+def model():
+    return random_dit(CONFIG, seed=0)
+
+
+def request(frames, **changes):
+    text_BUE = np.random.default_rng(0).normal(size=(1, 4, CONFIG.text_width)).astype(np.float32)
+    fields = dict(text_BUE=text_BUE, frames=frames, latent_height=4, latent_width=4)
+    fields |= dict(noise=jax.random.key(1), capacity=CAPACITY)  # one program for most tests
+    return Request(**(fields | changes))
+
+
+def pipeline(history=None):
+    return SelfForcing(model(), sampler=SHORT, history=history)
+
+
+def test_stream_and_longer_videos_repeat_the_same_frames_without_recompiling():
+    pipe, calls = pipeline(), []
+    long = pipe.generate(request(12), chunk=1, progress=lambda *c: calls.append(c[:2]))
+    assert long.shape == (1, 12, 4, 4, 4) and np.isfinite(long).all()
+    assert calls == [(3, 12), (6, 12), (9, 12), (12, 12)]
+    compiled = rollout_module._run_chunk._cache_size()
+    short = pipe.generate(request(6), chunk=1)
+    assert rollout_module._run_chunk._cache_size() == compiled
+    np.testing.assert_array_equal(short, long[:, :6])
+    parts = list(pipe.stream(request(6)))
+    assert [p.shape[1] for p in parts] == [3, 3]
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), short, rtol=0, atol=1e-5)
+
+
+def test_another_key_and_another_prompt_make_another_video():
+    pipe = pipeline()
+    one = pipe.generate(request(3), chunk=1)
+    other_noise = pipe.generate(request(3, noise=jax.random.key(2)), chunk=1)
+    other_text = pipe.generate(request(3, text_BUE=-request(3).text_BUE), chunk=1)
+    for other in (other_noise, other_text):
+        assert np.abs(one - other).max() > 1e-2
+
+
+def test_all_dtypes_draw_the_same_noise():
+    full, half = (
+        draw_noise(jax.random.key(0), dataclasses.replace(CONFIG, dtype=dtype), SHORT, (1, 3, 4, 4))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert half.start_BFZYX.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(full.start_BFZYX.astype(jnp.bfloat16), half.start_BFZYX)
+    assert full.renoise_JBFZYX.shape == (1, 1, 3, 4, 4, 4)
+
+
+def test_spans_that_only_store_change_nothing_and_bounded_ones_forget():
+    whole = pipeline(History()).generate(request(15), chunk=1)
+    stored = History.qvg(PLAIN, span_frames=3, sink_frames=1, keep_recent=2)
+    np.testing.assert_allclose(
+        pipeline(stored).generate(request(15), chunk=1), whole, rtol=0, atol=1e-5
+    )
+
+    bounded, sights = dataclasses.replace(stored, window_frames=11), []
+
+    def look(done, total, state):
+        sights.append(np.unique(recall(state.cache)[0]).tolist())
+
+    latents = pipeline(bounded).generate(request(18), chunk=1, progress=look)
+    assert all(0 in seen and len(seen) <= 11 for seen in sights)
+    assert np.abs(latents[:, :9] - whole[:, :9]).max() < 1e-5
+    assert np.abs(latents[:, 9:12] - whole[:, 9:12]).max() > 1e-4
+
+
+def test_a_sliding_window_sees_its_frames_and_the_sink():
+    sights = []
+
+    def look(done, total, state):
+        sights.append(np.unique(recall(state.cache)[0]).tolist())
+
+    history = History(window_frames=7, sink_frames=1)
+    pipeline(history).generate(request(12), chunk=1, progress=look)
+    assert sights == [[0, 1, 2], [0, 3, 4, 5], [0, 6, 7, 8], [0, 9, 10, 11]]
+
+
+def test_given_frames_come_back_and_are_remembered():
+    given = np.random.default_rng(3).normal(size=(1, 3, 4, 4, 4)).astype(np.float32)
+    pipe = pipeline()
+    one = pipe.generate(request(6, initial_BFZYX=given), chunk=1)
+    np.testing.assert_array_equal(one[:, :3], given)
+    other = pipe.generate(request(6, initial_BFZYX=-given), chunk=1)
+    assert np.abs(one[:, 3:] - other[:, 3:]).max() > 1e-3
+
+
+def test_plan_of_blocks_calls_and_compressions():
+    blocks = plan_blocks(CONFIG, 180)
+    assert [(b.first_frame, b.frames) for b in blocks[:2]] == [(0, 3), (3, 3)]
+    assert len(blocks) == 60 and not any(b.given for b in blocks)
+    events = compressions(blocks, span_frames=24)
+    assert [e.stored // 3 for e in events] == [8, 16, 24, 32, 40, 48, 56]
+    assert (events[-1].first, events[-1].end) == (144, 168)
+    image = plan_blocks(CONFIG, 7, initial_frames=1)
+    assert [(b.frames, b.given) for b in image] == [(1, True), (3, False), (3, False)]
+    calls = network_calls(image, SamplerConfig(context_timestep=7.0))
+    assert [c.timestep for c in calls[:6]] == [0.0, 1000.0, 937.5, 833.3333129882812, 625.0, 7.0]
+    kept = compressions(blocks[:12], span_frames=6, keep_recent=6, sink_frames=3)
+    assert [(e.first, e.end, e.stored) for e in kept[:2]] == [(3, 9, 15), (9, 15, 21)]
+
+
+def test_released_size_traces_with_a_cache_of_the_published_size():
+    config = SelfForcingConfig.wan_1_3b()
+    fields = dict(frames=180, latent_height=60, latent_width=104)
+    cache = jax.eval_shape(lambda: make_cache(config, History.qvg(identity()), **fields))
+    assert cache.layout.span_shape == (1, 12, 37_440, 128)
+    spans = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.span_k, cache.span_v)))
+    assert spans / 30 / 2**20 == 1535.625  # MiB of bf16 a layer for the 168 frames of 7 spans
+    text = jax.ShapeDtypeStruct((30, 1, 512, 12, 128), jnp.bfloat16)
+    latents = jax.ShapeDtypeStruct((1, 3, 16, 60, 104), jnp.bfloat16)
+    noise = BlockNoise(latents, jax.ShapeDtypeStruct((3, *latents.shape), jnp.bfloat16))
+    state = State(cache=cache, text_kv=TextKV(text, text))
+    step = functools.partial(generate_block, sampler=SamplerConfig())
+    after, out = jax.eval_shape(step, skeleton(config), state, noise)
+    assert (out.shape, out.dtype) == (latents.shape, latents.dtype)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(frames=7), "nearest are 6 and 9"),
+        (dict(frames=1026, capacity=None), "rope_frames=1024"),
+        (dict(frames=6, capacity=3), "capacity=3"),
+        (dict(latent_width=5), "multiple of the patch 2 x 2"),
+        (dict(text_BUE=np.zeros((1, 6, 6), np.float32)), "at most 5"),
+        (dict(initial_BFZYX=np.zeros((1, 2, 4, 4, 4), np.float32)), "initial_frames=2"),
+        (dict(initial_BFZYX=np.zeros((1, 3, 4, 4, 6), np.float32)), r"\(1, 3, 4, 4, 6\)"),
+        (dict(noise=[]), "noise is for 0 blocks; accepted: 2"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(changes, said):
+    with pytest.raises(ValueError, match=said):
+        pipeline().generate(request(**(dict(frames=6) | changes)))
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        (lambda: History(window_frames=4, sink_frames=1), "at least 5"),
+        (lambda: History.qvg(PLAIN, window_frames=24, span_frames=12), "at least 26"),
+        (lambda: History(key_codec=PLAIN), "both"),
+    ],
+)
+def test_bad_histories_say_what_is_wrong(history, said):
+    with pytest.raises(ValueError, match=said):
+        make_cache(CONFIG, history(), frames=60, latent_height=4, latent_width=4)
+
+
+def test_bad_samplers_are_refused():
+    for steps in ((), (500, 750), (1001,), (500, 0)):
+        with pytest.raises(ValueError, match="steps"):
+            SamplerConfig(steps=steps)
