@@ -27,6 +27,10 @@ __all__ = ["attend"]
 # large enough for one matrix product to be worth its call.
 DENSE_CHUNK_TOKENS = 512
 
+# Keys of a decoded span that meet the queries at once. The float32 logits of 12 heads, 4,680 queries
+# and a whole span of 37,440 keys would take 8.4 GB.
+SPAN_CHUNK_TOKENS = 2048
+
 
 class _Running(NamedTuple):
     """Softmax state of the keys seen so far, float32; Q counts queries per key-value head."""
@@ -199,6 +203,26 @@ def _visit_spans(
             # Rotation reads each channel twice; without the barrier XLA decodes it twice.
             k_BHTD = view.rope.rotate(lax.optimization_barrier(k_BHTD), view.span_table(slot))
         v_BHTD = lay.value_codec.decode(packed_v, q_BHQD.dtype)
-        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale)
+        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, scale)
 
     return lax.fori_loop(0, cache.num_spans, span, run)
+
+
+def _visit_long(
+    run: _Running, q_BHQD: Array, k_BHTD: Array, v_BHTD: Array, scale: Array
+) -> _Running:
+    """`_visit` in pieces of at most `SPAN_CHUNK_TOKENS` keys: bounds the logits of a long span."""
+    total = k_BHTD.shape[2]
+    pieces = -(-total // SPAN_CHUNK_TOKENS)
+    if pieces == 1:
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale)
+    size = -(-total // pieces)
+
+    def piece(i, run):
+        # The last piece is moved back to stay inside the span; the mask hides what it repeats.
+        start = jnp.minimum(i * size, total - size)
+        k, v = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k_BHTD, v_BHTD))
+        visible = None if total % size == 0 else start + jnp.arange(size) >= i * size
+        return _visit(run, q_BHQD, k, v, scale, visible)
+
+    return lax.fori_loop(0, pieces, piece, run)

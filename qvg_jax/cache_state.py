@@ -7,6 +7,7 @@ token carries its own position.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,10 @@ from qvg_jax.slots import empty_slots
 from qvg_jax.view import CacheView, view_of
 
 __all__ = ["KVCache"]
+
+
+# One object for each dtype: jit keys on a codec's functions.
+_plain = functools.cache(identity)
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +105,7 @@ class KVCache:
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")
-        plain = identity(dtype) if key_codec is None or value_codec is None else None
+        plain = _plain(dtype)
         lay = Layout(
             layers=layers,
             batch=batch,

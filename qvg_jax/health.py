@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from qvg_jax.accounting import packed_bytes
 from qvg_jax.cache_state import KVCache
 
 __all__ = [
@@ -101,12 +102,12 @@ def cache_bytes(cache: KVCache) -> CacheBytes:
     counters = cache.dense_blocks, cache.num_spans, cache.seen_blocks, cache.rejected_blocks
     dense_blocks, num_spans, seen, rejected = (int(x) for x in jax.device_get(counters))
     sink_blocks = min(dense_blocks, lay.sink_blocks)
-    dense = _nbytes((cache.dense_k, cache.dense_v)) // lay.dense_blocks  # bytes of one block
-    span = _nbytes((cache.span_k, cache.span_v)) // max(1, lay.max_spans)
-    state = _nbytes((cache.state_k, cache.state_v))
-    dense_pos = _nbytes(cache.dense_pos) // lay.dense_blocks
-    span_pos = _nbytes(cache.span_pos) // max(1, lay.max_spans)
-    scalars = _nbytes([x for x in jax.tree.leaves(cache) if x.ndim == 0])
+    dense = packed_bytes((cache.dense_k, cache.dense_v)) // lay.dense_blocks  # bytes of one block
+    span = packed_bytes((cache.span_k, cache.span_v)) // max(1, lay.max_spans)
+    state = packed_bytes((cache.state_k, cache.state_v))
+    dense_pos = packed_bytes(cache.dense_pos) // lay.dense_blocks
+    span_pos = packed_bytes(cache.span_pos) // max(1, lay.max_spans)
+    scalars = packed_bytes([x for x in jax.tree.leaves(cache) if x.ndim == 0])
     tokens = (dense_blocks + num_spans * lay.span_blocks) * lay.block_tokens
     encoded = seen > dense_blocks + rejected
 
@@ -131,7 +132,3 @@ def cache_bytes(cache: KVCache) -> CacheBytes:
 def _caches(tree: Any) -> list[KVCache]:
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, KVCache))
     return [x for x in leaves if isinstance(x, KVCache)]
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(tree))

@@ -1,6 +1,7 @@
 """The static shape of a cache: how many blocks go where, decided once, part of the jit key."""
 
 import dataclasses
+from numbers import Integral
 
 from qvg_jax.codec import Codec
 
@@ -43,7 +44,7 @@ class Layout:
         least |= dict(span_blocks=1 if self.max_spans else 0)
         for name, low in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
                 raise ValueError(f"{name}={value!r} is not accepted: give an integer >= {low}")
         if self.overflow not in OVERFLOW:
             raise ValueError(f"overflow={self.overflow!r} is not accepted: give one of {OVERFLOW}")

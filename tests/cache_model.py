@@ -4,6 +4,7 @@ The tests compare the library with these. Nothing here is clever: history is a l
 attention is one float64 softmax over their concatenation.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ class ListCache:
 
     def append(self, k_LBTHD, v_LBTHD, pos_BTP):
         lay = self.layout
-        store = [jnp.swapaxes(x, 2, 3).astype(jnp.bfloat16) for x in (k_LBTHD, v_LBTHD)]
+        store = [np.swapaxes(x, 2, 3).astype(jnp.bfloat16) for x in (k_LBTHD, v_LBTHD)]
         block = (*store, np.asarray(pos_BTP, np.float32))
         self.seen += 1
         if len(self.sink) < lay.sink_blocks:
@@ -110,13 +111,13 @@ class ListCache:
         old, self.window = self.window[: lay.span_blocks], self.window[lay.span_blocks :]
         decoded = []
         for i, codec in enumerate(self._codecs()):
-            x_LBHTD = jnp.concatenate([block[i] for block in old], axis=3)
+            x_LBHTD = np.concatenate([block[i] for block in old], axis=3)
             layers = []
             for layer in range(lay.layers):
-                packed, state = codec.encode(x_LBHTD[layer], self.states[i][layer])
+                packed, state = jax.jit(codec.encode)(x_LBHTD[layer], self.states[i][layer])
                 self.states[i][layer] = state
-                layers.append(codec.decode(packed, jnp.float32))
-            decoded.append(jnp.stack(layers))
+                layers.append(np.asarray(codec.decode(packed, jnp.float32)))
+            decoded.append(np.stack(layers))
         self.spans.append((*decoded, np.concatenate([block[2] for block in old], axis=1)))
 
     def evict(self, spans=1):
@@ -157,15 +158,25 @@ class ListCache:
 
 
 def _rotate(rope, x, positions):
-    table = rope.table(jnp.asarray(positions))
-    return np.asarray(rope.rotate(jnp.asarray(x, jnp.float32), table), np.float64)
+    # At one padded length, so that JAX compiles once and not for every length of history.
+    tokens = x.shape[2]
+    pad = -tokens % 64
+    x = np.pad(x, [(0, 0), (0, 0), (0, pad), (0, 0)]).astype(np.float32)
+    positions = np.pad(positions, [(0, 0), (0, pad), (0, 0)])
+    turned = _rotate_jit(rope, jnp.asarray(x), jnp.asarray(positions))
+    return np.asarray(turned, np.float64)[:, :, :tokens]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rotate_jit(rope, x, positions):
+    return rope.rotate(x, rope.table(positions))
 
 
 def block(seed: int, layout, scale: float = 1.0):
     """Random K, V (L, B, T, H, D) and positions (B, T, P) of block number `seed`."""
     rng = np.random.default_rng(seed)
     shape = (layout.layers, layout.batch, layout.block_tokens, layout.heads, layout.head_dim)
-    k, v = (jnp.asarray(rng.normal(size=shape) * scale, jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray((rng.normal(size=shape) * scale).astype(np.float32)) for _ in range(2))
     pos = rng.uniform(-5, 5, size=(layout.batch, layout.block_tokens, layout.pos_dims))
     return k, v, jnp.asarray(pos, jnp.float32)
 

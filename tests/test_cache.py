@@ -246,6 +246,12 @@ def test_a_longer_video_changes_no_shape_and_compiles_once():
     assert step._cache_size() == 1
 
 
+def test_plain_caches_made_apart_share_their_programs():
+    a, b = small(key_codec=None, value_codec=None), small(key_codec=None, value_codec=None)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert a.layout.key_codec.name == "bf16"
+
+
 def test_a_donated_cache_is_consumed():
     step = jax.jit(lambda c, *new: compress(append(c, *new)), donate_argnums=0)
     old = filled(2, small())

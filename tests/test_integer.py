@@ -88,7 +88,12 @@ def test_formulas(bits, mode, scale_dtype):
     x = tokens(7)
     codec, packed = code(x, bits=bits, group=16, mode=mode, scale_dtype=scale_dtype)
     codes, scales, zeros = by_the_book(x, bits, 16, mode, scale_dtype)
-    np.testing.assert_array_equal(np.asarray(packed.scales_BHTG), scales)
+    # XLA divides by a constant through its reciprocal: float32 scales may be one rounding off.
+    np.testing.assert_allclose(
+        packed.scales_BHTG.astype(jnp.float32),
+        scales.astype(np.float32),
+        rtol=2.0**-22 if scale_dtype == "f32" else 0,
+    )
     np.testing.assert_array_equal(unpack(packed.codes_BHTC, bits), codes)
     if mode == "symmetric":
         assert packed.zeros_BHTG is None
@@ -99,9 +104,9 @@ def test_formulas(bits, mode, scale_dtype):
     x_hat = x_hat * scales.astype(np.float32)[..., None]
     if mode == "asymmetric":
         x_hat = x_hat + zeros.astype(np.float32)[..., None]
-    # float32, one rounding apart where XLA fuses the multiply and the add
-    decoded = codec.decode(packed, jnp.float32)
-    np.testing.assert_allclose(decoded, x_hat.reshape(x.shape), rtol=1e-6, atol=1e-6)
+    # float32: the scale's last bit, and one rounding where XLA fuses multiply and add.
+    decoded = np.asarray(codec.decode(packed, jnp.float32)).reshape(x_hat.shape)
+    assert (np.abs(decoded - x_hat) <= 1e-6 * np.abs(x_hat).max(-1, keepdims=True)).all()
 
 
 @given(

@@ -26,6 +26,7 @@ from models.self_forcing import (
 )
 from models.self_forcing.block import draw_noise, generate_block
 from models.self_forcing.modeling import TextKV
+from qvg_jax import presets
 from qvg_jax import rollout as rollout_module
 from qvg_jax.codec import identity
 
@@ -113,6 +114,20 @@ def test_spans_that_only_store_change_nothing_and_bounded_ones_forget():
     assert np.abs(latents[:, 9:12] - whole[:, 9:12]).max() > 1e-4
 
 
+def test_a_two_bit_history_stays_near_and_repeats_itself():
+    codec = presets.qvg(num_centroids=4, group=12)
+    pipe, states = pipeline(History.qvg(codec, span_frames=3)), []
+    whole = pipeline(History()).generate(request(9), chunk=1)
+    one = pipe.generate(
+        request(9), chunk=1, progress=lambda *c: states.append(int(c[2].cache.num_spans))
+    )
+    assert states == [0, 1, 2]  # a span is compressed just before the next block runs
+    np.testing.assert_array_equal(one[:, :3], whole[:, :3])
+    distance = np.linalg.norm(one - whole) / np.linalg.norm(whole)
+    assert 1e-4 < distance < 0.1
+    np.testing.assert_array_equal(pipe.generate(request(9), chunk=1), one)
+
+
 def test_a_sliding_window_sees_its_frames_and_the_sink():
     sights = []
 
@@ -191,6 +206,7 @@ def test_bad_requests_say_what_is_wrong(changes, said):
         (lambda: History(window_frames=4, sink_frames=1), "at least 5"),
         (lambda: History.qvg(PLAIN, window_frames=24, span_frames=12), "at least 26"),
         (lambda: History(key_codec=PLAIN), "both"),
+        (lambda: History(sink_frames=-1), "sink_frames=-1"),
     ],
 )
 def test_bad_histories_say_what_is_wrong(history, said):

@@ -84,7 +84,7 @@ def cached_forward(
     Args:
         model: the transformer.
         x_BFZYX: the block's latents.
-        t: timesteps, [B, F], [B, 1] or [B].
+        t: timesteps, as the model takes them.
         text_kv: from `model.text_kv`.
         view: `cache.view(positions_BTP, rope)`; all passes over a block share one.
         keep_kv: also return the block's K (before RoPE) and V.
@@ -103,7 +103,7 @@ def denoise_block(
 
     After the last pass sigma' is 0, so its prediction is returned as it is.
 
-    Source: Self-Forcing (arXiv 2506.08009), algorithm 2 (few-step roll-out).
+    Source: Self-Forcing (arXiv 2506.08009), the few-step roll-out.
     """
     last = jnp.zeros_like(noise.start_BFZYX)[None]
     passes = (

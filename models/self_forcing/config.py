@@ -15,16 +15,16 @@ class SelfForcingConfig:
     The height and width of the video are not here: any grid that the patch divides works.
 
     Attributes:
-      layers, width, heads, ffn_width: size of the transformer; head_dim = width / heads.
-      latent_channels, out_channels: channels of the latent video, in and out.
-      patch: (rows, columns) of latent pixels per token; one latent frame deep.
-      time_width: width of the sinusoid of the timestep.
-      text_width, text_slots: width of the text embedding; length it is zero-padded to.
-      eps: added to the variance in every norm.
-      rope_frames: rows of the RoPE table, hence the longest video in latent frames.
-      rope_theta: base of the RoPE frequencies.
-      frames_per_block: latent frames that are denoised together.
-      dtype: dtype of the weights and of the activations between the float32 islands.
+        layers, width, heads, ffn_width: size of the transformer; head_dim = width / heads.
+        latent_channels, out_channels: channels of the latent video, in and out.
+        patch: (rows, columns) of latent pixels per token; one latent frame deep.
+        time_width: width of the sinusoid of the timestep.
+        text_width, text_slots: width of the text embedding; length it is zero-padded to.
+        eps: added to the variance in every norm.
+        rope_frames: rows of the RoPE table, hence the longest video in latent frames.
+        rope_theta: base of the RoPE frequencies.
+        frames_per_block: latent frames that are denoised together.
+        dtype: dtype of the weights and of the activations between the float32 islands.
 
     Source: Self-Forcing (arXiv 2506.08009) on Wan2.1-T2V-1.3B (arXiv 2503.20314).
     """
@@ -74,12 +74,12 @@ class SelfForcingConfig:
         """The configuration written with Wan2.1's own key names (`dim`, `ffn_dim`, ...).
 
         Args:
-          sizes: the mapping found in a Wan `config.json`.
-          frames_per_block: latent frames per auto-regressive block; Wan itself has no such thing.
-          dtype: dtype of weights and activations.
+            sizes: the mapping found in a Wan `config.json`.
+            frames_per_block: latent frames per auto-regressive block; Wan itself has no such thing.
+            dtype: dtype of weights and activations.
 
         Raises:
-          ValueError: for a variant whose arithmetic differs (image-to-video, no q/k norm, ...).
+            ValueError: for a variant whose arithmetic differs (image-to-video, no q/k norm, ...).
         """
         wanted = {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True}
         for name, value in wanted.items():
@@ -125,10 +125,10 @@ class SamplerConfig:
     """The few-step schedule of the distilled model.
 
     Attributes:
-      steps: noise levels visited, on the unshifted scale 0..train_steps, noisiest first.
-      shift: how far the ladder of noise levels leans towards noise (1 = straight).
-      train_steps: rungs of the ladder.
-      context_timestep: timestep of the last pass, which writes the clean block to the cache.
+        steps: noise levels visited, on the unshifted scale 0..train_steps, noisiest first.
+        shift: how far the ladder of noise levels leans towards noise (1 = straight).
+        train_steps: rungs of the ladder.
+        context_timestep: timestep of the last pass, which writes the clean block to the cache.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from models.self_forcing.layers import dense_attention
 from models.self_forcing.modeling import Output, SelfForcingDiT, TextKV
@@ -53,7 +53,7 @@ def dense_forward(
     t: Float[Array, "..."],
     text_kv: TextKV,
     *,
-    frames: Sequence[int] | None = None,
+    frames: Int[np.ndarray, "F"] | None = None,
     mask: np.ndarray | None = None,
     keep_kv: bool = False,
 ) -> Output:
@@ -62,7 +62,7 @@ def dense_forward(
     Args:
         model: the transformer.
         x_BFZYX: noisy latents.
-        t: timesteps, [B, F], [B, 1] or [B].
+        t: timesteps, as the model takes them.
         text_kv: from `model.text_kv`.
         frames: RoPE position of each frame; default 0..F-1.
         mask: bool [F, F], from the functions above; default: everything sees everything.

@@ -44,6 +44,9 @@ class History:
     keep_recent: int = 0
 
     def __post_init__(self):
+        for name, low in (("sink_frames", 0), ("keep_recent", 0), ("span_frames", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
         if (self.key_codec is None) != (self.value_codec is None):
             raise ValueError("give both key_codec and value_codec, or neither")
 

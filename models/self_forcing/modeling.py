@@ -161,7 +161,7 @@ class SelfForcingDiT(nnx.Module):
     def __call__(
         self,
         x_BFZYX: Float[Array, "B F Z Y X"],
-        t: Float[Array, "B F"] | Float[Array, "B 1"] | Float[Array, "B"],
+        t: Float[Array, "..."],
         text_kv: TextKV,
         attention: Callable[..., Array],
         *,
@@ -171,7 +171,8 @@ class SelfForcingDiT(nnx.Module):
 
         Args:
             x_BFZYX: noisy latents.
-            t: timestep per latent frame (or one for all), 0..1000, float32.
+            t: timesteps, 0..1000, float32: [B, F], one per latent frame, or [B], one per video, or
+                either with axes of 1.
             text_kv: from `text_kv`.
             attention: (q_BTHD, k_BTHD, v_BTHD, layer) -> o_BTHD, layer a traced index; it rotates
                 q and k and decides what the frames see besides themselves.

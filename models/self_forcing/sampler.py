@@ -57,11 +57,11 @@ class Ladder:
     def index(self, timesteps) -> np.ndarray:
         """The rung nearest to each timestep (the noisier one of two equally near)."""
         wanted = np.asarray(timesteps, np.float32)
-        return np.abs(self.timesteps - wanted[..., None]).argmin(-1)
+        return np.asarray(np.abs(self.timesteps - wanted[..., None]).argmin(-1))
 
     def sigma(self, timesteps) -> np.ndarray:
         """Float32 noise fraction of each timestep, looked up at the nearest rung."""
-        return self.sigmas[self.index(timesteps)]
+        return np.asarray(self.sigmas[self.index(timesteps)])
 
     @cached_property
     def step_sigmas(self) -> np.ndarray:
@@ -83,9 +83,9 @@ def add_noise(
     """x = (1 - sigma) x0 + sigma noise, in float32, returned in the dtype of `x0`.
 
     Args:
-      x0: clean latents.
-      noise: standard normal, same shape.
-      sigma: noise fraction; its axes are the leading axes of `x0`.
+        x0: clean latents.
+        noise: standard normal, same shape.
+        sigma: noise fraction; its axes are the leading axes of `x0`.
     """
     s = _per_item(sigma, x0)
     x = (1.0 - s) * x0.astype(jnp.float32) + s * noise.astype(jnp.float32)
@@ -98,9 +98,9 @@ def flow_to_x0(
     """x0 = x - sigma flow, in float32, returned in the dtype of `flow`.
 
     Args:
-      flow: the network's output, noise - x0.
-      x: the network's input.
-      sigma: noise fraction of `x`; its axes are the leading axes of `x`.
+        flow: the network's output, noise - x0.
+        x: the network's input.
+        sigma: noise fraction of `x`; its axes are the leading axes of `x`.
     """
     x0 = x.astype(jnp.float32) - _per_item(sigma, x) * flow.astype(jnp.float32)
     return x0.astype(flow.dtype)

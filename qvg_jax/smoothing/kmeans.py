@@ -153,7 +153,7 @@ def kmeans_smoothing(
             if warm_start:
                 previous_BHKD = state.centroids_BHSKD[:, :, s].astype(jnp.float32)
                 c_BHKD = jnp.where(state.warm, previous_BHKD, c_BHKD)
-                n = jnp.where(state.warm, iters, cold_iters)
+                n = iters if iters == cold_iters else jnp.where(state.warm, iters, cold_iters)
             c_BHKD = lloyd(tokens_BHTD, c_BHKD, n, used_BHT=used_BHT, reseed=reseed)
             c_BHKD = c_BHKD.astype(centroid_dtype)
             ids_BHT, _ = assign(tokens_BHTD, c_BHKD)

@@ -1,10 +1,7 @@
 """The Self-Forcing transformer against vectors of the PyTorch reference (float32, CPU)."""
 
 import functools
-import json
-import os
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +23,7 @@ from models.self_forcing.layers import layer_norm, modulate, sinusoid
 from models.self_forcing.params import load_dit
 from models.self_forcing.rope import axis_slots, host_table, model_rope, token_positions, wan_rope
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path(os.environ.get("QVG_GOLDEN_DIR", ROOT.parent / "shared/golden")) / "self_forcing"
 ATOL = 1e-4  # float32 transformer; the README's tolerance, measured distance is below 1e-5
-
-needs_vectors = pytest.mark.skipif(
-    not (FOLDER / "config.json").exists(),
-    reason=f"no golden vectors at {FOLDER}; set QVG_GOLDEN_DIR",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +32,23 @@ def _true_float32():
         yield
 
 
-@functools.cache
-def vectors(name):
-    with np.load(FOLDER / f"{name}.npz") as npz:
-        return dict(npz)
+@pytest.fixture(scope="module")
+def vectors(golden):
+    folder = golden("self_forcing")
+    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
 
 
-@functools.cache
-def settings():
-    return json.loads((FOLDER / "config.json").read_text())
+@pytest.fixture(scope="module")
+def model(golden):
+    folder = golden("self_forcing")
+    sizes, n = folder.config["dit"], folder.config["num_frame_per_block"]
 
+    @functools.cache
+    def load(dtype=jnp.float32):
+        config = SelfForcingConfig.from_wan(sizes, frames_per_block=n, dtype=dtype)
+        return load_dit(folder.path / "dit_tiny.safetensors", config)
 
-@functools.cache
-def model(dtype=jnp.float32):
-    config = SelfForcingConfig.from_wan(
-        settings()["dit"], frames_per_block=settings()["num_frame_per_block"], dtype=dtype
-    )
-    return load_dit(FOLDER / "dit_tiny.safetensors", config)
+    return load
 
 
 def frames_first(x_BZFYX):
@@ -86,8 +76,7 @@ def dense(model, x, t, text, *, blocks=None, window=None, teacher=False):
     return dense_forward(model, x, t, model.text_kv(text), mask=mask, frames=frames).flow_BFZYX
 
 
-@needs_vectors
-def test_embeddings_match():
+def test_embeddings_match(vectors, model):
     v, m = vectors("dit_tiny_io"), model()
     t = jnp.asarray(v["temb_t"])
     close(sinusoid(t, m.config.time_width), v["temb_sin"], 1e-6)
@@ -98,8 +87,7 @@ def test_embeddings_match():
     close(m.patchify(frames_first(v["bidir_x"])), v["patch_out"])
 
 
-@needs_vectors
-def test_inside_of_the_layers_matches():
+def test_inside_of_the_layers_matches(vectors, model):
     v, m = vectors("dit_tiny_io"), model()
 
     @nnx.jit
@@ -138,8 +126,7 @@ def test_inside_of_the_layers_matches():
         close(value, v[f"bidir_{name}"])
 
 
-@needs_vectors
-def test_forward_without_cache_matches():
+def test_forward_without_cache_matches(vectors, model):
     v, m = vectors("dit_tiny_io"), model()
     n, context = m.config.frames_per_block, jnp.asarray(v["context"])
 
@@ -180,13 +167,13 @@ def two_passes(model, cache, text_kv, x, t):
     return out.flow_BFZYX, after
 
 
-def check_cache(expected, prefix, cache, before=None, distance=close):
+def check_cache(m, expected, prefix, cache, before=None, distance=close):
     """K as attention sees it, and V, of all frames in the cache, and in `before` if given.
 
     The reference keeps the newest block inside its window, we beside it: frames that have just
     left our sliding window are still in theirs.
     """
-    m, frames = model(), {}
+    frames = {}
     for c in (before, cache):
         if c is not None:
             frame, k, v = recall(c, model_rope(m.config))
@@ -200,8 +187,7 @@ def check_cache(expected, prefix, cache, before=None, distance=close):
             assert not reference[:, x.shape[2] :].any()  # slots that were never filled
 
 
-@needs_vectors
-def test_block_by_block_with_cache_matches():
+def test_block_by_block_with_cache_matches(vectors, model):
     v, m = vectors("dit_tiny_io"), model()
     x, t, n = frames_first(v["cached_x"]), jnp.asarray(v["cached_t"]), m.config.frames_per_block
     text_kv = m.text_kv(jnp.asarray(v["context"]))
@@ -214,11 +200,10 @@ def test_block_by_block_with_cache_matches():
         flow, (cache, _) = two_passes(m, cache, text_kv, x[:, here], t[:, here])
         close(np.swapaxes(flow[0], 1, 2), expected)
         assert int(cache.tokens) == v[f"cached_gei_b{b}"] == v[f"cached_lei_b{b}"]
-    check_cache(v, "cached", cache)
+    check_cache(m, v, "cached", cache)
 
 
-@needs_vectors
-def test_sliding_windows_match():
+def test_sliding_windows_match(vectors, model):
     v, m = vectors("dit_tiny_io"), model()
     x, t, n = frames_first(v["roll_x"]), jnp.asarray(v["roll_t"]), m.config.frames_per_block
     text_kv = m.text_kv(jnp.asarray(v["context"][:1]))
@@ -235,11 +220,10 @@ def test_sliding_windows_match():
             S = cache.layout.block_tokens
             assert int(before.tokens) + n * S == v[f"{name}_lei_b{b}"]
             assert int(cache.seen_blocks) * S == v[f"{name}_gei_b{b}"]
-        check_cache(v, name, cache, before)
+        check_cache(m, v, name, cache, before)
 
 
-@needs_vectors
-def test_bfloat16_stays_near():
+def test_bfloat16_stays_near(vectors, model):
     v, m = vectors("dit_tiny_io"), model(jnp.bfloat16)
     count, n = len(v["bf16_out"]), m.config.frames_per_block
     x = frames_first(v["cached_x"][:1]).astype(jnp.bfloat16)
@@ -251,11 +235,10 @@ def test_bfloat16_stays_near():
         flow, (cache, _) = two_passes(m, cache, text_kv, x[:, here], t[:, here])
         near(np.swapaxes(flow[0], 1, 2), v["bf16_out"][b])
         assert int(cache.tokens) == v[f"bf16_gei_b{b}"] == v[f"bf16_lei_b{b}"]
-    check_cache(v, "bf16", cache, distance=near)
+    check_cache(m, v, "bf16", cache, distance=near)
 
 
-@needs_vectors
-def test_rope_matches():
+def test_rope_matches(vectors):
     names = vectors("rope_io")
     for head_dim in sorted({int(re.match(r"d(\d+)_", name)[1]) for name in names}):
         prefix = f"d{head_dim}_"

@@ -1,9 +1,6 @@
 """The Self-Forcing sampler, roll-outs and cache schedule against the PyTorch reference (CPU)."""
 
 import functools
-import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +26,8 @@ from models.self_forcing.rope import model_rope
 from models.self_forcing.sampler import Ladder, add_noise, flow_to_x0, x0_to_flow
 from qvg_jax.codec import Codec, identity
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path(os.environ.get("QVG_GOLDEN_DIR", ROOT.parent / "shared/golden")) / "self_forcing"
 ATOL = 1e-4  # float32 roll-outs; the README's tolerance, measured distance is below 1e-5
 SPAN_BLOCKS = 8  # the released schedule compresses eight blocks at a time
-
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "config.json").exists(),
-    reason=f"no golden vectors at {FOLDER}; set QVG_GOLDEN_DIR",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +36,23 @@ def _true_float32():
         yield
 
 
-@functools.cache
-def vectors(name):
-    with np.load(FOLDER / f"{name}.npz") as npz:
-        return dict(npz)
+@pytest.fixture(scope="module")
+def vectors(golden):
+    folder = golden("self_forcing")
+    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
 
 
-@functools.cache
-def model(dtype=jnp.float32):
-    settings = json.loads((FOLDER / "config.json").read_text())
-    config = SelfForcingConfig.from_wan(
-        settings["dit"], frames_per_block=settings["num_frame_per_block"], dtype=dtype
-    )
-    return load_dit(FOLDER / "dit_tiny.safetensors", config)
+@pytest.fixture(scope="module")
+def model(golden):
+    folder = golden("self_forcing")
+    sizes, n = folder.config["dit"], folder.config["num_frame_per_block"]
+
+    @functools.cache
+    def load(dtype=jnp.float32):
+        config = SelfForcingConfig.from_wan(sizes, frames_per_block=n, dtype=dtype)
+        return load_dit(folder.path / "dit_tiny.safetensors", config)
+
+    return load
 
 
 def close(actual, expected, atol=ATOL):
@@ -72,7 +66,7 @@ def one_bf16_step(actual, expected):
     assert (actual != expected).mean() < 1e-3
 
 
-def test_ladder_matches():
+def test_ladder_matches(vectors):
     v, ladder = vectors("sampler_io"), Ladder(SamplerConfig())
     close(ladder.sigmas, v["sigmas"], 1e-6)
     close(ladder.timesteps, v["timesteps"], 1e-3)
@@ -84,7 +78,7 @@ def test_ladder_matches():
     assert ladder.steps.dtype == np.float32  # 833.3333: bfloat16 would be another timestep
 
 
-def test_noise_and_flow_conversions_match():
+def test_noise_and_flow_conversions_match(vectors):
     v, ladder = vectors("sampler_io"), Ladder(SamplerConfig())
     sigma = ladder.sigma(v["addnoise_t"])
     for bits, distance, dtype in (("", close, jnp.float32), ("_bf16in", one_bf16_step, "bfloat16")):
@@ -114,9 +108,9 @@ def block_noise(v, prefix, blocks):
     return noise
 
 
-def roll_out(v, run, history, *, alone=None, dtype=jnp.float32, capacity=None):
+def roll_out(m, v, run, history, *, alone=None, capacity=None):
     """Generates a run of the vectors; returns latents, plan, and what was in the cache when."""
-    m, prefix = model(dtype), f"{run}_" if run else ""
+    prefix = f"{run}_" if run else ""
     start, initial = v[prefix + "noise"], v.get(prefix + "initial_latent")
     initial_frames = 0 if initial is None else initial.shape[1]
     frames = start.shape[1] + initial_frames
@@ -148,23 +142,23 @@ SINK_FRAMES = {"roll": 0, "roll_sink": 3}  # runs with a sliding window; its len
 UNBOUNDED = ("t2v", "i2v", "indep_t2v", "extend")
 
 
-def history_of(v, run):
+def history_of(m, v, run):
     if run not in SINK_FRAMES:
         return History()
-    tokens = np.prod(model().config.grid(*v[f"{run}_noise"].shape[-2:]))
+    tokens = np.prod(m.config.grid(*v[f"{run}_noise"].shape[-2:]))
     window = v[f"{run}_k_l0"].shape[1] // tokens
     return History(window_frames=int(window), sink_frames=SINK_FRAMES[run])
 
 
 @pytest.mark.parametrize("run", (*UNBOUNDED, "t2v_b2", *SINK_FRAMES))
-def test_roll_out_matches(run):
+def test_roll_out_matches(vectors, model, run):
     v, m = vectors("sampler_io"), model()
     alone = True if run == "indep_t2v" else None
     # One capacity for all of these: they share a compiled program.
     longest = max(v[f"{r}_latents"].shape[1] for r in UNBOUNDED)
     capacity = longest if run in UNBOUNDED else None
-    history = history_of(v, run)
-    latents, blocks, seen = roll_out(v, run, history, alone=alone, capacity=capacity)
+    history = history_of(m, v, run)
+    latents, blocks, seen = roll_out(m, v, run, history, alone=alone, capacity=capacity)
     close(latents, v[f"{run}_latents"])
     assert [done for done, *_ in seen] == [b.end_frame for b in blocks]
 
@@ -198,7 +192,7 @@ def test_roll_out_matches(run):
         close(k[-1], v[f"{run}_k_last"])
 
 
-def test_every_pass_of_a_roll_out_matches():
+def test_every_pass_of_a_roll_out_matches(vectors, model):
     v, m = vectors("sampler_io"), model()
     blocks = plan_blocks(m.config, v["t2v_noise"].shape[1])
     start = v["t2v_noise"]
@@ -236,9 +230,9 @@ def test_every_pass_of_a_roll_out_matches():
     assert at == len(v["t2v_call_x"])
 
 
-def test_bfloat16_roll_out_stays_near():
+def test_bfloat16_roll_out_stays_near(vectors, model):
     v = vectors("sampler_io")
-    latents, *_ = roll_out(v, "bf16", History(), dtype=jnp.bfloat16)
+    latents, *_ = roll_out(model(jnp.bfloat16), v, "bf16", History())
     actual, expected = np.asarray(latents, np.float64), v["bf16_latents"]
     assert actual.shape == expected.shape
     # A sanity check: the roll-out amplifies every rounding.
@@ -257,12 +251,12 @@ def towards_the_mean() -> Codec:
 
 
 @pytest.mark.parametrize("kind", ["none", "fake"])
-def test_quantization_schedule_matches(kind):
+def test_quantization_schedule_matches(vectors, model, kind):
     v, m = vectors("qvg_schedule_io"), model()
     span_frames = SPAN_BLOCKS * m.config.frames_per_block
     codec = {"none": identity(jnp.float32), "fake": towards_the_mean()}[kind]
     history = History.qvg(codec, span_frames=span_frames)
-    latents, blocks, seen = roll_out(v, "", history)
+    latents, blocks, seen = roll_out(m, v, "", history)
     close(latents, v[f"{kind}_latents"])
 
     S = np.prod(m.config.grid(*latents.shape[-2:]))

@@ -1,0 +1,104 @@
+"""What only a GPU can show: run by hand with `python -m pytest -m gpu tests/test_gpu.py`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qvg_jax import presets
+from qvg_jax.attention import attend
+from qvg_jax.cache import KVCache, append, compress
+from qvg_jax.codec import identity
+from qvg_jax.rope import axial_rope, frequency_ladder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU"),
+]
+
+
+def _clustered(key, shape, centres=64):
+    """Tokens around a few centres, bf16: what k-means is for."""
+    k_centre, k_pick, k_noise = jax.random.split(key, 3)
+    b, h, t, d = shape
+    centre = jax.random.normal(k_centre, (h, centres, d))
+    pick = jax.random.randint(k_pick, (b, h, t), 0, centres)
+    x = jax.vmap(lambda c, i: c[i], (0, 1), 1)(centre, pick)
+    return (x + 0.4 * jax.random.normal(k_noise, shape)).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["qvg", "qvg-pro"])
+def test_encode_gives_the_same_bytes_twice(name):
+    codec, shape = presets.get(name), (1, 12, 37_440, 128)
+    x = _clustered(jax.random.key(0), shape)
+    encode = jax.jit(lambda x, s: codec.encode(x, s)[0])
+    state = codec.init(shape, x.dtype)
+    first, second = (jax.device_get(encode(x, state)) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+    error = jax.jit(lambda p: jnp.linalg.norm((codec.decode(p, jnp.float32) - x).astype(jnp.float32)))
+    assert float(error(first)) < 0.5 * float(jnp.linalg.norm(x.astype(jnp.float32)))
+
+
+def _filled(codec, blocks, *, block_tokens, span_blocks, heads=12, head_dim=128):
+    cache = KVCache.create(
+        heads=heads, head_dim=head_dim, block_tokens=block_tokens, span_blocks=span_blocks, max_spans=3,
+        keep_recent=1, sink_blocks=1, pos_dims=1, key_codec=codec, value_codec=codec,
+    )  # fmt: skip
+    add = jax.jit(lambda c, k, v, p: compress(append(c, k, v, p)), donate_argnums=0)
+    for i in range(blocks):
+        k, v = (
+            _clustered(jax.random.key(2 * i + j), (1, heads, block_tokens, head_dim)).swapaxes(1, 2)
+            for j in (0, 1)
+        )
+        position = (i * block_tokens + jnp.arange(block_tokens, dtype=jnp.float32))[None, :, None]
+        cache = add(cache, k, v, position)
+    return cache
+
+
+def test_attend_in_bf16_equals_exact_softmax_over_the_stored_history():
+    heads, d, block, blocks = 4, 128, 256, 20
+    rope = axial_rope([frequency_ladder(d)])
+    cache = _filled(identity(), blocks, block_tokens=block, span_blocks=6, heads=heads)
+    shape = (1, block, heads, d)
+    q, k, v = (jax.random.normal(jax.random.key(100 + i), shape).astype(jnp.bfloat16) for i in range(3))
+    now = (blocks * block + jnp.arange(block, dtype=jnp.float32))[None, :, None]
+    ours = jax.jit(functools.partial(attend, rope=rope))(q, cache, k, v, positions=now)
+
+    keys, values, positions = [k], [v], [now]
+    for i in range(blocks):
+        made = (
+            _clustered(jax.random.key(2 * i + j), (1, heads, block, d)).swapaxes(1, 2) for j in (0, 1)
+        )
+        for parts, x in zip((keys, values), made, strict=True):
+            parts.append(x)
+        positions.append((i * block + jnp.arange(block, dtype=jnp.float32))[None, :, None])
+    f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    rotate = lambda x, p: rope.rotate(f32(x).swapaxes(1, 2), rope.table(p))  # noqa: E731
+    q_BHTD, k_BHTD = rotate(q, now), rotate(jnp.concatenate(keys, 1), jnp.concatenate(positions, 1))
+    with jax.default_matmul_precision("highest"):
+        weights = jax.nn.softmax(jnp.einsum("bhqd,bhtd->bhqt", q_BHTD, k_BHTD) / d**0.5, -1)
+        exact = jnp.einsum("bhqt,bthd->bqhd", weights, f32(jnp.concatenate(values, 1)))
+    error = jnp.linalg.norm(f32(ours) - exact) / jnp.linalg.norm(exact)
+    assert float(error) < 1e-2
+
+
+def test_reading_three_long_spans_takes_the_memory_of_one():
+    """A Self-Forcing layer: 12 heads, spans of 37,440 tokens, 4,680 queries."""
+    block = 4_680
+    cache = _filled(presets.get("qvg"), 26, block_tokens=block, span_blocks=8)
+    assert int(cache.num_spans) == 3
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (1, block, 12, 128)).astype(jnp.bfloat16) for i in range(3)
+    )
+    now = (26 * block + jnp.arange(block, dtype=jnp.float32))[None, :, None]
+    rope = axial_rope([frequency_ladder(128)])
+    compiled = jax.jit(functools.partial(attend, rope=rope)).lower(q, cache, k, v, positions=now).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    one_span = 2 * 2 * 12 * 8 * block * 128  # K and V in bf16
+    out = compiled(q, cache, k, v, positions=now)
+    assert bool(jnp.isfinite(out.astype(jnp.float32)).all())
+    print(f"temporaries {temporary / 2**20:.0f} MiB, one decoded span {one_span / 2**20:.0f} MiB")
+    assert temporary < 6 * one_span
