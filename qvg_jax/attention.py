@@ -27,9 +27,9 @@ __all__ = ["attend"]
 # large enough for one matrix product to be worth its call.
 DENSE_CHUNK_TOKENS = 512
 
-# Keys of a decoded span that meet the queries at once. The float32 logits of 12 heads, 4,680 queries
-# and a whole span of 37,440 keys would take 8.4 GB.
-SPAN_CHUNK_TOKENS = 2048
+# Keys of a decoded span, or of the new block, that meet the queries at once. The float32 logits of 12 heads, 4,680
+# queries and a whole span of 37,440 keys would take 8.4 GB.
+SPAN_CHUNK_TOKENS = 1024
 
 
 class _Running(NamedTuple):
@@ -105,7 +105,7 @@ def _attend(
     q_BHQD = q_BHGTD.reshape(lay.batch, lay.heads, -1, lay.head_dim)
 
     # The new block comes first: all of it is visible, so the maximum is finite from here on.
-    run = _visit(None, q_BHQD, k_BHTD, v_BHTD, scale)
+    run = _visit_long(_nothing(q_BHQD), q_BHQD, k_BHTD, v_BHTD, scale)
     run = _visit_dense(run, view, q_BHQD, layer, scale)
     if lay.max_spans:
         run = _visit_spans(run, view, q_BHQD, layer, scale)
@@ -136,8 +136,16 @@ def _rotated(view: CacheView, x_BHTD: Array, table: Any) -> Array:
     return x_BHTD if view.rope is None else view.rope.rotate(x_BHTD, table)
 
 
+def _nothing(q_BHQD: Array) -> _Running:
+    """The state before any key: every key raises its maximum."""
+    like = q_BHQD.astype(jnp.float32)  # keeps q's sharding
+    return _Running(
+        jnp.full_like(like[..., 0], -jnp.inf), jnp.zeros_like(like[..., 0]), jnp.zeros_like(like)
+    )
+
+
 def _visit(
-    run: _Running | None,
+    run: _Running,
     q_BHQD: Array,
     k_BHTD: Array,
     v_BHTD: Array,
@@ -149,13 +157,11 @@ def _visit(
     s_BHQT = jnp.einsum("bhqd,bhtd->bhqt", q_BHQD, k_BHTD, preferred_element_type=f32) * scale
     if visible_T is not None:
         s_BHQT = jnp.where(visible_T[None, None, None, :], s_BHQT, -jnp.inf)
-    new_max = s_BHQT.max(-1) if run is None else jnp.maximum(run.max_BHQ, s_BHQT.max(-1))
+    new_max = jnp.maximum(run.max_BHQ, s_BHQT.max(-1))
     p_BHQT = jnp.exp(s_BHQT - new_max[..., None])
     new_sum = p_BHQT.sum(-1)
     p_BHQT = p_BHQT.astype(v_BHTD.dtype)
     new_out = jnp.einsum("bhqt,bhtd->bhqd", p_BHQT, v_BHTD, preferred_element_type=f32)
-    if run is None:
-        return _Running(new_max, new_sum, new_out)
     fade = jnp.exp(run.max_BHQ - new_max)
     return _Running(new_max, run.sum_BHQ * fade + new_sum, run.out_BHQD * fade[..., None] + new_out)
 
@@ -165,15 +171,14 @@ def _visit_dense(
 ) -> _Running:
     """Sink and window: chunks of the valid prefix, so an empty window costs nothing."""
     cache, lay = view.cache, view.cache.layout
-    total = lay.dense_blocks * lay.block_tokens
-    per_chunk = max(1, min(lay.dense_blocks, DENSE_CHUNK_TOKENS // lay.block_tokens))
-    size = per_chunk * lay.block_tokens
+    total, valid = (n * lay.block_tokens for n in (lay.dense_blocks, cache.dense_blocks))
+    size = min(total, DENSE_CHUNK_TOKENS)
 
     def chunk(i, run):
         # The last chunk is moved back to stay inside the buffer; the mask hides what it repeats.
         start = jnp.minimum(i * size, total - size)
         token = start + jnp.arange(size)
-        visible = (token >= i * size) & (token < cache.dense_blocks * lay.block_tokens)
+        visible = (token >= i * size) & (token < valid)
 
         def read(buffer):
             corner, form = (layer, 0, 0, start, 0), (1, lay.batch, lay.heads, size, lay.head_dim)
@@ -184,8 +189,7 @@ def _visit_dense(
         k_BHTD = _rotated(view, read(cache.dense_k), view.dense_table(start, size))
         return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, visible)
 
-    chunks = (cache.dense_blocks + per_chunk - 1) // per_chunk
-    return lax.fori_loop(0, chunks, chunk, run)
+    return lax.fori_loop(0, (valid + size - 1) // size, chunk, run)
 
 
 def _visit_spans(
@@ -211,7 +215,7 @@ def _visit_spans(
 def _visit_long(
     run: _Running, q_BHQD: Array, k_BHTD: Array, v_BHTD: Array, scale: Array
 ) -> _Running:
-    """`_visit` in pieces of at most `SPAN_CHUNK_TOKENS` keys: bounds the logits of a long span."""
+    """`_visit` in pieces of at most `SPAN_CHUNK_TOKENS` keys."""
     total = k_BHTD.shape[2]
     pieces = -(-total // SPAN_CHUNK_TOKENS)
     if pieces == 1:

@@ -132,7 +132,8 @@ def _encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
     tail = (lay.window_blocks - lay.span_blocks) * n  # what can remain in the window
     full = (cache.num_spans >= lay.max_spans).astype(jnp.int32)
     slot = (cache.first_span + cache.num_spans) % lay.max_spans
-    key = jax.random.fold_in(key, cache.seen_blocks)
+    encoded_blocks = cache.seen_blocks - cache.rejected_blocks - cache.dense_blocks
+    key = jax.random.fold_in(key, encoded_blocks // lay.span_blocks)
 
     def one_layer(l, carry):
         def one(codec, dense, spans, states, key):

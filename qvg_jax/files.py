@@ -34,7 +34,7 @@ def writable_folder(path: str | os.PathLike) -> Path:
     """The folder `path`, made if it is missing, after a file was written there and removed.
 
     Raises:
-        ValueError: it cannot be made or written.
+        OSError: it cannot be made or written.
     """
     path = Path(path)
     try:
@@ -42,8 +42,5 @@ def writable_folder(path: str | os.PathLike) -> Path:
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(b"0")
     except OSError as error:
-        raise ValueError(
-            f"out={str(path)!r} cannot be written ({error.strerror}); accepted: a folder that can "
-            "be made and written"
-        ) from error
+        raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
     return path

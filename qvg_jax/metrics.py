@@ -30,6 +30,4 @@ def ssim(frame_HW3: UInt8[np.ndarray, "H W 3"], reference_HW3: UInt8[np.ndarray,
 
     Source: Wang et al., "Image Quality Assessment", IEEE TIP 13(4), 2004, as in scikit-image.
     """
-    return float(
-        structural_similarity(reference_HW3, frame_HW3, channel_axis=-1, data_range=255)
-    )
+    return float(structural_similarity(reference_HW3, frame_HW3, channel_axis=-1, data_range=255))

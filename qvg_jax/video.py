@@ -61,8 +61,12 @@ class Mp4:
         """
         frame_HW3 = np.ascontiguousarray(frame_HW3)
         shape = frame_HW3.shape
-        if frame_HW3.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or (
-            shape[1] % 2
+        if (
+            frame_HW3.dtype != np.uint8
+            or len(shape) != 3
+            or shape[2] != 3
+            or shape[0] % 2
+            or (shape[1] % 2)
         ):
             raise ValueError(
                 f"frame of {frame_HW3.dtype} with shape {shape}; accepted: uint8 (H, W, 3), "
@@ -94,7 +98,7 @@ class Mp4:
         stream = self._container.add_stream("libx264", rate=self._fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # A key frame every two seconds, so that a player can jump.
-        stream.options = {"crf": str(self._crf), "preset": "medium", "g": str(2 * self._fps)}
+        stream.options = {"crf": str(self._crf), "preset": "veryfast", "g": str(2 * self._fps)}
         context = stream.codec_context
         context.time_base = Fraction(1, self._fps)
         context.thread_count = 1  # how x264 cuts its work depends on the number of threads

@@ -117,6 +117,13 @@ def test_a_window_longer_than_a_chunk():
         check(*filled("a" * blocks, **sizes), tokens=3)
 
 
+@pytest.mark.parametrize("span_blocks", [3, 4])
+def test_a_span_longer_than_a_chunk(span_blocks, monkeypatch):
+    # 9 tokens are pieces of 5 and 5 with one repeated and hidden, 12 are three pieces of 4.
+    monkeypatch.setattr("qvg_jax.attention.SPAN_CHUNK_TOKENS", 5)
+    check(*filled("a" * (2 + span_blocks) + "caa", span_blocks=span_blocks))
+
+
 def test_bfloat16_queries_accumulate_in_float32():
     check(*filled("aaaacaacaa"), dtype=jnp.bfloat16)
 

@@ -130,12 +130,12 @@ def test_each_span_starts_from_the_state_that_the_last_one_left():
 
 
 def test_random_codecs_get_a_stream_of_their_own_for_each_span_layer_and_side():
-    cache = small(key_codec=stamped(), value_codec=stamped(), layers=3)
-    a, b, other = cache, cache, cache
-    for i in range(6):
-        new = block(i, cache.layout)
-        a, b = compress(append(a, *new)), compress(append(b, *new), jax.random.key(0))
-        other = compress(append(other, *new), jax.random.key(1))
+    cache = small(key_codec=stamped(), value_codec=stamped(), layers=3, window_blocks=7)
+    cache = filled(6, cache, with_compress=False)
+    a = compress(compress(cache))  # two spans at once, without a block between them
+    b = compress(compress(cache, jax.random.key(0)), jax.random.key(0))
+    other = compress(compress(cache, jax.random.key(1)), jax.random.key(1))
+    assert int(a.num_spans) == 2
     assert same(a, b)
     numbers = np.concatenate([np.asarray(x).ravel() for x in (a.span_k, a.span_v)])
     stamps = np.unique(numbers)

@@ -27,8 +27,8 @@ from models.self_forcing import (
 from models.self_forcing.block import draw_noise, generate_block
 from models.self_forcing.modeling import TextKV
 from qvg_jax import presets
-from qvg_jax import rollout as rollout_module
 from qvg_jax.codec import identity
+from qvg_jax.rollout import _run_chunk
 
 CONFIG = SelfForcingConfig(
     layers=2,
@@ -68,9 +68,9 @@ def test_stream_and_longer_videos_repeat_the_same_frames_without_recompiling():
     long = pipe.generate(request(12), chunk=1, progress=lambda *c: calls.append(c[:2]))
     assert long.shape == (1, 12, 4, 4, 4) and np.isfinite(long).all()
     assert calls == [(3, 12), (6, 12), (9, 12), (12, 12)]
-    compiled = rollout_module._run_chunk._cache_size()
+    compiled = _run_chunk._cache_size()
     short = pipe.generate(request(6), chunk=1)
-    assert rollout_module._run_chunk._cache_size() == compiled
+    assert _run_chunk._cache_size() == compiled
     np.testing.assert_array_equal(short, long[:, :6])
     parts = list(pipe.stream(request(6)))
     assert [p.shape[1] for p in parts] == [3, 3]

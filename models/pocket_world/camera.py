@@ -38,7 +38,9 @@ def parse_actions(text: str) -> np.ndarray:
                 f"{', '.join(ACTIONS)}, joined by commas, such as 'w-8,d-4'"
             )
         if not duration.isdecimal() or int(duration) == 0:
-            raise ValueError(f"duration {duration!r} in {part!r}; accepted: a whole number of frames above 0")
+            raise ValueError(
+                f"duration {duration!r} in {part!r}; accepted: a whole number of frames above 0"
+            )
         frames += [ACTIONS.index(name)] * int(duration)
     return np.array(frames, np.int32)
 
@@ -106,7 +108,14 @@ def frame_features(
     phase = 2 * jnp.pi * (time_F % CLOCK).astype(jnp.float32)[:, None] / CLOCK
     altitude = pose_F3[:, 2:] / MAX_ALTITUDE
     return jnp.concatenate(
-        [jnp.where(cut, 0.0, delta), cut.astype(jnp.float32), jnp.sin(phase), jnp.cos(phase), altitude], -1
+        [
+            jnp.where(cut, 0.0, delta),
+            cut.astype(jnp.float32),
+            jnp.sin(phase),
+            jnp.cos(phase),
+            altitude,
+        ],
+        -1,
     )
 
 
@@ -120,8 +129,14 @@ def token_positions(
     """
     rows, columns = HEIGHT // patch, WIDTH // patch
     scale = units_per_pixel(pose_F3[:, 2])[:, None, None]
-    y = pose_F3[:, 1, None, None] / patch + (jnp.arange(rows) + 0.5 - rows / 2)[None, :, None] * scale
-    x = pose_F3[:, 0, None, None] / patch + (jnp.arange(columns) + 0.5 - columns / 2)[None, None, :] * scale
+    y = (
+        pose_F3[:, 1, None, None] / patch
+        + (jnp.arange(rows) + 0.5 - rows / 2)[None, :, None] * scale
+    )
+    x = (
+        pose_F3[:, 0, None, None] / patch
+        + (jnp.arange(columns) + 0.5 - columns / 2)[None, None, :] * scale
+    )
     shape = (len(pose_F3), rows, columns)
     parts = (time_F.astype(jnp.float32)[:, None, None], y, x, pose_F3[:, 2, None, None])
     return jnp.stack([jnp.broadcast_to(p, shape) for p in parts], -1).reshape(-1, 4)

@@ -38,7 +38,9 @@ def sample_sequence(key, cfg: PocketWorldConfig, shape: SequenceShape):
     n, walk_blocks = cfg.block_frames, shape.walk_frames // cfg.block_frames
     keys = iter(jax.random.split(key, 16))
     half_width = jax.random.uniform(next(keys), (), minval=100.0, maxval=600.0)
-    altitude = jax.random.randint(next(keys), (), -2, camera.MAX_ALTITUDE + 1).clip(0).astype(jnp.float32)
+    altitude = (
+        jax.random.randint(next(keys), (), -2, camera.MAX_ALTITUDE + 1).clip(0).astype(jnp.float32)
+    )
     start = jnp.stack([jnp.float32(0), jnp.float32(0), altitude])
     walk = camera.wander(next(keys), start, shape.walk_frames, half_width)
     before = jnp.concatenate([walk[:1], walk[:-1]])

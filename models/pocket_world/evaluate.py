@@ -30,7 +30,9 @@ FIRST_WORLD = 5_000_000  # training draws seeds at random; these are only ever e
 
 def tours(key, worlds: int, frames: int, half_width: float):
     """Random walks [W, F, 3] from (0, 0, 0)."""
-    return jax.vmap(lambda k: camera.wander(k, jnp.zeros(3), frames, half_width))(jax.random.split(key, worlds))
+    return jax.vmap(lambda k: camera.wander(k, jnp.zeros(3), frames, half_width))(
+        jax.random.split(key, worlds)
+    )
 
 
 def psnr(a, b):
@@ -91,7 +93,9 @@ def free_run(model, codec: str, args) -> dict:
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.free_tour)
     frames, seconds, state = run_arm(model, cache, xs, args.seed, Sampler(args.free_steps))
     out, size = frames[:, args.free_tour :], cache_bytes(state.cache)
-    truth = np.asarray(pipeline.render_path(worlds, path[:, args.free_tour :], first_time=args.free_tour))
+    truth = np.asarray(
+        pipeline.render_path(worlds, path[:, args.free_tour :], first_time=args.free_tour)
+    )
     axes = (2, 3, 4)
     keep = slice(None, None, max(1, args.free // 64))
     return dict(
@@ -120,7 +124,11 @@ def summary(out: pathlib.Path) -> str:
     for name, a in arms.items():
         row = {k: float(a[k]) for k in ("seconds", "allocated", "in_use", "bf16")}
         if "psnr" in a:
-            row |= dict(psnr=a["psnr"].mean(), worst_world=a["psnr"].mean(1).min(), best_world=a["psnr"].mean(1).max())
+            row |= dict(
+                psnr=a["psnr"].mean(),
+                worst_world=a["psnr"].mean(1).min(),
+                best_world=a["psnr"].mean(1).max(),
+            )
             if exact is not None and name != "bf16":
                 row["psnr_to_bf16"] = psnr(a["frames"] / 127.5, exact / 127.5).mean()
             lines.append(
@@ -137,7 +145,16 @@ def summary(out: pathlib.Path) -> str:
                 # Range over worlds and windows of 100 frames that the world itself shows.
                 row[f"truth_{key}_range"] = _window_range(truth)
                 row[f"{key}_range"] = _window_range(ours)
-            lines.append(f"{name}: " + json.dumps({k: np.round(v, 3).tolist() for k, v in row.items() if "mean" in k or "std" in k}))
+            lines.append(
+                f"{name}: "
+                + json.dumps(
+                    {
+                        k: np.round(v, 3).tolist()
+                        for k, v in row.items()
+                        if "mean" in k or "std" in k
+                    }
+                )
+            )
         rows[name] = {k: v if isinstance(v, list) else float(v) for k, v in row.items()}
     (out / "summary.json").write_text(json.dumps(rows, indent=1))
     return "\n".join(lines)
@@ -153,11 +170,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--weights", type=pathlib.Path, default=DEFAULT_WEIGHTS)
-    parser.add_argument("--arms", default="bf16,qvg,window,free:qvg", help="comma-separated, see above")
+    parser.add_argument(
+        "--arms", default="bf16,qvg,window,free:qvg", help="comma-separated, see above"
+    )
     parser.add_argument("--worlds", type=int, default=16)
     parser.add_argument("--tour", type=int, default=512)
     parser.add_argument("--frames", type=int, default=64, help="replayed frames")
-    parser.add_argument("--half-width", type=float, default=400.0, help="extent of the tours, world units")
+    parser.add_argument(
+        "--half-width", type=float, default=400.0, help="extent of the tours, world units"
+    )
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--free", type=int, default=1000)
     parser.add_argument("--free-tour", type=int, default=32)

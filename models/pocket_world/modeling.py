@@ -16,7 +16,9 @@ from jaxtyping import Array, Float
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.world import HEIGHT, WIDTH
 
-Attend = Callable[..., Array]  # (layer's extra input, q, k, v) -> attention output, all [B, T, H, D]
+Attend = Callable[
+    ..., Array
+]  # (layer's extra input, q, k, v) -> attention output, all [B, T, H, D]
 
 
 def to_tokens(frames: Float[Array, "B F 64 96 3"], patch: int) -> Float[Array, "B T C"]:
@@ -51,7 +53,11 @@ def modulate(x_BTD, scale_BFD, shift_BFD=None):
 
 
 def _linear(i, o, rngs, *, gain=1.0, dtype):
-    init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal") if gain else nnx.initializers.zeros
+    init = (
+        nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
+        if gain
+        else nnx.initializers.zeros
+    )
     return nnx.Linear(i, o, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
@@ -99,7 +105,9 @@ class PocketWorld(nnx.Module):
         self.feature_in = nnx.Linear(cfg.features, c, rngs=rngs)
         self.condition_mid = nnx.Linear(c, c, rngs=rngs)
         self.condition_out = _linear(c, 8 * d, rngs, gain=0.1, dtype=jnp.float32)
-        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype=dtype, rngs=r))(rngs.fork(split=cfg.layers))
+        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype=dtype, rngs=r))(
+            rngs.fork(split=cfg.layers)
+        )
 
     def __call__(
         self,

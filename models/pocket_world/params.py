@@ -19,7 +19,9 @@ RULES = (Rule(r"(.+)", r"\1"),)
 DEFAULT_WEIGHTS = pathlib.Path(__file__).with_name("pocket_world.safetensors")
 
 
-def save_weights(path: str | os.PathLike, cfg: PocketWorldConfig, params, card: dict | None = None) -> None:
+def save_weights(
+    path: str | os.PathLike, cfg: PocketWorldConfig, params, card: dict | None = None
+) -> None:
     """Writes parameters as float16; the file appears whole or not at all.
 
     Args:

@@ -76,16 +76,20 @@ class BlockInput:
     given: Array
 
 
-def world_codec(name: str) -> Codec:
+def world_codec(name: str, **settings) -> Codec:
     """A codec preset with the centroids that pay for themselves in pocket world's short spans.
 
     The published recipes use 256 centroids for spans of some 30,000 tokens; a span here has 768.
 
+    Args:
+        name: a preset.
+        **settings: what to change in it.
+
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, with the known ones, or a setting that is not accepted.
     """
-    overrides = dict(num_centroids=16) if name.startswith("qvg") else {}
-    return presets.get(name, **overrides)
+    defaults = dict(num_centroids=16) if name.startswith("qvg") else {}
+    return presets.get(name, **(defaults | settings))
 
 
 def make_cache(
@@ -113,11 +117,18 @@ def make_cache(
     )
 
 
-def make_window(cfg: PocketWorldConfig, frames: int, *, batch: int = 1, dtype=jnp.bfloat16) -> KVCache:
+def make_window(
+    cfg: PocketWorldConfig, frames: int, *, batch: int = 1, dtype=jnp.bfloat16
+) -> KVCache:
     """A sliding window: the newest `frames` frames in bf16, everything older forgotten."""
     blocks = max(1, frames // cfg.block_frames)
     return KVCache.create(
-        **_sizes(cfg, batch), sink_blocks=0, max_spans=0, window_blocks=blocks, overflow="drop", dtype=dtype
+        **_sizes(cfg, batch),
+        sink_blocks=0,
+        max_spans=0,
+        window_blocks=blocks,
+        overflow="drop",
+        dtype=dtype,
     )
 
 
@@ -153,7 +164,9 @@ def block_inputs(
     """
     n, (b, f) = cfg.block_frames, path_BF3.shape[:2]
     if f % n or tour_frames % n:
-        raise ValueError(f"frames={f} and tour_frames={tour_frames} must be multiples of block_frames={n}")
+        raise ValueError(
+            f"frames={f} and tour_frames={tour_frames} must be multiples of block_frames={n}"
+        )
     blocks = f // n
     before = jnp.concatenate([path_BF3[:, :1], path_BF3[:, :-1]], 1)
 
@@ -179,7 +192,9 @@ def block_inputs(
 _render_block = jax.jit(jax.vmap(world.render, in_axes=(0, 0, None)))
 
 
-def render_path(seed_B, path_BF3, *, chunk: int = 16, first_time: int = 0) -> Float[Array, "B F 64 96 3"]:
+def render_path(
+    seed_B, path_BF3, *, chunk: int = 16, first_time: int = 0
+) -> Float[Array, "B F 64 96 3"]:
     """Ground truth for every pose, rendered `chunk` frames at a time to bound memory."""
     b, f = path_BF3.shape[:2]
     parts = []

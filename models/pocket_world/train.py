@@ -67,7 +67,10 @@ class TrainConfig:
         short = data.SequenceShape(near=1, distractors=1, recent=1, run=1, walk_frames=64)
         longer = dataclasses.replace(short, distractors=2)
         return cls(
-            model=PocketWorldConfig.smoke(), stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer)), warmup=2, chunk=2
+            model=PocketWorldConfig.smoke(),
+            stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer)),
+            warmup=2,
+            chunk=2,
         )
 
 
@@ -147,7 +150,10 @@ def make_optimizer(cfg: TrainConfig, progress):
         """All kernels of the stacked layers [L, in, out] are L matrices to Muon."""
         matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: matrix if path[0].key == "blocks" and path[-1].key == "kernel" else None, params
+            lambda path, _: (
+                matrix if path[0].key == "blocks" and path[-1].key == "kernel" else None
+            ),
+            params,
         )
 
     muon = optax.contrib.muon(
@@ -175,7 +181,9 @@ def sample_batch(key, cfg: TrainConfig, shape: data.SequenceShape, size: int):
     return jax.vmap(sample)(jax.random.split(key, size))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "graph", "stage", "attention"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "graph", "stage", "attention"), donate_argnames="state"
+)
 def train_chunk(cfg: TrainConfig, graph, stage: Stage, state, progress, attention=None):
     """`cfg.chunk` optimiser steps; returns the state and their mean loss."""
     optimizer = make_optimizer(cfg, progress)
@@ -247,10 +255,17 @@ def train(
             state, loss = train_chunk(cfg, graph, stage, state, jnp.float32(now), attention)
             spent = before + (time.monotonic() - start) / 60
             state["minutes"], chunks = jnp.float32(spent), chunks + 1
-            row = dict(step=int(state["step"]), loss=float(loss), minutes=round(spent, 3), progress=round(now, 4))
+            row = dict(
+                step=int(state["step"]),
+                loss=float(loss),
+                minutes=round(spent, 3),
+                progress=round(now, 4),
+            )
             if chunks % 5 == 0:
                 shape = cfg.stages[0].shape
-                row["psnr_one_step"] = float(one_step_psnr(cfg, graph, state["ema"], shape, attention=attention))
+                row["psnr_one_step"] = float(
+                    one_step_psnr(cfg, graph, state["ema"], shape, attention=attention)
+                )
             with (out / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
             log(row)
@@ -261,14 +276,23 @@ def train(
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="checkpoints and logs; resumes what is there")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        help="checkpoints and logs; resumes what is there",
+    )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="length of the whole run in optimiser steps")
     length.add_argument("--minutes", type=float, help="length of the whole run in minutes")
-    parser.add_argument("--pause-after", type=float, help="stop with a checkpoint after this many minutes")
+    parser.add_argument(
+        "--pause-after", type=float, help="stop with a checkpoint after this many minutes"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model on short sequences")
     parser.add_argument("--attention", choices=["xla", "cudnn"], help="attention implementation")
-    parser.add_argument("--export", type=pathlib.Path, help="write the averaged weights as safetensors here")
+    parser.add_argument(
+        "--export", type=pathlib.Path, help="write the averaged weights as safetensors here"
+    )
     args = parser.parse_args(argv)
     cfg = TrainConfig.smoke() if args.smoke else TrainConfig()
     _, state = train(

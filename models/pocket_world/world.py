@@ -139,9 +139,13 @@ def _sprite(seed, x, y, cx, cy, clock):
     half, wall = 3.4 + 1.4 * size, 4.5
     in_wall = (jnp.abs(u) < half) & (v >= 0) & (v < wall)
     in_roof = (v >= wall) & (v < wall + 5) & (jnp.abs(u) < half + 1.0 - 0.45 * (v - wall))
-    opening = ((jnp.abs(u + 1.2) < 0.8) & (v < 3)) | ((jnp.abs(u - 1.8) < 0.7) & (jnp.abs(v - 2.6) < 0.8))
+    opening = ((jnp.abs(u + 1.2) < 0.8) & (v < 3)) | (
+        (jnp.abs(u - 1.8) < 0.7) & (jnp.abs(v - 2.6) < 0.8)
+    )
     house_colour = jnp.where(opening[..., None], dark, _rgb(0.90, 0.82, 0.68))
-    house_colour = jnp.where(in_roof[..., None], colour * (0.80 + 0.06 * (v - wall))[..., None], house_colour)
+    house_colour = jnp.where(
+        in_roof[..., None], colour * (0.80 + 0.06 * (v - wall))[..., None], house_colour
+    )
     house_cover = in_wall | in_roof
 
     tall = 9.0 + 2.0 * size
@@ -151,7 +155,9 @@ def _sprite(seed, x, y, cx, cy, clock):
 
     in_hull = (v >= 0) & (v < 2) & (jnp.abs(u) < 2.4 + 0.6 * v)
     in_sail = (v >= 2) & (v < 9) & (u > -0.6) & (u < 0.55 * (9 - v))
-    boat_colour = jnp.where(in_hull[..., None], _rgb(0.38, 0.22, 0.14), _mix(white, colour, jnp.float32(0.35) + 0 * u))
+    boat_colour = jnp.where(
+        in_hull[..., None], _rgb(0.38, 0.22, 0.14), _mix(white, colour, jnp.float32(0.35) + 0 * u)
+    )
 
     height = 13.0
     in_tower = (v >= 0) & (v < height) & (jnp.abs(u) < 2.6 - 0.06 * v)
@@ -160,7 +166,12 @@ def _sprite(seed, x, y, cx, cy, clock):
     lamp = jnp.where(lit[..., None], _rgb(1.0, 0.95, 0.45), _rgb(0.35, 0.33, 0.30))
     tower_colour = jnp.where((v > height - 2.6)[..., None], lamp, jnp.where(band, colour, white))
 
-    cover = (landmark & in_tower) | (house & house_cover) | (tree & in_tree) | (boat & (in_hull | in_sail))
+    cover = (
+        (landmark & in_tower)
+        | (house & house_cover)
+        | (tree & in_tree)
+        | (boat & (in_hull | in_sail))
+    )
     out = jnp.where(landmark[..., None], tower_colour, house_colour)
     out = jnp.where((tree & ~landmark)[..., None], tree_colour, out)
     out = jnp.where(boat[..., None], boat_colour, out)
@@ -174,7 +185,9 @@ def colour_at(seed, x, y, clock):
     cx, cy = jnp.floor(x / CELL).astype(jnp.int32), jnp.floor(y / CELL).astype(jnp.int32)
     far, far_cover, far_shadow = _sprite(seed, x, y, cx, cy, clock)
     near, near_cover, near_shadow = _sprite(seed, x, y, cx, cy + 1, clock)  # stands in front
-    out = _ground(seed, x, y) * (1.0 - 0.45 * jnp.clip(far_shadow + near_shadow, 0.0, 1.0))[..., None]
+    out = (
+        _ground(seed, x, y) * (1.0 - 0.45 * jnp.clip(far_shadow + near_shadow, 0.0, 1.0))[..., None]
+    )
     return jnp.clip(_mix(_mix(out, far, far_cover), near, near_cover), 0.0, 1.0)
 
 

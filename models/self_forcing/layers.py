@@ -76,7 +76,7 @@ class AffineLayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((config.width,), config.dtype))
         self.bias = nnx.Param(jnp.zeros((config.width,), config.dtype))
 
-    def __call__(self, x_BTM):
+    def __call__(self, x_BTM: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         scale, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.scale, self.bias))
         return (_standardise(x_BTM, self.eps) * scale + bias).astype(x_BTM.dtype)
 
@@ -88,7 +88,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.eps
         self.weight = nnx.Param(jnp.ones((config.width,), config.dtype))
 
-    def __call__(self, x_BTM):
+    def __call__(self, x_BTM: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         x = x_BTM.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return x.astype(x_BTM.dtype) * self.weight[...][None, None]
@@ -129,8 +129,8 @@ class FeedForward(nnx.Module):
         self.up = linear(n_in, n_hidden, config, rngs)
         self.down = linear(n_hidden, config.width, config, rngs)
 
-    def __call__(self, x_BTM):
-        return self.down(gelu(self.up(x_BTM)))
+    def __call__(self, x: Float[Array, "B T n_in"]) -> Float[Array, "B T M"]:
+        return self.down(gelu(self.up(x)))
 
 
 def sinusoid(t: Float[Array, "..."], width: int) -> Float[Array, "... width"]:
@@ -179,7 +179,9 @@ class Head(nnx.Module):
         out = config.patch[0] * config.patch[1] * config.out_channels
         self.project = linear(config.width, out, config, rngs)
 
-    def __call__(self, x_BTM, e_BFM):
+    def __call__(
+        self, x_BTM: Float[Array, "B T M"], e_BFM: Float[Array, "B F M"]
+    ) -> Float[Array, "B T O"]:
         shift, scale = (m[None, None] + e_BFM for m in self.modulation[...])
         return self.project(modulate(layer_norm(x_BTM, self.eps), shift, scale))
 

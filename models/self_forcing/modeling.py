@@ -59,7 +59,13 @@ class Block(nnx.Module):
         self.cross_attn = Projections(config, rngs=rngs)
         self.ffn = FeedForward(config.width, config.ffn_width, config, rngs=rngs)
 
-    def __call__(self, x_BTM, e_BF6M, text_kv, attention):
+    def __call__(
+        self,
+        x_BTM: Float[Array, "B T M"],
+        e_BF6M: Float[Array, "B F 6 M"],
+        text_kv: tuple[Float[Array, "B U H D"], Float[Array, "B U H D"]],
+        attention: Callable[..., Array],
+    ) -> tuple[Float[Array, "B T M"], tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
         """One layer.
 
         Args:
@@ -86,7 +92,11 @@ class Block(nnx.Module):
         y_BTM = self.ffn(modulate(layer_norm(x_BTM, self.eps), shift2, scale2))
         return x_BTM + y_BTM * per_frame(gate2, tokens), (k_BTHD, v_BTHD)
 
-    def cross_attention(self, x_BTM, text_kv):
+    def cross_attention(
+        self,
+        x_BTM: Float[Array, "B T M"],
+        text_kv: tuple[Float[Array, "B U H D"], Float[Array, "B U H D"]],
+    ) -> Float[Array, "B T M"]:
         """Every token reads every text slot: padding is attended, as in training."""
         k_BUHD, v_BUHD = text_kv
         q_BTHD = self.cross_attn.query(x_BTM)

@@ -143,7 +143,7 @@ def lloyd(
         iters: number of iterations; an array when it is only known at run time.
         used_BHT: tokens that count (default: all); the others are assigned but move nothing.
         reseed: in the first of at least two iterations, a centroid that attracted at most one
-            token moves to one of the tokens that lie farthest from their centroid instead.
+            token moves to one of the quarter of tokens that lie farthest from their centroid.
 
     Returns:
         Centroids, float32. They are the means of the last assignment; the tokens' nearest
@@ -161,11 +161,16 @@ def lloyd(
         new_BHKD = jnp.where(count_BHK[..., None] > 0, mean_BHKD, c_BHKD)
         if reseed is False:
             return new_BHKD
-        _, far_BHK = lax.top_k(distance_BHT, k)
+        # The n-th of N spare centroids takes the token at rank n * step by distance: evenly over
+        # the farthest quarter, as the very farthest ones are often all alike.
         spare_BHK = (count_BHK <= 1) & reseed
-        # The n-th spare centroid takes the n-th farthest token.
+        quarter = x_BHTD.shape[2] // 4
+        # Not lax.top_k: with heads on several devices it would gather them all.
+        far_BHT = jnp.argsort(distance_BHT, axis=-1, descending=True, stable=True)
+        spares_BH1 = jnp.sum(spare_BHK, axis=-1, keepdims=True, dtype=jnp.int32)
+        step_BH1 = jnp.maximum(quarter // jnp.maximum(spares_BH1, 1), 1)
         nth_BHK = jnp.maximum(jnp.cumsum(spare_BHK, axis=-1, dtype=jnp.int32) - 1, 0)
-        far_BHK = jnp.take_along_axis(far_BHK, nth_BHK, axis=-1)
+        far_BHK = jnp.take_along_axis(far_BHT, nth_BHK * step_BH1, axis=-1)
         far_BHKD = rows(x_BHTD, far_BHK).astype(jnp.float32)
         return jnp.where(spare_BHK[..., None], far_BHKD, new_BHKD)
 

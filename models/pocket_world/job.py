@@ -1,0 +1,194 @@
+"""The main job on pocket world: a tour of real frames, then frames that have a ground truth.
+
+By default the camera walks back over the tour and forward again, so every generated frame shows
+a place that only the cache remembers. The truth of a frame is rendered at its own time, since
+boats and beacons move on while the camera is away.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from models.common.checkpoint import CheckpointError
+from models.pocket_world import camera, params, pipeline, world
+from qvg_jax.codec import Codec
+from qvg_jax.compare import BASELINE, Arm, Block, Job, Request
+from qvg_jax.metrics import to_uint8
+
+TOUR, FRAMES = 128, 240
+HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
+SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
+LARGEST_SEED = 2**31 - 1
+
+
+def prepare(request: Request) -> Job:
+    """Loads the weights, lays out the path and makes an empty cache for each arm.
+
+    Args:
+        request: what is wanted. Without `frames`, 240 are made, or as many as `actions` say,
+            rounded up to whole blocks. `tour` is rounded up to whole blocks.
+
+    Returns:
+        The job; nothing has been generated yet.
+
+    Raises:
+        ValueError: a value that is not accepted, named with what would be.
+    """
+    sampler = pipeline.Sampler(steps=request.steps)
+    if not 0 <= request.seed <= LARGEST_SEED:
+        raise ValueError(f"seed={request.seed} is not accepted: give 0 to {LARGEST_SEED}")
+    actions = None if request.actions is None else camera.parse_actions(request.actions)
+    codecs = {name: _codec(name) for name in dict.fromkeys((BASELINE, *request.codecs))}
+    weights = pathlib.Path(request.weights or params.DEFAULT_WEIGHTS)
+    model = params.load_weights(weights)
+    _check_finite(model, weights)
+    cfg = model.cfg
+
+    n = cfg.block_frames
+    tour = TOUR if request.tour is None else request.tour
+    if tour < n:
+        raise ValueError(f"tour={tour} is too small: give at least one block, {n} frames")
+    tour += -tour % n
+    frames = request.frames
+    if frames is None:
+        frames = FRAMES if actions is None else len(actions) + -len(actions) % n
+    if frames < 1:
+        raise ValueError(f"frames={frames} is not accepted: give a whole number above 0")
+
+    path_F3 = _path(request.seed, tour, frames + -frames % n, actions)
+    noise = jax.random.key_data(jax.random.fold_in(jax.random.key(request.seed), 1))
+    arms = []
+    for name, codec in codecs.items():
+        cache = pipeline.make_cache(cfg, codec, _capacity(cfg, codec, len(path_F3)))
+        # Each arm a key of its own, as states are donated; all with the same value.
+        key = jax.random.wrap_key_data(jnp.array(noise))
+        arms.append(Arm(name=name, codec=codec, state=pipeline.WorldState(cache, key)))
+    lay = arms[0].state.cache.layout
+    return Job(
+        model="pocket-world",
+        step=pipeline.make_step(model, sampler),
+        arms=tuple(arms),
+        blocks=_blocks(request.seed, path_F3, tour, n),
+        cache=lambda state: state.cache,
+        tour=tour,
+        frames=frames,
+        block_frames=n,
+        height=world.HEIGHT,
+        width=world.WIDTH,
+        config={
+            "tour_frames": tour,
+            "frames": frames,
+            "actions": request.actions,
+            "seed": request.seed,
+            "sampler": dataclasses.asdict(sampler),
+            "model": dataclasses.asdict(cfg),
+            "weights": {
+                "file": weights.name,
+                "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            },
+            "cache": {
+                "block_frames": n,
+                "block_tokens": lay.block_tokens,
+                "sink_blocks": lay.sink_blocks,
+                "span_blocks": lay.span_blocks,
+                "span_shape_BHTD": list(lay.span_shape),
+                "keep_recent_blocks": lay.keep_recent,
+                "capacity_blocks": lay.capacity_blocks,
+            },
+        },
+    )
+
+
+def _codec(text: str) -> Codec:
+    """The codec that "NAME" or "NAME:SETTING=VALUE:..." stands for, in pocket world's sizes."""
+    name, *settings = text.split(":")
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key.isidentifier() and equals and value):
+            raise ValueError(
+                f"codec={text!r} is not understood at {setting!r}; accepted: NAME or "
+                "NAME:SETTING=VALUE:..., such as 'qvg:group=32'"
+            )
+        values[key] = int(value) if value.isdecimal() else value
+    return pipeline.world_codec(name, **values)
+
+
+def _check_finite(model: nnx.Module, weights: pathlib.Path) -> None:
+    for path, value in nnx.to_flat_state(nnx.state(model)):
+        if bad := int(np.count_nonzero(~np.isfinite(np.asarray(value[...])))):
+            raise CheckpointError(
+                f"weights {str(weights)!r}: {'.'.join(map(str, path))} has {bad} NaN or Inf "
+                "values; accepted: finite values"
+            )
+
+
+def _capacity(cfg, codec: Codec, frames: int) -> int:
+    """At least `frames`: what a cache holds whose spans are a multiple of SPARE_SPANS."""
+    lay = jax.eval_shape(lambda: pipeline.make_cache(cfg, codec, frames)).layout
+    spans = lay.max_spans + -lay.max_spans % SPARE_SPANS
+    blocks = lay.sink_blocks + lay.keep_recent + spans * lay.span_blocks
+    return blocks * cfg.block_frames
+
+
+def _path(
+    seed: int, tour: int, frames: int, actions: np.ndarray | None
+) -> Float[np.ndarray, "F 3"]:
+    """Poses of the tour and of the frames to generate, without a cut between them."""
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    tour_F3 = np.asarray(camera.wander(key, jnp.zeros(3), tour, HALF_WIDTH))
+    if actions is None:
+        # Back from the last pose to the first, forward to the last, and so on.
+        last = tour - 1
+        made_F3 = tour_F3[np.abs(last - (np.arange(frames) + 1) % (2 * last))]
+    else:
+        made_F3 = np.asarray(camera.follow(tour_F3[-1], np.resize(actions, frames)))
+    return np.concatenate([tour_F3, made_F3])
+
+
+def _blocks(seed: int, path_F3: np.ndarray, tour: int, n: int) -> Iterator[Block]:
+    """Renders the truth block by block, so that the length costs no memory."""
+    seed_B = jnp.array([seed])
+    before_F3 = np.concatenate([path_F3[:1], path_F3[:-1]])
+    seen_F = seen_in_tour(path_F3, tour)
+    for first in range(0, len(path_F3), n):
+        part = slice(first, first + n)
+        truth = pipeline.render_path(seed_B, path_F3[None, part], chunk=n, first_time=first)
+        x = pipeline.BlockInput(
+            number=np.int32(first // n),
+            pose=path_F3[None, part],
+            before=before_F3[None, part],
+            time=np.arange(first, first + n, dtype=np.int32),
+            frames=truth,
+            given=np.bool_(first < tour),
+        )
+        yield Block(x, to_uint8(truth[0]), seen_F[part])
+
+
+def seen_in_tour(
+    path_F3: Float[np.ndarray, "F 3"], tour: int, *, cell: float = 4.0
+) -> Float[np.ndarray, "F"]:
+    """For each frame, the share of the ground in view that frames of the tour have shown.
+
+    Ground truth is a fair judge of a frame only where this is near 1: nobody can remember what
+    was never shown. Counted on a grid of squares of `cell` world units.
+    """
+    scale_F = np.asarray(world.units_per_pixel(path_F3[:, 2]))
+    half_F2 = np.stack([world.WIDTH / 2 * scale_F, world.HEIGHT / 2 * scale_F], 1)
+    low_F2 = np.floor((path_F3[:, :2] - half_F2) / cell).astype(int)
+    high_F2 = np.ceil((path_F3[:, :2] + half_F2) / cell).astype(int)
+    origin = low_F2.min(0)
+    shown = np.zeros(high_F2.max(0) - origin, bool)
+    views = [
+        np.s_[a:c, b:d] for (a, b), (c, d) in zip(low_F2 - origin, high_F2 - origin, strict=True)
+    ]
+    for view in views[:tour]:
+        shown[view] = True
+    return np.array([shown[view].mean() for view in views])

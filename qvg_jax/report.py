@@ -1,0 +1,184 @@
+"""What a run measured: frame by frame while it goes on, then report.json and a small table."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from qvg_jax.compare import BASELINE, Job, Made
+from qvg_jax.files import replacing
+from qvg_jax.metrics import psnr, ssim
+from qvg_jax.versions import versions
+
+__all__ = ["SEEN", "Record", "aligned", "table", "write_json"]
+
+SEEN = 0.95  # a frame has a ground truth if the tour has shown this share of its view
+STRIP = 8  # frames of report.png's strip
+
+
+class Record:
+    """Collects what `lockstep` yields; a thousand frames cost it a few numbers each."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._names = [arm.name for arm in job.arms]
+        self._layouts = {arm.name: job.cache(arm.state).layout for arm in job.arms}
+        self._codecs = {arm.name: arm.codec for arm in job.arms}
+        self._scores = {name: {} for name in self._names}
+        self._sizes = {name: [] for name in self._names}
+        self._seconds = {name: [] for name in self._names}
+        self._seen, self._last = [], {}
+        count = min(STRIP, job.frames)
+        self._wanted = np.linspace(0, job.frames - 1, count).round().astype(int).tolist()
+        self.strip: list[tuple[int, dict[str, UInt8[np.ndarray, "H W 3"]]]] = []
+
+    def add(self, made: Made) -> None:
+        """Takes in one block."""
+        for name in self._names:
+            self._sizes[name].append(made.bytes[name].in_use.total)
+            self._seconds[name].append(made.seconds[name])
+        self._last = made.bytes
+        for i in range(len(made.truth_FHW3)):
+            if (number := made.first + i - self._job.tour) >= 0:
+                pictures = {name: made.frames[name][i] for name in self._names}
+                self._add_frame(number, made.truth_FHW3[i], float(made.seen_F[i]), pictures)
+
+    def _add_frame(self, number, truth_HW3, seen, pictures):
+        self._seen.append(seen)
+        for name, frame_HW3 in pictures.items():
+            references = {"truth": truth_HW3}
+            if name != BASELINE:
+                references[BASELINE] = pictures[BASELINE]
+            for other, reference_HW3 in references.items():
+                for metric in (psnr, ssim):
+                    values = self._scores[name].setdefault(f"{metric.__name__}_vs_{other}", [])
+                    values.append(round(metric(frame_HW3, reference_HW3), 4))
+        if number in self._wanted:
+            self.strip.append((number, {"truth": truth_HW3} | pictures))
+
+    def report(self, **settings: Any) -> dict[str, Any]:
+        """The content of report.json: JSON types only, all that varies between runs in "timings".
+
+        Args:
+            **settings: more entries for "config", such as fps.
+        """
+        job = self._job
+        device = jax.devices()[0]
+        return {
+            "model": job.model,
+            "versions": versions(),
+            "device": f"{device.platform}: {device.device_kind}",
+            "config": job.config | settings,
+            "units": {
+                "psnr": "dB, 8-bit RGB, at most 100",
+                "means_vs_truth": f"over frames with seen_in_tour >= {SEEN}",
+                "bytes": "of the device's buffers; bf16_would_be: K and V of the same tokens alone",
+                "times_smaller": f"in_use.total of the {BASELINE} arm / in_use.total of this one",
+            },
+            "arms": {name: self._arm(name) for name in self._names},
+            "seen_in_tour": [round(x, 4) for x in self._seen],
+            "timings": {
+                "processors": len(os.sched_getaffinity(0)),
+                "arms": {name: self._timing(name) for name in self._names},
+            },
+        }
+
+    def _arm(self, name: str) -> dict[str, Any]:
+        lay, codec, last = self._layouts[name], self._codecs[name], self._last[name]
+        elements = 2 * lay.layers * lay.max_spans * int(np.prod(lay.span_shape))
+        in_use = last.in_use._asdict() | {"total": last.in_use.total}
+        return {
+            "codec": codec.name,
+            "bits_per_element": {
+                "from_formats": codec.bits_per_element(lay.span_shape),
+                "from_buffers": 8 * last.allocated.spans / elements,
+            },
+            "bytes": {
+                "tokens": last.tokens,
+                "in_use": in_use,
+                "allocated": last.allocated._asdict() | {"total": last.allocated.total},
+                "bf16_would_be": last.bf16,
+                "times_smaller": round(self._last[BASELINE].in_use.total / in_use["total"], 4),
+                "in_use_after_block": self._sizes[name],
+            },
+            "means": self._means(name),
+            "frames": self._scores[name],
+        }
+
+    def _means(self, name: str) -> dict[str, float | None]:
+        known = np.array(self._seen) >= SEEN
+
+        def mean(key: str, values: list[float]) -> float | None:
+            values = np.array(values)[known] if key.endswith("truth") else np.array(values)
+            return round(float(values.mean()), 4) if values.size else None
+
+        return {key: mean(key, values) for key, values in self._scores[name].items()}
+
+    def _timing(self, name: str) -> dict[str, float | None]:
+        seconds, job = self._seconds[name], self._job
+        tour = job.tour // job.block_frames
+
+        def rate(part: list[float]) -> float | None:
+            return round(job.block_frames * len(part) / sum(part), 3) if part else None
+
+        return {
+            "seconds": round(sum(seconds), 3),
+            "first_block_and_compilation_seconds": round(seconds[0], 3),
+            "tour_frames_per_second": rate(seconds[1:tour]),
+            "generated_frames_per_second": rate(seconds[max(1, tour) :]),
+        }
+
+
+def write_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
+    """Writes a report, lists of numbers on one line; the file appears whole or not at all."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
+    with replacing(path) as partial:
+        Path(partial).write_text(text + "\n", encoding="utf-8")
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The few numbers that a run is about, a line for each arm."""
+    head = ("arm", "bits/element", "cache MB", "smaller", "PSNR truth", "SSIM truth")
+    head += (f"PSNR {BASELINE}", f"SSIM {BASELINE}", "frames/s")
+
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = [head]
+    for name, arm in report["arms"].items():
+        means, size = arm["means"], arm["bytes"]
+        speed = report["timings"]["arms"][name]["generated_frames_per_second"]
+        rows.append(
+            (
+                name,
+                show(arm["bits_per_element"]["from_buffers"], ".3f"),
+                show(size["in_use"]["total"] / 1e6, ".1f"),
+                show(size["times_smaller"], ".2f") + "x",
+                show(means["psnr_vs_truth"], ".2f"),
+                show(means["ssim_vs_truth"], ".3f"),
+                show(means.get(f"psnr_vs_{BASELINE}"), ".2f"),
+                show(means.get(f"ssim_vs_{BASELINE}"), ".3f"),
+                show(speed, ".2f"),
+            )
+        )
+    return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows as columns: the first to the left, the others to the right, a rule below the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
