@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input or a file that could not be written, 130 Ctrl-C.
 import argparse
 import contextlib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,12 @@ def _blamed_on_input(*kinds: type[Exception]) -> Iterator[None]:
         ) from error
     except kinds as error:
         raise _BadInput(str(error)) from error
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: how JAX says it
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _BadInput(
+            f"{str(error) or 'out of memory'}; accepted: fewer --frames, --tour or --compare"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +154,7 @@ def _codecs(args: argparse.Namespace) -> int:
     from qvg_jax.accounting import bits_per_element, compression_ratio
     from qvg_jax.report import aligned
 
-    rows = [("codec", "bits/element", "smaller than bf16", "what it is")]
+    rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
     for name, constructor in presets.PRESETS.items():
         codec = presets.get(name)
         what = (constructor.__doc__ or "").strip().splitlines()[0]
@@ -155,7 +162,9 @@ def _codecs(args: argparse.Namespace) -> int:
             bits, ratio = bits_per_element(codec, args.shape), compression_ratio(codec, args.shape)
         except ValueError as error:
             raise _BadInput(f"codec={name!r}: {error}") from error
-        rows.append((name, f"{bits:.4f}", f"{ratio:.2f}x", what))
+        code = inspect.signature(constructor).parameters.get("bits")
+        code = str(code.default) if code else "-"
+        rows.append((name, code, f"{bits:.4f}", f"{ratio:.2f}x", what))
     print(aligned(rows))
     return 0
 

@@ -12,6 +12,7 @@ in front of one codec and is again a codec, so chains nest:
 Arrays carry their axes in their names: B batch, H heads, T tokens of one span, D head dim.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -123,12 +124,17 @@ def identity(dtype: Any = jnp.bfloat16) -> Codec:
         dtype: floating dtype of the stored values.
 
     Returns:
-        A stateless codec with `8 * itemsize` bits per element.
+        A stateless codec with `8 * itemsize` bits per element; the same object on every call, so
+        that jit, which keys on its functions, compiles once.
 
     Raises:
         ValueError: `dtype` is not floating point.
     """
-    dtype = jnp.dtype(dtype)
+    return _identity(jnp.dtype(dtype))
+
+
+@functools.cache
+def _identity(dtype: Any) -> Codec:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")
 

@@ -1,5 +1,6 @@
 """What holds for every codec: composition, one program, same bytes, and clear errors."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,9 @@ from qvg_jax.quantize import residual_quantize
 from qvg_jax.smoothing import kmeans_smoothing
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+# Level 0: each program runs once or twice here, so that compile time is what counts.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CODECS = {
     "identity": identity(),
@@ -87,8 +91,8 @@ def test_chains_nest_and_a_chain_of_one_is_the_codec():
     x, parts = tokens(1), (kmeans_smoothing(4, 1), kmeans_smoothing(3, 1), residual_quantize(2, 16))
     flat, nested = chain(*parts), chain(parts[0], chain(*parts[1:]))
     assert isinstance(nested, Codec) and flat.nbytes(SHAPE) == nested.nbytes(SHAPE)
-    a, _ = jax.jit(flat.encode)(x, flat.init(SHAPE))
-    b, _ = jax.jit(nested.encode)(x, nested.init(SHAPE))
+    a, _ = jit(flat.encode)(x, flat.init(SHAPE))
+    b, _ = jit(nested.encode)(x, nested.init(SHAPE))
     assert_same_bytes(a, (b[0], *b[1]))
     np.testing.assert_array_equal(flat.decode(a), nested.decode(b))
     one = chain(identity())
@@ -131,7 +135,7 @@ def test_identity(dtype):
 # One program, whichever way it is called.
 
 
-@every_codec
+@pytest.mark.parametrize("name", ["identity", "rtn", "qvg"])
 def test_jit_or_not_same_bytes(name):
     codec, x = CODECS[name], tokens(4)
     state = codec.init(SHAPE, x.dtype)
@@ -146,14 +150,14 @@ def test_jit_or_not_same_bytes(name):
 
 @every_codec
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 def test_same_input_same_bytes(name, seed):
     codec, x = CODECS[name], tokens(seed)
     state = codec.init(SHAPE, x.dtype)
     np.random.seed(seed % 1000)  # the codec must not look at it
-    first = jax.jit(codec.encode)(x, state)
+    first = jit(codec.encode)(x, state)
     np.random.seed(0)
-    assert_same_bytes(first, jax.jit(codec.encode)(x, state, key=jax.random.key(seed % 100)))
+    assert_same_bytes(first, jit(codec.encode)(x, state, key=jax.random.key(seed % 100)))
 
 
 @every_codec
@@ -162,9 +166,9 @@ def test_vmap_is_a_loop(name):
     x_NBHTD = jnp.stack([tokens(i) for i in range(3)])
     state = codec.init(SHAPE, x_NBHTD.dtype)
     states = jax.tree.map(lambda a: jnp.stack([a] * 3), state)
-    packed, new = jax.jit(jax.vmap(codec.encode))(x_NBHTD, states)
+    packed, new = jit(jax.vmap(codec.encode))(x_NBHTD, states)
     decoded = jax.vmap(codec.decode)(packed)
-    encode = jax.jit(codec.encode)
+    encode = jit(codec.encode)
     for i in range(3):
         want, want_state = encode(x_NBHTD[i], state)
         assert_same_bytes(jax.tree.map(lambda a, i=i: a[i], (packed, new)), (want, want_state))
@@ -176,7 +180,7 @@ def test_scan_over_spans_carries_the_state(name):
     codec = CODECS[name]
     x_NBHTD = jnp.stack([tokens(7) + 0.1 * i for i in range(4)]).astype(jnp.bfloat16)
 
-    @jax.jit
+    @jit
     def scanned(x_NBHTD, state):
         def body(state, x_BHTD):
             packed, state = codec.encode(x_BHTD, state)
@@ -186,7 +190,7 @@ def test_scan_over_spans_carries_the_state(name):
 
     state = codec.init(SHAPE, x_NBHTD.dtype)
     last, stacked = scanned(x_NBHTD, state)
-    encode = jax.jit(lambda x_BHTD, state: codec.encode(x_BHTD, state))
+    encode = jit(lambda x_BHTD, state: codec.encode(x_BHTD, state))
     for i in range(4):
         packed, state = encode(x_NBHTD[i], state)
         assert_same_bytes(jax.tree.map(lambda a, i=i: a[i], stacked), packed)
@@ -207,12 +211,12 @@ def test_slots_can_be_written_in_place(name):
             lambda a, p: jax.lax.dynamic_update_index_in_dim(a, p, n, 0), slots, packed
         )
 
-    compiled = jax.jit(write, donate_argnums=0).lower(slots, x, jnp.int32(3)).compile()
+    compiled = jit(write, donate_argnums=0).lower(slots, x, jnp.int32(3)).compile()
     nbytes = 5 * codec.nbytes(SHAPE)
     assert compiled.memory_analysis().alias_size_in_bytes >= nbytes
     slots = compiled(slots, x, jnp.int32(3))
     third = jax.tree.map(lambda a: a[3], slots)
-    assert_same_bytes(third, jax.jit(codec.encode)(x, state)[0])
+    assert_same_bytes(third, jit(codec.encode)(x, state)[0])
     zeros = codec.decode(jax.tree.map(lambda a: a[0], slots))  # a slot nobody wrote
     assert zeros.shape == SHAPE and jnp.isfinite(zeros).all()
 
@@ -232,18 +236,36 @@ def test_heads_shard_without_communication():
         return packed, state, codec.decode(packed)
 
     inputs = by_head(x), jax.tree.map(by_head, state)
-    compiled = jax.jit(round_trip).lower(*inputs).compile()
+    compiled = jit(round_trip).lower(*inputs).compile()
     text = compiled.as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f" {collective}" not in text, collective
-    assert_same_bytes(compiled(*inputs), jax.jit(round_trip)(x, state))
+    assert_same_bytes(compiled(*inputs), jit(round_trip)(x, state))
+
+
+@every_codec
+def test_the_program_for_a_gpu_has_no_scatter(name):
+    """Scatter-add on a GPU is atomic, so its rounding would differ from run to run."""
+    codec = CODECS[name]
+    x = jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)
+
+    def round_trip(x, state):
+        packed, state = codec.encode(x, state)
+        return codec.decode(packed), state
+
+    text = {}
+    for platform in ("cpu", "cuda"):
+        exported = jax.export.export(jax.jit(round_trip), platforms=[platform])
+        text[platform] = exported(x, codec.init(SHAPE)).mlir_module()
+    assert "stablehlo.scatter" not in text["cuda"]
+    assert ("stablehlo.scatter" in text["cpu"]) == ("qvg" in name)
 
 
 @every_codec
 def test_bad_tokens_do_not_spread(name):
     codec, x = CODECS[name], tokens(10)
     bad = x.at[0, 1, 4, 5].set(jnp.nan).at[1, 2, 30, 20].set(jnp.inf)
-    packed, state = jax.jit(codec.encode)(bad, codec.init(SHAPE, x.dtype))
+    packed, state = jit(codec.encode)(bad, codec.init(SHAPE, x.dtype))
     decoded = np.asarray(codec.decode(packed, jnp.float32))
     good = np.ones(SHAPE, bool)
     good[0, 1, 4], good[1, 2, 30] = False, False
@@ -252,7 +274,7 @@ def test_bad_tokens_do_not_spread(name):
     if name != "identity":
         assert np.isfinite(decoded).all()
     # Heads without a bad token keep their bytes.
-    clean, _ = jax.jit(codec.encode)(x, codec.init(SHAPE, x.dtype))
+    clean, _ = jit(codec.encode)(x, codec.init(SHAPE, x.dtype))
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(clean), strict=True):
         np.testing.assert_array_equal(np.asarray(a)[0, 0], np.asarray(b)[0, 0])
 
@@ -260,7 +282,7 @@ def test_bad_tokens_do_not_spread(name):
 @every_codec
 def test_round_trip_error(name):
     codec, x = CODECS[name], tokens(11)
-    packed, _ = jax.jit(codec.encode)(x, codec.init(SHAPE, x.dtype))
+    packed, _ = jit(codec.encode)(x, codec.init(SHAPE, x.dtype))
     x = np.asarray(x, np.float32)
     error = np.linalg.norm(np.asarray(codec.decode(packed, jnp.float32)) - x) / np.linalg.norm(x)
     # Noise 0.3 around centres of size 1: RTN sees the whole vector, k-means only the noise.

@@ -103,7 +103,7 @@ def frame_features(
     Returns:
         [F, 7]: motion east, south, up (in moves), cut, sin and cos of the clock, altitude.
     """
-    delta = (pose_F3 - previous_F3) / jnp.array([SPEED, SPEED, 1.0])
+    delta = (pose_F3 - previous_F3) / jnp.array([[SPEED, SPEED, 1.0]])
     cut = jnp.any(jnp.abs(delta) > 1.5, -1, keepdims=True)
     phase = 2 * jnp.pi * (time_F % CLOCK).astype(jnp.float32)[:, None] / CLOCK
     altitude = pose_F3[:, 2:] / MAX_ALTITUDE

@@ -49,11 +49,11 @@ def sample_sequence(key, cfg: PocketWorldConfig, shape: SequenceShape):
 
     past = now - shape.recent - shape.near
     places = jax.random.randint(next(keys), (2,), 0, past)
-    near = (places[:, None] + jnp.arange(shape.near)).reshape(-1)
+    near = (places[:, None] + jnp.arange(shape.near)[None]).reshape(-1)
     distractors = jax.random.randint(next(keys), (shape.distractors,), 0, now - shape.recent)
     recent = now - 1 - jnp.arange(shape.recent)
     memory = jnp.sort(jnp.concatenate([near, distractors, recent]))
-    t_memory = (memory[:, None] * n + jnp.arange(n)).reshape(-1)
+    t_memory = (memory[:, None] * n + jnp.arange(n)[None]).reshape(-1)
     pose_memory, before_memory = walk[t_memory], before[t_memory]
 
     def retrace(key, place):
@@ -62,7 +62,7 @@ def sample_sequence(key, cfg: PocketWorldConfig, shape: SequenceShape):
         poses = jax.lax.dynamic_slice_in_dim(walk, place * n, shape.run * n)
         shift = camera.SPEED * jax.random.randint(k_shift, (2,), -4, 5)
         shift = jnp.where(jax.random.bernoulli(k_exact, 0.5), 0.0, shift)
-        poses = poses + jnp.concatenate([shift, jnp.zeros(1)])
+        poses = poses + jnp.concatenate([shift, jnp.zeros(1)])[None]
         return jnp.where(jax.random.bernoulli(k_back, 0.4), poses[::-1], poses)
 
     def run(key, last, place, p_retrace):

@@ -70,7 +70,7 @@ def replay(model, arm: str, args) -> dict:
     else:
         cache = pipeline.make_cache(model.cfg, pipeline.world_codec(arm), total, batch=args.worlds)
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.tour)
-    frames, seconds, state = run_arm(model, cache, xs, args.seed, Sampler(args.steps))
+    frames, seconds, state = run_arm(model, cache, xs, args.seed, Sampler(args.steps, args.shift))
     truth = pipeline.render_path(worlds, path[:, args.tour :], first_time=args.tour)
     out, size = frames[:, args.tour :], cache_bytes(state.cache)
     return dict(
@@ -91,7 +91,9 @@ def free_run(model, codec: str, args) -> dict:
     worlds = FIRST_WORLD + 1000 + jnp.arange(args.worlds)
     cache = pipeline.make_cache(model.cfg, pipeline.world_codec(codec), total, batch=args.worlds)
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.free_tour)
-    frames, seconds, state = run_arm(model, cache, xs, args.seed, Sampler(args.free_steps))
+    frames, seconds, state = run_arm(
+        model, cache, xs, args.seed, Sampler(args.free_steps, args.shift)
+    )
     out, size = frames[:, args.free_tour :], cache_bytes(state.cache)
     truth = np.asarray(
         pipeline.render_path(worlds, path[:, args.free_tour :], first_time=args.free_tour)
@@ -132,7 +134,8 @@ def summary(out: pathlib.Path) -> str:
             if exact is not None and name != "bf16":
                 row["psnr_to_bf16"] = psnr(a["frames"] / 127.5, exact / 127.5).mean()
             lines.append(
-                f"{name:12s} replay {row['psnr']:6.2f} dB to truth ({row['worst_world']:.1f} to {row['best_world']:.1f} by world)"
+                f"{name:12s} replay {row['psnr']:6.2f} dB to truth"
+                f" ({row['worst_world']:.1f} to {row['best_world']:.1f} by world)"
                 f"  {row.get('psnr_to_bf16', float('nan')):6.2f} dB to bf16"
                 f"  cache {row['in_use'] / 1e6:7.1f} MB (bf16 {row['bf16'] / 1e6:.1f})"
             )
@@ -180,10 +183,11 @@ def main(argv=None):
         "--half-width", type=float, default=400.0, help="extent of the tours, world units"
     )
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--shift", type=float, default=8.0, help="spacing of the noise levels")
     parser.add_argument("--free", type=int, default=1000)
     parser.add_argument("--free-tour", type=int, default=32)
     parser.add_argument("--free-half-width", type=float, default=600.0)
-    parser.add_argument("--free-steps", type=int, default=10)
+    parser.add_argument("--free-steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def rms_norm(x, scale=None):
     """x / rms(x) over the last axis in float32, times `scale` where given."""
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
-    return x if scale is None else x * scale
+    return x if scale is None else x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def modulate(x_BTD, scale_BFD, shift_BFD=None):
@@ -79,7 +79,7 @@ class Block(nnx.Module):
         """Returns the residual stream and this layer's K (before RoPE) and V, [B, T, H, D]."""
         cfg = self.cfg
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.unstack(
-            condition_BF6D + self.modulation[...], axis=2
+            condition_BF6D + self.modulation[None, None], axis=2
         )
         x = modulate(rms_norm(h_BTD), 1 + scale1, shift1)
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, cfg.heads, cfg.head_dim)
@@ -105,9 +105,7 @@ class PocketWorld(nnx.Module):
         self.feature_in = nnx.Linear(cfg.features, c, rngs=rngs)
         self.condition_mid = nnx.Linear(c, c, rngs=rngs)
         self.condition_out = _linear(c, 8 * d, rngs, gain=0.1, dtype=jnp.float32)
-        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype=dtype, rngs=r))(
-            rngs.fork(split=cfg.layers)
-        )
+        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype=dtype, rngs=r))(rngs.split(cfg.layers))
 
     def __call__(
         self,
@@ -130,7 +128,7 @@ class PocketWorld(nnx.Module):
             Predicted clean patches [B, T, C] in float32, and (K, V) of all layers [L, B, T, H, D].
         """
         cfg = self.cfg
-        angle = noise_BF[..., None] * jnp.geomspace(1.0, 300.0, cfg.noise_channels // 2)
+        angle = noise_BF[..., None] * jnp.geomspace(1.0, 300.0, cfg.noise_channels // 2)[None, None]
         sinusoid = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
         condition = jax.nn.silu(self.noise_in(sinusoid) + self.feature_in(feature_BFE))
         condition = self.condition_out(jax.nn.silu(self.condition_mid(condition)))

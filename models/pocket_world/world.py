@@ -70,12 +70,12 @@ def _mix(a, b, t):
 
 
 def _rgb(r, g, b):
-    return jnp.array([r, g, b], jnp.float32)
+    return jnp.array([[[r, g, b]]], jnp.float32)  # a one-pixel image
 
 
 def _hue(h):
     """A saturated colour from a hue in [0, 1)."""
-    phase = jnp.array([0.0, 1 / 3, 2 / 3], jnp.float32)
+    phase = _rgb(0.0, 1 / 3, 2 / 3)
     return 0.52 + 0.42 * jnp.cos(2 * jnp.pi * (h[..., None] + phase))
 
 
@@ -95,7 +95,7 @@ _SEA, _ROCK, _SNOW = 0.42, 0.64, 0.72  # elevations where the land changes
 
 
 def _ground(seed, x, y):
-    """Colour of the land itself, [..., 3] in [0, 1]."""
+    """Colour of the land itself, [Y, X, 3] in [0, 1]."""
     e, m = _elevation(seed, x, y), _moisture(seed, x, y)
     slope = e - _elevation(seed, x + 3.0, y + 3.0)  # light from the north-west
     depth = jnp.clip((_SEA - e) / 0.2, 0.0, 1.0)
@@ -181,7 +181,7 @@ def _sprite(seed, x, y, cx, cy, clock):
 
 
 def colour_at(seed, x, y, clock):
-    """Colour of the world at ground coordinates x, y (any shape) and clock in [0, 1): [..., 3]."""
+    """Colour of the world at ground coordinates x, y [Y, X] and clock in [0, 1): [Y, X, 3]."""
     cx, cy = jnp.floor(x / CELL).astype(jnp.int32), jnp.floor(y / CELL).astype(jnp.int32)
     far, far_cover, far_shadow = _sprite(seed, x, y, cx, cy, clock)
     near, near_cover, near_shadow = _sprite(seed, x, y, cx, cy + 1, clock)  # stands in front

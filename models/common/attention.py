@@ -1,0 +1,51 @@
+"""Attention over all tokens at once, in pieces that fit: no cache, no positions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Float32 logits that exist at once. 35,880 tokens and 64 heads would take 330 GB of them.
+LOGITS_BYTES = 2**29
+
+
+def dense_attention(
+    q_BTHD: Float[Array, "B T H D"],
+    k_BUHD: Float[Array, "B U H D"],
+    v_BUHD: Float[Array, "B U H D"],
+    bias_BU: Float[Array, "B U"] | None = None,
+    *,
+    logits_bytes: int = LOGITS_BYTES,
+) -> Float[Array, "B T H D"]:
+    """softmax(q k / sqrt(D) + bias) v; the softmax in float32.
+
+    Args:
+        q_BTHD, k_BUHD, v_BUHD: queries, keys and values.
+        bias_BU: added to the logits of each key, float32; -inf hides a key. ln(n) makes one key
+            count as n equal ones.
+        logits_bytes: queries are taken in pieces whose logits need no more than this.
+    """
+    B, T, H, D = q_BTHD.shape
+    rows = max(1, logits_bytes // (4 * B * H * k_BUHD.shape[1]))
+    pieces = -(-T // rows)
+    if pieces == 1:
+        return _softmax_average(q_BTHD, k_BUHD, v_BUHD, bias_BU)
+    size = -(-T // pieces)
+    padded = jnp.pad(q_BTHD, ((0, 0), (0, pieces * size - T), (0, 0), (0, 0)))
+    q_NBTHD = jnp.moveaxis(padded.reshape(B, pieces, size, H, D), 1, 0)
+    o_NBTHD = jax.lax.map(lambda q: _softmax_average(q, k_BUHD, v_BUHD, bias_BU), q_NBTHD)
+    return jnp.moveaxis(o_NBTHD, 0, 1).reshape(padded.shape)[:, :T]
+
+
+def _softmax_average(q_BTHD, k_BUHD, v_BUHD, bias_BU):
+    f32 = jnp.float32
+    s_BHTU = jnp.einsum("bthd,buhd->bhtu", q_BTHD, k_BUHD, preferred_element_type=f32)
+    s_BHTU = s_BHTU * f32(1 / math.sqrt(q_BTHD.shape[-1]))
+    if bias_BU is not None:
+        s_BHTU = s_BHTU + bias_BU[:, None, None]
+    p_BHTU = jnp.exp(s_BHTU - s_BHTU.max(-1, keepdims=True))
+    p_BHTU = p_BHTU / p_BHTU.sum(-1, keepdims=True)
+    p_BHTU = p_BHTU.astype(v_BUHD.dtype)
+    o_BTHD = jnp.einsum("bhtu,buhd->bthd", p_BHTU, v_BUHD, preferred_element_type=f32)
+    return o_BTHD.astype(q_BTHD.dtype)

@@ -1,0 +1,123 @@
+"""Sizes of the LongCat-Video transformer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongCatConfig:
+    """Everything that decides the shapes and the arithmetic of the transformer.
+
+    The height and width of the video are not here: any grid that the patch divides works.
+
+    Attributes:
+        layers, width, heads: size of the transformer; head_dim = width / heads.
+        mlp_ratio: decides `ffn_width`.
+        latent_channels, out_channels: channels of the latent video, in and out.
+        patch: (rows, columns) of latent pixels per token; one latent frame deep.
+        time_width: width of the sinusoid of the timestep.
+        condition_width: width of the timestep embedding that modulates every layer.
+        text_width: width of the text embedding.
+        zero_pad: whether padded text is zeroed and stays visible (True, as released) or is hidden.
+        eps: added to the variance in every norm.
+        rope_theta: base of the RoPE frequencies.
+        dtype: dtype of the weights and of the activations between the float32 islands.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+
+    Source: LongCat-Video (arXiv 2510.22200), released configuration.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4
+    latent_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int] = (2, 2)
+    time_width: int = 256
+    condition_width: int = 512
+    text_width: int = 4096
+    zero_pad: bool = True
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    dtype: DTypeLike = jnp.bfloat16
+
+    def __post_init__(self):
+        if self.width % self.heads or self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(
+                f"width={self.width} must be heads={self.heads} times an even head size >= 6"
+            )
+        if self.time_width % 2:
+            raise ValueError(f"time_width={self.time_width} must be even: cosines and sines")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Two thirds of width x mlp_ratio, rounded up to a multiple of 256: 11,008 for 4,096."""
+        inner = int(2 * int(self.width * self.mlp_ratio) / 3)
+        return -(-inner // 256) * 256
+
+    @classmethod
+    def longcat_video(cls, *, dtype: DTypeLike = jnp.bfloat16) -> "LongCatConfig":
+        """The released checkpoint: 13,581,071,424 parameters in 1,022 tensors."""
+        return cls(layers=48, width=4096, heads=32, dtype=dtype)
+
+    @classmethod
+    def from_json(
+        cls, sizes: Mapping[str, Any], *, dtype: DTypeLike = jnp.bfloat16
+    ) -> "LongCatConfig":
+        """The configuration written with the original key names (`depth`, `hidden_size`, ...).
+
+        Args:
+            sizes: the mapping found in the checkpoint's `config.json`. Keys that do not change the
+                arithmetic are ignored.
+            dtype: dtype of weights and activations.
+
+        Raises:
+            ValueError: a variant whose arithmetic differs (patches over time, sparse attention),
+                or a size is missing.
+        """
+        patch = tuple(sizes.get("patch_size", (1, 2, 2)))
+        if len(patch) != 3 or patch[0] != 1:
+            raise ValueError(f"patch_size={patch} is not supported; need (1, rows, columns)")
+        if sizes.get("enable_bsa", False):
+            raise ValueError(
+                "enable_bsa=True (block-sparse attention) is not supported; need False"
+            )
+        missing = [k for k in ("depth", "hidden_size", "num_heads") if k not in sizes]
+        if missing:
+            raise ValueError(f"config has no {', '.join(missing)}; it has {sorted(sizes)}")
+        return cls(
+            layers=sizes["depth"],
+            width=sizes["hidden_size"],
+            heads=sizes["num_heads"],
+            mlp_ratio=sizes.get("mlp_ratio", 4),
+            latent_channels=sizes.get("in_channels", 16),
+            out_channels=sizes.get("out_channels", 16),
+            patch=patch[1:],
+            time_width=sizes.get("frequency_embedding_size", 256),
+            condition_width=sizes.get("adaln_tembed_dim", 512),
+            text_width=sizes.get("caption_channels", 4096),
+            zero_pad=sizes.get("text_tokens_zero_pad", False),
+            dtype=dtype,
+        )
+
+    def grid(self, latent_height: int, latent_width: int) -> tuple[int, int]:
+        """Token rows and columns of one latent frame; raises if the patch does not divide it."""
+        rows, columns = self.patch
+        if latent_height % rows or latent_width % columns:
+            raise ValueError(
+                f"latent height x width {latent_height} x {latent_width} must be a multiple of "
+                f"the patch {rows} x {columns}"
+            )
+        return latent_height // rows, latent_width // columns

@@ -1,0 +1,118 @@
+"""The three ways to run the network on a clip.
+
+Plain: all frames are noise. Joint: the first frames are given; they see only themselves, and the
+rest sees everything. Cached: only the noise frames go through the network, and read the given ones
+from a cache that was built once per clip (`condition.py`). Given frames have timestep 0 and do not
+read the text, so joint and cached passes agree, whatever prompt, noise and step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from models.common.attention import dense_attention
+from models.longcat.config import LongCatConfig
+from models.longcat.modeling import LongCatDiT, Output, TextKV
+from models.longcat.rope import clip_positions, model_rope
+from qvg_jax.attention import attend
+from qvg_jax.view import CacheView
+
+
+def clip_attention(
+    config: LongCatConfig, shape: tuple[int, ...], given_frames: int = 0
+) -> Callable[..., Array]:
+    """Attention among the frames of a clip, as `LongCatDiT` takes it.
+
+    Args:
+        config: sizes of the model.
+        shape: (B, F, Z, Y, X) of the latents.
+        given_frames: the first frames, which see only themselves.
+    """
+    rope = model_rope(config)
+    positions_BTP = clip_positions(config, 0, (1, *shape[1:]))
+    table, first = rope.table(positions_BTP), given_frames * positions_BTP.shape[1] // shape[1]
+
+    def rotated(x_BTHD: Array) -> Array:
+        return jnp.swapaxes(rope.rotate(jnp.swapaxes(x_BTHD, 1, 2), table), 1, 2)
+
+    def attention(q_BTHD, k_BTHD, v_BTHD, _):
+        q, k, v = rotated(q_BTHD), rotated(k_BTHD), v_BTHD
+        if not first:
+            return dense_attention(q, k, v)
+        given = dense_attention(*(x[:, :first] for x in (q, k, v)))
+        return jnp.concatenate([given, dense_attention(q[:, first:], k, v)], axis=1)
+
+    return attention
+
+
+def clip_forward(
+    model: LongCatDiT,
+    x_BFZYX: Float[Array, "B F Z Y X"],
+    t: Float[Array, "..."],
+    text_kv: TextKV | None,
+    *,
+    given_frames: int = 0,
+    keep: Callable[..., Any] | None = None,
+) -> Output:
+    """The plain pass, or with `given_frames` the joint pass.
+
+    Args:
+        model: the transformer.
+        x_BFZYX: latents of the whole clip.
+        t: timesteps, as the model takes them; those of given frames should be 0.
+        text_kv: the prompts; None leaves cross-attention out.
+        given_frames: the first frames, which see only themselves and do not read the text.
+        keep: as the model takes it.
+
+    Raises:
+        ValueError: `given_frames` leaves no frame to predict.
+    """
+    if not 0 <= given_frames < x_BFZYX.shape[1]:
+        raise ValueError(
+            f"given_frames={given_frames} must be 0 to {x_BFZYX.shape[1] - 1}: "
+            f"the clip has {x_BFZYX.shape[1]} latent frames"
+        )
+    attention = clip_attention(model.config, x_BFZYX.shape, given_frames)
+    return model(x_BFZYX, t, text_kv, attention, silent_frames=given_frames, keep=keep)
+
+
+def cached_forward(
+    model: LongCatDiT,
+    x_BFZYX: Float[Array, "B F Z Y X"],
+    t: Float[Array, "..."],
+    text_kv: TextKV,
+    view: CacheView,
+) -> Output:
+    """The cached pass: the given frames come from a cache, which stays as it is.
+
+    The cache holds V videos; B is a multiple of V, and row r V + v of the batch reads video v. So
+    the two branches of guidance share one cache, and a span is decoded once for both.
+
+    Args:
+        model: the transformer.
+        x_BFZYX: latents of the noise frames only.
+        t: their timesteps.
+        text_kv: the prompts, B rows.
+        view: from `condition.view_condition`.
+
+    Raises:
+        ValueError: B is not a multiple of the cache's batch.
+    """
+    videos = view.cache.layout.batch
+    if x_BFZYX.shape[0] % videos:
+        raise ValueError(
+            f"x_BFZYX has batch {x_BFZYX.shape[0]}; accepted: a multiple of the cache's {videos}"
+        )
+
+    def attention(q_BTHD, k_BTHD, v_BTHD, layer):
+        def branch(q, k, v):
+            return attend(q, view, k, v, layer=layer)
+
+        # Mapping over branches leaves what does not depend on them, the decoding, outside.
+        branches = (x.reshape(-1, videos, *x.shape[1:]) for x in (q_BTHD, k_BTHD, v_BTHD))
+        return jax.vmap(branch)(*branches).reshape(q_BTHD.shape)
+
+    return model(x_BFZYX, t, text_kv, attention)

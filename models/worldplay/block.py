@@ -1,0 +1,201 @@
+"""One block of the roll-out: context pass, denoising, and the frames that join the history.
+
+A block starts as noise. Before its first denoising pass, the clean frames it looks back at go
+through the network once, at the context timestep, and their K and V into the cache; each of the
+few passes then predicts the velocity of the block's frames and moves them along it.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from models.self_forcing.modeling import TextKV
+from models.worldplay.attention import Sight, cached_attention, look
+from models.worldplay.config import SamplerConfig, WorldPlayConfig
+from models.worldplay.context import context_kv
+from models.worldplay.encoding import here, positions
+from models.worldplay.history import History
+from models.worldplay.memory import remember_all, remember_block
+from models.worldplay.modeling import Output, WorldPlayDiT
+from models.worldplay.prope import camera_matrices
+from models.worldplay.sampler import euler_step, step_sizes
+from qvg_jax.cache import KVCache
+
+
+class Frames(NamedTuple):
+    """Cameras and actions of latent frames."""
+
+    w2c_BF44: Float[Array, "B F 4 4"]
+    intrinsics_BF33: Float[Array, "B F 3 3"]
+    actions_BF: Float[Array, "B F"]
+
+
+class BlockInput(NamedTuple):
+    """What one block needs from outside; S is the most frames of a context."""
+
+    noise_BFZYX: Float[Array, "B F Z Y X"]
+    frames: Frames
+    given_BFZYX: Float[Array, "B F Z Y X"]  # clean latents of frames that are not generated
+    is_given_F: Bool[Array, "F"]
+    context_S: Int[Array, "S"]  # sorted frame numbers of the context, then -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+    """All that a generation carries from block to block."""
+
+    cache: KVCache
+    text_kv: TextKV
+    latents_BFZYX: Float[Array, "B F Z Y X"]  # clean frames so far, then zeros
+    frames: Frames  # of the same frames
+    blocks: Int[Array, ""]  # how many blocks are done
+
+
+class Trace(NamedTuple):
+    """What the denoising passes of one block saw and said, leading axis the pass."""
+
+    x_JBFZYX: Float[Array, "J B F Z Y X"]
+    t_JBF: Float[Array, "J B F"]
+    velocity_JBFZYX: Float[Array, "J B F Z Y X"]
+
+
+def look_from(
+    config: WorldPlayConfig,
+    cache: KVCache,
+    frames: Frames,
+    first_slot: Int[Array, ""] | int,
+    frame_size: tuple[int, int],
+) -> Sight:
+    """What new frames see of a cache and of themselves.
+
+    Args:
+        config: sizes of the model.
+        cache: holds the context.
+        frames: cameras of the new frames.
+        first_slot: RoPE position of the first of them: the number of frames in the cache.
+        frame_size: (Y, X) of the latents.
+    """
+    camera = camera_matrices(frames.w2c_BF44, frames.intrinsics_BF33, config.dtype)
+    slots_F = first_slot + jnp.arange(frames.w2c_BF44.shape[1])
+    return look(config, cache, positions(slots_F, config.grid(*frame_size), camera), camera)
+
+
+def cached_forward(
+    model: WorldPlayDiT,
+    x_BFZYX: Float[Array, "B F Z Y X"],
+    t_BF: Float[Array, "B F"],
+    frames: Frames,
+    text_kv: TextKV,
+    sight: Sight,
+) -> Output:
+    """One pass over a block whose queries also see everything in the cache."""
+    attention = cached_attention(model.config, sight)
+    return model(x_BFZYX, t_BF, frames.actions_BF, text_kv, attention)
+
+
+def denoise_block(
+    model: WorldPlayDiT, text_kv: TextKV, sight: Sight, x: BlockInput, sampler: SamplerConfig
+) -> tuple[Float[Array, "B F Z Y X"], Trace]:
+    """Denoises one block: x <- x + (sigma' - sigma) velocity(x) down to sigma = 0.
+
+    Given frames stay as they are, and the model is told that they are clean.
+    """
+    given = x.is_given_F[None, :, None, None, None]
+    start = jnp.where(given, x.given_BFZYX, x.noise_BFZYX).astype(model.config.dtype)
+    steps = (jnp.asarray(sampler.timesteps[:-1]), jnp.asarray(step_sizes(sampler)))
+
+    def one_pass(latents, step):
+        t, d_sigma = step
+        t_F = jnp.where(x.is_given_F, jnp.float32(sampler.context_timestep), t)
+        t_BF = jnp.broadcast_to(t_F[None], latents.shape[:2])
+        velocity = cached_forward(model, latents, t_BF, x.frames, text_kv, sight).velocity_BFZYX
+        moved = euler_step(latents, velocity.astype(latents.dtype), d_sigma)
+        return jnp.where(given, latents, moved), Trace(latents, t_BF, velocity)
+
+    return jax.lax.scan(one_pass, start, steps)
+
+
+def remember_context(
+    model: WorldPlayDiT,
+    state: State,
+    context_S: Int[Array, "S"],
+    timestep: float,
+    history: History,
+) -> KVCache:
+    """The cache after the context pass over the chosen frames, and after compression.
+
+    Args:
+        model: the transformer.
+        state: donate it at the outermost jit.
+        context_S: sorted frame numbers, then -1; whole blocks of them. Without any, the cache is
+            returned as it is.
+        timestep: what the pass is told.
+        history: what is stored (static).
+    """
+    config, cache = model.config, state.cache
+    n = config.frames_per_block
+    if not context_S.shape[0]:
+        return cache
+    blocks = (context_S >= 0).sum(dtype=jnp.int32) // n
+
+    def run(cache):
+        chosen = jnp.maximum(context_S, 0)
+        x, frames = jax.tree.map(lambda a: a[:, chosen], (state.latents_BFZYX, state.frames))
+        camera = camera_matrices(frames.w2c_BF44, frames.intrinsics_BF33, config.dtype)
+        # Positions count the chosen frames, wherever in the video they are.
+        at_BTP = positions(jnp.arange(chosen.shape[0]), config.grid(*x.shape[3:]), camera)
+        kv = context_kv(
+            model,
+            x,
+            timestep,
+            frames.actions_BF,
+            here(config, at_BTP, camera),
+            state.text_kv,
+            blocks,
+            last_only=not history.recomputes,
+        )
+        if history.recomputes:
+            return remember_all(config, cache, kv, at_BTP, blocks)
+        size = cache.layout.block_tokens
+        at_BTP = jax.lax.dynamic_slice_in_dim(at_BTP, (blocks - 1) * size, size, 1)
+        return remember_block(config, cache, kv, at_BTP)
+
+    return jax.lax.cond(blocks > 0, run, lambda cache: cache, cache)
+
+
+def generate_block(
+    model: WorldPlayDiT, state: State, x: BlockInput, sampler: SamplerConfig, history: History
+) -> tuple[State, Float[Array, "B F Z Y X"], Trace]:
+    """One step of the roll-out.
+
+    Args:
+        model: the transformer.
+        state: donate it at the outermost jit.
+        x: the block's noise, cameras, actions and context.
+        sampler, history: the few-step schedule; what is remembered (static).
+
+    Returns:
+        The state for the next block, the block's clean latents, and what its passes saw.
+    """
+    config = model.config
+    cache = remember_context(model, state, x.context_S, sampler.context_timestep, history)
+    seen = (x.context_S >= 0).sum(dtype=jnp.int32)
+    sight = look_from(config, cache, x.frames, seen, x.noise_BFZYX.shape[3:])
+    latents, trace = denoise_block(model, state.text_kv, sight, x, sampler)
+    first = state.blocks * config.frames_per_block
+
+    def put(buffer, new):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), first, 1)
+
+    state = dataclasses.replace(
+        state,
+        cache=cache,
+        latents_BFZYX=put(state.latents_BFZYX, latents),
+        frames=jax.tree.map(put, state.frames, x.frames),
+        blocks=state.blocks + 1,
+    )
+    return state, latents, trace

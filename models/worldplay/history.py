@@ -1,0 +1,188 @@
+"""What of the past is kept, and in what form: the layout of the model's KV cache.
+
+The cache's block is the model's: the few latent frames that are denoised together.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from models.worldplay.config import WorldPlayConfig
+from models.worldplay.encoding import POSITION, apart
+from models.worldplay.retrieval import check_window
+from qvg_jax.cache import KVCache
+from qvg_jax.codec import Codec, identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What is remembered, and how.
+
+    Attributes:
+        semantics: "append" keeps every frame; a context pass over all of them stores the newest
+            block only, as the published 2-bit integration does. "recompute" is the original model:
+            the context pass goes over retrieved frames and replaces the whole cache. The two agree
+            for blocks 0 and 1 and differ from then on.
+        storage: "packed" keeps both encodings of K and V, as published, and codecs see them side
+            by side, 2 D channels a head. "single" keeps one k and one v, half the bytes, and
+            encodes them whenever they are read.
+        key_codec, value_codec: compressors of old K and V; both None for none.
+        span_blocks: blocks compressed together.
+        keep_recent: newest blocks that are never compressed.
+        memory_frames, recent_frames: most frames of a recomputed context, and how many of them are
+            the newest.
+
+    Raises:
+        ValueError: an unknown name, one codec without the other, or codecs with "recompute", which
+            would encode the whole context anew for every block.
+    """
+
+    semantics: Literal["append", "recompute"] = "append"
+    storage: Literal["packed", "single"] = "packed"
+    key_codec: Codec | None = None
+    value_codec: Codec | None = None
+    span_blocks: int = 2
+    keep_recent: int = 0
+    memory_frames: int = 16
+    recent_frames: int = 12
+
+    def __post_init__(self):
+        names = dict(semantics=("append", "recompute"), storage=("packed", "single"))
+        for name, accepted in names.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
+        if (self.key_codec is None) != (self.value_codec is None):
+            raise ValueError("give both key_codec and value_codec, or neither")
+        if self.recomputes and self.compressed:
+            raise ValueError(
+                "codecs need semantics='append': with 'recompute' the whole context is made anew "
+                "for every block, and compressing it would save nothing"
+            )
+        if self.span_blocks < 1 or self.keep_recent < 0:
+            raise ValueError(
+                f"span_blocks={self.span_blocks} must be at least 1 and "
+                f"keep_recent={self.keep_recent} at least 0"
+            )
+
+    @classmethod
+    def qvg(cls, codec: Codec, **changes) -> "History":
+        """The published schedule: before every second block, the last two become one span.
+
+        Source: Quant VideoGen (arXiv 2602.02958), the released WorldPlay settings.
+        """
+        return cls(**(dict(key_codec=codec, value_codec=codec) | changes))
+
+    @property
+    def compressed(self) -> bool:
+        """Whether old frames are encoded by codecs."""
+        return self.key_codec is not None
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the whole context is made anew for every block."""
+        return self.semantics == "recompute"
+
+    def context_frames(self, config: WorldPlayConfig, frames: int) -> int:
+        """Most frames in the context of any block of a video of `frames` latent frames.
+
+        Raises:
+            ValueError: context and block together are longer than the RoPE table.
+        """
+        n = config.frames_per_block
+        most = max(frames - n, 0)
+        if self.recomputes:
+            check_window(self.memory_frames, self.recent_frames, n)
+            most = min(most, self.memory_frames)
+        if most + n > config.rope_frames:
+            raise ValueError(
+                f"a block of a video of {frames} frames sees {most + n} frames, more than the "
+                f"rope_frames={config.rope_frames} rows of the model's RoPE table: positions "
+                "beyond it were never defined"
+            )
+        return most
+
+
+@functools.cache  # one object per codec: jit keys on a codec's functions
+def side_by_side(codec: Codec) -> Codec:
+    """A codec of packed K or V: both encodings of a head, [B, 2 H, T, D], as one [B, H, T, 2 D].
+
+    Args:
+        codec: compressor of vectors of 2 D channels.
+    """
+
+    def joined(shape):
+        B, C, T, D = shape
+        return B, C // 2, T, 2 * D
+
+    def init(shape, dtype=jnp.bfloat16):
+        return codec.init(joined(shape), dtype)
+
+    def encode(x_BCTD, state, *, key=None):
+        return codec.encode(jnp.concatenate(apart(x_BCTD), -1), state, key=key)
+
+    def decode(packed, dtype=jnp.bfloat16):
+        x = codec.decode(packed, dtype)
+        B, H, T, E = x.shape
+        return jnp.swapaxes(x.reshape(B, H, T, 2, E // 2), 2, 3).reshape(B, 2 * H, T, E // 2)
+
+    return codec._replace(
+        init=init,
+        encode=encode,
+        decode=decode,
+        bits_per_element=lambda shape: codec.bits_per_element(joined(shape)),
+        nbytes=lambda shape: codec.nbytes(joined(shape)),
+    )
+
+
+_plain = functools.cache(identity)
+
+
+def make_cache(
+    config: WorldPlayConfig,
+    history: History,
+    *,
+    frames: int,
+    latent_height: int,
+    latent_width: int,
+    batch: int = 1,
+) -> KVCache:
+    """An empty cache for videos of up to `frames` latent frames.
+
+    Args:
+        config: sizes and dtype of the model.
+        history: what to remember.
+        frames: longest video; the newest block of a video is never in the cache.
+        latent_height, latent_width: size of the latent frames.
+        batch: videos generated together.
+
+    Raises:
+        ValueError: a video longer than the RoPE table, or a codec that does not fit.
+    """
+    rows, columns = config.grid(latent_height, latent_width)
+    blocks = history.context_frames(config, frames) // config.frames_per_block
+    packed = history.storage == "packed"
+    spans = max(blocks - history.keep_recent, 0) // history.span_blocks
+    if history.compressed and spans:
+        codecs = (history.key_codec, history.value_codec)
+        waiting = history.span_blocks + history.keep_recent
+    else:
+        codecs, spans, waiting = (_plain(config.dtype),) * 2, 0, blocks
+    key_codec, value_codec = map(side_by_side, codecs) if packed and spans else codecs
+    return KVCache.create(
+        layers=config.layers,
+        batch=batch,
+        heads=config.heads * (2 if packed else 1),
+        head_dim=config.head_dim,
+        block_tokens=config.frames_per_block * rows * columns,
+        sink_blocks=0,
+        span_blocks=history.span_blocks,
+        max_spans=spans,
+        keep_recent=history.keep_recent,
+        window_blocks=max(waiting, 1),
+        pos_dims=POSITION,
+        key_codec=key_codec,
+        value_codec=value_codec,
+        dtype=config.dtype,
+    )

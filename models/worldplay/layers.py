@@ -1,0 +1,53 @@
+"""The parts of the transformer that are not those of Wan2.1.
+
+Weights and activations share one dtype. Modulation and the residual sums around it are float32 and
+round once, as in the released pipeline. Letters as in `modeling.py`.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.self_forcing.layers import layer_norm, linear, modulate, modulation, silu, sinusoid
+from models.worldplay.config import WorldPlayConfig
+
+
+class ScalarEmbedding(nnx.Module):
+    """W2 silu(W1 sinusoid(s) + b1) + b2 of a number s: a timestep or the id of an action."""
+
+    def __init__(self, config: WorldPlayConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.up = linear(config.time_width, config.width, config, rngs)
+        self.down = linear(config.width, config.width, config, rngs)
+
+    def __call__(self, s_BF: Float[Array, "B F"]) -> Float[Array, "B F M"]:
+        waves = sinusoid(s_BF.astype(jnp.float32), self.config.time_width)
+        return self.down(silu(self.up(waves.astype(self.config.dtype))))
+
+
+def modulated_norm(
+    x_BTM: Float[Array, "B T M"],
+    shift_BFM: Float[Array, "B F M"],
+    scale_BFM: Float[Array, "B F M"],
+    eps: float,
+) -> Float[Array, "B T M"]:
+    """layer_norm(x) (1 + scale) + shift, float32 inside, in x's dtype."""
+    y = layer_norm(x_BTM.astype(jnp.float32), eps)
+    shift_BFM, scale_BFM = (m.astype(jnp.float32) for m in (shift_BFM, scale_BFM))
+    return modulate(y, shift_BFM, scale_BFM).astype(x_BTM.dtype)
+
+
+class Head(nnx.Module):
+    """W (layer_norm(x) (1 + scale) + shift) + b: the pixels of each token's patch."""
+
+    def __init__(self, config: WorldPlayConfig, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.modulation = modulation(2, config, rngs)
+        out = config.patch[0] * config.patch[1] * config.out_channels
+        self.project = linear(config.width, out, config, rngs)
+
+    def __call__(
+        self, x_BTM: Float[Array, "B T M"], e_BFM: Float[Array, "B F M"]
+    ) -> Float[Array, "B T O"]:
+        shift, scale = (m[None, None] + e_BFM for m in self.modulation[...])
+        return self.project(modulated_norm(x_BTM, shift, scale, self.eps))

@@ -1,0 +1,215 @@
+"""The world model's transformer: latents, timesteps, actions and cameras in, velocity out.
+
+Letters in array names: B batch, F latent frames, Z latent channels, Y and X latent rows and
+columns, T tokens (frame slowest, then row, then column), M model width, H heads, D head dim,
+L layers, U text slots, E text width.
+
+A block asks for attention twice over the same q, k and v: once with rotary positions, once with
+camera matrices. Both, and what of the past is seen, belong to the `attention` that is passed in
+(`attention.py`); the network itself knows neither positions nor cameras nor caches.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from models.common.patches import from_patches, to_patches
+from models.self_forcing.layers import (
+    AffineLayerNorm,
+    FeedForward,
+    Projections,
+    dense_attention,
+    linear,
+    modulation,
+    per_frame,
+    silu,
+)
+from models.self_forcing.modeling import TextKV
+from models.worldplay.config import WorldPlayConfig
+from models.worldplay.layers import Head, ScalarEmbedding, modulated_norm
+
+type HeadsBTHD = Float[Array, "B T H D"]
+type Branches = tuple[HeadsBTHD, HeadsBTHD]  # of the rotary and of the camera attention
+
+
+class Output(NamedTuple):
+    """One forward pass: the velocity (noise - data), and K and V of all layers or None.
+
+    K is after its norm, and K and V before any positional transform.
+    """
+
+    velocity_BFZYX: Float[Array, "B F Z Y X"]
+    k_LBTHD: Float[Array, "L B T H D"] | None
+    v_LBTHD: Float[Array, "L B T H D"] | None
+
+
+class Block(nnx.Module):
+    """Self-attention of two branches, cross-attention to the prompt, feed-forward."""
+
+    def __init__(self, config: WorldPlayConfig, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.modulation = modulation(6, config, rngs)
+        self.self_attn = Projections(config, rngs=rngs)
+        self.prope_out = linear(config.width, config.width, config, rngs)
+        self.cross_norm = AffineLayerNorm(config)
+        self.cross_attn = Projections(config, rngs=rngs)
+        self.ffn = FeedForward(config.width, config.ffn_width, config, rngs=rngs)
+
+    def project(
+        self, x_BTM: Float[Array, "B T M"], e_BF6M: Float[Array, "B F 6 M"]
+    ) -> tuple[HeadsBTHD, HeadsBTHD, HeadsBTHD]:
+        """q, k and v of self-attention, before any positional transform."""
+        shift, scale, *_ = self._modulations(e_BF6M)
+        y_BTM = modulated_norm(x_BTM, shift, scale, self.eps)
+        return self.self_attn.query(y_BTM), *self.self_attn.key_value(y_BTM)
+
+    def finish(
+        self,
+        x_BTM: Float[Array, "B T M"],
+        e_BF6M: Float[Array, "B F 6 M"],
+        branches: Branches,
+        text_kv: tuple[Float[Array, "B U H D"], Float[Array, "B U H D"]],
+    ) -> Float[Array, "B T M"]:
+        """The rest of the layer, from the results of both attentions.
+
+        Args:
+            x_BTM: residual stream that `project` saw.
+            e_BF6M: what timestep and action add to this layer's modulation.
+            branches: attention by rotary positions, and by cameras.
+            text_kv: this layer's (k_BUHD, v_BUHD) of the prompt.
+        """
+        tokens = x_BTM.shape[1]
+        _, _, gate1, shift2, scale2, gate2 = self._modulations(e_BF6M)
+        o_BTHD, o_prope_BTHD = branches
+        y_BTM = self.self_attn.output(o_BTHD)
+        y_BTM = y_BTM + self.prope_out(o_prope_BTHD.reshape(y_BTM.shape))
+        x_BTM = _add_gated(x_BTM, y_BTM, per_frame(gate1, tokens))
+
+        q_BTHD = self.cross_attn.query(self.cross_norm(x_BTM))
+        # Padding is attended, as in training.
+        x_BTM = x_BTM + self.cross_attn.output(dense_attention(q_BTHD, *text_kv))
+
+        y_BTM = self.ffn(modulated_norm(x_BTM, shift2, scale2, self.eps))
+        return _add_gated(x_BTM, y_BTM, per_frame(gate2, tokens))
+
+    def _modulations(self, e_BF6M):
+        table = self.modulation[...].astype(jnp.float32)[None, None]
+        return jnp.moveaxis(table + e_BF6M.astype(jnp.float32), 2, 0)
+
+
+def _add_gated(x_BTM, y_BTM, gate_BTM):
+    return (x_BTM.astype(jnp.float32) + y_BTM.astype(jnp.float32) * gate_BTM).astype(x_BTM.dtype)
+
+
+class WorldPlayDiT(nnx.Module):
+    """The whole network; the layers are stacked and run by one scan."""
+
+    def __init__(self, config: WorldPlayConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        rows, columns = config.patch
+        self.patch = linear(rows * columns * config.latent_channels, config.width, config, rngs)
+        self.text = FeedForward(config.text_width, config.width, config, rngs=rngs)
+        self.time = ScalarEmbedding(config, rngs=rngs)
+        self.action = ScalarEmbedding(config, rngs=rngs)
+        self.project = linear(config.width, 6 * config.width, config, rngs)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.head = Head(config, rngs=rngs)
+
+    def layer(self, index: int) -> Block:
+        """One layer taken out of the stack, to look at."""
+        graphdef, stacked = nnx.split(self.blocks)
+        return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], stacked))
+
+    def encode_text(self, text_BUE: Float[Array, "B rows E"]) -> Float[Array, "B U M"]:
+        """Zero-pads the text embedding to all slots and projects it to the model width."""
+        slots, width = self.config.text_slots, self.config.text_width
+        if text_BUE.ndim != 3 or text_BUE.shape[1] > slots or text_BUE.shape[2] != width:
+            raise ValueError(
+                f"text_BUE has shape {text_BUE.shape}; accepted: (B, at most {slots}, {width})"
+            )
+        padding = ((0, 0), (0, slots - text_BUE.shape[1]), (0, 0))
+        return self.text(jnp.pad(text_BUE.astype(self.config.dtype), padding))
+
+    def text_kv(self, text_BUE: Float[Array, "B rows E"]) -> TextKV:
+        """Cross-attention keys and values of a prompt, for all layers: once per prompt.
+
+        Args:
+            text_BUE: text embedding without padding, at most `text_slots` rows.
+        """
+        encoded_BUM = self.encode_text(text_BUE)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def one_layer(_, state):
+            return None, nnx.merge(graphdef, state).cross_attn.key_value(encoded_BUM)
+
+        return TextKV(*jax.lax.scan(one_layer, None, stacked)[1])
+
+    def patchify(self, x_BFZYX: Float[Array, "B F Z Y X"]) -> Float[Array, "B T M"]:
+        """One token per patch of each latent frame.
+
+        Raises:
+            ValueError: another number of channels, or a size that the patch does not divide.
+        """
+        Z, Y, X = x_BFZYX.shape[2:]
+        if self.config.latent_channels != Z:
+            raise ValueError(f"x_BFZYX has {Z} channels; accepted: {self.config.latent_channels}")
+        self.config.grid(Y, X)
+        return self.patch(to_patches(x_BFZYX.astype(self.config.dtype), self.config.patch))
+
+    def condition(
+        self, t_BF: Float[Array, "B F"], actions_BF: Num[Array, "B F"]
+    ) -> tuple[Float[Array, "B F M"], Float[Array, "B F 6 M"]]:
+        """What timestep and action say to the head and, in six parts, to all blocks.
+
+        Args:
+            t_BF: timesteps, 0..1000, float32.
+            actions_BF: action ids, 0..80; they enter as numbers, through a sinusoid.
+        """
+        e_BFM = self.time(t_BF) + self.action(actions_BF)
+        return e_BFM, self.project(silu(e_BFM)).reshape(*t_BF.shape, 6, -1)
+
+    def __call__(
+        self,
+        x_BFZYX: Float[Array, "B F Z Y X"],
+        t_BF: Float[Array, "B F"],
+        actions_BF: Num[Array, "B F"],
+        text_kv: TextKV,
+        attention: Callable[..., Branches],
+        *,
+        keep_kv: bool = False,
+    ) -> Output:
+        """Predicts the velocity of a few latent frames.
+
+        Args:
+            x_BFZYX: noisy latents.
+            t_BF: timestep of each frame, 0..1000, float32.
+            actions_BF: id of the motion that led into each frame.
+            text_kv: from `text_kv`.
+            attention: (q_BTHD, k_BTHD, v_BTHD, layer) -> the results of both branches, layer a
+                traced index; from `attention.py`.
+            keep_kv: also return K and V of the frames.
+        """
+        e_BFM, e_BF6M = self.condition(t_BF, actions_BF)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def one_layer(x_BTM, layer):
+            state, text, index = layer
+            block = nnx.merge(graphdef, state)
+            q_BTHD, *kv = block.project(x_BTM, e_BF6M)
+            x_BTM = block.finish(x_BTM, e_BF6M, attention(q_BTHD, *kv, index), text)
+            return x_BTM, kv if keep_kv else (None, None)
+
+        layers = (stacked, text_kv, jnp.arange(self.config.layers))
+        x_BTM, kv = jax.lax.scan(one_layer, self.patchify(x_BFZYX), layers)
+        y_BTO = self.head(x_BTM, e_BFM)
+        return Output(from_patches(y_BTO, self.config.patch, x_BFZYX.shape[3:]), *kv)

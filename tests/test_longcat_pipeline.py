@@ -1,0 +1,350 @@
+"""What LongCat's pipelines promise beyond agreeing with the reference; no vectors needed."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.common.attention import dense_attention
+from models.longcat import (
+    LongCat,
+    LongCatConfig,
+    Prompt,
+    Segments,
+    TextKV,
+    build_condition,
+    continuation,
+    distilled,
+    first_clip,
+    long_video,
+    random_dit,
+    read_text,
+    skeleton,
+    standard,
+)
+from models.longcat.sampler import StepInput, cached_step
+from models.longcat.segments import from_bytes, segment_keys, segment_noise, to_bytes
+from models.longcat.text import kept_rows
+from qvg_jax import presets
+from qvg_jax.codec import identity
+from qvg_jax.health import NonFiniteError, cache_bytes
+
+CONFIG = LongCatConfig(
+    layers=2,
+    width=24,
+    heads=2,
+    mlp_ratio=1,
+    latent_channels=4,
+    out_channels=4,
+    time_width=8,
+    condition_width=10,
+    text_width=6,
+    dtype=jnp.float32,
+)
+TWO_STEPS = distilled(2)
+CODEC = presets.qvg(num_centroids=4, group=12, warm_start=False)
+U = 7
+
+
+@functools.cache
+def model():
+    return random_dit(CONFIG, seed=0)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def prompt(*lengths, negative=True):
+    mask = (np.arange(U)[None] < np.asarray(lengths or (4,))[:, None]).astype(int)
+    text = normal(1, 2, U, CONFIG.text_width)[: len(mask)]
+    if not negative:
+        return Prompt(text_BUE=text, mask_BU=mask)
+    other = normal(2, 1, U, CONFIG.text_width), np.ones((1, U), int)
+    return Prompt(text_BUE=text, mask_BU=mask, negative_BUE=other[0], negative_mask_BU=other[1])
+
+
+def row(p, i):
+    """The prompt of one video of a batch."""
+    return Prompt(
+        text_BUE=p.text_BUE[i : i + 1],
+        mask_BU=p.mask_BU[i : i + 1],
+        negative_BUE=p.negative_BUE,
+        negative_mask_BU=p.negative_mask_BU,
+    )
+
+
+GIVEN, NOISE = normal(3, 2, 2, 4, 4, 4), normal(4, 2, 2, 4, 4, 4)
+
+
+def test_a_batch_is_its_videos_one_by_one_each_with_its_guidance():
+    pipe, both, guidance = LongCat(model()), prompt(4, 6), np.asarray([4.0, 1.5])
+    options = dict(schedule=standard(3), chunk=3)
+    out = pipe.continue_video(both, GIVEN, NOISE, guidance=guidance, **options)
+    assert out.shape == (2, 4, 4, 4, 4)
+    np.testing.assert_array_equal(out[:, :2], GIVEN)
+    for i in range(2):
+        part = slice(i, i + 1)
+        alone = pipe.continue_video(
+            row(both, i), GIVEN[part], NOISE[part], guidance=float(guidance[i]), **options
+        )
+        np.testing.assert_allclose(out[part], alone, rtol=0, atol=1e-4)
+    same = pipe.continue_video(both, GIVEN, NOISE, guidance=4.0, **options)
+    assert np.abs(same[1] - out[1]).max() > 1e-3
+    np.testing.assert_allclose(same[0], out[0], rtol=0, atol=1e-4)
+
+
+def test_without_guidance_cached_is_joint_and_a_two_bit_cache_is_near():
+    unguided, progress = prompt(negative=False), []
+    run = functools.partial(LongCat.continue_video, schedule=TWO_STEPS, guidance=1.0, chunk=1)
+    one = (unguided, GIVEN[:1], NOISE[:1])
+    cached = run(LongCat(model()), *one, progress=lambda *c: progress.append(c[:2]))
+    assert progress == [(1, 2), (2, 2)]
+    joint = run(LongCat(model()), *one, cached=False)
+    np.testing.assert_allclose(joint, cached, rtol=0, atol=1e-5)
+    image = LongCat(model()).image_to_video(
+        unguided, GIVEN[:1, :1], NOISE[:1], schedule=TWO_STEPS, guidance=1.0
+    )
+    assert image.shape == (1, 3, 4, 4, 4)
+
+    pipe = LongCat(model(), key_codec=CODEC, value_codec=CODEC)
+    near = run(pipe, *one)
+    distance = np.linalg.norm(near[:, 2:] - cached[:, 2:]) / np.linalg.norm(cached[:, 2:])
+    assert 1e-5 < distance < 0.2
+    np.testing.assert_array_equal(run(pipe, *one), near)
+
+
+def test_released_size_compresses_to_less_than_a_sixth_and_never_holds_the_whole_cache():
+    config, codec = LongCatConfig.longcat_video(), presets.qvg(warm_start=False)
+    given = jax.ShapeDtypeStruct((1, Segments().given_latents, 16, 60, 104), jnp.bfloat16)
+    build = functools.partial(build_condition, key_codec=codec, value_codec=codec)
+    jaxpr, cache = jax.make_jaxpr(build, return_shape=True)(skeleton(config), given)
+    assert cache.layout.span_shape == (1, 32, 29_640, 128)
+    stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    plain = 2 * 48 * 2 * 29_640 * 32 * 128
+    assert plain == 23_309_844_480 and plain / stored > 6.8
+
+    def largest(jaxpr):
+        """Bytes of the largest array that any operation makes."""
+        most = 0
+        for eqn in jaxpr.eqns:
+            inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple) else (p,))]
+            for x in inner:
+                x = getattr(x, "jaxpr", x)
+                most = max(most, largest(x) if hasattr(x, "eqns") else 0)
+            sizes = [v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars if v.aval.size > 1]
+            most = max([most, *sizes])
+        return most
+
+    assert largest(jaxpr) < plain / 10
+
+    text = jax.ShapeDtypeStruct((48, 2, 128, 32, 128), jnp.bfloat16)
+    text_kv = TextKV(text, text, jax.ShapeDtypeStruct((2, 128), jnp.float32))
+    x = jax.ShapeDtypeStruct((1, 4, 16, 60, 104), jnp.float32)
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    step = StepInput(*[jax.ShapeDtypeStruct((), jnp.float32)] * 3)
+    after, _ = jax.eval_shape(cached_step, skeleton(config), text_kv, one, cache, x, step)
+    assert (after.shape, after.dtype) == (x.shape, x.dtype)
+
+
+def test_bytes_of_a_condition_cache_are_counted_from_its_buffers():
+    plain = identity(jnp.bfloat16)
+    cache = build_condition(model(), GIVEN[:1], key_codec=plain, value_codec=plain)
+    count = cache_bytes(cache)
+    tokens = GIVEN.shape[1] * 2 * 2
+    assert count.tokens == tokens
+    assert count.in_use.spans == count.bf16 == 2 * 2 * 2 * tokens * CONFIG.width
+
+
+def test_long_attention_in_pieces_is_the_same():
+    q, k, v = (jnp.asarray(normal(i, 2, 10, 3, 4)) for i in range(3))
+    bias = jnp.where(jnp.arange(10) < 8, jnp.log(1.0 + jnp.arange(10)), -jnp.inf)[None]
+    bias = jnp.broadcast_to(bias, (2, 10))
+    whole = dense_attention(q, k, v, bias)
+    pieces = dense_attention(q, k, v, bias, logits_bytes=3 * 4 * 2 * 3 * 10)
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-6)
+    s = np.einsum("bthd,buhd->bhtu", q, k) / 2 + np.asarray(bias)[:, None, None]
+    p = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
+    np.testing.assert_allclose(np.einsum("bhtu,buhd->bthd", p, v), whole, rtol=0, atol=1e-5)
+
+
+class Pixels(nnx.Module):
+    """A VAE without weights: every fourth frame, at half the size, in the first three channels."""
+
+    config = SimpleNamespace(spatial_stride=2, temporal_stride=4, latent_channels=4)
+
+    def encode(self, video):
+        B, T, C, Y, X = video[:, ::4].shape
+        small = video[:, ::4].reshape(B, T, C, Y // 2, 2, X // 2, 2).mean((4, 6))
+        return jnp.pad(small, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
+
+    def decode(self, latents):
+        large = jnp.repeat(jnp.repeat(latents[:, :, :3], 2, axis=3), 2, axis=4)
+        return jnp.tanh(jnp.concatenate([large[:, :1], jnp.repeat(large[:, 1:], 4, axis=1)], 1))
+
+
+class Listening(LongCat):
+    """Remembers what every segment started from."""
+
+    def continue_video(self, prompt, given, noise, **options):
+        self.heard = [*getattr(self, "heard", []), (np.asarray(given), np.asarray(noise))]
+        return super().continue_video(prompt, given, noise, **options)
+
+
+SHORT = Segments(frames=13, num_cond_frames=5)
+KEY = jax.random.key(5)
+RUN = dict(key=KEY, segments=SHORT, schedule=TWO_STEPS, guidance=1.0)
+
+
+def test_runs_with_and_without_compression_share_their_noise_in_every_segment():
+    vae, words = Pixels(), prompt(negative=False)
+    clip = first_clip(LongCat(model()), vae, words, height=8, width=8, **RUN)
+    assert clip.shape == (1, 13, 8, 8, 3) and clip.dtype == np.uint8
+    plain = Listening(model())
+    coded = Listening(model(), key_codec=CODEC, value_codec=CODEC)
+    done = []
+    videos = [
+        list(long_video(p, vae, words, clip, count=3, progress=lambda *c: done.append(c), **RUN))
+        for p in (plain, coded)
+    ]
+    assert done == [(1, 3), (2, 3), (3, 3)] * 2
+    assert [v.shape for v in videos[0]] == [(1, 8, 8, 8, 3)] * 3
+    assert SHORT.video_frames(3) == clip.shape[1] + sum(v.shape[1] for v in videos[0])
+    for i, ((given, noise), (other_given, other_noise)) in enumerate(zip(plain.heard, coded.heard)):
+        np.testing.assert_array_equal(noise, other_noise)
+        assert np.array_equal(given, other_given) == (i == 0)
+        assert noise.shape == (1, 2, 4, 4, 4)
+    noises = [noise for _, noise in plain.heard]
+    assert np.abs(noises[0] - noises[1]).max() > 1 and np.abs(noises[1] - noises[2]).max() > 1
+    # The clip that a segment goes on from is the end of the one before, through bytes.
+    tail = videos[0][0][:, -5:]
+    np.testing.assert_allclose(plain.heard[1][0], vae.encode(from_bytes(tail)), atol=1e-6)
+
+
+def test_streams_of_randomness_are_apart():
+    keys = [jax.random.key_data(k) for i in range(3) for k in segment_keys(KEY, i)]
+    assert len({tuple(k.tolist()) for k in keys}) == 6
+    noise = segment_noise(KEY, 1, (1, 4, 4, 4, 4))
+    assert abs(float(noise.std()) - 1) < 0.1
+
+
+def test_bytes_are_cut_off():
+    video = jnp.asarray([-2, -1, -0.001, 0.0, 0.9999, 1]).reshape(1, 1, 1, 1, 6).repeat(3, axis=2)
+    assert to_bytes(video)[0, 0, 0, :, 0].tolist() == [0, 0, 127, 127, 254, 255]
+    frames = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1).repeat(3, axis=-1)
+    assert np.abs(to_bytes(from_bytes(frames)).astype(int) - frames).max() <= 1
+
+
+def test_numbers_of_the_released_runs():
+    assert (Segments().latent_frames, Segments().given_latents, Segments().new_frames) == (
+        23,
+        19,
+        20,
+    )
+    demo = Segments(num_cond_frames=13)
+    assert (demo.given_latents, demo.new_frames) == (4, 80)
+    assert Segments().video_frames(10) == 293
+    assert (standard().steps, continuation().steps, distilled().steps) == (50, 56, 16)
+    assert continuation().timesteps[-10:].tolist() == list(range(500, 0, -50))
+
+
+def test_rows_of_text_that_are_kept():
+    mask = np.zeros((2, 512), int)
+    mask[0, :100] = mask[1, :3] = 1
+    assert kept_rows(mask) == 128
+    mask[1, 127] = 1
+    assert kept_rows(mask) == 192  # one padded row must be left
+    assert kept_rows(np.ones((1, 512))) == 512
+
+
+def test_nan_in_given_frames_is_an_error():
+    bad = GIVEN[:1].copy()
+    bad[0, 0, 0, 0, 0] = np.nan
+    with pytest.raises(NonFiniteError):
+        LongCat(model()).continue_video(
+            prompt(negative=False), bad, NOISE[:1], schedule=TWO_STEPS, guidance=1.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(given=GIVEN[:1]), r"accepted: \(2, 2, 4, 4, 4\)"),
+        (dict(given=GIVEN[:, :0]), "at least 1"),
+        (dict(noise=NOISE[:, :0]), "no frames"),
+        (dict(guidance=[4.0, 4.0, 4.0]), r"guidance has shape \(3,\)"),
+        (dict(schedule=distilled(2)), "distilled"),
+        (dict(prompt=prompt(4, 6, negative=False)), "needs negative_BUE"),
+        (dict(prompt=Prompt(text_BUE=normal(0, 3, U, 6), mask_BU=np.ones((3, U)))), "negative"),
+        (
+            dict(prompt=Prompt(text_BUE=normal(0, 3, U, 6), mask_BU=np.ones((3, U))), guidance=1),
+            "3,",
+        ),
+        (
+            dict(prompt=Prompt(text_BUE=normal(0, 1, U, 6), mask_BU=np.ones((1, 5))), guidance=1),
+            "mask",
+        ),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(changes, said):
+    fields = dict(prompt=prompt(4, 6), given=GIVEN, noise=NOISE) | changes
+    inputs = (fields.pop("prompt"), fields.pop("given"), fields.pop("noise"))
+    with pytest.raises(ValueError, match=said):
+        LongCat(model()).continue_video(*inputs, **fields)
+
+
+CLIP = np.zeros((1, 13, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("clip", "changes", "said"),
+    [
+        (CLIP[:, :4], {}, "4 frames; a segment goes on from num_cond_frames=5"),
+        (CLIP[:, :, :7], {}, "multiples of 2"),
+        (CLIP.astype(np.float32), {}, "accepted: uint8"),
+        (CLIP, dict(count=None), "one prompt and a count"),
+        (CLIP, dict(prompts=[prompt()] * 3), "count=2 with 3 prompts"),
+    ],
+)
+def test_bad_long_videos_fail_before_anything_runs(clip, changes, said):
+    fields = dict(prompts=prompt(), count=2) | RUN | changes
+    with pytest.raises(ValueError, match=said):
+        long_video(LongCat(model()), Pixels(), clip_BTYX3=clip, **fields)
+
+
+def test_bad_numbers_of_frames_and_steps_are_refused():
+    for sizes in (
+        dict(frames=92),
+        dict(num_cond_frames=72),
+        dict(num_cond_frames=93),
+        dict(frames=0),
+    ):
+        with pytest.raises(ValueError, match=next(iter(sizes))):
+            Segments(**sizes)
+    for make in (standard, continuation, distilled):
+        with pytest.raises(ValueError, match="steps=0"):
+            make(0)
+    with pytest.raises(ValueError, match="steps=51"):
+        distilled(51)
+    with pytest.raises(ValueError, match="both"):
+        LongCat(model(), key_codec=CODEC)
+    with pytest.raises(ValueError, match="1 frames|accepted: 1"):
+        LongCat(model()).image_to_video(prompt(4, 6), GIVEN, NOISE)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        first_clip(LongCat(model()), Pixels(), prompt(), height=7, width=8, **RUN)
+
+
+def test_bad_text_is_refused():
+    text, mask = jnp.zeros((1, U, 6)), jnp.ones((1, U))
+    for inputs, rows, said in (
+        ((text[..., :5], mask), None, "text_BUE has shape"),
+        ((text, mask[:, :3]), None, "mask_BU has shape"),
+        ((text, mask), U + 1, "rows=8"),
+        ((text,), 3, "needs mask_BU"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_text(model(), *inputs, rows=rows)

@@ -1,0 +1,200 @@
+"""Pocket world: the renderer, paths, the network's bookkeeping, training, weights and evaluation."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.common.checkpoint import CheckpointError
+from models.pocket_world import camera, data, evaluate, modeling, params, pipeline, train, world
+from models.pocket_world.config import PocketWorldConfig
+from qvg_jax.rollout import rollout
+
+render = jax.jit(world.render)
+STILL = jnp.zeros((1, 3))
+
+
+def frame(seed, x=0.0, y=0.0, altitude=0.0, time=0):
+    pose = jnp.array([[x, y, altitude]], jnp.float32)
+    return np.asarray(render(jnp.int32(seed), pose, jnp.array([time], jnp.int32)))[0]
+
+
+def test_a_place_looks_the_same_whenever_the_camera_returns():
+    np.testing.assert_array_equal(frame(3, 40, -72), frame(3, 40, -72, time=world.CLOCK))
+    assert np.abs(frame(3, 40, -72) - frame(4, 40, -72)).mean() > 0.1
+
+
+def test_moving_the_camera_shifts_the_image():
+    here, east = frame(3), frame(3, x=camera.SPEED)
+    shift = int(camera.SPEED)
+    np.testing.assert_allclose(here[:, shift:], east[:, :-shift], atol=2e-3)
+
+
+def test_rising_shows_more_and_things_move():
+    high = frame(3, altitude=2)  # two world units a pixel
+    small = frame(3).reshape(32, 2, 48, 2, 3).mean((1, 3))
+    assert np.corrcoef(high[16:48, 24:72].ravel(), small.ravel())[0, 1] > 0.9
+    assert any(np.abs(frame(s) - frame(s, time=8)).max() > 0.3 for s in range(4))
+
+
+def test_actions_are_parsed_and_followed():
+    actions = camera.parse_actions("w-2, d-1,up-3,s-1")
+    assert [camera.ACTIONS[a] for a in actions] == ["w", "w", "d", "up", "up", "up", "s"]
+    path = np.asarray(camera.follow(jnp.zeros(3), jnp.asarray(actions)))
+    step = camera.SPEED
+    np.testing.assert_array_equal(path[-1], [step, -step, world.MAX_ALTITUDE])
+
+
+@pytest.mark.parametrize("text", ["", "w", "w-0", "w-1.5", "w--3", "fly-3", "w-2,,d-1", "w-2;d-1"])
+def test_bad_actions_name_themselves(text):
+    with pytest.raises(ValueError, match="accepted"):
+        camera.parse_actions(text)
+
+
+def test_walks_stay_inside_and_on_the_lattice():
+    walk = np.asarray(camera.wander(jax.random.key(1), jnp.zeros(3), 600, 64.0))
+    assert np.abs(walk[:, :2]).max() <= 64 + camera.SPEED
+    assert set(np.unique(walk[:, 2])) <= {0.0, 1.0, 2.0}
+    np.testing.assert_array_equal(walk[:, :2] % camera.SPEED, 0)
+    assert len({tuple(p) for p in walk}) < 400  # it meets places again
+
+
+def test_tokens_of_the_same_place_have_the_same_position():
+    patch = 16
+    poses = jnp.array([[0.0, 0, 0], [16.0, 0, 0], [0.0, 0, 2]])
+    position = np.asarray(camera.token_positions(poses, jnp.arange(3), patch)).reshape(3, 4, 6, 4)
+    np.testing.assert_array_equal(position[0, :, 1:, 1:], position[1, :, :-1, 1:])
+    np.testing.assert_allclose(np.diff(position[2, 0, :, 2]), 2.0)
+    np.testing.assert_array_equal(position[:, 0, 0, 0], [0, 1, 2])
+
+
+def test_a_jump_is_told_as_a_cut():
+    poses = jnp.array([[8.0, 0, 0], [800.0, 0, 0]])
+    before = jnp.array([[0.0, 0, 0], [8.0, 0, 0]])
+    features = np.asarray(camera.frame_features(poses, before, jnp.array([0, 8])))
+    np.testing.assert_allclose(features[0, :4], [1, 0, 0, 0])
+    np.testing.assert_allclose(features[1, :4], [0, 0, 0, 1])
+    np.testing.assert_allclose(features[1, 4:6], [1, 0], atol=1e-6)
+
+
+def test_patches_round_trip():
+    frames = jax.random.normal(jax.random.key(0), (2, 3, world.HEIGHT, world.WIDTH, 3))
+    tokens = modeling.to_tokens(frames, 16)
+    assert tokens.shape == (2, 3 * 24, 768)
+    np.testing.assert_array_equal(modeling.to_frames(tokens, 16), frames)
+    np.testing.assert_array_equal(tokens[0, 1].reshape(16, 16, 3), frames[0, 0, :16, 16:32])
+
+
+def test_noisy_blocks_see_earlier_clean_blocks_and_themselves():
+    shape = data.SequenceShape(near=1, distractors=0, recent=1, run=1)  # 5 clean, 2 noisy
+    mask = np.asarray(train.sequence_mask(shape, 1))[0, 0]
+    np.testing.assert_array_equal(mask[:5, :5], np.tri(5, dtype=bool))
+    assert not mask[:5, 5:].any()
+    np.testing.assert_array_equal(mask[5], [1, 1, 1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(mask[6], [1, 1, 1, 1, 0, 0, 1])
+
+
+def test_a_patch_that_does_not_divide_the_frame_is_refused():
+    with pytest.raises(ValueError, match="patch=10"):
+        PocketWorldConfig(patch=10)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A smoke run that is interrupted after two steps, and then resumed."""
+    out = tmp_path_factory.mktemp("train")
+    cfg = dataclasses.replace(
+        train.TrainConfig.smoke(), stages=(train.TrainConfig.smoke().stages[1],)
+    )
+    rows = []
+    train.train(cfg, out, steps=6, pause_after=0.0, dtype=jnp.float32, log=rows.append)
+    assert not rows  # no time at all: nothing but a checkpoint of step 0
+    _, state = train.train(cfg, out, steps=4, dtype=jnp.float32, log=rows.append)
+    _, state = train.train(cfg, out, steps=6, dtype=jnp.float32, log=rows.append)
+    weights = out / "weights.safetensors"
+    params.save_weights(weights, cfg.model, state["ema"], dict(steps=6))
+    return out, state, rows, weights
+
+
+def test_training_resumes_where_it_stopped(trained):
+    out, state, rows, _ = trained
+    assert int(state["step"]) == 6
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert logged == rows
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    moved = jax.tree.map(lambda p, e: float(jnp.abs(p - e).max()), state["params"], state["ema"])
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_training_needs_one_length(tmp_path):
+    with pytest.raises(ValueError, match="exactly one"):
+        train.train(train.TrainConfig.smoke(), tmp_path, steps=1, minutes=1.0)
+
+
+def test_weights_round_trip_and_bad_files_are_named(trained, tmp_path):
+    _, state, _, weights = trained
+    cfg, card = params.read_header(weights)
+    assert cfg == PocketWorldConfig.smoke()
+    assert card == {"steps": 6}
+    model = params.load_weights(weights)
+    np.testing.assert_allclose(
+        model.patch_in.kernel[...], state["ema"]["patch_in"]["kernel"], rtol=1e-3, atol=1e-6
+    )
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(weights.read_bytes()[:-100])
+    for bad in (torn, tmp_path / "missing.safetensors"):
+        with pytest.raises(CheckpointError, match=bad.name):
+            params.load_weights(bad)
+
+
+def test_the_shipped_weights_are_the_base_model():
+    cfg, _ = params.read_header(params.DEFAULT_WEIGHTS)
+    assert cfg == PocketWorldConfig.base()
+    assert params.DEFAULT_WEIGHTS.stat().st_size < 24e6
+
+
+def test_sampler_levels_and_limits():
+    levels = pipeline.Sampler(steps=3, shift=2.0).levels()
+    np.testing.assert_allclose(levels, [1, 0.8, 0.5, 0])
+    with pytest.raises(ValueError, match="steps=0"):
+        pipeline.Sampler(steps=0)
+
+
+def test_block_inputs_must_be_whole_blocks():
+    with pytest.raises(ValueError, match="block_frames=4"):
+        pipeline.block_inputs(PocketWorldConfig.smoke(), jnp.array([1]), jnp.zeros((1, 10, 3)), 4)
+
+
+def test_given_blocks_pass_through_and_runs_repeat(trained):
+    model = params.load_weights(trained[3])
+    path = camera.wander(jax.random.key(0), jnp.zeros(3), 24, 64.0)[None]
+    xs = pipeline.block_inputs(model.cfg, jnp.array([5]), path, 16)
+    step = pipeline.make_step(model, pipeline.Sampler(steps=2))
+
+    def run(cache):
+        return rollout(step, pipeline.WorldState(cache, jax.random.key(3)), xs, chunk=3)
+
+    make = lambda: pipeline.make_cache(  # noqa: E731
+        model.cfg, pipeline.world_codec("qvg"), 24, span_blocks=2, keep_recent=1
+    )
+    state, frames = run(make())
+    assert int(state.cache.num_spans) == 2
+    np.testing.assert_allclose(frames[:4], xs.frames[:4], atol=1e-6)
+    again = run(make())[1]
+    np.testing.assert_array_equal(frames, again)
+    window = run(pipeline.make_window(model.cfg, 8))[0]
+    assert int(window.cache.dropped_blocks) == 4
+
+
+def test_evaluation_runs_and_tabulates(trained, tmp_path, capsys):
+    small = "--worlds 1 --tour 16 --frames 8 --steps 1 --free 8 --free-tour 8 --free-steps 1"
+    argv = ["--out", str(tmp_path), "--weights", str(trained[3]), *small.split()]
+    evaluate.main([*argv, "--arms", "bf16,window,free:bf16"])
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert set(rows) == {"bf16", "window", "free_bf16"}
+    assert np.isfinite(rows["bf16"]["psnr"])
+    assert "replay" in capsys.readouterr().out
