@@ -116,6 +116,7 @@ def _generate(args: argparse.Namespace) -> int:
     from qvg_jax.compare import Request
     from qvg_jax.generate import generate
     from qvg_jax.health import CacheFullError, NonFiniteError
+    from qvg_jax.progress import Bars
     from qvg_jax.report import table
 
     more = tuple(name.strip() for name in args.compare.split(",")) if args.compare else ()
@@ -135,8 +136,8 @@ def _generate(args: argparse.Namespace) -> int:
         f"{job.model}: {job.tour} real frames, then {job.frames} generated, for each of {arms}",
         flush=True,
     )
-    with _blamed_on_input(NonFiniteError, CacheFullError, OSError):
-        outcome = generate(job, args.out, fps=args.fps)
+    with _blamed_on_input(NonFiniteError, CacheFullError, OSError), Bars(job) as bars:
+        outcome = generate(job, args.out, fps=args.fps, progress=bars.update)
     if outcome.report is None:
         print(
             f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
@@ -144,8 +145,8 @@ def _generate(args: argparse.Namespace) -> int:
         )
         return 130
     print(f"\n{table(outcome.report)}\n")
-    print(f"{outcome.report['timings']['total_seconds']:.0f} s; wrote {args.out}/video.mp4, "
-          "report.json, report.png")  # fmt: skip
+    seconds = outcome.report["timings"]["total_seconds"]
+    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {args.out}")
     return 0
 
 

@@ -37,7 +37,7 @@ def write_figure(
     arms = report["arms"]
     rows, columns = 1 + len(arms), len(strip)
     aspect = np.divide(*strip[0][1]["truth"].shape[:2])
-    width, top = 15.0, 4.1
+    width, top = 15.0, 4.1 + 0.25 * (len(arms) // 3)
     cell = (width - 1.4) / max(columns, 4)
     bottom = rows * cell * aspect + 0.35
     figure = Figure((width, top + bottom + 0.75), dpi=110, layout="constrained")
@@ -59,45 +59,49 @@ def write_figure(
 
 
 def _plots(figure: Any, report: Mapping[str, Any]) -> None:
-    arms = report["arms"]
+    arms, config = report["arms"], report["config"]
     others = len(arms) > 1
     axes = figure.subplots(1, 2 + others)
     colours = dict(zip(arms, COLOURS * len(arms), strict=False))
     seen = np.array(report["seen_in_tour"])
     number = np.arange(1, len(seen) + 1)
 
-    ax = _axes(axes[0], "PSNR to ground truth", "generated frame", "dB")
+    truth = _axes(axes[0], "PSNR to ground truth", "generated frame", "dB")
+    memory = _axes(axes[-1], "KV cache in use", "frame", "MB")
+    lines = []
     for name, arm in arms.items():
-        ax.plot(number, arm["frames"]["psnr_vs_truth"], color=colours[name], lw=1.3, label=name)
+        style = dict(color=colours[name], lw=1.4)
+        truth.plot(number, arm["frames"]["psnr_vs_truth"], **style)
+        size = np.array(arm["bytes"]["in_use_after_block"]) / 1e6
+        frame = np.arange(1, len(size) + 1) * config["cache"]["block_frames"]
+        frame = np.minimum(frame, config["tour_frames"] + config["frames"])
+        bits = arm["bits_per_element"]["from_buffers"]
+        label = f"{name}: {bits:.4g} bits per element, {size[-1]:.1f} MB"
+        lines += memory.plot(frame, size, label=label, **style)
     if (seen < SEEN).any():
-        ax.fill_between(
-            number, 0, 1, where=seen < SEEN, transform=ax.get_xaxis_transform(), step="mid",
-            color=FAINT, alpha=0.18, lw=0, label="not in the tour",
+        # Half a frame to each side, so that a single frame has a width.
+        edges = np.stack([number - 0.5, number + 0.5], 1).ravel()
+        lines.append(
+            truth.fill_between(
+                edges, 0, 1, where=np.repeat(seen < SEEN, 2), color=FAINT, alpha=0.18, lw=0,
+                transform=truth.get_xaxis_transform(), label="places that the tour did not show",
+            )
         )  # fmt: skip
-    ax.legend(frameon=False, fontsize=9, ncols=2)
-
+    memory.axvspan(0, config["tour_frames"], color=FAINT, alpha=0.14, lw=0)
+    memory.text(
+        config["tour_frames"] / 2, 0.97, "tour", transform=memory.get_xaxis_transform(),
+        ha="center", va="top", fontsize=9.5, color=INK,
+    )  # fmt: skip
+    memory.set_xlim(0, frame[-1])
+    memory.set_ylim(0, None)
     if others:
         ax = _axes(axes[1], f"PSNR to the {BASELINE} arm", "generated frame", "dB")
         for name, arm in arms.items():
             if name != BASELINE:
                 values = arm["frames"][f"psnr_vs_{BASELINE}"]
-                ax.plot(number, values, color=colours[name], lw=1.3, label=name)
-        ax.legend(frameon=False, fontsize=9, ncols=2)
-
-    ax = _axes(axes[-1], "KV cache in use", "frame", "MB")
-    config = report["config"]
-    for name, arm in arms.items():
-        size = np.array(arm["bytes"]["in_use_after_block"]) / 1e6
-        frame = np.minimum(
-            np.arange(1, len(size) + 1) * config["cache"]["block_frames"],
-            config["tour_frames"] + config["frames"],
-        )
-        label = f"{name}: {size[-1]:.1f} MB"
-        ax.plot(frame, size, color=colours[name], lw=1.6, label=label)
-    ax.axvspan(0, config["tour_frames"], color=FAINT, alpha=0.14, lw=0, label="tour")
-    ax.set_xlim(0, frame[-1])
-    ax.set_ylim(0, None)
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
+                ax.plot(number, values, color=colours[name], lw=1.4)
+    # Outside of the axes, where it can hide nothing.
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
 
 
 def _axes(ax: Any, title: str, x: str, y: str) -> Any:
@@ -126,4 +130,8 @@ def _pictures(figure: Any, strip: Any, names: list[str], rows: int, columns: int
             if row == 0:
                 ax.set_title(f"frame {number + 1}", fontsize=9.5, color=FAINT, pad=3)
             if column == 0:
-                ax.set_ylabel(name, fontsize=11, color=INK, fontweight="bold")
+                label = name.replace(":", "\n")
+                ax.set_ylabel(
+                    label, rotation=0, ha="right", va="center", fontsize=10.5, color=INK,
+                    fontweight="bold",
+                )  # fmt: skip

@@ -15,7 +15,7 @@ __all__ = ["Panel", "Sheet"]
 BACKGROUND, INK, DIM = (17, 19, 23), (240, 241, 243), (158, 164, 174)
 TOUR, GENERATED, EMPTY = (122, 129, 141), (92, 180, 255), (44, 48, 56)
 GAP, TITLE, FOOT = 12, 58, 44  # pixels: between panels, above them, below them
-WIDEST = 1600  # pixels that a row of panels may take
+COLUMNS, WIDEST = 4, 1600  # panels and pixels that a row may take
 
 
 class Panel(NamedTuple):
@@ -38,28 +38,31 @@ class Sheet:
 
     Pixels become squares (nearest neighbour): nothing is smoothed over. Above each panel stand its
     title and a note, below all of them a time line: frames of the tour, then generated ones.
+    More than four panels take more than one row.
     """
 
     def __init__(self, panels: int, height: int, width: int, *, tour: int, frames: int):
         """
         Args:
-            panels: how many there are side by side.
+            panels: how many there are.
             height, width: of a frame, in pixels.
             tour, frames: real frames at the start, and generated frames after them.
         """
-        self.scale = max(1, min(4, (WIDEST - GAP * (panels + 1)) // (panels * width)))
+        rows = -(-panels // COLUMNS)
+        self._columns = -(-panels // rows)
+        self.scale = max(1, min(4, ((WIDEST - GAP) // self._columns - GAP) // width))
         self._panels, self._tour, self._frames = panels, tour, frames
         self._frame = height * self.scale, width * self.scale
-        size = (
-            TITLE + self._frame[0] + FOOT,
-            GAP + panels * (self._frame[1] + GAP),
-        )
+        self._foot = rows * (TITLE + self._frame[0])  # where the time line's strip begins
+        size = self._foot + FOOT, GAP + self._columns * (self._frame[1] + GAP)
         self.height, self.width = (n + n % 2 for n in size)  # yuv420p wants even sides
 
     def box(self, panel: int) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of a panel's picture on the sheet."""
-        left = GAP + panel * (self._frame[1] + GAP)
-        return left, TITLE, left + self._frame[1], TITLE + self._frame[0]
+        row, column = divmod(panel, self._columns)
+        left = GAP + column * (self._frame[1] + GAP)
+        top = TITLE + row * (TITLE + self._frame[0])
+        return left, top, left + self._frame[1], top + self._frame[0]
 
     def draw(self, panels: Sequence[Panel], number: int) -> UInt8[np.ndarray, "H2 W2 3"]:
         """The sheet of frame `number` (from 0, tour first)."""
@@ -70,17 +73,16 @@ class Sheet:
         for i, panel in enumerate(panels):
             left, top, right, bottom = self.box(i)
             picture = Image.fromarray(panel.frame_HW3)
-            sheet.paste(
-                picture.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top)
-            )
+            picture = picture.resize((right - left, bottom - top), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, top))
             room = right - left
-            _text(pen, (left, 22), panel.title, 17, INK, room, bold=True)
-            _text(pen, (left, 44), panel.note, 14, DIM, room)
+            _text(pen, (left, top - 36), panel.title, 17, INK, room, bold=True)
+            _text(pen, (left, top - 14), panel.note, 14, DIM, room)
         self._time_line(pen, number)
         return np.asarray(sheet)
 
     def _time_line(self, pen: ImageDraw.ImageDraw, number: int) -> None:
-        middle = TITLE + self._frame[0] + FOOT // 2
+        middle = self._foot + FOOT // 2
         if number < self._tour:
             text, colour = f"real frame {number + 1} of {self._tour}", TOUR
         else:

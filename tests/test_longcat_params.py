@@ -207,7 +207,7 @@ def with_rank(module, rank):
 
 WRONG = {
     "another rank than asked for": (lambda t: t, "rank: the file has rank 3, asked for is 8"),
-    "two ranks": (with_rank("blocks.0.attn.proj", 2), "rank 2, 3"),
+    "two ranks": (with_rank("blocks.0.attn.proj", 2), "rank: the file has several, 2, 3"),
     "ranks that do not meet": (
         lambda t: t | {key_of("blocks.0.attn.proj", "lora_up.weight"): np.zeros((24, 2), "f")},
         "misshapen: blocks.0.attn.proj",

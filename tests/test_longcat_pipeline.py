@@ -46,6 +46,7 @@ CONFIG = LongCatConfig(
     dtype=jnp.float32,
 )
 TWO_STEPS = distilled(2)
+KEY = jax.random.key(5)
 CODEC = presets.qvg(num_centroids=4, group=12, warm_start=False)
 U = 7
 
@@ -68,54 +69,54 @@ def prompt(*lengths, negative=True):
     return Prompt(text_BUE=text, mask_BU=mask, negative_BUE=other[0], negative_mask_BU=other[1])
 
 
-def row(p, i):
-    """The prompt of one video of a batch."""
-    return Prompt(
-        text_BUE=p.text_BUE[i : i + 1],
-        mask_BU=p.mask_BU[i : i + 1],
-        negative_BUE=p.negative_BUE,
-        negative_mask_BU=p.negative_mask_BU,
-    )
-
-
 GIVEN, NOISE = normal(3, 2, 2, 4, 4, 4), normal(4, 2, 2, 4, 4, 4)
 
 
-def test_a_batch_is_its_videos_one_by_one_each_with_its_guidance():
-    pipe, both, guidance = LongCat(model()), prompt(4, 6), np.asarray([4.0, 1.5])
-    options = dict(schedule=standard(3), chunk=3)
-    out = pipe.continue_video(both, GIVEN, NOISE, guidance=guidance, **options)
+def test_videos_of_a_batch_do_not_mix_and_each_has_its_guidance():
+    run = functools.partial(LongCat(model()).continue_video, schedule=standard(3))
+    out = run(prompt(4, 6), GIVEN, NOISE, guidance=np.asarray([4.0, 1.5]))
     assert out.shape == (2, 4, 4, 4, 4)
     np.testing.assert_array_equal(out[:, :2], GIVEN)
-    for i in range(2):
-        part = slice(i, i + 1)
-        alone = pipe.continue_video(
-            row(both, i), GIVEN[part], NOISE[part], guidance=float(guidance[i]), **options
-        )
-        np.testing.assert_allclose(out[part], alone, rtol=0, atol=1e-4)
-    same = pipe.continue_video(both, GIVEN, NOISE, guidance=4.0, **options)
+
+    def swapped(p):
+        other = dict(negative_BUE=p.negative_BUE, negative_mask_BU=p.negative_mask_BU)
+        return Prompt(text_BUE=p.text_BUE[::-1], mask_BU=p.mask_BU[::-1], **other)
+
+    back = run(swapped(prompt(4, 6)), GIVEN[::-1], NOISE[::-1], guidance=np.asarray([1.5, 4.0]))
+    np.testing.assert_allclose(back[::-1], out, rtol=0, atol=1e-5)
+    # The second video changes in every way; the first must not notice.
+    other = run(prompt(4, 3), GIVEN * [[[[[1]]]], [[[[-2]]]]], NOISE * [[[[[1]]]], [[[[3]]]]])
+    np.testing.assert_allclose(other[0], out[0], rtol=0, atol=1e-5)
+    same = run(prompt(4, 6), GIVEN, NOISE, guidance=4.0)
+    np.testing.assert_allclose(same[0], out[0], rtol=0, atol=1e-5)
     assert np.abs(same[1] - out[1]).max() > 1e-3
-    np.testing.assert_allclose(same[0], out[0], rtol=0, atol=1e-4)
 
 
 def test_without_guidance_cached_is_joint_and_a_two_bit_cache_is_near():
     unguided, progress = prompt(negative=False), []
-    run = functools.partial(LongCat.continue_video, schedule=TWO_STEPS, guidance=1.0, chunk=1)
+    options = dict(schedule=TWO_STEPS, guidance=1.0, key=KEY)
+    run = functools.partial(LongCat.continue_video, **options)
     one = (unguided, GIVEN[:1], NOISE[:1])
     cached = run(LongCat(model()), *one, progress=lambda *c: progress.append(c[:2]))
-    assert progress == [(1, 2), (2, 2)]
+    assert progress == [(2, 2)]
     joint = run(LongCat(model()), *one, cached=False)
     np.testing.assert_allclose(joint, cached, rtol=0, atol=1e-5)
-    image = LongCat(model()).image_to_video(
-        unguided, GIVEN[:1, :1], NOISE[:1], schedule=TWO_STEPS, guidance=1.0
-    )
-    assert image.shape == (1, 3, 4, 4, 4)
 
     pipe = LongCat(model(), key_codec=CODEC, value_codec=CODEC)
     near = run(pipe, *one)
     distance = np.linalg.norm(near[:, 2:] - cached[:, 2:]) / np.linalg.norm(cached[:, 2:])
     assert 1e-5 < distance < 0.2
     np.testing.assert_array_equal(run(pipe, *one), near)
+
+
+def test_an_image_stays_the_first_frame_and_decides_the_rest():
+    run = functools.partial(LongCat(model()).image_to_video, prompt(negative=False))
+    options = dict(schedule=TWO_STEPS, guidance=1.0)
+    image = GIVEN[:1, :1]
+    one, other = (run(sign * image, NOISE[:1], **options) for sign in (1, -1))
+    assert one.shape == (1, 3, 4, 4, 4)
+    np.testing.assert_array_equal(one[:, :1], image)
+    assert np.abs(one[:, 1:] - other[:, 1:]).max() > 1e-3
 
 
 def test_released_size_compresses_to_less_than_a_sixth_and_never_holds_the_whole_cache():
@@ -144,7 +145,7 @@ def test_released_size_compresses_to_less_than_a_sixth_and_never_holds_the_whole
 
     text = jax.ShapeDtypeStruct((48, 2, 128, 32, 128), jnp.bfloat16)
     text_kv = TextKV(text, text, jax.ShapeDtypeStruct((2, 128), jnp.float32))
-    x = jax.ShapeDtypeStruct((1, 4, 16, 60, 104), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, 5, 16, 60, 104), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     step = StepInput(*[jax.ShapeDtypeStruct((), jnp.float32)] * 3)
     after, _ = jax.eval_shape(cached_step, skeleton(config), text_kv, one, cache, x, step)
@@ -172,6 +173,20 @@ def test_long_attention_in_pieces_is_the_same():
     np.testing.assert_allclose(np.einsum("bhtu,buhd->bthd", p, v), whole, rtol=0, atol=1e-5)
 
 
+def test_random_weights_fill_the_skeleton():
+    def shapes_of(m):
+        flat = nnx.to_flat_state(nnx.state(m, nnx.Param))
+        return {path: (v.shape, v.dtype) for path, v in flat}
+
+    assert shapes_of(model()) == shapes_of(skeleton(CONFIG))
+    kernel = np.asarray(model().blocks.ffn.up.kernel[...])
+    assert abs(kernel.std() * CONFIG.width**0.5 - 1) < 0.05
+    assert not np.array_equal(kernel[0], kernel[1])
+    assert not np.array_equal(kernel, model().blocks.ffn.gate.kernel[...])
+    assert (model().blocks.cross_norm.scale[...] == 1).all()
+    assert not model().patch.bias[...].any()
+
+
 class Pixels(nnx.Module):
     """A VAE without weights: every fourth frame, at half the size, in the first three channels."""
 
@@ -196,7 +211,6 @@ class Listening(LongCat):
 
 
 SHORT = Segments(frames=13, num_cond_frames=5)
-KEY = jax.random.key(5)
 RUN = dict(key=KEY, segments=SHORT, schedule=TWO_STEPS, guidance=1.0)
 
 
@@ -214,7 +228,8 @@ def test_runs_with_and_without_compression_share_their_noise_in_every_segment():
     assert done == [(1, 3), (2, 3), (3, 3)] * 2
     assert [v.shape for v in videos[0]] == [(1, 8, 8, 8, 3)] * 3
     assert SHORT.video_frames(3) == clip.shape[1] + sum(v.shape[1] for v in videos[0])
-    for i, ((given, noise), (other_given, other_noise)) in enumerate(zip(plain.heard, coded.heard)):
+    arms = zip(plain.heard, coded.heard, strict=True)
+    for i, ((given, noise), (other_given, other_noise)) in enumerate(arms):
         np.testing.assert_array_equal(noise, other_noise)
         assert np.array_equal(given, other_given) == (i == 0)
         assert noise.shape == (1, 2, 4, 4, 4)
@@ -240,14 +255,11 @@ def test_bytes_are_cut_off():
 
 
 def test_numbers_of_the_released_runs():
-    assert (Segments().latent_frames, Segments().given_latents, Segments().new_frames) == (
-        23,
-        19,
-        20,
-    )
+    paper = Segments()
+    assert (paper.latent_frames, paper.given_latents, paper.new_frames) == (24, 19, 20)
     demo = Segments(num_cond_frames=13)
     assert (demo.given_latents, demo.new_frames) == (4, 80)
-    assert Segments().video_frames(10) == 293
+    assert paper.video_frames(10) == 293
     assert (standard().steps, continuation().steps, distilled().steps) == (50, 56, 16)
     assert continuation().timesteps[-10:].tolist() == list(range(500, 0, -50))
 

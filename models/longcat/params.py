@@ -1,9 +1,12 @@
 """Checkpoint names of the transformer, as released."""
 
+import functools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from models.common.checkpoint import Rule, linear_kernel, load, patch_kernel
@@ -71,10 +74,31 @@ def load_dit(
 
 
 def random_dit(config: LongCatConfig, seed: int = 0) -> LongCatDiT:
-    """The transformer with random weights, made on the device in one program: for benchmarks."""
+    """The transformer with random weights, made on the device: for benchmarks.
 
-    @nnx.jit
+    Matrices are uniform with variance 1 / inputs, scales are 1 and biases 0. Stacked matrices are made layer by
+    layer, so beside the weights there is never more than one layer of one matrix in float32.
+    """
+    graphdef, state = nnx.split(skeleton(config))
+
+    def uniform(key, shape, dtype):
+        bound = math.sqrt(3 / shape[0])
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+    @jax.jit
     def make():
-        return LongCatDiT(config, rngs=nnx.Rngs(seed))
+        # XLA's own generator: threefry takes far longer to compile and to run for billions.
+        key, filled = jax.random.key(seed, impl="rbg"), []
+        for i, (path, v) in enumerate(nnx.to_flat_state(state)):
+            keys, stacked = jax.random.fold_in(key, i), path[0] == "blocks"
+            if path[-1] != "kernel":
+                x = jnp.full(v.shape, float(path[-1] != "bias"), v.dtype)
+            elif stacked:
+                one = functools.partial(uniform, shape=v.shape[1:], dtype=v.dtype)
+                x = jax.lax.map(one, jax.random.split(keys, v.shape[0]))
+            else:
+                x = uniform(keys, v.shape, v.dtype)
+            filled.append((path, v.replace(x)))
+        return nnx.from_flat_state(filled)
 
-    return make()
+    return nnx.merge(graphdef, make())

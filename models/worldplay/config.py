@@ -65,7 +65,7 @@ class WorldPlayConfig:
 
     @classmethod
     def wan_5b(cls, *, dtype: DTypeLike = jnp.bfloat16) -> "WorldPlayConfig":
-        """The released 5B model: 5,284,211,136 parameters; 880 tokens a frame at 704 x 1280."""
+        """The released 5B model: 5,293,225,152 parameters; 880 tokens a frame at 704 x 1280."""
         return cls(layers=30, width=3072, heads=24, ffn_width=14336, dtype=dtype)
 
     def grid(self, latent_height: int, latent_width: int) -> tuple[int, int]:

@@ -4,12 +4,32 @@ Weights and activations share one dtype. Modulation and the residual sums around
 round once, as in the released pipeline. Letters as in `modeling.py`.
 """
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.self_forcing.layers import layer_norm, linear, modulate, modulation, silu, sinusoid
+from models.self_forcing.layers import layer_norm, linear, modulate, modulation, silu
 from models.worldplay.config import WorldPlayConfig
+
+
+def sinusoid(s: Float[Array, "B F"], width: int) -> Float[Array, "B F width"]:
+    """[cos(s w_j), sin(s w_j)] with w_j = 10000^(-j / half), half = width / 2.
+
+    Frequencies and angles are rounded to float32, as the released code does: at s = 1000 that is
+    3e-5 off the exact waves, and the weights have only ever seen the rounded ones.
+
+    Args:
+        s: timesteps 0..1000, or action ids.
+        width: even number of channels.
+    """
+    half = width // 2
+    exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angle = s.astype(jnp.float32)[..., None] * frequency.reshape((1,) * s.ndim + (-1,))
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 class ScalarEmbedding(nnx.Module):
@@ -21,7 +41,7 @@ class ScalarEmbedding(nnx.Module):
         self.down = linear(config.width, config.width, config, rngs)
 
     def __call__(self, s_BF: Float[Array, "B F"]) -> Float[Array, "B F M"]:
-        waves = sinusoid(s_BF.astype(jnp.float32), self.config.time_width)
+        waves = sinusoid(s_BF, self.config.time_width)
         return self.down(silu(self.up(waves.astype(self.config.dtype))))
 
 

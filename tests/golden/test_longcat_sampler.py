@@ -160,7 +160,8 @@ def test_rope_matches(vectors):
     assert positions_BTP.shape[1] == v["big_total"][0]
     some = positions_BTP[:, v["big_index"]]
     close(token_angles(head_dim, some[0]), v["big_angles"], ATOL_ROPE)
-    for ours, name in zip(longcat_rope(head_dim).table(jnp.asarray(some)), ("cos", "sin")):
+    cos, sin = longcat_rope(head_dim).table(jnp.asarray(some))
+    for ours, name in ((cos, "cos"), (sin, "sin")):
         close(np.repeat(np.asarray(ours)[0], 2, axis=-1), v[f"big_{name}"], ATOL_ROPE)
     assert axis_channels(128) == (44, 42, 42)
 

@@ -45,50 +45,66 @@ def model(golden):
     return loader(golden("worldplay"))
 
 
+def dense_attention_of(config, frames, shape, first):
+    F, _, Y, X = shape[1:]
+    camera = camera_matrices(frames.w2c_BF44, frames.intrinsics_BF33, config.dtype)
+    at_BTP = positions(first + jnp.arange(F), config.grid(Y, X), camera)
+    return dense_branches(here(config, at_BTP, camera))
+
+
 @jax.jit
 def dense(model, x, t_BF, frames, text, first):
-    """A call without cache, with its inside: residual stream after each layer."""
-    config, F = model.config, x.shape[1]
-    camera = camera_matrices(frames.w2c_BF44, frames.intrinsics_BF33, config.dtype)
-    at_BTP = positions(first + jnp.arange(F), config.grid(*x.shape[3:]), camera)
-    attention = dense_branches(here(config, at_BTP, camera))
-    text_kv = model.text_kv(text)
-    e_BFM, e_BF6M = model.condition(t_BF, frames.actions_BF)
-    inside = dict(temb=e_BFM[0], timestep_proj=e_BF6M[0].reshape(F, -1))
+    attention = dense_attention_of(model.config, frames, x.shape, first)
+    out = model(x, t_BF, frames.actions_BF, model.text_kv(text), attention)
+    return jnp.swapaxes(out.velocity_BFZYX, 1, 2)
+
+
+@jax.jit
+def walk_dense(model, x, t_BF, frames, text):
+    """The inside of a call without cache: embeddings, residual stream after each layer."""
+    attention = dense_attention_of(model.config, frames, x.shape, 0)
+    text_kv, (e_BFM, e_BF6M) = model.text_kv(text), model.condition(t_BF, frames.actions_BF)
+    inside = dict(temb=e_BFM[0], timestep_proj=e_BF6M[0].reshape(x.shape[1], -1))
     inside |= dict(text_proj=model.encode_text(text), patch=model.patchify(x))
     stream = inside["patch"]
-    for i in range(config.layers):
+    for i in range(model.config.layers):
         block = model.layer(i)
         branches = attention(*block.project(stream, e_BF6M), i)
         kv = jax.tree.map(lambda a, i=i: a[i], text_kv)
         stream = block.finish(stream, e_BF6M, branches, kv)
         inside[f"block{i}_out"] = stream
-    out = model(x, t_BF, frames.actions_BF, text_kv, attention)
-    return jnp.swapaxes(out.velocity_BFZYX, 1, 2), inside
+    return inside
 
 
-def test_call_without_cache_matches_inside_and_out(vectors, model):
-    v, m = vectors("dit_tiny_io"), model()
+def first_frames(v, dtype=jnp.float32):
     F = len(v["a_timestep"])
-    t_BF, text = jnp.asarray(v["a_timestep"])[None], jnp.asarray(v["text"])
-    x = frames_first(v["latents"])[:, :F]
-    out, inside = dense(m, x, t_BF, frames_at(v, slice(0, F)), text, 0)
-    close(out, v["a_output"])
-    assert {f"a_{name}" for name in inside} <= v.keys()
-    for name, value in inside.items():
-        close(value, v[f"a_{name}"])
+    x, t_BF = frames_first(v["latents"])[:, :F], jnp.asarray(v["a_timestep"])[None]
+    return x.astype(dtype), t_BF, frames_at(v, slice(0, F)), jnp.asarray(v["text"])
 
+
+def test_call_without_cache_matches(vectors, model):
+    v, m = vectors("dit_tiny_io"), model()
+    x, t_BF, frames, text = first_frames(v)
+    close(dense(m, x, t_BF, frames, text, 0), v["a_output"])
+    F = x.shape[1]
     last = slice(F - 1, F)
-    out, _ = dense(m, x[:, last], t_BF[:, last], frames_at(v, last), text, F - 1)
+    out = dense(m, x[:, last], t_BF[:, last], frames_at(v, last), text, F - 1)
     close(out, v["a1_output"])
 
 
+def test_inside_of_the_layers_matches(vectors, model):
+    v = vectors("dit_tiny_io")
+    inside = walk_dense(model(), *first_frames(v))
+    wanted = {name for name in v if name.startswith("a_")}
+    wanted -= {"a_timestep", "a_output", "a_output_bf16"}
+    assert wanted == {f"a_{name}" for name in inside}
+    for name, value in inside.items():
+        close(value, v[f"a_{name}"])
+
+
 def test_bfloat16_stays_near(vectors, model):
-    v, m = vectors("dit_tiny_io"), model(jnp.bfloat16)
-    F = len(v["a_timestep"])
-    x = frames_first(v["latents"])[:, :F].astype(jnp.bfloat16)
-    t_BF, frames = jnp.asarray(v["a_timestep"])[None], frames_at(v, slice(0, F))
-    out, _ = dense(m, x, t_BF, frames, jnp.asarray(v["text"]), 0)
+    v = vectors("dit_tiny_io")
+    out = dense(model(jnp.bfloat16), *first_frames(v, jnp.bfloat16), 0)
     close(out, v["a_output_bf16"], rel=2e-2, atol=np.inf)
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.self_forcing.layers import sinusoid
 from models.self_forcing.rope import host_table, wan_rope
 from models.worldplay import CameraPath, SamplerConfig, action_ids, normalise, select_frames, walk
 from models.worldplay.encoding import positions
+from models.worldplay.layers import sinusoid
 from models.worldplay.prope import Camera, camera_matrices, per_token, transform, transposed
 from models.worldplay.retrieval import similarity
 from models.worldplay.sampler import euler_step, step_sizes

@@ -23,7 +23,6 @@ from qvg_jax.codec import identity
 from tests.worldplay_model import close, close_kv, loader
 
 PLAIN = identity(jnp.float32)
-APPEND = History()
 BLOCK = 4  # latent frames, as the README of the vectors says
 
 
@@ -60,15 +59,6 @@ def frames_last(x_BFZYX):
     return np.swapaxes(x_BFZYX, 1, 2)
 
 
-@pytest.mark.parametrize("storage", ["packed", "single"])
-def test_roll_outs_with_and_without_image_match(vectors, model, storage):
-    v, pipe = vectors("rollout_io"), WorldPlay(model(), history=History(storage=storage))
-    capacity = max(frames_of(v, "i2v"), frames_of(v, "t2v"))  # one program for both
-    for run in ("i2v", "t2v"):
-        asked = request(v, frames_of(v, run), image=run == "i2v", capacity=capacity)
-        close(frames_last(pipe.generate(asked, chunk=1)), v[f"{run}_latents"])
-
-
 @functools.partial(jax.jit, static_argnames=("sampler", "history"))
 def traced(m, state, x, sampler, history):
     return generate_block(m, state, x, sampler, history)
@@ -78,11 +68,19 @@ def test_every_pass_of_a_roll_out_matches(vectors, model):
     v, s, sampler = vectors("rollout_io"), vectors("sampler_io"), SamplerConfig()
     np.testing.assert_array_equal(sampler.timesteps, v["timesteps"])
     np.testing.assert_array_equal(sampler.sigmas, v["sigmas"])
-    pipe, frames = WorldPlay(model()), frames_of(v, "i2v")
-    asked = request(v, frames, image=True)
-    state, passes, J = pipe.start(asked), 0, len(sampler.steps)
-    for block, x in enumerate(block_inputs(pipe.model.config, APPEND, asked)):
-        state, latents, trace = traced(pipe.model, state, x, sampler, APPEND)
+    pipe, frames, history = WorldPlay(model()), frames_of(v, "i2v"), History()
+    capacity = max(frames, frames_of(v, "t2v"))
+
+    def run(asked):
+        state = pipe.start(asked)
+        for x in block_inputs(pipe.model.config, history, asked):
+            state, latents, trace = traced(pipe.model, state, x, sampler, history)
+            yield latents, jax.tree.map(np.asarray, trace)
+
+    passes, J, made = 0, len(sampler.steps), []
+    for block, (latents, trace) in enumerate(
+        run(request(v, frames, image=True, capacity=capacity))
+    ):
         now = slice(passes, passes + J)
         close(np.swapaxes(trace.x_JBFZYX, 2, 3), v["i2v_model_input"][now])
         close(np.swapaxes(trace.velocity_JBFZYX, 2, 3), v["i2v_noise_pred"][now])
@@ -92,8 +90,12 @@ def test_every_pass_of_a_roll_out_matches(vectors, model):
             close(np.swapaxes(trace.velocity_JBFZYX, 2, 3), s["f32_v"])
             close(frames_last(latents), s["f32_final"])
         passes = now.stop
+        made.append(latents)
     assert passes == len(v["i2v_noise_pred"])
-    close(frames_last(state.latents_BFZYX), v["i2v_latents"])
+    close(frames_last(np.concatenate(made, 1)), v["i2v_latents"])
+    asked = request(v, frames_of(v, "t2v"), image=False, capacity=capacity)
+    made = np.concatenate([latents for latents, _ in run(asked)], 1)
+    close(frames_last(made), v["t2v_latents"])
 
     contexts = range(0, frames, BLOCK)
     calls = network_calls(pipe.model.config, sampler, contexts, image=True)

@@ -1,0 +1,357 @@
+"""What WorldPlay promises beyond agreeing with the reference; no vectors needed."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.self_forcing.modeling import TextKV
+from models.worldplay import (
+    BlockInput,
+    CameraPath,
+    Frames,
+    History,
+    Request,
+    SamplerConfig,
+    State,
+    WorldPlay,
+    WorldPlayConfig,
+    action_ids,
+    ball_points,
+    make_cache,
+    network_calls,
+    random_dit,
+    select_frames,
+    skeleton,
+    walk,
+)
+from models.worldplay.block import generate_block
+from models.worldplay.history import side_by_side
+from models.worldplay.request import block_inputs
+from qvg_jax import presets
+from qvg_jax.codec import identity
+from qvg_jax.rollout import _run_chunk
+
+CONFIG = WorldPlayConfig(
+    layers=2,
+    width=24,
+    heads=2,
+    ffn_width=32,
+    latent_channels=4,
+    out_channels=4,
+    time_width=8,
+    text_width=6,
+    text_slots=5,
+    rope_frames=24,
+    frames_per_block=2,
+    dtype=jnp.float32,
+)
+SHORT = SamplerConfig(steps=(1000.0, 600.0))
+PATH = CameraPath.from_string("w-3,right-3,s-3,left-2")
+PLAIN = identity(jnp.float32)
+TWO_BIT = presets.qvg(num_centroids=4, group=12)
+
+
+@functools.cache
+def model():
+    """Random weights from NumPy: the initialisers of a network take seconds to compile."""
+    graphdef, state = nnx.split(skeleton(CONFIG))
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        norm = any("norm" in str(part) for part in path)
+        spread = 0.1 if norm else x.shape[-2] ** -0.5 if len(x.shape) > 1 else 0.1
+        return jnp.asarray(float(norm) + spread * rng.normal(size=x.shape), x.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
+
+
+@functools.cache
+def pipeline(history=None):
+    return WorldPlay(model(), sampler=SHORT, history=history)
+
+
+def request(frames=12, **changes):
+    text_BUE = np.random.default_rng(0).normal(size=(1, 4, CONFIG.text_width)).astype(np.float32)
+    fields = dict(text_BUE=text_BUE, path=PATH, frames=frames, latent_height=4, latent_width=4)
+    fields |= dict(noise=jax.random.key(1), capacity=12)  # one program for most tests
+    return Request(**(fields | changes))
+
+
+@functools.cache
+def plain_video():
+    return pipeline().generate(request(), chunk=1)
+
+
+def pieces(path, n=CONFIG.frames_per_block):
+    for i in range(0, len(path), n):
+        parts = (path.c2w_F44, path.intrinsics_F33, path.actions_F)
+        yield CameraPath(*(x[i : i + n] for x in parts))
+
+
+def test_a_shorter_video_runs_the_same_program():
+    whole = plain_video()
+    assert whole.shape == (1, 12, 4, 4, 4) and np.isfinite(whole).all()
+    compiled = _run_chunk._cache_size()
+    short = pipeline().generate(request(4), chunk=1)
+    assert _run_chunk._cache_size() == compiled
+    np.testing.assert_array_equal(short, whole[:, :4])
+
+
+def test_stream_walks_on_piece_by_piece():
+    asked = []
+
+    def hands():
+        for piece in pieces(PATH):
+            asked.append(len(piece))
+            yield piece
+
+    blocks = pipeline().stream(request(path=None), pieces=hands())
+    first = next(blocks)
+    assert asked == [2]  # a piece is asked for only when its block is due
+    np.testing.assert_array_equal(first, plain_video()[:, :2])
+    np.testing.assert_array_equal(next(blocks), plain_video()[:, 2:4])
+
+
+def test_picture_camera_and_action_each_change_the_video():
+    whole = plain_video()
+    image = np.random.default_rng(1).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    with_image = pipeline().generate(request(image_BZYX=image), chunk=1)
+    np.testing.assert_array_equal(with_image[:, 0], image)
+    assert np.abs(with_image[:, 1:] - whole[:, 1:]).max() > 1e-3
+    turned = CameraPath(PATH.c2w_F44, 2 * PATH.intrinsics_F33, PATH.actions_F)
+    renamed = CameraPath(PATH.c2w_F44, PATH.intrinsics_F33, PATH.actions_F + 1)
+    for other in (turned, renamed):
+        assert np.abs(pipeline().generate(request(path=other), chunk=1) - whole).max() > 1e-3
+
+
+def test_one_stored_k_and_v_give_what_two_encodings_give():
+    """Also with spans, a tail that is never compressed, and a codec that only stores."""
+    history = History.qvg(PLAIN, storage="single", span_blocks=2, keep_recent=1)
+    spans = []
+    latents = pipeline(history).generate(
+        request(), chunk=1, progress=lambda *c: spans.append(int(c[2].cache.num_spans))
+    )
+    np.testing.assert_allclose(latents, plain_video(), rtol=0, atol=1e-4)
+    assert spans == [0, 0, 0, 1, 1, 2]
+
+
+def test_two_bit_memory_stays_near_and_repeats_itself():
+    pipe = pipeline(History.qvg(TWO_BIT))
+    one = pipe.generate(request(), chunk=1)
+    # Blocks 0 and 1 read what was never compressed.
+    np.testing.assert_allclose(one[:, :4], plain_video()[:, :4], rtol=0, atol=1e-5)
+    distance = np.linalg.norm(one - plain_video()) / np.linalg.norm(plain_video())
+    assert 1e-5 < distance < 0.1
+    np.testing.assert_array_equal(pipe.generate(request(), chunk=1), one)
+
+
+def test_codecs_see_both_encodings_of_a_head_as_one_vector():
+    seen = []
+
+    def encode(x_BHTD, state, *, key=None):
+        seen.append(x_BHTD)
+        return PLAIN.encode(x_BHTD, state, key=key)
+
+    codec = side_by_side(PLAIN._replace(encode=encode))
+    x_BCTD = jax.random.normal(jax.random.key(0), (2, 6, 5, 4))
+    packed, _ = codec.encode(x_BCTD, codec.init(x_BCTD.shape, x_BCTD.dtype))
+    np.testing.assert_array_equal(codec.decode(packed, jnp.float32), x_BCTD)
+    rope, prope = x_BCTD[:, 0::2], x_BCTD[:, 1::2]
+    np.testing.assert_array_equal(seen[0], np.concatenate([rope, prope], -1))
+    assert codec.nbytes(x_BCTD.shape) == x_BCTD.nbytes
+    assert codec.bits_per_element(x_BCTD.shape) == 32
+
+
+def test_recomputed_contexts_are_retrieved_and_bounded():
+    path = CameraPath.from_string("right-6,left-6,w-2")
+    history = History(semantics="recompute", memory_frames=6, recent_frames=4)
+    blocks = list(block_inputs(CONFIG, history, request(None, path=path, capacity=None)))
+    contexts = [x.context_S.tolist() for x in blocks]
+    assert contexts[:3] == [[-1] * 6, [0, 1] + [-1] * 4, [0, 1, 2, 3, -1, -1]]
+    assert contexts[6] == [0, 1, 8, 9, 10, 11]  # back to where the walk began
+    for first, context in enumerate(contexts):
+        assert max(context) < 2 * first or first == 0
+    cache = make_cache(CONFIG, history, frames=14, latent_height=4, latent_width=4)
+    assert cache.layout.window_blocks == 3 and not cache.layout.max_spans
+
+
+def test_retrieval_finds_the_way_back():
+    path = CameraPath.from_string("right-20,right-20,left-40,w-1")
+    points = ball_points(np.random.default_rng(0), 5000)
+    assert np.linalg.norm(points, axis=1).max() <= 8
+    chosen = select_frames(points, path.w2c_F44, 80, memory_frames=16, recent_frames=12)
+    assert chosen.tolist() == [*range(4), *range(68, 80)]  # the view from where it started
+    assert select_frames(points, path.w2c_F44, 12).tolist() == list(range(12))
+
+
+def test_actions_and_their_ids():
+    for name, motion in dict(w=9, s=18, d=27, a=36, right=1, left=2, up=3, down=4).items():
+        assert CameraPath.from_string(f" {name.upper()} - 2 ,").actions_F.tolist() == [
+            0,
+            motion,
+            motion,
+        ]
+    both = walk([[0.08, -0.08, 0.1, -0.1]])
+    assert action_ids(both).tolist() == [0, 9 * 6 + 6]
+    assert action_ids(both, third_person=True).tolist() == [0, 6]
+    first = CameraPath.from_string("w-3,right-2")
+    rest_F44 = walk([[0.08, 0, 0, 0]], start_44=first.c2w_F44[-1])[1:]
+    assert action_ids(rest_F44, previous_44=first.c2w_F44[-1]).tolist() == [9]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("w-8,x-2", "unknown action 'x-2'"),
+        ("w", "unknown action 'w'"),
+        ("w--3", "unknown action 'w--3'"),
+        ("w-1.5", "duration '1.5' in 'w-1.5'; accepted: a whole number"),
+        ("w-0", "duration '0'"),
+        ("w-nan", "duration 'nan'"),
+        ("w-inf", "duration 'inf'"),
+        ("w-two", "duration 'two'"),
+        (" , ", "no action"),
+    ],
+)
+def test_bad_pose_strings_say_what_is_wrong(text, said):
+    with pytest.raises(ValueError, match=said):
+        CameraPath.from_string(text)
+
+
+def test_durations_are_cut_only_when_asked():
+    path = CameraPath.from_string("w-2.9,right-0.5", durations="truncate")
+    assert path.actions_F.tolist() == [0, 9, 9]
+    with pytest.raises(ValueError, match="durations='round'"):
+        CameraPath.from_string("w-2", durations="round")
+    with pytest.raises(ValueError, match="duration 'inf'"):
+        CameraPath.from_string("w-inf", durations="truncate")
+
+
+LONG = CameraPath.from_string("w-30")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(path=LONG, frames=26, capacity=None), "sees 26 frames, more than the rope_frames=24"),
+        (dict(path=LONG, frames=None, capacity=None), "sees 30 frames"),
+        (dict(frames=14, capacity=None), "path has 12 frames and the video 14"),
+        (dict(path=None), "path has 0 frames"),
+        (dict(frames=5), "nearest: 4 and 6"),
+        (dict(capacity=8), "frames=12 is more than capacity=8"),
+        (dict(latent_width=5), "multiple of the patch 2 x 2"),
+        (dict(text_BUE=np.zeros((1, 6, 6), np.float32)), "at most 5"),
+        (dict(image_BZYX=np.zeros((1, 4, 4, 6), np.float32)), r"\(1, 4, 4, 6\)"),
+        (dict(noise=np.zeros((1, 6, 4, 4, 4), np.float32)), "noise has 6 frames"),
+        (dict(noise=np.zeros((1, 12, 4, 4, 6), np.float32)), "noise has shape"),
+        (dict(contexts=[[], [0]]), "a multiple of 2"),
+        (dict(contexts=[[], [0, 1], [2, 3]]), "never forgets"),
+        (dict(contexts=[[]]), "contexts are for 1 blocks"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(changes, said):
+    with pytest.raises(ValueError, match=said):
+        pipeline().generate(request(**changes))
+
+
+def test_a_walk_past_its_end_or_in_odd_pieces_is_refused():
+    asked = request(4, path=None, capacity=12)
+    blocks = pipeline().stream(asked, pieces=pieces(PATH))
+    next(blocks), next(blocks)
+    with pytest.raises(ValueError, match="after the last of 4 frames"):
+        next(blocks)
+    with pytest.raises(ValueError, match="piece of the path has 3 frames; accepted: 2"):
+        next(pipeline().stream(asked, pieces=pieces(PATH, 3)))
+    with pytest.raises(ValueError, match="frames=None with pieces"):
+        pipeline().stream(request(None), pieces=[])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: History(semantics="forget"), "semantics='forget'"),
+        (lambda: History(storage="none"), "storage='none'"),
+        (lambda: History(key_codec=PLAIN), "both"),
+        (lambda: History.qvg(PLAIN, semantics="recompute"), "need semantics='append'"),
+        (lambda: History(span_blocks=0), "span_blocks=0"),
+        (lambda: SamplerConfig(steps=(500.0, 600.0)), "must fall"),
+        (lambda: dataclasses.replace(CONFIG, heads=4), "multiple of 4"),
+        (lambda: dataclasses.replace(CONFIG, frames_per_block=30), "frames_per_block=30"),
+        (lambda: select_frames(np.zeros((1, 3)), np.eye(4)[None], 0, recent_frames=6), "multiples"),
+        (lambda: select_frames(np.zeros((1, 3)), np.eye(4)[None], 4), "outside the camera path"),
+        (lambda: CameraPath(PATH.c2w_F44, PATH.intrinsics_F33[1:], PATH.actions_F), "intrinsics"),
+        (lambda: CameraPath(np.nan * PATH.c2w_F44, PATH.intrinsics_F33, PATH.actions_F), "finite"),
+        (lambda: CameraPath(PATH.c2w_F44, PATH.intrinsics_F33, PATH.actions_F + 80), "0..80"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def form_of(tree):
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def test_released_size_traces_with_caches_of_the_published_size():
+    config = WorldPlayConfig.wan_5b()
+    size = dict(frames=48, latent_height=44, latent_width=80)
+
+    def cache_of(history):
+        return jax.eval_shape(lambda: make_cache(config, history, **size))
+
+    frames = 44  # of 48: the last block is never read
+    published = cache_of(History())
+    dense = sum(x.size * 2 for x in (published.dense_k, published.dense_v))
+    assert dense == frames * 648_806_400  # bytes of bf16
+    elements = dense / 2
+    codec, spans = presets.qvg(), {}
+    for storage in ("packed", "single"):
+        cache = cache_of(History.qvg(codec, storage=storage))
+        lay = cache.layout
+        assert (lay.span_tokens, lay.max_spans, lay.window_blocks) == (7040, 5, 2)
+        bits = lay.key_codec.bits_per_element(lay.span_shape)
+        leaves = jax.tree.leaves((cache.span_k, cache.span_v))
+        spans[storage] = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        stored = 2 * 30 * 5 * math.prod(lay.span_shape)
+        assert abs(8 * spans[storage] / stored - bits) < 1e-6
+    share = 40 / 44  # of the frames are in spans
+    assert 5.8 < 2 * elements * share / spans["packed"] < 5.9
+    assert 11 < 2 * elements * share / spans["single"] < 12
+
+    history = History.qvg(codec)
+    text = jax.ShapeDtypeStruct((30, 1, 512, 24, 128), jnp.bfloat16)
+
+    def like(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def frames_like(F):
+        return Frames(like(1, F, 4, 4), like(1, F, 3, 3), like(1, F))
+
+    state = State(
+        cache=cache_of(history),
+        text_kv=TextKV(text, text),
+        latents_BFZYX=like(1, 48, 48, 44, 80, dtype=jnp.bfloat16),
+        frames=frames_like(48),
+        blocks=like(dtype=jnp.int32),
+    )
+    noise, given = like(1, 4, 48, 44, 80), like(4, dtype=bool)
+    x = BlockInput(noise, frames_like(4), noise, given, like(44, dtype=jnp.int32))
+    assert form_of(jax.eval_shape(lambda: random_dit(config))) == form_of(skeleton(config))
+    step = functools.partial(generate_block, sampler=SamplerConfig(), history=history)
+    after, latents, _ = jax.eval_shape(step, skeleton(config), state, x)
+    assert (latents.shape, latents.dtype) == (noise.shape, jnp.bfloat16)
+    assert form_of(after) == form_of(state)
+
+
+def test_network_calls_of_a_long_video():
+    calls = network_calls(CONFIG, SHORT, [0, 2, 4], image=True)
+    assert [(c.context, c.first, c.end) for c in calls[:3]] == [(False, 0, 2)] * 2 + [(True, 0, 2)]
+    assert calls[0].timesteps == (14.0, 1000.0) and calls[2].timesteps == (14.0, 14.0)
+    assert len(calls) == 3 * len(SHORT.steps) + 2
