@@ -27,6 +27,7 @@ from models.self_forcing import (
 from models.self_forcing.block import draw_noise, generate_block
 from models.self_forcing.modeling import TextKV
 from qvg_jax import presets
+from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import identity
 from qvg_jax.rollout import _run_chunk
 
@@ -218,3 +219,21 @@ def test_bad_samplers_are_refused():
     for steps in ((), (500, 750), (1001,), (500, 0)):
         with pytest.raises(ValueError, match="steps"):
             SamplerConfig(steps=steps)
+
+
+def test_recall_reads_float8_scales_back():
+    codec = presets.get("qvg-4bit", num_centroids=4, group=16)
+    cache = KVCache.create(
+        layers=2, heads=1, head_dim=16, block_tokens=4, sink_blocks=0, span_blocks=2, max_spans=2,
+        keep_recent=1, pos_dims=3, key_codec=codec, value_codec=codec, dtype=jnp.float32,
+    )  # fmt: skip
+    k, v = jax.random.normal(jax.random.key(0), (2, 5, 2, 1, 4, 1, 16))
+    for frame in range(5):
+        place = jnp.full((1, 4, 3), float(frame))
+        cache = compress(append(cache, k[frame], v[frame], place))
+    assert int(cache.num_spans) == 2
+    frames, k_back, v_back = recall(cache)
+    np.testing.assert_array_equal(frames, np.repeat(np.arange(5.0), 4))
+    for back, x in ((k_back, k), (v_back, v)):
+        exact = np.concatenate(list(np.asarray(x)), axis=2)
+        assert np.linalg.norm(back - exact) < 0.2 * np.linalg.norm(exact)

@@ -36,7 +36,7 @@ class LongCatConfig:
     layers: int
     width: int
     heads: int
-    mlp_ratio: float = 4
+    mlp_ratio: int | float = 4
     latent_channels: int = 16
     out_channels: int = 16
     patch: tuple[int, int] = (2, 2)

@@ -32,7 +32,7 @@ GUIDANCE = 4.0  # of the released pipelines
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
-    """Embedded prompts of a batch of videos; one row may serve them all.
+    """Embedded prompts of a batch of videos; one row, N = 1 or B = 1, may serve them all.
 
     Attributes:
         text_BUE: the text encoder's output, padded.
@@ -43,8 +43,8 @@ class Prompt:
 
     text_BUE: Float[Array | np.ndarray, "B U E"]
     mask_BU: Int[Array | np.ndarray, "B U"]
-    negative_BUE: Float[Array | np.ndarray, "B U E"] | None = None
-    negative_mask_BU: Int[Array | np.ndarray, "B U"] | None = None
+    negative_BUE: Float[Array | np.ndarray, "N U E"] | None = None
+    negative_mask_BU: Int[Array | np.ndarray, "N U"] | None = None
 
 
 class LongCat:

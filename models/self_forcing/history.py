@@ -17,6 +17,7 @@ from models.self_forcing.rope import token_positions
 from qvg_jax.cache import KVCache, append
 from qvg_jax.codec import Codec, identity
 from qvg_jax.rope import Rope
+from qvg_jax.slots import read_slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +214,12 @@ def _seen(k_LBHTD, v_LBHTD, pos_BTP, rope):
 def _decoded(cache, slot):
     """K and V of one span of all layers, as attention decodes them."""
 
-    def decoded(codec, packed):
-        one_layer = functools.partial(codec.decode, dtype=cache.dense_k.dtype)
-        return jax.lax.map(one_layer, jax.tree.map(lambda p: p[:, slot], packed))
-
     lay = cache.layout
+
+    def decoded(codec, slots):
+        def one_layer(layer):
+            return codec.decode(read_slot(slots, layer, slot), cache.dense_k.dtype)
+
+        return jax.lax.map(one_layer, jnp.arange(lay.layers))
+
     return decoded(lay.key_codec, cache.span_k), decoded(lay.value_codec, cache.span_v)

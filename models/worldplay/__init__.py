@@ -1,4 +1,4 @@
-"""HY-WorldPlay: a world to walk through, on Wan2.2-TI2V-5B, with a memory that may be compressed."""
+"""HY-WorldPlay on Wan2.2-TI2V-5B: a world to walk through, its memory compressed or not."""
 
 from models.worldplay.block import BlockInput, Frames, State
 from models.worldplay.cameras import CameraPath, action_ids, intrinsics, parse_actions, walk

@@ -155,10 +155,11 @@ def _attend_single(
         table = view.span_table(slot)
 
         def one_frame(j, run):
-            cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, j * frame, frame, axis)  # noqa: E731
-            return visit(
-                run, cut(k_BHTD, 2), cut(v_BHTD, 2), jax.tree.map(lambda x: cut(x, 1), table)
-            )
+            def cut(x, axis):
+                return jax.lax.dynamic_slice_in_dim(x, j * frame, frame, axis)
+
+            place = jax.tree.map(lambda x: cut(x, 1), table)
+            return visit(run, cut(k_BHTD, 2), cut(v_BHTD, 2), place)
 
         return jax.lax.fori_loop(0, lay.span_tokens // frame, one_frame, run)
 
