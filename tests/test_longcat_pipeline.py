@@ -17,6 +17,7 @@ from models.longcat import (
     Segments,
     TextKV,
     build_condition,
+    cached_forward,
     continuation,
     distilled,
     first_clip,
@@ -25,6 +26,7 @@ from models.longcat import (
     read_text,
     skeleton,
     standard,
+    view_condition,
 )
 from models.longcat.sampler import StepInput, cached_step
 from models.longcat.segments import from_bytes, segment_keys, segment_noise, to_bytes
@@ -47,7 +49,7 @@ CONFIG = LongCatConfig(
 )
 TWO_STEPS = distilled(2)
 KEY = jax.random.key(5)
-CODEC = presets.qvg(num_centroids=4, group=12, warm_start=False)
+CODEC = presets.qvg(num_centroids=4, group=12, cold_iters=2, warm_start=False, reseed=False)
 U = 7
 
 
@@ -119,6 +121,36 @@ def test_an_image_stays_the_first_frame_and_decides_the_rest():
     assert np.abs(one[:, 1:] - other[:, 1:]).max() > 1e-3
 
 
+def made(jaxpr):
+    """Shape and dtype of everything that a program computes on its way, loops included."""
+    for eqn in jaxpr.eqns:
+        inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple) else (p,))]
+        for x in (getattr(x, "jaxpr", x) for x in inner):
+            yield from made(x) if hasattr(x, "eqns") else ()
+        yield from (v.aval for v in eqn.outvars)
+
+
+def test_a_span_is_decoded_once_for_all_branches():
+    given, noise = (
+        jax.ShapeDtypeStruct((batch, frames, 4, 10, 14), jnp.float32)
+        for batch, frames in ((1, 2), (3, 1))
+    )
+    coded = functools.partial(build_condition, key_codec=CODEC, value_codec=CODEC)
+    cache = jax.eval_shape(coded, skeleton(CONFIG), given)
+    tokens = cache.layout.span_tokens
+    text = jax.ShapeDtypeStruct((2, 3, U, 2, 12), jnp.float32)
+    text_kv = TextKV(text, text, jax.ShapeDtypeStruct((3, U), jnp.float32))
+
+    def run(model, cache, x, text_kv):
+        view = view_condition(CONFIG, cache, x.shape)
+        return cached_forward(model, x, jnp.zeros((1, 1)), text_kv, view).out_BFZYX
+
+    jaxpr = jax.make_jaxpr(run)(skeleton(CONFIG), cache, noise, text_kv)
+    decoded = [a.shape for a in made(jaxpr.jaxpr) if {tokens, CONFIG.head_dim} <= {*a.shape}]
+    assert (1, 2, tokens, CONFIG.head_dim) in decoded
+    assert not any(3 in shape for shape in decoded)
+
+
 def test_released_size_compresses_to_less_than_a_sixth_and_never_holds_the_whole_cache():
     config, codec = LongCatConfig.longcat_video(), presets.qvg(warm_start=False)
     given = jax.ShapeDtypeStruct((1, Segments().given_latents, 16, 60, 104), jnp.bfloat16)
@@ -129,19 +161,8 @@ def test_released_size_compresses_to_less_than_a_sixth_and_never_holds_the_whole
     plain = 2 * 48 * 2 * 29_640 * 32 * 128
     assert plain == 23_309_844_480 and plain / stored > 6.8
 
-    def largest(jaxpr):
-        """Bytes of the largest array that any operation makes."""
-        most = 0
-        for eqn in jaxpr.eqns:
-            inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple) else (p,))]
-            for x in inner:
-                x = getattr(x, "jaxpr", x)
-                most = max(most, largest(x) if hasattr(x, "eqns") else 0)
-            sizes = [v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars if v.aval.size > 1]
-            most = max([most, *sizes])
-        return most
-
-    assert largest(jaxpr) < plain / 10
+    sizes = [a.size * a.dtype.itemsize for a in made(jaxpr) if a.size > 1]
+    assert max(sizes) < plain / 10
 
     text = jax.ShapeDtypeStruct((48, 2, 128, 32, 128), jnp.bfloat16)
     text_kv = TextKV(text, text, jax.ShapeDtypeStruct((2, 128), jnp.float32))
@@ -270,7 +291,7 @@ def test_rows_of_text_that_are_kept():
     assert kept_rows(mask) == 128
     mask[1, 127] = 1
     assert kept_rows(mask) == 192  # one padded row must be left
-    assert kept_rows(np.ones((1, 512))) == 512
+    assert kept_rows(np.ones((1, 512), int)) == 512
 
 
 def test_nan_in_given_frames_is_an_error():
@@ -347,7 +368,7 @@ def test_bad_numbers_of_frames_and_steps_are_refused():
 
 
 def test_bad_text_is_refused():
-    text, mask = jnp.zeros((1, U, 6)), jnp.ones((1, U))
+    text, mask = jnp.zeros((1, U, 6)), jnp.ones((1, U), int)
     for inputs, rows, said in (
         ((text[..., :5], mask), None, "text_BUE has shape"),
         ((text, mask[:, :3]), None, "mask_BU has shape"),

@@ -7,7 +7,7 @@ no cache is carried over.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,21 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.schedule import Schedule
-from models.wan_vae import WanVAE
 
 type SegmentProgress = Callable[[int, int], None]  # progress(segments_done, segments)
+
+
+@runtime_checkable
+class VideoVAE(Protocol):
+    """What is asked of a VAE, a pytree: `models.wan_vae.WanVAE`, or another with its manners."""
+
+    config: Any  # spatial_stride, temporal_stride, latent_channels
+
+    def encode(self, video: Float[Array, "B T 3 Y X"]) -> Float[Array, "B F C H W"]:
+        """Normalised latents of video in [-1, 1]."""
+
+    def decode(self, latent: Float[Array, "B F C H W"]) -> Float[Array, "B T 3 Y X"]:
+        """Video of normalised latents."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +115,9 @@ def to_bytes(video: Float[Array, "B T 3 Y X"]) -> UInt8[Array, "B T Y X 3"]:
     return video.astype(jnp.uint8)
 
 
-def from_bytes(frames: UInt8[Array, "B T Y X 3"]) -> Float[Array, "B T 3 Y X"]:
+def from_bytes(frames: UInt8[Array | np.ndarray, "B T Y X 3"]) -> Float[Array, "B T 3 Y X"]:
     """Video in [-1, 1], float32."""
-    return jnp.moveaxis(frames.astype(jnp.float32) / 127.5 - 1, -1, 2)
+    return jnp.moveaxis(jnp.asarray(frames, jnp.float32) / 127.5 - 1, -1, 2)
 
 
 @jax.jit
@@ -120,7 +132,7 @@ def _encode(vae, frames_BTYX3):
 
 def first_clip(
     pipeline: LongCat,
-    vae: WanVAE,
+    vae: VideoVAE,
     prompt: Prompt,
     *,
     key: PRNGKeyArray,
@@ -157,7 +169,7 @@ def first_clip(
 
 def long_video(
     pipeline: LongCat,
-    vae: WanVAE,
+    vae: VideoVAE,
     prompts: Prompt | Sequence[Prompt],
     clip_BTYX3: UInt8[np.ndarray, "B T Y X 3"],
     *,
