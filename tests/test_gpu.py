@@ -1,4 +1,4 @@
-"""What only a GPU can show: run by hand with `python -m pytest -m gpu tests/test_gpu.py`."""
+"""What only a GPU can show: run by hand with `python -m pytest -n 0 -m gpu tests/test_gpu.py`."""
 
 import functools
 
