@@ -1,10 +1,13 @@
 """Memory of compiled programs: caches are updated in place, and history is decoded span by span."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress, evict
 from qvg_jax.codec import identity
@@ -112,3 +115,23 @@ def test_a_rollout_holds_the_cache_once():
     m = _run_chunk.lower(step, cache, xs, jnp.int32(3)).compile().memory_analysis()
     assert m.alias_size_in_bytes == nbytes(cache)
     assert m.temp_size_in_bytes < 2.5 * DECODED_SPAN
+
+
+def test_a_layer_of_real_size_reads_any_history_with_the_same_temporaries():
+    """Self-Forcing: 12 heads, spans of 37,440 tokens, 4,680 queries. Compiled only; -s prints."""
+    frame, rope = 4_680, axial_rope([frequency_ladder(128)])
+    block = jax.ShapeDtypeStruct((1, frame, 12, 128), jnp.bfloat16)
+    place = jax.ShapeDtypeStruct((1, frame, 1), jnp.float32)
+    codec, temporaries = presets.get("qvg"), {}
+    for spans in (3, 6):
+        cache = jax.eval_shape(
+            lambda spans=spans: KVCache.create(
+                heads=12, head_dim=128, block_tokens=frame, span_blocks=8, max_spans=spans,
+                keep_recent=1, pos_dims=1, key_codec=codec, value_codec=codec,
+            )
+        )  # fmt: skip
+        program = jax.jit(functools.partial(attend, rope=rope))
+        compiled = program.lower(block, cache, block, block, positions=place).compile()
+        temporaries[spans] = compiled.memory_analysis().temp_size_in_bytes
+        print(f"{spans} spans: {temporaries[spans] / 2**20:.0f} MiB of temporaries")
+    assert temporaries[3] == temporaries[6]

@@ -23,6 +23,7 @@ from models.pocket_world.modeling import PocketWorld
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.pipeline import Sampler, WorldState
 from qvg_jax.health import cache_bytes
+from qvg_jax.metrics import to_uint8
 from qvg_jax.rollout import rollout
 
 FIRST_WORLD = 5_000_000  # training draws seeds at random; these are only ever evaluated on
@@ -74,8 +75,8 @@ def replay(model, arm: str, args) -> dict:
     truth = pipeline.render_path(worlds, path[:, args.tour :], first_time=args.tour)
     out, size = frames[:, args.tour :], cache_bytes(state.cache)
     return dict(
-        frames=_uint8(out),
-        truth=_uint8(truth),
+        frames=to_uint8(out),
+        truth=to_uint8(truth),
         psnr=psnr(out, truth),
         seconds=seconds,
         allocated=size.allocated.total,
@@ -101,8 +102,8 @@ def free_run(model, codec: str, args) -> dict:
     axes = (2, 3, 4)
     keep = slice(None, None, max(1, args.free // 64))
     return dict(
-        frames=_uint8(out[:4, keep]),
-        truth=_uint8(truth[:4, keep]),
+        frames=to_uint8(out[:4, keep]),
+        truth=to_uint8(truth[:4, keep]),
         mean=out.mean(axes),
         std=out.std(axes),
         truth_mean=truth.mean(axes),
@@ -112,10 +113,6 @@ def free_run(model, codec: str, args) -> dict:
         in_use=size.in_use.total,
         bf16=size.bf16,
     )
-
-
-def _uint8(frames):
-    return np.asarray(jnp.clip(jnp.round((jnp.asarray(frames) + 1) * 127.5), 0, 255), np.uint8)
 
 
 def summary(out: pathlib.Path) -> str:

@@ -53,11 +53,7 @@ def modulate(x_BTD, scale_BFD, shift_BFD=None):
 
 
 def _linear(i, o, rngs, *, gain=1.0, dtype):
-    init = (
-        nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
-        if gain
-        else nnx.initializers.zeros
-    )
+    init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
     return nnx.Linear(i, o, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
