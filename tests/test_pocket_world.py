@@ -7,9 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from models.common.checkpoint import CheckpointError
-from models.pocket_world import camera, data, evaluate, modeling, params, pipeline, train, world
+from models.pocket_world import (
+    camera,
+    data,
+    evaluate,
+    modeling,
+    objective,
+    params,
+    pipeline,
+    train,
+    world,
+)
 from models.pocket_world.config import PocketWorldConfig
 from qvg_jax.rollout import rollout
 
@@ -90,11 +101,37 @@ def test_patches_round_trip():
 
 def test_noisy_blocks_see_earlier_clean_blocks_and_themselves():
     shape = data.SequenceShape(near=1, distractors=0, recent=1, run=1)  # 5 clean, 2 noisy
-    mask = np.asarray(train.sequence_mask(shape, 1))[0, 0]
+    mask = np.asarray(objective.sequence_mask(shape.blocks, shape.memory, 1))[0, 0]
     np.testing.assert_array_equal(mask[:5, :5], np.tri(5, dtype=bool))
     assert not mask[:5, 5:].any()
     np.testing.assert_array_equal(mask[5], [1, 1, 1, 0, 0, 1, 0])
     np.testing.assert_array_equal(mask[6], [1, 1, 1, 1, 0, 0, 1])
+
+
+def test_own_frames_take_the_place_of_the_newest_blocks():
+    cfg, shape = (
+        train.TrainConfig.smoke(),
+        data.SequenceShape(near=1, distractors=0, recent=1, run=1),
+    )
+    model = modeling.PocketWorld(cfg.model, rngs=nnx.Rngs(0))
+    batch = train.sample_batch(jax.random.key(0), cfg, shape, 8)
+    tokens, own = objective.own_context(model, jax.random.key(1), batch, shape.blocks)
+    assert bool(own[:, -1].all()) and not bool(own[:, 0].all())
+    assert bool((own[:, 1:] >= own[:, :-1]).all())  # from one block on, to the end
+    same = jnp.all(tokens == modeling.to_tokens(batch[0], cfg.model.patch), axis=-1)
+    same = same.reshape(*own.shape, -1)
+    np.testing.assert_array_equal(same.all(-1), ~own)
+    assert not bool((same & own[..., None]).any())
+
+
+def test_training_continues_from_weights(trained, tmp_path):
+    cfg = train.TrainConfig.smoke()
+    _, state = train.init_state(cfg, jnp.float32, trained[3])
+    weights = nnx.to_pure_dict(nnx.state(params.load_weights(trained[3])))
+    jax.tree.map(np.testing.assert_array_equal, state["params"], weights)
+    wider = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, width=64))
+    with pytest.raises(ValueError, match="width=64"):
+        train.init_state(wider, jnp.float32, trained[3])
 
 
 def test_a_patch_that_does_not_divide_the_frame_is_refused():
@@ -167,6 +204,21 @@ def test_sampler_levels_and_limits():
 def test_block_inputs_must_be_whole_blocks():
     with pytest.raises(ValueError, match="block_frames=4"):
         pipeline.block_inputs(PocketWorldConfig.smoke(), jnp.array([1]), jnp.zeros((1, 10, 3)), 4)
+
+
+def test_a_second_order_step_is_exact_where_the_prediction_is_linear_in_the_noise_level():
+    """dx/ds = (x - c(s)) / s with c = a + b s has the solution x(s) = C s + a - b s log s."""
+    a, b, c = jnp.array([0.3, -1.0]), jnp.array([0.5, 2.0]), jnp.array([1.0, 0.1])
+
+    def exact(s):
+        return c * s + a - b * s * jnp.log(s)
+
+    for now, then in ((1.0, 0.7), (0.7, 0.05)):
+        got = pipeline.second_order_step(exact(now), a + b * now, b, now, then)
+        np.testing.assert_allclose(got, exact(then), rtol=1e-5)
+    euler = pipeline.second_order_step(exact(0.7), a + b * 0.7, 0.0, 0.7, 0.35)
+    np.testing.assert_allclose(euler, (exact(0.7) + a + b * 0.7) / 2, rtol=1e-5)
+    np.testing.assert_allclose(pipeline.second_order_step(exact(0.7), a, 0.0, 0.7, 0.0), a)
 
 
 def test_given_blocks_pass_through_and_runs_repeat(trained):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from models.pocket_world import camera, world
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld, to_frames, to_tokens
+from models.pocket_world.objective import OWN_FRAME_NOISE
 from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
@@ -23,7 +24,7 @@ from qvg_jax.codec import Codec
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How a block is denoised.
+    """How a block is denoised: few steps of second order, see `second_order_step`.
 
     Attributes:
         steps: denoising evaluations per block.
@@ -34,7 +35,7 @@ class Sampler:
 
     steps: int = 4
     shift: float = 8.0
-    context_noise: float = 0.02
+    context_noise: float = OWN_FRAME_NOISE
 
     def __post_init__(self):
         if self.steps < 1:
@@ -207,6 +208,22 @@ def render_path(
     return jnp.concatenate(parts, 1) if parts else jnp.zeros((b, 0, world.HEIGHT, world.WIDTH, 3))
 
 
+def second_order_step(x, clean, slope, now, then):
+    """Takes x from noise level `now` to `then` along the flow of a prediction that changes with s.
+
+    The flow dx/ds = (x - c(s)) / s of x = (1 - s) clean + s noise is d(x/s) / d(1/s) = c(s). With
+    c(s) = clean + slope (s - now) the integral is exact:
+        x' / s' = x / s + (clean - slope now) (1/s' - 1/s) + slope log(s / s').
+    Slope 0 is Euler's step. The slope through the last two predictions costs no evaluation
+    (two-step Adams-Bashforth, as in DPM-Solver++(2M), arXiv 2211.01095), and matters where a
+    place is invented: Euler's few steps leave it pale.
+    """
+    ratio = then / now
+    level = clean - slope * now
+    bend = then * jnp.log(1 / jnp.where(then > 0, ratio, 1.0))
+    return x * ratio + level * (1 - ratio) + slope * bend
+
+
 def make_step(model: PocketWorld, sampler: Sampler):
     """The step `(state, BlockInput) -> (state, frames [B, n, 64, 96, 3])` for `qvg_jax.rollout`.
 
@@ -237,13 +254,18 @@ def make_step(model: PocketWorld, sampler: Sampler):
             key = jax.random.fold_in(state.key, x.number)
             tokens = jax.random.normal(key, (batch, cfg.block_tokens, cfg.token_channels))
 
-            def one(tokens, pair):
+            def one(carry, pair):
+                tokens, last, s_last = carry
                 now, then = pair
                 clean, _ = evaluate(tokens, now)
-                return clean + (tokens - clean) * (then / now), None
+                # The first step has no slope to go by, and the last one ends at the prediction.
+                use = (s_last > now) & (then > 0)
+                slope = jnp.where(use, (last - clean) / jnp.where(use, s_last - now, 1.0), 0.0)
+                return (second_order_step(tokens, clean, slope, now, then), clean, now), None
 
             pairs = (jnp.array(levels[:-1]), jnp.array(levels[1:]))
-            return jnp.clip(jax.lax.scan(one, tokens, pairs)[0], -1.0, 1.0)
+            start = (tokens, tokens, jnp.float32(0))
+            return jnp.clip(jax.lax.scan(one, start, pairs)[0][0], -1.0, 1.0)
 
         tokens = jax.lax.cond(x.given, lambda: to_tokens(x.frames, cfg.patch), denoise)
         _, (k, v) = evaluate(tokens, jnp.where(x.given, 0.0, sampler.context_noise))

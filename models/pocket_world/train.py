@@ -1,14 +1,11 @@
 """Trains pocket world: `python -m models.pocket_world.train --out DIR` (on a GPU), `--smoke` on anything.
 
-Flow matching with x-prediction: noisy = (1 - s) * clean + s * normal, loss = weight(s) * |model - clean|^2.
-One sequence is [clean blocks | noisy copies of the run blocks]; a clean block sees itself and earlier
-clean blocks, a noisy block sees earlier clean blocks and itself, as in generation. Clean blocks carry a little
-noise of their own (told to the model), so that its own imperfect frames are familiar to it later.
-
-The optimiser is Muon for the matrices of the layers and Adam for the rest (optax); orbax keeps parameters,
-their moving average, optimiser state, step and time spent, so the same command resumes a run that stopped.
+What is minimised is in `objective.py`. The optimiser is Muon for the matrices of the layers and Adam for the rest
+(optax); orbax keeps parameters, their moving average, optimiser state, step and time spent, so the same command
+resumes a run that stopped.
 A run is bounded by `--steps` (deterministic) or by `--minutes` (the schedule then follows the clock, for a
-machine lent by the hour).
+machine lent by the hour). `--continue-from` starts from finished weights instead of from nothing and trains
+on the model's own frames in the context, which is what keeps long walks through unseen places from fading.
 """
 
 import argparse
@@ -24,19 +21,25 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from models.pocket_world import data
+from models.pocket_world import data, objective
 from models.pocket_world.config import PocketWorldConfig
-from models.pocket_world.modeling import PocketWorld, to_tokens
-from models.pocket_world.params import save_weights
+from models.pocket_world.modeling import PocketWorld
+from models.pocket_world.params import load_weights, save_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stretch of training: it lasts until `until` (share of the whole run)."""
+    """A stretch of training.
+
+    Attributes:
+        until: share of the whole run at which it ends.
+        own_share: share of steps with the model's own frames in the context.
+    """
 
     until: float
     batch: int
     shape: data.SequenceShape
+    own_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,77 +65,22 @@ class TrainConfig:
     seed: int = 0
 
     @classmethod
+    def continued(cls) -> "TrainConfig":
+        """From finished weights, with the model's own frames in the context of half the steps."""
+        stages = (Stage(1.0, 12, data.SequenceShape(distractors=12), own_share=0.5),)
+        return cls(stages=stages, peak_lr=1e-3, decay=1.0, seed=1)
+
+    @classmethod
     def smoke(cls) -> "TrainConfig":
         """Two short stages of a tiny model, for tests."""
         short = data.SequenceShape(near=1, distractors=1, recent=1, run=1, walk_frames=64)
         longer = dataclasses.replace(short, distractors=2)
         return cls(
             model=PocketWorldConfig.smoke(),
-            stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer)),
+            stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer, own_share=0.5)),
             warmup=2,
             chunk=2,
         )
-
-
-def sequence_mask(shape: data.SequenceShape, block_tokens: int):
-    """Who sees whom, [1, 1, T, T] bool, for [clean blocks | noisy run blocks]."""
-    clean, noisy = jnp.arange(shape.blocks), jnp.arange(shape.memory, shape.blocks)
-    order, is_noisy = jnp.r_[clean, noisy], jnp.r_[jnp.zeros_like(clean), jnp.ones_like(noisy)] == 1
-    order, is_noisy = jnp.repeat(order, block_tokens), jnp.repeat(is_noisy, block_tokens)
-    q, k = order[:, None], order[None, :]
-    sees_clean = ~is_noisy[None, :] & jnp.where(is_noisy[:, None], q > k, q >= k)
-    return (sees_clean | (is_noisy[:, None] & is_noisy[None, :] & (q == k)))[None, None]
-
-
-def predict(model, key, batch, shape: data.SequenceShape, *, noise=None, attention=None):
-    """Runs the model on a batch of sequences; returns (prediction, target, noise) of the run blocks.
-
-    Args:
-        key: randomness of noise levels and noise.
-        batch: output of `data.sample_sequence` with a leading batch axis.
-        noise: a fixed noise level for the noisy blocks; None draws it per block.
-        attention: `jax.nn.dot_product_attention` implementation; None lets XLA do it.
-    """
-    cfg = model.cfg
-    frames, features, positions = batch
-    b, n = frames.shape[0], cfg.block_frames
-    k_level, k_clean, k_augment, k_one, k_eps, k_none = jax.random.split(key, 6)
-    x = to_tokens(frames, cfg.patch)
-    target = x[:, shape.memory * cfg.block_tokens :]
-    if noise is None:
-        level = jax.nn.sigmoid(0.4 + 1.2 * jax.random.normal(k_level, (b, 2 * shape.run)))
-        level = jnp.where(jax.random.bernoulli(k_one, 0.15, level.shape), 1.0, level)
-        augment = 0.25 * jax.random.uniform(k_augment, (b, shape.blocks)) ** 2
-        augment = jnp.where(jax.random.bernoulli(k_none, 0.4, (b, 1)), 0.0, augment)
-    else:
-        level, augment = jnp.full((b, 2 * shape.run), noise), jnp.zeros((b, shape.blocks))
-
-    def per_token(z):
-        return jnp.repeat(z, cfg.block_tokens, axis=1)[..., None]
-
-    a, s = per_token(augment), per_token(level)
-    clean = x + a * jax.random.normal(k_clean, x.shape)
-    noisy = (1 - s) * target + s * jax.random.normal(k_eps, target.shape)
-    run_frames, run_tokens = 2 * shape.run * n, target.shape[1]
-    features = jnp.concatenate([features, features[:, -run_frames:]], 1)
-    positions = jnp.concatenate([positions, positions[:, -run_tokens:]], 1)
-    levels = jnp.repeat(jnp.concatenate([augment, level], 1), n, axis=1)
-    mask = sequence_mask(shape, cfg.block_tokens)
-    rope = cfg.rope()
-    table = rope.table(positions)
-
-    def attend(_, q, k, v):
-        q, k = (rope.rotate(x.swapaxes(1, 2), table).swapaxes(1, 2) for x in (q, k))
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention)
-
-    out, _ = model(jnp.concatenate([clean, noisy], 1), levels, features, attend)
-    return out[:, -run_tokens:], target, s
-
-
-def loss_fn(model, key, batch, shape, attention=None):
-    """Mean weighted squared error; the weight 1 / max(s, 0.3) leans towards fine detail."""
-    out, target, s = predict(model, key, batch, shape, attention=attention)
-    return jnp.mean((out - target) ** 2 / jnp.maximum(s, 0.3))
 
 
 def make_optimizer(cfg: TrainConfig, progress):
@@ -166,9 +114,14 @@ def make_optimizer(cfg: TrainConfig, progress):
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
-def init_state(cfg: TrainConfig, dtype):
-    """(model graph, {params, ema, opt, step, minutes}) at step 0."""
-    graph, params = nnx.split(PocketWorld(cfg.model, dtype=dtype, rngs=nnx.Rngs(cfg.seed)))
+def init_state(cfg: TrainConfig, dtype, weights: pathlib.Path | None = None):
+    """(model graph, {params, ema, opt, step, minutes}) at step 0, from `weights` where given."""
+    model = PocketWorld(cfg.model, dtype=dtype, rngs=nnx.Rngs(cfg.seed))
+    if weights is not None:
+        model = load_weights(weights, dtype=dtype)
+        if model.cfg != cfg.model:
+            raise ValueError(f"weights {str(weights)!r} are of {model.cfg}, not of {cfg.model}")
+    graph, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     opt = make_optimizer(cfg, 0.0).init(params)
     ema = jax.tree.map(jnp.copy, params)
@@ -193,7 +146,9 @@ def train_chunk(cfg: TrainConfig, graph, stage: Stage, state, progress, attentio
         k_data, k_noise = jax.random.split(key)
         batch = sample_batch(k_data, cfg, stage.shape, stage.batch)
         loss, grads = jax.value_and_grad(
-            lambda p: loss_fn(nnx.merge(graph, p), k_noise, batch, stage.shape, attention)
+            lambda p: objective.loss_fn(
+                nnx.merge(graph, p), k_noise, batch, stage.shape, stage.own_share, attention
+            )
         )(state["params"])
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -207,12 +162,9 @@ def train_chunk(cfg: TrainConfig, graph, stage: Stage, state, progress, attentio
 
 @functools.partial(jax.jit, static_argnames=("cfg", "graph", "shape", "worlds", "attention"))
 def one_step_psnr(cfg: TrainConfig, graph, params, shape, worlds=16, attention=None):
-    """PSNR (dB) of the run blocks predicted from pure noise in one step, on worlds not trained on."""
+    """`objective.one_step_psnr` on worlds not trained on."""
     batch = sample_batch(jax.random.key(987_654), cfg, shape, worlds)
-    model = nnx.merge(graph, params)
-    out, target, _ = predict(model, jax.random.key(5), batch, shape, noise=1.0, attention=attention)
-    mse = jnp.mean((jnp.clip(out, -1, 1) - target) ** 2, (1, 2)) / 4
-    return jnp.mean(-10 * jnp.log10(mse))
+    return objective.one_step_psnr(nnx.merge(graph, params), batch, shape, attention)
 
 
 def train(
@@ -222,6 +174,7 @@ def train(
     steps: int | None = None,
     minutes: float | None = None,
     pause_after: float | None = None,
+    weights: pathlib.Path | None = None,
     dtype=jnp.bfloat16,
     attention: str | None = None,
     log=print,
@@ -231,13 +184,14 @@ def train(
     Args:
         steps, minutes: length of the whole run, by count or by clock (exactly one of them).
         pause_after: stop with a checkpoint after this many minutes of this call.
+        weights: where to start from if `out` has no checkpoint; None is random.
         dtype: compute dtype of the matrix products; parameters stay float32.
         attention: `jax.nn.dot_product_attention` implementation.
     """
     if (steps is None) == (minutes is None):
         raise ValueError(f"give exactly one of steps and minutes, not {steps=} and {minutes=}")
     out.mkdir(parents=True, exist_ok=True)
-    graph, state = init_state(cfg, dtype)
+    graph, state = init_state(cfg, dtype, weights)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(out.absolute() / "checkpoints", options=options) as manager:
         if manager.latest_step() is not None:
@@ -288,19 +242,27 @@ def main(argv=None):
     parser.add_argument(
         "--pause-after", type=float, help="stop with a checkpoint after this many minutes"
     )
+    parser.add_argument(
+        "--continue-from",
+        type=pathlib.Path,
+        metavar="WEIGHTS",
+        help="start from these weights, with the model's own frames in the context",
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model on short sequences")
     parser.add_argument("--attention", choices=["xla", "cudnn"], help="attention implementation")
     parser.add_argument(
         "--export", type=pathlib.Path, help="write the averaged weights as safetensors here"
     )
     args = parser.parse_args(argv)
-    cfg = TrainConfig.smoke() if args.smoke else TrainConfig()
+    cfg = TrainConfig.continued() if args.continue_from else TrainConfig()
+    cfg = TrainConfig.smoke() if args.smoke else cfg
     _, state = train(
         cfg,
         args.out,
         steps=args.steps,
         minutes=args.minutes,
         pause_after=args.pause_after,
+        weights=args.continue_from,
         attention=args.attention,
         log=lambda row: print(row, flush=True),
     )
