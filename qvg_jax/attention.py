@@ -7,6 +7,7 @@ is the same softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2
 span is decoded at a time, and never the whole history at once.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,11 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from qvg_jax.cache import KVCache
 from qvg_jax.layout import Layout
+from qvg_jax.mosaic import attend_kernels, is_hopper, unsupported
 from qvg_jax.rope import Rope
 from qvg_jax.slots import read_slot
 from qvg_jax.view import CacheView
 
-__all__ = ["attend"]
+__all__ = ["IMPLEMENTATIONS", "attend"]
+
+IMPLEMENTATIONS = ("xla", "mosaic", "mosaic_fp8")
 
 # Tokens of sink and window that are read together. Small enough to skip most of an empty window,
 # large enough for one matrix product to be worth its call.
@@ -50,6 +54,7 @@ def attend(
     positions: Float[Array, "B T P"] | Int[Array, "B T P"] | None = None,
     rope: Rope | None = None,
     scale: float | Float[Array, ""] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T Hq D"]:
     """Attention of a new block to everything in the cache and, both ways, to itself.
 
@@ -70,13 +75,17 @@ def attend(
         positions: positions of the new tokens; only with a cache and a rope.
         rope: rotation of Q and K; only with a cache. None is none.
         scale: factor of the logits; None is 1 / sqrt(D).
+        implementation: "xla", anywhere; "mosaic", kernels for Hopper GPUs that decode a span into
+            a bf16 workspace; "mosaic_fp8", the same with spans in e4m3, and products of them too:
+            faster, for an error small beside that of 2-bit codes. None is "xla".
 
     Returns:
         The attention output in q's dtype.
 
     Raises:
-        ValueError: a shape that does not fit the cache, a missing layer, or positions or rope
-            beside a view.
+        ValueError: a shape that does not fit the cache, a missing layer, positions or rope
+            beside a view, or an unknown implementation.
+        NotImplementedError: a named implementation cannot serve this call; the message says why.
     """
     if isinstance(cache, CacheView):
         if positions is not None or rope is not None:
@@ -88,13 +97,38 @@ def attend(
     _check(lay, q_BTHD, k_BTHD, v_BTHD, layer)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     scale = jnp.float32(1 / math.sqrt(lay.head_dim) if scale is None else scale)
-    return _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
+    chosen = _implementation(implementation, view, q_BTHD)
+    return _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, chosen)
 
 
-@jax.jit
+def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
+    """The implementation that serves this call; a named one is never replaced by another."""
+    if name is None:
+        return "xla"  # until the tests of the kernels inside a scan have run on a GPU
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is not accepted: give one of {IMPLEMENTATIONS}")
+    if name != "xla":
+        missing = unsupported(view, q_BTHD, name == "mosaic_fp8")
+        if not is_hopper():
+            missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
+        if missing is not None:
+            raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")
+    return name
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
 def _attend(
-    q_BTHD: Array, view: CacheView, k_BTHD: Array, v_BTHD: Array, layer: Array, scale: Array
+    q_BTHD: Array,
+    view: CacheView,
+    k_BTHD: Array,
+    v_BTHD: Array,
+    layer: Array,
+    scale: Array,
+    implementation: str = "xla",
 ) -> Array:
+    if implementation != "xla":
+        narrow = implementation == "mosaic_fp8"
+        return attend_kernels(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, narrow=narrow)
     lay: Layout = view.cache.layout
     q_BHTD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     k_BHTD, v_BHTD = k_BHTD.astype(q_BTHD.dtype), v_BHTD.astype(q_BTHD.dtype)

@@ -74,6 +74,12 @@ class Layout:
         return self.batch, self.heads, self.span_tokens, self.head_dim
 
     @property
+    def span_bits(self) -> float:
+        """Bits per element of a compressed span, K and V together, from the codecs' formats."""
+        pair = (self.key_codec, self.value_codec)
+        return sum(codec.bits_per_element(self.span_shape) for codec in pair) / 2
+
+    @property
     def capacity_blocks(self) -> int:
         """Blocks that sink, all slots and the window hold together."""
         return self.dense_blocks + self.max_spans * self.span_blocks

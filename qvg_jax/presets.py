@@ -1,6 +1,7 @@
-"""One constructor per published recipe, and the registry that names them.
+"""One constructor per recipe, and the registry that names them.
 
-    codec = presets.get("qvg", num_centroids=64)
+    codec = presets.get("qvg", num_centroids=64)          # the same codec for K and V
+    key_codec, value_codec = presets.pair("kivi")         # K and V may differ
 
 Every keyword of a constructor can be overridden. Ratios below are against bf16, for a long span.
 """
@@ -11,12 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qvg_jax import baselines, candidates
 from qvg_jax.codec import Codec, chain
 from qvg_jax.codec import identity as _identity
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.smoothing.kmeans import kmeans_smoothing
 
-__all__ = ["PRESETS", "get", "identity", "qvg", "qvg_pro", "rtn"]
+__all__ = ["PAIRS", "PRESETS", "get", "identity", "pair", "qvg", "qvg_pro", "rtn"]
 
 
 def qvg(
@@ -137,14 +139,33 @@ def _at_4_bits(constructor: Callable[..., Codec]) -> Callable[..., Codec]:
     return four
 
 
+# One codec for K and V.
 PRESETS: dict[str, Callable[..., Codec]] = {
     "qvg": qvg,
     "qvg-4bit": _at_4_bits(qvg),
     "qvg-pro": qvg_pro,
     "qvg-pro-4bit": _at_4_bits(qvg_pro),
+    "qvg-asym": baselines.kmeans_asymmetric,
     "rtn": rtn,
     "rtn-4bit": _at_4_bits(rtn),
+    "quarot": baselines.quarot,
+    "turboquant": baselines.turboquant,
+    "pca": baselines.pca,
+    "nvfp4": baselines.nvfp4,
     "bf16": identity,
+}
+
+# One for K and one for V.
+PAIRS: dict[str, Callable[..., tuple[Codec, Codec]]] = {
+    "kivi": baselines.kivi,
+    "midrise": candidates.midrise,
+    "midrise-k1v3": candidates.midrise_k1v3,
+    "midrise2": candidates.midrise2,
+    "midrise-1bit": candidates.midrise_1bit,
+    "kmeans-e8": candidates.kmeans_e8,
+    "klt": candidates.klt,
+    "klt-kmeans": candidates.klt_kmeans,
+    "klt-tiny": candidates.klt_tiny,
 }
 
 
@@ -163,12 +184,41 @@ def get(name: str, **overrides: Any) -> Codec:
         The codec; its name is the recipe's.
 
     Raises:
+        ValueError: an unknown name, an override the recipe does not have, a bad value, or a recipe
+            of `PAIRS`, which has one codec for K and another for V.
+    """
+    if name in PAIRS:
+        raise ValueError(f"codec={name!r} has one codec for K and one for V: use presets.pair")
+    return _built(name, PRESETS, overrides)._replace(name=name)
+
+
+@functools.lru_cache(maxsize=64)
+def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
+    """The codecs for K and for V of the recipe called `name`: for every recipe there is.
+
+    Args:
+        name: a key of `PRESETS`, whose codec serves both, or of `PAIRS`.
+        **overrides: keywords of its constructor.
+
+    Returns:
+        (key codec, value codec), the same objects for the same arguments; both have the recipe's
+        name.
+
+    Raises:
         ValueError: an unknown name, an override the recipe does not have, or a bad value.
     """
-    if name not in PRESETS:
-        raise ValueError(f"codec={name!r} is not known; accepted: {', '.join(PRESETS)}")
+    if name in PRESETS:
+        codec = get(name, **overrides)
+        return codec, codec
+    key_codec, value_codec = _built(name, PAIRS, overrides)
+    return key_codec._replace(name=name), value_codec._replace(name=name)
+
+
+def _built(name: str, recipes: dict[str, Callable[..., Any]], overrides: dict[str, Any]) -> Any:
+    if name not in recipes:
+        known = ", ".join([*PRESETS, *PAIRS])
+        raise ValueError(f"codec={name!r} is not known; accepted: {known}")
     try:
-        codec = PRESETS[name](**overrides)
+        return recipes[name](**overrides)
     except TypeError as error:
         raise ValueError(f"codec={name!r} does not accept {overrides}: {error}") from None
-    return codec._replace(name=name)

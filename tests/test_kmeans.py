@@ -259,7 +259,10 @@ def test_tokens_that_are_not_finite_change_no_other():
         (dict(iters=0), "iters=0.*1 or more"),
         (dict(cold_iters=0), "cold_iters=0"),
         (dict(stages=0), "stages=0.*1 or more"),
-        (dict(centroid_dtype=jnp.int8), "centroid_dtype=int8.*bfloat16, float16 or float32"),
+        (
+            dict(centroid_dtype=jnp.int16),
+            "centroid_dtype=int16.*bfloat16, float16, float32, int8 or e4m3",
+        ),
     ],
 )
 def test_bad_arguments(options, message):

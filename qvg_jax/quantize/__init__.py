@@ -1,6 +1,27 @@
 """Quantizers: codecs that store what the smoothings leave, in a few bits per channel."""
 
+from qvg_jax.quantize.allocated import AllocatedPacked, allocated_quantize
+from qvg_jax.quantize.grid import GridPacked, grid_quantize
 from qvg_jax.quantize.integer import IntegerPacked, residual_quantize
+from qvg_jax.quantize.lattice import LatticePacked, lattice_quantize
+from qvg_jax.quantize.minmax import MinMaxPacked, minmax_quantize
+from qvg_jax.quantize.nvfp4 import NVFP4Packed, nvfp4_quantize
 from qvg_jax.quantize.packing import pack, packed_width, unpack
 
-__all__ = ["IntegerPacked", "pack", "packed_width", "residual_quantize", "unpack"]
+__all__ = [
+    "AllocatedPacked",
+    "GridPacked",
+    "IntegerPacked",
+    "LatticePacked",
+    "MinMaxPacked",
+    "NVFP4Packed",
+    "allocated_quantize",
+    "grid_quantize",
+    "lattice_quantize",
+    "minmax_quantize",
+    "nvfp4_quantize",
+    "pack",
+    "packed_width",
+    "residual_quantize",
+    "unpack",
+]

@@ -1,0 +1,165 @@
+"""Speed of the kernels: `python -m benchmarks.kernels --json kernels.json` on a Hopper GPU.
+
+Decoding of spans against a copy, and attention to a compressed cache (decoding, rotation and merge
+included) against cuDNN's bf16 attention to the same keys, uncompressed and already rotated. A
+number is the median of `--repeats` timings of several calls each; the spread is half their range.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.kernel_cases import DECODE, READS, ROWS, inputs, noise
+from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
+
+E4M3 = jnp.float8_e4m3fn
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measures, prints two tables, and returns and writes the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", nargs="*", help="names of attention shapes; default: all")
+    parser.add_argument("--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS)}")
+    args = parser.parse_args(argv)
+    device = jax.devices()[0]
+    result = {"device": device.device_kind, "jax": jax.__version__}
+    print(f"{device.device_kind}, jax {jax.__version__}")
+    result["decode"] = decode_table(args.repeats)
+    result["attention"] = attention_table(args.repeats, args.rows, args.reads)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result, file, indent=1)
+    return result
+
+
+def compiled(jobs: dict[str, tuple[Callable, tuple]]) -> dict[str, Callable[[], Any]]:
+    """Compiles all jobs at the same time; a job that does not compile is left out, and said."""
+    lowered = {name: (jax.jit(f).lower(*x), x) for name, (f, x) in jobs.items()}
+    with ThreadPoolExecutor(8) as pool:
+        futures = {name: (pool.submit(low.compile), x) for name, (low, x) in lowered.items()}
+    out = {}
+    for name, (future, x) in futures.items():
+        if future.exception() is None:
+            out[name] = functools.partial(future.result(), *x)
+        else:
+            print(f"{name}: {future.exception()}")
+    return out
+
+
+def milliseconds(call: Callable[[], Any], repeats: int, at_least: float = 20.0) -> dict[str, float]:
+    """Median and spread of a call's time; calls are queued, so that gaps do not count."""
+    jax.block_until_ready(call())
+    times, count = [], 1
+    while len(times) < repeats:
+        start = time.perf_counter()
+        for _ in range(count):
+            out = call()
+        jax.block_until_ready(out)
+        took = (time.perf_counter() - start) * 1e3
+        if took < at_least and count < 1000:
+            count *= 2
+        else:
+            times.append(took / count)
+    return {"ms": statistics.median(times), "spread": (max(times) - min(times)) / 2}
+
+
+def _bytes(shape: tuple[int, ...], seed: int) -> jax.Array:
+    return (noise(shape, seed, jnp.float32) * 40 + 128).astype(jnp.uint8)
+
+
+def decode_table(repeats: int) -> list[dict[str, Any]]:
+    """Decoding one span of one layer, and the bandwidth of a copy of the same output."""
+    print(f"{'decode':40} {'ms':>8} {'TB/s':>6} {'of copy':>8}")
+    rows = []
+    for heads, tokens in DECODE:
+        jobs, traffic = {}, {}
+        unit = jnp.ones((heads,), jnp.float32)
+        tables = tuple(noise((1, tokens, 64), i, jnp.float32) for i in (1, 2))
+        x = noise((heads, tokens, 128), 3)
+        jobs["copy bf16"] = (lambda x: -x, (x,))
+        traffic["copy bf16"] = 2 * x.nbytes
+        for group, offset in ((64, 1.0), (128, 1.5)):
+            scheme = Scheme(bits=2, group=group, offset=offset, stages=1)
+            source = Encoded(
+                codes_RTC=_bytes((heads, tokens, 32), 4),
+                scales_RTG=_bytes((heads, tokens, 128 // group), 5) // 4,
+                ids_RST=_bytes((heads, 1, tokens), 6),
+                centroids_RSKD=noise((heads, 1, 256, 128), 7),
+            )
+            here = dict(first_row=0, rows=heads, valid=tokens, unit_n=unit)
+            for dtype, name in ((jnp.bfloat16, "bf16"), (E4M3, "e4m3")):
+                for what, decode, turn in (
+                    ("values", decode_values, {}),
+                    ("keys, rotated", decode_keys, dict(tables=tables)),
+                ):
+                    label = f"{what} to {name}, group {group}"
+                    jobs[label] = (
+                        lambda s, f=decode, c=scheme, d=dtype, t=turn, h=here: f(
+                            s, c, dtype=d, **h, **t
+                        ),
+                        (source,),
+                    )
+                    read = sum(a.nbytes for a in jax.tree.leaves(source))
+                    traffic[label] = read + x.size * jnp.dtype(dtype).itemsize
+        for name, call in compiled(jobs).items():
+            row = dict(heads=heads, tokens=tokens, what=name, **milliseconds(call, repeats))
+            row["tb_per_s"] = traffic[name] / row["ms"] / 1e9
+            rows.append(row)
+            share = row["tb_per_s"] / next(
+                r["tb_per_s"] for r in rows if r["heads"] == heads and r["what"] == "copy bf16"
+            )
+            label = f"{heads} x {tokens} {name}"
+            print(f"{label:40} {row['ms']:8.4f} {row['tb_per_s']:6.2f} {share:8.2f}", flush=True)
+    return rows
+
+
+def attention_table(
+    repeats: int, names: list[str] | None, reads: list[str]
+) -> list[dict[str, Any]]:
+    """All reads of every shape, with the ratio to cuDNN bf16 and the difference from "xla"."""
+    print(f"{'attention':32} {'ms':>8} {'TFLOP/s':>8} {'/ cuDNN':>8} {'/ xla - 1':>10}")
+    rows = []
+    for row in ROWS:
+        if names and row.name not in names:
+            continue
+        q, view, k, v = inputs(row)
+        whole = [noise((1, row.keys, row.heads, 128), 60 + i) for i in range(2)]
+        jobs = {name: (READS[name], (q, view, k, v)) for name in reads}
+        jobs["cudnn bf16"] = (
+            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"),
+            (q, *whole),
+        )
+        calls = compiled(jobs)
+        right = jnp.asarray(calls["xla"](), jnp.float32) if "xla" in calls else None
+        base = milliseconds(calls["cudnn bf16"], repeats)["ms"]
+        for name, call in calls.items():
+            entry = dict(row=row.name, heads=row.heads, queries=row.queries, keys=row.keys)
+            entry |= dict(read=name, **milliseconds(call, repeats), cudnn_ms=base)
+            entry["ratio"] = entry["ms"] / base
+            error = ""
+            if right is not None and name not in ("xla", "cudnn bf16"):
+                got = jnp.asarray(call(), jnp.float32)
+                entry["difference"] = float(jnp.linalg.norm(got - right) / jnp.linalg.norm(right))
+                error = f"{entry['difference']:10.1e}"
+            rows.append(entry)
+            speed = row.flops / entry["ms"] / 1e9
+            label = f"{row.name}, {name}"
+            print(
+                f"{label:32} {entry['ms']:8.3f} {speed:8.0f} {entry['ratio']:8.3f} {error}",
+                flush=True,
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

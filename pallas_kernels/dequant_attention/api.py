@@ -1,0 +1,138 @@
+"""Attention of a block of queries to segments of decoded keys and values, in one running softmax.
+
+    queries = prepare(q_nQD, scale, dtype)
+    state = visit(queries, k, v, valid, splits=P)            # a first segment
+    refs = [jax.new_ref(x) for x in state]
+    visit(queries, k, v, valid, state=refs, splits=P)        # any number of others, in place
+    o_nQD = finish([r[...] for r in refs], Q)
+
+Axes: n rows (batch and heads), Q queries of a row, T tokens, D head dim, P splits.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dequant_attention import mosaic_gpu
+from pallas_kernels.dequant_attention.mosaic_gpu import BLOCK, Tuning
+
+__all__ = ["Queries", "finish", "prepare", "splits_for", "visit"]
+
+# Of an H100 SXM: multiprocessors; nanoseconds that a block spends on a key, in 8 and in 16 bits;
+# bytes a nanosecond that the state is written and read with. Other GPUs get another balance.
+_PROCESSORS, _NS_PER_KEY, _BYTES_PER_NS = 132, {True: 9.5, False: 14.1}, 2.7e3
+
+_TUNING = {"bfloat16": Tuning(tile=128, stages=2), "float8_e4m3fn": Tuning(tile=256, stages=2)}
+
+
+class Queries(NamedTuple):
+    """Queries as the kernel wants them, and what makes base-2 logits of their products."""
+
+    q_nQD: Array
+    factor_nQ: Array
+
+
+def prepare(q_nQD: Float[Array, "n Q D"], scale: Float[Array, ""], dtype: Any) -> Queries:
+    """Pads queries to whole blocks; for e4m3 each row comes with its own unit."""
+    pad = -q_nQD.shape[1] % BLOCK
+    q_nQD = jnp.pad(q_nQD, ((0, 0), (0, pad), (0, 0)))
+    factor_nQ = jnp.full(q_nQD.shape[:2], 1.0, jnp.float32) * (scale * math.log2(math.e))
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return Queries(q_nQD.astype(dtype), factor_nQ)
+    q_nQD = q_nQD.astype(jnp.float32)
+    largest_nQ = jnp.max(jnp.abs(q_nQD), axis=-1)
+    unit_nQ = jnp.where(largest_nQ > 0, largest_nQ, 1) / 256  # e4m3 ends at 448
+    return Queries((q_nQD / unit_nQ[..., None]).astype(dtype), factor_nQ * unit_nQ)
+
+
+def splits_for(rows: int, queries: int, tokens: int, segments: int, narrow: bool) -> int:
+    """Into how many parts a segment's keys are split.
+
+    More parts fill the last wave of blocks better, but each has a state that every segment reads
+    and writes. The least of waves * keys * time per key + traffic of the state, from 1 to 16.
+
+    Args:
+        rows, queries: n and Q.
+        tokens: keys of a typical segment.
+        segments: how many segments there are.
+        narrow: whether keys are in e4m3.
+    """
+    blocks = rows * -(-queries // BLOCK)
+
+    def nanoseconds(parts: int) -> float:
+        waves = -(-blocks * parts // _PROCESSORS)
+        state = blocks * BLOCK * mosaic_gpu.D * 4 * parts
+        busy = waves * tokens / parts * _NS_PER_KEY[narrow]
+        return segments * busy + 2 * (segments + 1) * state / _BYTES_PER_NS
+
+    return min(range(1, max(1, min(16, tokens // 1024)) + 1), key=nanoseconds)
+
+
+def visit(
+    queries: Queries,
+    k_nTD: Array,
+    v: Array,
+    valid: Int[Array, ""],
+    *,
+    k_unit_n: Array | None = None,
+    v_unit_n: Array | None = None,
+    state: Any = None,
+    splits: int = 1,
+    tuning: Tuning | None = None,
+) -> tuple[Array, Array, Array] | None:
+    """Merges one segment into the running softmax; see `mosaic_gpu.segment`.
+
+    Args:
+        queries: from `prepare`.
+        k_nTD, v: from `decode_keys` and `decode_values`, of the same dtype.
+        valid: tokens that count; may be traced, may be zero.
+        k_unit_n, v_unit_n: units they were decoded with; None is one.
+        state: jax references to update, or None for a first segment.
+        splits: P, the same for all segments of a state.
+        tuning: None takes the measured one.
+
+    Raises:
+        ValueError: dtypes or shapes that do not belong together.
+    """
+    q_nQD = queries.q_nQD
+    if not q_nQD.dtype == k_nTD.dtype == v.dtype or q_nQD.dtype.name not in _TUNING:
+        raise ValueError(
+            f"q, k, v have dtypes {q_nQD.dtype}, {k_nTD.dtype}, {v.dtype}; accepted: bfloat16 or "
+            "float8_e4m3fn for all three"
+        )
+    n, tokens, d = k_nTD.shape
+    narrow = q_nQD.dtype != jnp.bfloat16
+    want = (n, d, tokens) if narrow else (n, tokens, d)
+    if q_nQD.shape[0] != n or q_nQD.shape[2] != d or v.shape != want or d != mosaic_gpu.D:
+        raise ValueError(
+            f"shapes {q_nQD.shape=}, {k_nTD.shape=}, {v.shape=}; accepted: (n, Q, 128), "
+            f"(n, T, 128) and {'(n, 128, T)' if narrow else '(n, T, 128)'}"
+        )
+    tuning = _TUNING[q_nQD.dtype.name] if tuning is None else tuning
+    if tokens % tuning.tile or q_nQD.shape[1] % BLOCK:
+        raise ValueError(
+            f"T={tokens} and Q={q_nQD.shape[1]}; accepted: multiples of {tuning.tile}, {BLOCK}"
+        )
+    ones = jnp.ones((n,), jnp.float32)
+    return mosaic_gpu.segment(
+        q_nQD,
+        queries.factor_nQ,
+        k_nTD,
+        v,
+        jnp.asarray(valid, jnp.int32).reshape(1),
+        ones if k_unit_n is None else k_unit_n,
+        ones if v_unit_n is None else v_unit_n,
+        state,
+        splits=splits,
+        tuning=tuning,
+    )
+
+
+def finish(state: Any, queries: int) -> Float[Array, "n Q D"]:
+    """Joins the splits: sum_p 2^(m_p - m) out_p / sum_p 2^(m_p - m) sum_p, float32."""
+    acc_PnQD, top_PnQ, total_PnQ = (x[:, :, :queries] for x in state)
+    weight_PnQ = jnp.exp2(top_PnQ - top_PnQ.max(axis=0, keepdims=True))
+    total_nQ = jnp.sum(weight_PnQ * total_PnQ, axis=0)
+    return jnp.sum(weight_PnQ[..., None] * acc_PnQD, axis=0) / total_nQ[..., None]

@@ -1,0 +1,102 @@
+"""Register arrays of a warpgroup: reductions, products, and operands of 8-bit products."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxtyping import Array
+
+__all__ = ["as_words", "fold", "left_operand", "over_columns", "product"]
+
+_W = plgpu.Layout.WGMMA
+
+
+def over_columns(x_Q: Array, shape: tuple[int, ...]) -> Array:
+    """One number for each row, repeated along the row."""
+    return lax.broadcast_in_dim(x_Q, shape, [0])
+
+
+def fold(x: Array, op: Any, width: int) -> Array:
+    """Halves the columns by `op` until `width` are left: independent steps, unlike one long sum."""
+    while x.shape[1] > width:
+        half = x.shape[1] // 2
+        x = op(x[:, :half], x[:, half:])
+    return x
+
+
+def _layout_of_words() -> Any:
+    """The 8-bit left operand of a product with four numbers to a word: columns by four."""
+    tiles = tuple((*t[:-1], t[-1] // 4) for t in mgpu.WGMMA_LAYOUT_8BIT.tiling.tiles)
+    return plgpu.Layout.TILED(
+        dataclasses.replace(mgpu.WGMMA_LAYOUT_8BIT.tiling, tiles=tiles),
+        warp_dims=(-7,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+def as_words(p: Array) -> Array:
+    """Probabilities in e4m3 as words of the left operand of an 8-bit product; moves no register.
+
+    A thread holds columns 2 i, 2 i + 1 of every 8; as an 8-bit operand it must hold 4 i .. 4 i + 3 of
+    every 16. Taking the pairs of two neighbouring groups of 8 for those four permutes the keys
+    within 16, which the decoder has undone in advance (`key_row_of_token`). Words, because pairs of
+    bytes carried from one step of a loop to the next are taken apart by the compiler.
+    """
+    shape = (p.shape[0], p.shape[1] // 4)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_W,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=_layout_of_words()),
+    )
+    def run(ctx, x):
+        del ctx
+        word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+        even, odd = x.registers[:, 0::2].flat, x.registers[:, 1::2].flat
+        words = [
+            utils.bitcast(utils.vector_concat([a, b]), word) for a, b in zip(even, odd, strict=True)
+        ]
+        return _registers(words, shape, _layout_of_words().to_mgpu(), signed=True)
+
+    return run(p)
+
+
+def left_operand(words: Array, dtype: Any) -> Array:
+    """The e4m3 operand of which these are the words."""
+    shape = (words.shape[0], words.shape[1] * 4)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_layout_of_words(),),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WGMMA_8BIT),
+    )
+    def run(ctx, x):
+        del ctx
+        four = ir.VectorType.get((4,), utils.dtype_to_ir_type(dtype))
+        numbers = [utils.bitcast(w, four) for w in x.registers.flat]
+        return _registers(numbers, shape, mgpu.WGMMA_LAYOUT_8BIT, signed=None)
+
+    return run(words)
+
+
+def _registers(values: list[Any], shape: tuple[int, int], layout: Any, signed: bool | None) -> Any:
+    flat = np.empty(len(values), dtype=object)
+    flat[:] = values
+    registers = flat.reshape(layout.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+
+
+def product(left: Any, right: Any, shape: tuple[int, int]) -> Array:
+    """A matrix product of its own, float32, waited for."""
+
+    def run(acc):
+        plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))

@@ -1,0 +1,131 @@
+"""Decoding spans of keys and values into a workspace for attention.
+
+Axes: R rows of the stored arrays, n rows decoded, T tokens, W tokens of the workspace (T rounded up
+to `PAD`), D head dim, B batch.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dequantize import mosaic_gpu, reference
+from pallas_kernels.dequantize.types import Encoded, Scheme
+
+__all__ = ["decode_keys", "decode_values", "supported"]
+
+_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn))
+
+
+def supported(source: Encoded | Array, scheme: Scheme | None) -> str | None:
+    """Why the Mosaic kernel cannot decode this, or None if it can."""
+    if not isinstance(source, Encoded):
+        if source.dtype != jnp.bfloat16:
+            return f"dtype={source.dtype}; the kernel reads bfloat16"
+        return None if source.shape[-1] == 128 else f"head_dim={source.shape[-1]}; it must be 128"
+    width = source.codes_RTC.shape[2] * 8 // scheme.bits
+    if width != 128:
+        return f"head_dim={width}; it must be 128"
+    if scheme.bits not in (2, 4):
+        return f"bits={scheme.bits}; the kernel reads 2 or 4"
+    if scheme.group % 8:
+        return f"group={scheme.group}; it must be a multiple of 8"
+    if (2 * scheme.offset) % 1:
+        return f"offset={scheme.offset}; it must be a multiple of a half"
+    if scheme.stages and source.ids_RST.dtype != jnp.uint8:
+        return f"ids of {source.ids_RST.dtype}; the kernel reads uint8 (at most 256 centroids)"
+    return None
+
+
+def _checked(source, scheme, dtype, implementation):
+    if implementation not in ("reference", "mosaic"):
+        raise ValueError(f"implementation={implementation!r}; accepted: 'reference', 'mosaic'")
+    if jnp.dtype(dtype) not in _DTYPES:
+        raise NotImplementedError(f"dtype={dtype}: the workspace is bfloat16 or float8_e4m3fn")
+    if implementation == "mosaic" and (why := supported(source, scheme)) is not None:
+        raise NotImplementedError(f"implementation='mosaic': {why}; 'reference' serves it")
+
+
+def decode_keys(
+    source: Encoded | Float[Array, "R T D"],
+    scheme: Scheme | None,
+    *,
+    first_row: Int[Array, ""],
+    rows: int,
+    valid: Int[Array, ""],
+    dtype: Any,
+    unit_n: Float[Array, "n"],
+    tables: tuple[Float[Array, "S T D/2"], Float[Array, "S T D/2"]] | None = None,
+    first_table: Int[Array, ""] | int = 0,
+    batch: int = 1,
+    pairing: str = "half",
+    implementation: str = "mosaic",
+) -> Float[Array, "n W D"]:
+    """Rows of packed or plain keys, rotated, in bf16 or e4m3.
+
+    x_t = R(position_t) k_t, zero for t >= valid. In e4m3 the result is x / unit, and within every 16
+    tokens the order is that of `reference.key_row_of_token`.
+
+    Args:
+        source: packed keys, or bf16 keys as they are.
+        scheme: how codes become numbers; None with plain keys.
+        first_row: first row that is decoded; may be traced.
+        rows: how many.
+        valid: tokens that count.
+        dtype: bfloat16 or float8_e4m3fn.
+        unit_n: for e4m3, the value of each row that becomes 1.
+        tables: cosine and sine of every token, float32; None for no rotation.
+        first_table: which leading index of the tables is the first batch row's.
+        batch: batch rows among `rows`; each has a table.
+        pairing: "half" turns channel j with j + D / 2, "interleaved" 2 j with 2 j + 1.
+        implementation: "mosaic" or "reference".
+
+    Raises:
+        NotImplementedError: the kernel cannot read this format.
+        ValueError: an unknown implementation.
+    """
+    _checked(source, scheme, dtype, implementation)
+    first_row, valid, first_table = (
+        jnp.asarray(i, jnp.int32) for i in (first_row, valid, first_table)
+    )
+    if implementation == "mosaic":
+        return mosaic_gpu.decode_keys(
+            source,
+            scheme,
+            first_row,
+            rows,
+            valid,
+            dtype,
+            unit_n,
+            tables,
+            first_table,
+            batch,
+            pairing,
+        )
+    if tables is not None:
+        tables = reference.table_rows(tables, first_table, batch)
+    return reference.decode_keys(
+        source, scheme, first_row, rows, valid, dtype, unit_n, tables, pairing
+    )
+
+
+def decode_values(
+    source: Encoded | Float[Array, "R T D"],
+    scheme: Scheme | None,
+    *,
+    first_row: Int[Array, ""],
+    rows: int,
+    valid: Int[Array, ""],
+    dtype: Any,
+    unit_n: Float[Array, "n"],
+    implementation: str = "mosaic",
+) -> Float[Array, "n W D"] | Float[Array, "n D W"]:
+    """Rows of packed or plain values: bf16 (n, W, D), or e4m3 / unit, transposed to (n, D, W).
+
+    An 8-bit matrix product reads its right operand along the summed axis, here the tokens; hence
+    the transposition. Arguments and errors as in `decode_keys`.
+    """
+    _checked(source, scheme, dtype, implementation)
+    first_row, valid = (jnp.asarray(i, jnp.int32) for i in (first_row, valid))
+    module = mosaic_gpu if implementation == "mosaic" else reference
+    return module.decode_values(source, scheme, first_row, rows, valid, dtype, unit_n)

@@ -1,0 +1,90 @@
+"""The definition of `decode_keys` and `decode_values` in plain JAX.
+
+Axes: R rows, n of them decoded; T tokens, W tokens of the workspace, D head dim, B batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels.dequantize.types import Encoded, Scheme, padded
+
+__all__ = ["decode_keys", "decode_values", "decoded", "key_row_of_token", "table_rows"]
+
+
+def key_row_of_token(tokens: int) -> Array:
+    """Where e4m3 keys lie in their group of 16.
+
+    An 8-bit matrix product wants its left operand, the probabilities, in another register order
+    than the product before it left them. Storing token 4 i + 2 a + b of every 16 at row
+    8 a + 2 i + b makes the registers right as they are.
+    """
+    t = jnp.arange(tokens)
+    i, a, b = t % 16 // 4, t % 4 // 2, t % 2
+    return t // 16 * 16 + 8 * a + 2 * i + b
+
+
+def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, rows: int) -> Array:
+    """float32 values (n, T, D) of `rows` rows from `first_row` on."""
+    pick = lambda x: lax.dynamic_slice_in_dim(x, first_row, rows, 0)  # noqa: E731
+    if not isinstance(source, Encoded):
+        return pick(source).astype(jnp.float32)
+    codes_nTC, scales_nTG = pick(source.codes_RTC), pick(source.scales_RTG)
+    per_byte = 8 // scheme.bits
+    shift = jnp.arange(per_byte - 1, -1, -1, dtype=jnp.uint8) * scheme.bits
+    codes = (codes_nTC[..., None] >> shift[None, None, None]) & (2**scheme.bits - 1)
+    n, t = codes.shape[:2]
+    scales = lax.bitcast_convert_type(scales_nTG, jnp.float8_e4m3fn).astype(jnp.float32)
+    if source.exponents_R is not None:
+        scales *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))[:, None, None]
+    levels = codes.reshape(n, t, -1, scheme.group).astype(jnp.float32) - scheme.offset
+    x_nTD = (levels * scales[..., None]).reshape(n, t, -1)
+    if scheme.stages:
+        ids, tables = pick(source.ids_RST).astype(jnp.int32), source.tables(first_row, rows)
+        for s in range(scheme.stages):
+            x_nTD += jax.vmap(lambda c, i: c[i])(tables[:, s], ids[:, s])
+    return x_nTD
+
+
+def table_rows(tables: tuple[Array, Array], first: Array, batch: int) -> tuple[Array, Array]:
+    """The tables of `batch` rows from `first` on."""
+    return tuple(lax.dynamic_slice_in_dim(t, first, batch, 0) for t in tables)
+
+
+def _rotated(x_nTD: Array, tables: tuple[Array, Array] | None, pairing: str) -> Array:
+    if tables is None:
+        return x_nTD
+    n, t, d = x_nTD.shape
+    x = x_nTD.reshape(tables[0].shape[0], -1, t, d)
+    cos, sin = (table_BTd[:, None] for table_BTd in tables)
+    half = (x[..., : d // 2], x[..., d // 2 :])
+    x1, x2 = half if pairing == "half" else (x[..., ::2], x[..., 1::2])
+    y1, y2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
+    y = jnp.concatenate([y1, y2], -1) if pairing == "half" else jnp.stack([y1, y2], -1)
+    return y.reshape(n, t, d)
+
+
+def _filled(x_nTD: Array, valid: Array) -> Array:
+    """Zeros behind the valid tokens, up to the size of the workspace."""
+    t = x_nTD.shape[1]
+    x_nTD = jnp.where((jnp.arange(t) < valid)[None, :, None], x_nTD, 0)
+    return jnp.pad(x_nTD, ((0, 0), (0, padded(t) - t), (0, 0)))
+
+
+def decode_keys(source, scheme, first_row, rows, valid, dtype, unit_n, tables, pairing):
+    """See `api.decode_keys`; here `tables` are those of the decoded rows."""
+    x = _rotated(decoded(source, scheme, first_row, rows), tables, pairing)
+    x = _filled(x, valid)
+    if dtype == jnp.bfloat16:
+        return x.astype(dtype)
+    x = jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype)
+    return jnp.zeros_like(x).at[:, key_row_of_token(x.shape[1])].set(x)
+
+
+def decode_values(source, scheme, first_row, rows, valid, dtype, unit_n):
+    """See `api.decode_values`."""
+    x = _filled(decoded(source, scheme, first_row, rows), valid)
+    if dtype == jnp.bfloat16:
+        return x.astype(dtype)
+    return jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype).swapaxes(1, 2)

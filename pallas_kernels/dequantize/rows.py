@@ -1,0 +1,151 @@
+"""Reading rows on Hopper: what one of the eight threads of a token does to get its channels.
+
+A thread holds the channels 8 i .. 8 i + 7 and 64 + 8 i .. of a token. In e4m3 kernels values are pairs of
+float16, which have eleven bits where e4m3 has four, at half the instructions of float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.dequantize.types import Scheme
+from pallas_kernels.lanes import Halves, Lane, global_address, halves, integer, load
+
+__all__ = ["HEAD_DIM", "DenseRow", "EncodedRow", "past"]
+
+HEAD_DIM = D = 128
+_HALF = D // 2
+
+
+def _scale(byte: Lane) -> Lane:
+    """A positive e4m3 number as float32 / 2 ** 120, subnormals included."""
+    return (byte << 20).as_float()
+
+
+def _levels(words: tuple[Lane, ...], scheme: Scheme) -> list[Lane]:
+    """2 (code - offset) of eight channels as floats, exact for half-integer offsets."""
+    out = []
+    for i in range(8):
+        bit = i * scheme.bits
+        shift = bit // 8 * 8 + 8 - scheme.bits - bit % 8
+        field = (words[0] >> (shift - 1) if shift else words[0] << 1) & (2**scheme.bits - 1 << 1)
+        # 2 ** 23 + 2 code as float32: no integer conversion, which runs at a quarter of the rate.
+        out.append((field | 0x4B000000).as_float() - (2.0**23 + 2 * scheme.offset))
+    return out
+
+
+def _both(x: float) -> Halves:
+    """The same float16 twice."""
+    bits = int(np.float16(x).view(np.uint16))
+    return Halves(integer((bits << 16 | bits) - (1 << 32 if bits >> 15 else 0)))
+
+
+def _level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, int]]:
+    """weight (code - offset) of eight channels in pairs, and the weight of each pair."""
+    bits, out = scheme.bits, []
+    mask, places = 2**bits - 1, 4 // bits  # pairs in a byte
+    for byte in range(bits):
+        b = (words[0] >> (8 * byte)) & 255
+        spread = b * (1 + (1 << (16 + bits)))  # the second channel of each pair under the first
+        for pair in range(places):
+            shift = 8 - bits - 2 * bits * pair
+            field = (spread & (mask << shift) * 0x10001) | 0x64006400  # 1024 + weight code
+            weight = 2**shift
+            out.append((Halves(field) - _both(1024 + weight * scheme.offset), weight))
+    return out
+
+
+def _bf16_floats(words: tuple[Lane, ...]) -> list[Lane]:
+    out = []
+    for w in words:
+        out += [(w << 16).as_float(), (w & -65536).as_float()]
+    return out
+
+
+class EncodedRow:
+    """Reads the two times eight channels of a thread in a token of one packed row."""
+
+    def __init__(self, refs: list[Any], shapes: Any, scheme: Scheme, row: Lane, head: Lane):
+        codes, scales, *tables = refs
+        self.scheme = scheme
+        (_, self.tokens, self.code_bytes), (_, _, self.groups) = shapes[:2]
+        row = row.wide()
+        self.codes = global_address(codes) + row * (self.tokens * self.code_bytes)
+        self.scales = global_address(scales) + row * (self.tokens * self.groups)
+        if scheme.stages:
+            ids, centroids = tables
+            self.table_bytes = shapes[3][2] * D * 2
+            self.ids = global_address(ids) + row * (scheme.stages * self.tokens)
+            # The tables were cut to the decoded rows before.
+            self.tables = global_address(centroids) + head.wide() * (
+                scheme.stages * self.table_bytes
+            )
+
+    def _parts(
+        self, token: Lane, lane: Lane
+    ) -> Iterator[tuple[tuple[Lane, ...], Lane, list[tuple[Lane, ...]]]]:
+        """For each eight channels: code words, scale, centroid words of every stage."""
+        scheme, wide = self.scheme, self.scheme.bits  # eight codes take as many bytes as bits
+        codes = self.codes + (token * self.code_bytes + lane * wide).wide()
+        scales = self.scales + (token * self.groups).wide()
+        starts = []
+        for s in range(scheme.stages):
+            (row,) = load(self.ids + (token + s * self.tokens).wide(), 1)
+            place = row * (2 * D) + lane * 16 + s * self.table_bytes
+            starts.append(self.tables + place.wide())
+        scale = None
+        for half in range(2):
+            words = load(past(codes, half * _HALF * scheme.bits // 8), wide)
+            if scale is None or scheme.group < D:
+                group = (lane * 8 + half * _HALF) // scheme.group
+                scale = _scale(load(scales + group.wide(), 1)[0])
+            yield words, scale, [load(past(start, half * D), 16) for start in starts]
+
+    def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
+        """The values, their scales times `share`."""
+        out = []
+        for words, scale, rows in self._parts(token, lane):
+            base, scale = None, scale * (share * 2.0**119)
+            for row in rows:
+                row = _bf16_floats(row)
+                base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
+            for i, x in enumerate(_levels(words, self.scheme)):
+                out.append(x * scale if base is None else x.fma(scale, base[i]))
+        return out
+
+    def halves(self, token: Lane, lane: Lane, share: Lane) -> list[Halves]:
+        """The same; the tables have been multiplied before."""
+        out = []
+        for words, scale, rows in self._parts(token, lane):
+            base, scales = None, {}
+            for row in rows:
+                row = [Halves(w) for w in row]
+                base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
+            for i, (x, weight) in enumerate(_level_pairs(words, self.scheme)):
+                if weight not in scales:
+                    s = scale * (share * (2.0**120 / weight))
+                    scales[weight] = halves(s, s)
+                out.append(x * scales[weight] if base is None else x.fma(scales[weight], base[i]))
+        return out
+
+
+class DenseRow:
+    """Reads the same channels of one bf16 row."""
+
+    def __init__(self, refs: list[Any], shapes: Any, scheme: None, row: Lane, head: Lane):
+        self.rows = global_address(refs[0]) + row.wide() * (shapes[0][1] * D * 2)
+
+    def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
+        del share  # only for e4m3
+        start = self.rows + (token * (2 * D) + lane * 16).wide()
+        return _bf16_floats(load(start, 16)) + _bf16_floats(load(past(start, D), 16))
+
+    def halves(self, token: Lane, lane: Lane, share: Lane) -> list[Halves]:
+        x = [v * share for v in self.floats(token, lane, share)]
+        return [halves(a, b) for a, b in zip(x[0::2], x[1::2], strict=True)]
+
+
+def past(address: Lane, nbytes: int) -> Lane:
+    """The address some bytes further."""
+    return address + nbytes if nbytes else address

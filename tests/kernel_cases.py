@@ -1,0 +1,111 @@
+"""Formats, packed rows and caches for the kernel tests, on any device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.dequantize import Encoded, Scheme
+from qvg_jax import presets
+from qvg_jax.cache import KVCache, append, compress
+from qvg_jax.codec import Codec, chain
+from qvg_jax.quantize.grid import grid_quantize
+from qvg_jax.rope import axial_rope, frequency_ladder
+from qvg_jax.smoothing import kmeans_smoothing
+
+E4M3 = jnp.float8_e4m3fn
+HALF, INTERLEAVED = (
+    axial_rope([frequency_ladder(n) for n in (44, 42, 42)], pairing=p)
+    for p in ("half", "interleaved")
+)
+MIDRISE = chain(kmeans_smoothing(64), grid_quantize())
+
+# name: scheme, and extra fields of the rows
+FORMATS = {
+    "qvg": (Scheme(bits=2, group=64, offset=1, stages=1), ()),
+    "qvg-pro": (Scheme(bits=2, group=16, offset=1, stages=4), ()),
+    "rtn, 4 bits": (Scheme(bits=4, group=16, offset=7, stages=0), ()),
+    "midrise": (Scheme(bits=2, group=128, offset=1.5, stages=1), ("exponents", "int8")),
+    "midrise, e4m3 tables": (Scheme(bits=4, group=128, offset=7.5, stages=2), ("e4m3",)),
+}
+
+
+def encoded(name: str, rows: int, tokens: int, seed: int = 0) -> tuple[Encoded, Scheme]:
+    """Random packed rows of a format: every byte value of codes and scales that can occur."""
+    scheme, extra = FORMATS[name]
+    rng = np.random.default_rng(seed)
+    s, k = scheme.stages, 64
+    integers = lambda low, high, *shape: jnp.asarray(rng.integers(low, high, shape))  # noqa: E731
+    tables, steps = jnp.asarray(rng.standard_normal((rows, s, k, 128)), jnp.bfloat16), None
+    if "int8" in extra:
+        tables = integers(-127, 128, rows, s, k, 128).astype(jnp.int8)
+        steps = jnp.asarray(rng.uniform(0.01, 0.03, (rows, s, 128)), jnp.bfloat16)
+    if "e4m3" in extra:
+        tables = jax.lax.bitcast_convert_type(tables.astype(E4M3), jnp.uint8)
+        steps = integers(-2, 3, rows, s).astype(jnp.int8)
+    exponents = integers(-3, 1, rows).astype(jnp.int8) if "exponents" in extra else None
+    return Encoded(
+        codes_RTC=integers(0, 256, rows, tokens, 16 * scheme.bits).astype(jnp.uint8),
+        scales_RTG=integers(0, 0x40, rows, tokens, 128 // scheme.group).astype(jnp.uint8),
+        ids_RST=integers(0, k, rows, s, tokens).astype(jnp.uint8) if s else None,
+        centroids_RSKD=tables if s else None,
+        exponents_R=exponents,
+        steps_RS=steps,
+    ), scheme
+
+
+def turns(seed: int, rows: int, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of random angles."""
+    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (rows, tokens, 64))
+    return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
+
+
+def filled_cache(codec, *, layers=2, heads=2, block=96, blocks=7, **settings) -> KVCache:
+    """A cache after `blocks` appended blocks: sink, two spans of two blocks, and a window."""
+    if isinstance(codec, Codec):
+        codec = (codec, codec)
+    settings = dict(sink_blocks=1, span_blocks=2, max_spans=3, keep_recent=1) | settings
+    cache = KVCache.create(
+        layers=layers, heads=heads, head_dim=128, block_tokens=block, pos_dims=3,
+        key_codec=codec[0], value_codec=codec[1], **settings,
+    )  # fmt: skip
+    add = jax.jit(lambda c, k, v, p: compress(append(c, k, v, p)))
+    rng = np.random.default_rng(1)
+    centres = rng.standard_normal((40, 128))
+    for i in range(blocks):
+        shape = (layers, 1, block, heads)
+        k, v = (
+            jnp.asarray(centres[rng.integers(0, 40, shape)], jnp.bfloat16)
+            + jnp.asarray(rng.standard_normal((*shape, 128)) * 0.3, jnp.bfloat16)
+            for _ in range(2)
+        )
+        cache = add(cache, k, v, positions(i, block))
+    return cache
+
+
+def positions(i: int, block: int) -> jax.Array:
+    t = i * block + np.arange(block)
+    return jnp.asarray(np.stack([t // 16, t % 16 // 4, t % 4], -1)[None], jnp.float32)
+
+
+def codecs() -> dict:
+    """Codecs whose bytes the kernels read."""
+    return {
+        "qvg": presets.get("qvg", num_centroids=64),
+        "rtn": presets.get("rtn"),
+        "midrise": MIDRISE,
+        "midrise, int8 tables": presets.pair("midrise", num_centroids=64),
+        "bf16": presets.get("bf16"),
+    }
+
+
+def with_window_garbage(cache: KVCache) -> KVCache:
+    """NaN wherever the dense buffer holds nothing."""
+    used = cache.dense_blocks * cache.layout.block_tokens
+    hidden = jnp.arange(cache.dense_k.shape[3]) >= used
+    fill = lambda x: jnp.where(hidden[None, None, None, :, None], jnp.nan, x)  # noqa: E731
+    return dataclasses.replace(
+        cache, dense_k=fill(cache.dense_k).astype(jnp.bfloat16),
+        dense_v=fill(cache.dense_v).astype(jnp.bfloat16),
+    )  # fmt: skip
