@@ -184,7 +184,7 @@ def main(argv=None):
     parser.add_argument("--free", type=int, default=1000)
     parser.add_argument("--free-tour", type=int, default=32)
     parser.add_argument("--free-half-width", type=float, default=600.0)
-    parser.add_argument("--free-steps", type=int, default=16)
+    parser.add_argument("--free-steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

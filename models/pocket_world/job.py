@@ -17,12 +17,16 @@ from flax import nnx
 from jaxtyping import Float
 
 from models.common.checkpoint import CheckpointError
-from models.pocket_world import camera, params, pipeline, world
+from models.pocket_world import camera, params, pipeline, trial, world
+from models.pocket_world import capture as capturing
+from qvg_jax.capture import Captured
 from qvg_jax.codec import Codec
 from qvg_jax.compare import BASELINE, Arm, Block, Job, Request
 from qvg_jax.metrics import to_uint8
+from qvg_jax.recipes import parse_recipe
 
-TOUR, FRAMES = 128, 240
+MODEL = "pocket-world"
+TOUR, FRAMES, STEPS = 128, 240, 4
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
 LARGEST_SEED = 2**31 - 1
@@ -41,7 +45,9 @@ def prepare(request: Request) -> Job:
     Raises:
         ValueError: a value that is not accepted, named with what would be.
     """
-    sampler = pipeline.Sampler(steps=request.steps)
+    request.refuse(MODEL, "prompt", "height", "width", "layers", "window", "sink")
+    request.refuse(MODEL, "image", "video", "resume")
+    sampler = pipeline.Sampler(steps=STEPS if request.steps is None else request.steps)
     if not 0 <= request.seed <= LARGEST_SEED:
         raise ValueError(f"seed={request.seed} is not accepted: give 0 to {LARGEST_SEED}")
     actions = None if request.actions is None else camera.parse_actions(request.actions)
@@ -69,10 +75,10 @@ def prepare(request: Request) -> Job:
         cache = pipeline.make_cache(cfg, codec, _capacity(cfg, codec, len(path_F3)))
         # Each arm a key of its own, as states are donated; all with the same value.
         key = jax.random.wrap_key_data(jnp.array(noise))
-        arms.append(Arm(name=name, codec=codec, state=pipeline.WorldState(cache, key)))
+        arms.append(Arm(name=name, codec=codec[0], state=pipeline.WorldState(cache, key)))
     lay = arms[0].state.cache.layout
     return Job(
-        model="pocket-world",
+        model=MODEL,
         step=pipeline.make_step(model, sampler),
         arms=tuple(arms),
         blocks=_blocks(request.seed, path_F3, tour, n),
@@ -106,19 +112,20 @@ def prepare(request: Request) -> Job:
     )
 
 
-def _codec(text: str) -> Codec:
-    """The codec that "NAME" or "NAME:SETTING=VALUE:..." stands for, in pocket world's sizes."""
-    name, *settings = text.split(":")
-    values = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not (key.isidentifier() and equals and value):
-            raise ValueError(
-                f"codec={text!r} is not understood at {setting!r}; accepted: NAME or "
-                "NAME:SETTING=VALUE:..., such as 'qvg:group=32'"
-            )
-        values[key] = int(value) if value.isdecimal() else value
-    return pipeline.world_codec(name, **values)
+def capture(*, frames: int, layers: tuple[int, ...], seed: int) -> Captured:
+    """K, V and Q of the shipped model after a tour of `frames` frames; see `capture.capture`."""
+    return capturing.capture(params.load_weights(), layers, frames, seed=seed)
+
+
+def loop(recipes: list[str], span_tokens: int) -> dict[str, float]:
+    """dB to the bf16 run of a short replay with each recipe; see `trial.loop`."""
+    return trial.loop(params.load_weights(), recipes, span_tokens)
+
+
+def _codec(text: str) -> tuple[Codec, Codec]:
+    """The codecs for K and V that "NAME" or "NAME:SETTING=VALUE:..." stand for, in pocket world's sizes."""
+    name, settings = parse_recipe(text)
+    return pipeline.world_codec(name, **settings)
 
 
 def _check_finite(model: nnx.Module, weights: pathlib.Path) -> None:
@@ -130,7 +137,7 @@ def _check_finite(model: nnx.Module, weights: pathlib.Path) -> None:
             )
 
 
-def _capacity(cfg, codec: Codec, frames: int) -> int:
+def _capacity(cfg, codec: tuple[Codec, Codec], frames: int) -> int:
     """At least `frames`: what a cache holds whose spans are a multiple of SPARE_SPANS."""
     lay = jax.eval_shape(lambda: pipeline.make_cache(cfg, codec, frames)).layout
     spans = lay.max_spans + -lay.max_spans % SPARE_SPANS

@@ -78,8 +78,8 @@ class BlockInput:
     given: Array
 
 
-def world_codec(name: str, **settings) -> Codec:
-    """A codec preset with the centroids that pay for themselves in pocket world's short spans.
+def world_codec(name: str, **settings) -> tuple[Codec, Codec]:
+    """The codecs for K and V of a preset, with the centroids that pay for themselves in pocket world's short spans.
 
     The published recipes use 256 centroids for spans of some 30,000 tokens; a span here has 768.
 
@@ -90,13 +90,13 @@ def world_codec(name: str, **settings) -> Codec:
     Raises:
         ValueError: an unknown name, with the known ones, or a setting that is not accepted.
     """
-    defaults = dict(num_centroids=16) if name.startswith("qvg") else {}
-    return presets.get(name, **(defaults | settings))
+    defaults = dict(num_centroids=16) if name.startswith(("qvg", "midrise")) else {}
+    return presets.pair(name, **(defaults | settings))
 
 
 def make_cache(
     cfg: PocketWorldConfig,
-    codec: Codec,
+    codec: Codec | tuple[Codec, Codec],
     frames: int,
     *,
     batch: int = 1,
@@ -104,7 +104,14 @@ def make_cache(
     keep_recent: int = 2,
     dtype=jnp.bfloat16,
 ) -> KVCache:
-    """A cache for `frames` frames of history with one codec for K and V; the first block is the sink."""
+    """A cache for `frames` frames of history; the first block is the sink.
+
+    Args:
+        codec: for K and V, or one for each.
+        frames: tour and generated frames together.
+        span_blocks, keep_recent: as in `KVCache.create`.
+    """
+    key_codec, value_codec = codec if not isinstance(codec, Codec) else (codec, codec)
     blocks = -(-frames // cfg.block_frames)
     spans = max(1, -(-(blocks - 1 - keep_recent) // span_blocks))
     return KVCache.create(
@@ -113,8 +120,8 @@ def make_cache(
         span_blocks=span_blocks,
         max_spans=spans,
         keep_recent=keep_recent,
-        key_codec=codec,
-        value_codec=codec,
+        key_codec=key_codec,
+        value_codec=value_codec,
         dtype=dtype,
     )
 

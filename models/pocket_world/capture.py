@@ -1,0 +1,75 @@
+"""K, V and Q of pocket world after a tour, for `qvg capture`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.pocket_world import camera, pipeline
+from models.pocket_world.evaluate import tours
+from models.pocket_world.modeling import PocketWorld, to_tokens
+from models.pocket_world.pipeline import Sampler, WorldState
+from qvg_jax.attention import attend
+from qvg_jax.capture import Captured, Recorder
+from qvg_jax.rollout import rollout
+
+QUERY_NOISE = 0.8  # noise level of the block that asks: a middle step of the sampler
+
+
+def capture(
+    model: PocketWorld,
+    layers: tuple[int, ...],
+    frames: int,
+    *,
+    seed: int,
+    half_width: float = 240.0,
+) -> Captured:
+    """Walks `frames` frames through a world, then asks for the next block half-way through denoising.
+
+    Args:
+        layers: which layers to keep.
+        frames: history; a multiple of the block.
+        seed: world, tour and noise.
+
+    Raises:
+        ValueError: a layer that the model does not have, or frames that are no whole blocks.
+    """
+    cfg = model.cfg
+    n = cfg.block_frames
+    if not layers or not all(0 <= i < cfg.layers for i in layers):
+        raise ValueError(f"layers={layers}; accepted: some of 0 to {cfg.layers - 1}")
+    if frames < n or frames % n:
+        raise ValueError(f"frames={frames}; accepted: a multiple of block_frames={n}")
+    path = tours(jax.random.key(seed), 1, frames + n, half_width)
+    worlds = jnp.array([seed])
+    xs = pipeline.block_inputs(cfg, worlds, path, frames + n)
+    past, ahead = (jax.tree.map(lambda x, s=s: x[s], xs) for s in (slice(-1), -1))
+    state = WorldState(pipeline.make_window(cfg, frames), jax.random.key(seed))
+    state, _ = rollout(pipeline.make_step(model, Sampler(steps=1)), state, past)
+    cache, recorder = state.cache, Recorder()
+
+    features = jax.vmap(camera.frame_features, (0, 0, None))(ahead.pose, ahead.before, ahead.time)
+    positions = jax.vmap(camera.token_positions, (0, None, None))(ahead.pose, ahead.time, cfg.patch)
+    clean = to_tokens(ahead.frames, cfg.patch)
+    noise = jax.random.normal(jax.random.key(seed), clean.shape)
+    view = cache.view(positions, cfg.rope())
+    listening = recorder.listening(lambda i, q, k, v: attend(q, view, k, v, layer=i))
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def ask(params, tokens):
+        level = jnp.full((1, n), QUERY_NOISE)
+        return nnx.merge(graph, params)(tokens, level, features, listening, jnp.arange(cfg.layers))
+
+    jax.block_until_ready(ask(params, (1 - QUERY_NOISE) * clean + QUERY_NOISE * noise))
+    queries = recorder.queries()
+    rope, which = cfg.rope(), np.array(layers)
+    f32 = np.float32
+    return Captured(
+        k_LBHTD=np.asarray(cache.dense_k.astype(jnp.float32))[which],
+        v_LBHTD=np.asarray(cache.dense_v.astype(jnp.float32))[which],
+        q_LBHQD=np.stack([queries[i].astype(f32).swapaxes(1, 2) for i in layers]),
+        turn_k=np.stack(rope.table(cache.dense_pos)),
+        turn_q=np.stack(rope.table(positions)),
+        layers=which,
+    )

@@ -1,0 +1,175 @@
+"""Codecs in the loop: `python -m models.pocket_world.trial --out DIR --codecs bf16,qvg,...` (on a GPU; minutes).
+
+Every codec replays the oldest places of the same tours with the same noise: `--worlds` unseen worlds, `--seeds`
+tours of each, all in one batch. Each arm is compared with the world itself and with the bf16 arm, frame by
+frame, and with `--against` by paired sign tests over the tours. Arms write DIR/<n>.npz and may run as
+separate processes; `--table` only makes the table, and trial.json, of what is there.
+
+A codec is NAME or NAME:SETTING=VALUE:..., as for the command.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import binomtest
+
+from models.pocket_world import pipeline
+from models.pocket_world.evaluate import FIRST_WORLD, run_arm, tours
+from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
+from models.pocket_world.pipeline import Sampler
+from qvg_jax.metrics import ssim, to_uint8
+from qvg_jax.recipes import parse_recipe
+
+EARLY = 8  # frames of the early window: before the arm's own frames have become its history
+
+
+def run(model, recipe: str, args) -> dict:
+    """The replayed frames of one codec, uint8 [worlds * seeds, F, 64, 96, 3], and what they cost."""
+    count, total = args.worlds * args.seeds, args.tour + args.frames
+    walk = tours(jax.random.key(args.key), count, args.tour, args.half_width)
+    path = jnp.concatenate([walk, walk[:, : args.frames]], 1)
+    worlds = FIRST_WORLD + 5000 + jnp.tile(jnp.arange(args.worlds), args.seeds)
+    name, settings = parse_recipe(recipe)
+    cache = pipeline.make_cache(
+        model.cfg,
+        pipeline.world_codec(name, **settings),
+        total,
+        batch=count,
+        span_blocks=args.span_blocks,
+    )
+    xs = pipeline.block_inputs(model.cfg, worlds, path, args.tour)
+    start = time.monotonic()
+    frames, _, state = run_arm(model, cache, xs, args.key, Sampler(args.steps))
+    seconds = time.monotonic() - start
+    spans = int(state.cache.num_spans)
+    truth = pipeline.render_path(worlds, path[:, args.tour :], first_time=args.tour)
+    return dict(
+        recipe=recipe,
+        frames=to_uint8(frames[:, args.tour :]),
+        truth=to_uint8(truth),
+        bits=cache.layout.span_bits,
+        span_tokens=cache.layout.span_tokens,
+        spans=spans,
+        seconds=seconds,
+    )
+
+
+def psnr(a, b):
+    """dB per frame of uint8 frames [N, F, H, W, 3]; equal frames get 100 dB."""
+    square = [
+        np.mean((x.astype(np.float32) - y) ** 2, axis=(1, 2, 3)) for x, y in zip(a, b, strict=True)
+    ]
+    return np.minimum(100.0, 10 * np.log10(255.0**2 / np.maximum(np.stack(square), 1e-9)))
+
+
+def loop(model, recipes: list[str], span_tokens: int) -> dict[str, float]:
+    """Mean dB to the bf16 run for each recipe: two short tours of one world, in seconds each.
+
+    Raises:
+        ValueError: spans that are not whole blocks, or too long for at least one to be compressed.
+    """
+    cfg = model.cfg
+    span_blocks, rest = divmod(span_tokens, cfg.block_tokens)
+    if rest:
+        raise ValueError(
+            f"span_tokens={span_tokens} is not accepted: give a multiple of {cfg.block_tokens}, "
+            "the tokens of a block"
+        )
+    tour = cfg.block_frames * (2 * span_blocks + 8)
+    args = argparse.Namespace(worlds=1, seeds=2, tour=tour, frames=16, half_width=300.0)
+    args.span_blocks, args.steps, args.key = span_blocks, 4, 11
+    exact = run(model, "bf16", args)["frames"]
+    return {r: float(psnr(run(model, r, args)["frames"], exact).mean()) for r in recipes}
+
+
+def columns(arm: dict, exact: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What is compared, one number per tour: dB to the world, and to the bf16 arm."""
+    to_world = psnr(arm["frames"], arm["truth"])
+    out = dict(world=to_world.mean(1))
+    if exact is not None:
+        to_exact = psnr(arm["frames"], exact)
+        out |= dict(early=to_exact[:, :EARLY].mean(1), bf16=to_exact.mean(1))
+        strips = zip(arm["frames"][:, ::8], exact[:, ::8], strict=True)
+        out["ssim"] = np.array(
+            [np.mean([ssim(x, y) for x, y in zip(a, b, strict=True)]) for a, b in strips]
+        )
+    return out
+
+
+def sign_test(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int, float]:
+    """Tours where ours is better, where it is worse, and the two-sided p of a fair coin."""
+    wins, losses = int((ours > theirs).sum()), int((ours < theirs).sum())
+    p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    return wins, losses, p
+
+
+def table(out: pathlib.Path, against: list[str]) -> str:
+    """A line per arm, and `out`/trial.json with everything per tour and per block."""
+    arms = {}
+    for path in sorted(out.glob("*.npz")):
+        arm = dict(np.load(path))
+        arms[str(arm["recipe"])] = arm
+    exact = arms["bf16"]["frames"] if "bf16" in arms else None
+    found = {name: columns(arm, None if name == "bf16" else exact) for name, arm in arms.items()}
+    rows, lines = {}, []
+    for name, arm in sorted(arms.items(), key=lambda x: -np.mean(found[x[0]].get("bf16", np.inf))):
+        scores = found[name]
+        row = {k: float(v.mean()) for k, v in scores.items()}
+        row |= {k: float(arm[k]) for k in ("bits", "span_tokens", "spans", "seconds")}
+        line = f"{name:44s} {row['bits']:6.3f} bits  world {row['world']:6.2f} dB"
+        if name != "bf16" and exact is not None:
+            lost = found["bf16"]["world"] - scores["world"]
+            row["lost"] = float(lost.mean())
+            row["lost_error"] = float(lost.std(ddof=1) / np.sqrt(len(lost)))
+            curve = psnr(arm["frames"], exact).mean(0).reshape(-1, 4).mean(1)
+            row["curve"] = curve.round(3).tolist()
+            line += f" (-{row['lost']:.2f} +- {row['lost_error']:.2f})  bf16 {row['bf16']:6.2f} dB"
+            line += f", early {row['early']:6.2f}, SSIM {row['ssim']:.4f}"
+        for other in against:
+            if other in found and other != name and "bf16" in scores and "bf16" in found[other]:
+                tests = {k: sign_test(scores[k], found[other][k]) for k in scores}
+                row[f"against {other}"] = {k: list(v) for k, v in tests.items()}
+                wins = ", ".join(f"{k} {w}:{l} p={p:.1g}" for k, (w, l, p) in tests.items())
+                line += f"  | {other}: {wins}"
+        rows[name] = row
+        lines.append(line)
+    (out / "trial.json").write_text(json.dumps(rows, indent=1))
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=pathlib.Path, required=True)
+    add("--weights", type=pathlib.Path, default=DEFAULT_WEIGHTS)
+    add("--codecs", default="bf16,qvg", help="comma-separated")
+    add("--against", default="qvg,kivi,qvg-pro", help="arms for the sign tests")
+    add("--worlds", type=int, default=16)
+    add("--seeds", type=int, default=3, help="tours of each world")
+    add("--tour", type=int, default=512, help="frames of history")
+    add("--frames", type=int, default=64, help="replayed frames")
+    add("--half-width", type=float, default=400.0, help="extent of the tours, world units")
+    add("--span-blocks", type=int, default=16, help="blocks of 96 tokens in a compressed span")
+    add("--steps", type=int, default=4)
+    add("--key", type=int, default=11)
+    add("--table", action="store_true", help="no new arms, only the table")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        on_gpu = jax.default_backend() == "gpu"
+        model = load_weights(args.weights, dtype=jnp.bfloat16 if on_gpu else jnp.float32)
+        for recipe in args.codecs.split(","):
+            result = run(model, recipe, args)
+            name = recipe.replace(":", "+").replace("=", "_")
+            np.savez(args.out / f"{name}.npz", **result)
+            print(f"{recipe}: {result['seconds']:.1f} s, {result['spans']} spans", flush=True)
+    print(table(args.out, args.against.split(",")))
+
+
+if __name__ == "__main__":
+    main()

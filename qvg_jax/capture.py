@@ -1,0 +1,135 @@
+"""K, V and Q of a running model as one file, to try codecs on: what `qvg capture` writes.
+
+Letters: L captured layers, B batch, H key-value heads, T tokens of history, Q query tokens, D head dim.
+"""
+
+import dataclasses
+import os
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+from jaxtyping import Float, Int
+
+from qvg_jax.files import replacing
+
+__all__ = ["Captured", "Recorder", "load_captured", "save_captured"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """K and V of a history and queries that look at it.
+
+    K and Q are before RoPE. Where the model rotates, `turn_k` and `turn_q` hold cosine and sine of
+    every token's angles, and channel j turns together with channel j + D/2 (`pairing` "half") or
+    channel 2 j with 2 j + 1 ("interleaved"); (2, B, T, 0) is no rotation.
+    """
+
+    k_LBHTD: Float[np.ndarray, "L B H T D"]
+    v_LBHTD: Float[np.ndarray, "L B H T D"]
+    q_LBHQD: Float[np.ndarray, "L B Hq Q D"]
+    turn_k: Float[np.ndarray, "2 B T R"]
+    turn_q: Float[np.ndarray, "2 B Q R"]
+    layers: Int[np.ndarray, "L"]
+    pairing: str = "half"
+
+    def __post_init__(self):
+        k, q = self.k_LBHTD.shape, self.q_LBHQD.shape
+        if len(k) != 5 or self.v_LBHTD.shape != k:
+            raise ValueError(f"K {k} and V {self.v_LBHTD.shape} must be the same (L, B, H, T, D)")
+        if len(q) != 5 or (q[:2], q[4]) != (k[:2], k[4]) or q[2] % k[2]:
+            raise ValueError(f"Q has shape {q}; accepted with K {k}: {k[:2]}, n {k[2]}, Q, {k[4]}")
+        for name, turn, tokens in (("turn_k", self.turn_k, k[3]), ("turn_q", self.turn_q, q[3])):
+            if turn.shape[:3] != (2, k[1], tokens) or turn.shape[3] not in (0, k[4] // 2):
+                want = (2, k[1], tokens, k[4] // 2)
+                raise ValueError(
+                    f"{name} has shape {turn.shape}; accepted: {want}, or 0 at the end"
+                )
+        if self.pairing not in ("half", "interleaved"):
+            raise ValueError(f"pairing={self.pairing!r}; accepted: 'half' or 'interleaved'")
+        for name in ("k_LBHTD", "v_LBHTD", "q_LBHQD"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name[0].upper()} has NaN or infinity in it; accepted: numbers")
+
+
+class Recorder:
+    """Notes the queries that a model's attention sees, from inside jit and scan.
+
+        recorder = Recorder()
+        model(..., attend=recorder.listening(attend))     # attend(layer, q, k, v, ...)
+        queries = recorder.queries()                       # {layer: q of the last call}
+
+    A host callback for every call, so for capturing and not for running.
+    """
+
+    def __init__(self):
+        self._seen: dict[int, np.ndarray] = {}
+
+    def listening(self, attend: Callable[..., Any]) -> Callable[..., Any]:
+        """`attend` with its second argument noted under its first, the layer's number."""
+
+        def noted(layer, q, *args, **kwargs):
+            io_callback(self._keep, None, layer, q, ordered=True)
+            return attend(layer, q, *args, **kwargs)
+
+        return noted
+
+    def _keep(self, layer, q) -> None:
+        self._seen[int(layer)] = np.asarray(q)
+
+    def queries(self) -> dict[int, np.ndarray]:
+        """The last query of every layer; waits for what is still running."""
+        jax.effects_barrier()
+        return dict(self._seen)
+
+
+def save_captured(path: str | os.PathLike, captured: Captured) -> None:
+    """Writes an .npz of float32 arrays that appears whole or not at all."""
+    arrays = {
+        field.name: np.asarray(getattr(captured, field.name))
+        for field in dataclasses.fields(captured)
+    }
+    arrays = {k: v.astype(np.float32) if v.dtype.kind in "fV" else v for k, v in arrays.items()}
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_captured(path: str | os.PathLike) -> Captured:
+    """Reads what `save_captured` wrote, or an .npz with just k, v and q of shape (L, B, H, T, D).
+
+    Raises:
+        ValueError: a missing or torn file, missing arrays, or shapes that do not fit together.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{os.fspath(path)}: missing or not an .npz ({error})") from error
+    for short, name in (("k", "k_LBHTD"), ("v", "v_LBHTD"), ("q", "q_LBHQD")):
+        if name not in arrays and short not in arrays:
+            raise ValueError(f"{os.fspath(path)}: has no {short!r}; accepted: arrays k, v and q")
+        arrays.setdefault(name, arrays.pop(short, None))
+    k, q = arrays["k_LBHTD"], arrays["q_LBHQD"]
+    if k.ndim != 5 or q.ndim != 5:
+        raise ValueError(f"K {k.shape} and Q {q.shape}; accepted: five axes, (L, B, H, T, D)")
+    arrays.setdefault("turn_k", np.zeros((2, k.shape[1], k.shape[3], 0), np.float32))
+    arrays.setdefault("turn_q", np.zeros((2, k.shape[1], q.shape[3], 0), np.float32))
+    arrays.setdefault("layers", np.arange(len(k)))
+    arrays["pairing"] = str(arrays.get("pairing", "half"))
+    names = [field.name for field in dataclasses.fields(Captured)]
+    return Captured(**{name: arrays[name] for name in names})
+
+
+def rotated(x_BHTD: jax.Array, turn: jax.Array, pairing: str) -> jax.Array:
+    """x turned by the angles whose cosine and sine `turn` holds; x itself where it holds none."""
+    if not turn.shape[-1]:
+        return x_BHTD
+    cos, sin = (t[:, None] for t in turn)
+    half = pairing == "half"
+    x1, x2 = jnp.split(x_BHTD, 2, -1) if half else (x_BHTD[..., ::2], x_BHTD[..., 1::2])
+    y = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
+    return jnp.concatenate(y, -1) if half else jnp.stack(y, -1).reshape(x_BHTD.shape)
