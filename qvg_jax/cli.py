@@ -1,38 +1,32 @@
 """The `qvg` command: arguments in, files and a small table out, errors in one line.
 
-Exit codes: 0 done, 2 bad input or a file that could not be written, 130 Ctrl-C.
+Exit codes: 0 done, 1 nothing fits (plan), 2 bad input or a file that could not be written, 130 Ctrl-C.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from qvg_jax.versions import own_version
+from qvg_jax.options import MODELS, BadInput, parser
 
 __all__ = ["main"]
 
-# Looked up by name when wanted: the library does not import models.
-MODELS = {"pocket-world": "models.pocket_world.job"}
 LONGEST_LINE = 400  # characters of an error; a checkpoint can be wrong in a hundred places
 
 
-class _BadInput(Exception):
-    """Something that the user can mend; its message is what they are told."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _BadInput(message)
-
-
 @contextlib.contextmanager
-def _blamed_on_input(*kinds: type[Exception]) -> Iterator[None]:
+def _blamed_on_input(
+    *kinds: type[Exception],
+    memory_advice: str = "accepted: fewer --frames, --tour or --compare",
+) -> Iterator[None]:
     """Takes exceptions of these kinds as the user's; all others are ours and show a traceback."""
     try:
         yield
@@ -40,18 +34,18 @@ def _blamed_on_input(*kinds: type[Exception]) -> Iterator[None]:
         if not issubclass(OSError, kinds):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        raise _BadInput(
+        raise BadInput(
             f"{where}{error.strerror or error}; accepted: a folder that can be written, on a disk "
             "with room"
         ) from error
     except kinds as error:
-        raise _BadInput(str(error)) from error
+        raise BadInput(str(error)) from error
     except (MemoryError, RuntimeError) as error:  # RuntimeError: how JAX says it
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _BadInput(
-            f"{str(error) or 'out of memory'}; accepted: fewer --frames, --tour or --compare"
-        ) from error
+        # The first line says how much; what follows lists every buffer.
+        what = (str(error) or "out of memory").strip().splitlines()[0][:120]
+        raise BadInput(f"{what}; {memory_advice}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        args = _parser().parse_args(argv)
-        return args.run(args)
-    except _BadInput as error:
+        args = parser().parse_args(argv)
+        return COMMANDS[args.command](args)
+    except BadInput as error:
         line = " ".join(str(error).split())
         if len(line) > LONGEST_LINE:
             line = line[: LONGEST_LINE - 4] + " ..."
@@ -77,67 +71,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="qvg", description="Long videos with a KV cache of about two bits.")
-    parser.add_argument("--version", action="version", version=f"qvg {own_version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    make = commands.add_parser("generate", help="make a video with compressed and bf16 caches")
-    add = make.add_argument
-    add("--model", default="pocket-world", metavar="NAME", help=", ".join(MODELS))
-    add("--frames", type=_count, metavar="N", help="frames to generate (240)")
-    add("--tour", type=_count, metavar="N", help="real frames before them (128)")
-    add("--actions", metavar="LIST", help="where to go after the tour, such as w-8,d-4 (back)")
-    add("--seed", type=_whole, default=0, metavar="N", help="world, path and noise (0)")
-    add("--codec", default="qvg", metavar="NAME", help="of the cache; `qvg codecs` lists them")
-    add("--compare", default="", metavar="NAMES", help="more codecs, such as rtn,qvg-pro")
-    add("--steps", type=_count, default=4, metavar="N", help="denoising steps per block (4)")
-    add("--fps", type=_count, default=8, metavar="N", help="of the video (8)")
-    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the files (out)")
-    add("--weights", metavar="FILE", help="other weights than the model's own")
-    make.set_defaults(run=_generate)
-
-    codecs = commands.add_parser("codecs", help="list the codecs with their size")
-    codecs.add_argument(
-        "--shape",
-        type=_shape,
-        default=(1, 12, 37440, 128),
-        metavar="B,H,T,D",
-        help="span to measure them on: batch, heads, tokens, head dim (1,12,37440,128)",
-    )
-    codecs.set_defaults(run=_codecs)
-    return parser
-
-
 def _generate(args: argparse.Namespace) -> int:
-    if args.model not in MODELS:
-        raise _BadInput(f"model={args.model!r} is not known; accepted: {', '.join(MODELS)}")
+    model = _model(args.model)
     _remember_compilations()
-    from qvg_jax.compare import Request
     from qvg_jax.generate import generate
     from qvg_jax.health import CacheFullError, NonFiniteError
     from qvg_jax.progress import Bars
     from qvg_jax.report import table
 
-    more = tuple(name.strip() for name in args.compare.split(",")) if args.compare else ()
-    request = Request(
-        frames=args.frames,
-        tour=args.tour,
-        actions=args.actions,
-        seed=args.seed,
-        codecs=(args.codec, *more),
-        steps=args.steps,
-        weights=args.weights,
-    )
-    with _blamed_on_input(ValueError):
-        job = importlib.import_module(MODELS[args.model]).prepare(request)
-    arms = ", ".join(arm.name for arm in job.arms)
-    print(
-        f"{job.model}: {job.tour} real frames, then {job.frames} generated, for each of {arms}",
-        flush=True,
-    )
-    with _blamed_on_input(NonFiniteError, CacheFullError, OSError), Bars(job) as bars:
-        outcome = generate(job, args.out, fps=args.fps, progress=bars.update)
+    request = _request(args, codecs=_codec_names(args), out=str(args.out))
+    module = importlib.import_module(model)
+    advice = {}
+    if hasattr(module, "memory_advice"):
+        advice = {"memory_advice": module.memory_advice(request)}
+    with _told():
+        with _blamed_on_input(ValueError, **advice):
+            job = module.prepare(request)
+        arms = ", ".join(arm.name for arm in job.arms)
+        real = f"{job.tour} real frames, then " if job.tour else ""
+        what = f"{job.frames} generated" if real else f"{job.frames} frames"
+        print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
+        with _blamed_on_input(NonFiniteError, CacheFullError, OSError, **advice), Bars(job) as bars:
+            outcome = generate(
+                job, args.out, fps=args.fps, growing=args.stream, progress=bars.update
+            )
     if outcome.report is None:
         print(
             f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
@@ -150,22 +107,117 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    module = importlib.import_module(_model(args.model))
+    if not hasattr(module, "plan"):
+        raise BadInput(f"model={args.model!r} has no plan; accepted: self-forcing")
+    _remember_compilations()
+    from qvg_jax.plan import plan_table
+
+    request = _request(args, codecs=tuple(name.strip() for name in args.codec.split(",")))
+    with _told(), _blamed_on_input(ValueError):
+        plan = module.plan(request, args.memory)
+    print(plan_table(plan, args.memory))
+    return 0 if any(plan.fits(need, args.memory) for need in plan.needs) else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from qvg_jax.convert import convert
+
+    with _blamed_on_input(ValueError, OSError):
+        done = convert(args.source, args.target, entry=args.entry)
+    entry = f" of {done['entry']}" if done["entry"] else ""
+    print(f"{done['tensors']} tensors{entry}, {done['bytes'] / 1e9:.3f} GB, in {args.target}")
+    return 0
+
+
+def _capture(args: argparse.Namespace) -> int:
+    module = importlib.import_module(_model(args.model))
+    if not hasattr(module, "capture"):
+        raise BadInput(f"model={args.model!r} cannot be captured yet; accepted: pocket-world")
+    _remember_compilations()
+    from qvg_jax.tune_command import run_capture
+
+    options = dict(frames=args.frames, layers=args.layers, seed=args.seed)
+    with _blamed_on_input(ValueError, OSError):
+        print(run_capture(module, args.out, **options))
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    loop = None
+    if args.model is not None:
+        loop = getattr(importlib.import_module(_model(args.model)), "loop", None)
+        if loop is None:
+            raise BadInput(f"model={args.model!r} has no loop to tune in; accepted: pocket-world")
+    _remember_compilations()
+    from qvg_jax.tune_command import run_tune
+
+    options = dict(span_tokens=args.span_tokens, budget=args.budget, loop=loop)
+    recipes = [name.strip() for name in args.codec.split(",")] if args.codec else None
+    with _blamed_on_input(ValueError, OSError):
+        print(run_tune(args.file, args.out, recipes=recipes, **options))
+    print(f"wrote tune.json and tune.png to {args.out}")
+    return 0
+
+
+def _request(args: argparse.Namespace, **changes: Any) -> Any:
+    """The options that a `Request` knows."""
+    from qvg_jax.compare import Request
+
+    names = {field.name for field in dataclasses.fields(Request)} & vars(args).keys()
+    return Request(**({name: getattr(args, name) for name in names} | changes))
+
+
+def _model(name: str) -> str:
+    if name not in MODELS:
+        raise BadInput(f"model={name!r} is not known; accepted: {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def _codec_names(args: argparse.Namespace) -> tuple[str, ...]:
+    more = (name.strip() for name in args.compare.split(",")) if args.compare else ()
+    return (args.codec, *more)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Shows on stderr what models have to say on the way."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    log = logging.getLogger("models")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"qvg: {level}{' '.join(record.getMessage().split())}"
+
+
 def _codecs(args: argparse.Namespace) -> int:
     from qvg_jax import presets
-    from qvg_jax.accounting import bits_per_element, compression_ratio
+    from qvg_jax.accounting import bits_per_element
     from qvg_jax.report import aligned
 
     rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
-    for name, constructor in presets.PRESETS.items():
-        codec = presets.get(name)
+    for name, constructor in (presets.PRESETS | presets.PAIRS).items():
+        pair = presets.pair(name)
         what = (constructor.__doc__ or "").strip().splitlines()[0]
         try:
-            bits, ratio = bits_per_element(codec, args.shape), compression_ratio(codec, args.shape)
+            bits = sum(bits_per_element(codec, args.shape) for codec in pair) / 2
         except ValueError as error:
-            raise _BadInput(f"codec={name!r}: {error}") from error
+            raise BadInput(f"codec={name!r}: {error}") from error
         code = inspect.signature(constructor).parameters.get("bits")
         code = str(code.default) if code else "-"
-        rows.append((name, code, f"{bits:.4f}", f"{ratio:.2f}x", what))
+        rows.append((name, code, f"{bits:.4f}", f"{16 / bits:.2f}x", what))
     print(aligned(rows))
     return 0
 
@@ -180,25 +232,14 @@ def _remember_compilations() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(folder, "qvg_jax", "compiled")))
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: give a whole number")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: give a whole number above 0")
-    return int(text)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if len(parts) != 4 or not all(p.isdecimal() and int(p) for p in parts):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not accepted: give four whole numbers above 0, such as 1,12,37440,128"
-        )
-    return tuple(map(int, parts))
+COMMANDS = {
+    "generate": _generate,
+    "plan": _plan,
+    "convert": _convert,
+    "capture": _capture,
+    "tune": _tune,
+    "codecs": _codecs,
+}
 
 
 if __name__ == "__main__":

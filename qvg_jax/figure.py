@@ -32,11 +32,13 @@ def write_figure(
     Args:
         path: where the PNG appears.
         report: what `Record.report` returns.
-        strip: (frame number, {name: picture}) with "truth" and the arms, as in `Record.strip`.
+        strip: (frame number, {name: picture}) with "truth", if there is one, and the arms, as in
+            `Record.strip`.
     """
     arms = report["arms"]
-    rows, columns = 1 + len(arms), len(strip)
-    aspect = np.divide(*strip[0][1]["truth"].shape[:2])
+    names = list(strip[0][1])
+    rows, columns = len(names), len(strip)
+    aspect = np.divide(*strip[0][1][names[0]].shape[:2])
     width, top = 15.0, 4.1 + 0.25 * (len(arms) // 3)
     cell = (width - 1.4) / max(columns, 4)
     bottom = rows * cell * aspect + 0.35
@@ -45,63 +47,87 @@ def write_figure(
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
     plots, pictures = figure.subfigures(2, 1, height_ratios=(top, bottom))
     config = report["config"]
+    given = f"{config['tour_frames']} real frames, then " if config["tour_frames"] else ""
     figure.suptitle(
-        f"{report['model']}, seed {config['seed']}: {config['tour_frames']} real frames, then "
-        f"{config['frames']} generated",
+        f"{report['model']}, seed {config['seed']}: {given}{config['frames']} frames generated",
         fontsize=14,
         fontweight="bold",
         color=INK,
     )
     _plots(plots, report)
-    _pictures(pictures, strip, ["truth", *arms], rows, max(columns, 4))
+    _pictures(pictures, strip, names, rows, max(columns, 4))
     with replacing(path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": None})
 
 
 def _plots(figure: Any, report: Mapping[str, Any]) -> None:
     arms, config = report["arms"], report["config"]
-    others = len(arms) > 1
-    axes = figure.subplots(1, 2 + others)
     colours = dict(zip(arms, COLOURS * len(arms), strict=False))
-    seen = np.array(report["seen_in_tour"])
-    number = np.arange(1, len(seen) + 1)
-
-    truth = _axes(axes[0], "PSNR to ground truth", "generated frame", "dB")
+    timings = report["timings"]["arms"]
+    plots = [
+        (_truth_plot, "seen_in_tour" in report),
+        (_baseline_plot, BASELINE in arms and len(arms) > 1),
+        (_seconds_plot, all("block_seconds" in t for t in timings.values())),
+    ]
+    plots = [plot for plot, wanted in plots if wanted]
+    axes = figure.subplots(1, len(plots) + 1, squeeze=False)[0]
+    lines = [
+        line for plot, ax in zip(plots, axes, strict=False) for line in plot(ax, report, colours)
+    ]
     memory = _axes(axes[-1], "KV cache in use", "frame", "MB")
-    lines = []
+    sizes = []
+    end = np.array(report["block_end_frames"])
     for name, arm in arms.items():
-        style = dict(color=colours[name], lw=1.4)
-        truth.plot(number, arm["frames"]["psnr_vs_truth"], **style)
         size = np.array(arm["bytes"]["in_use_after_block"]) / 1e6
-        frame = np.arange(1, len(size) + 1) * config["cache"]["block_frames"]
-        frame = np.minimum(frame, config["tour_frames"] + config["frames"])
         bits = arm["bits_per_element"]["from_buffers"]
         label = f"{name}: {bits:.4g} bits per element, {size[-1]:.1f} MB"
-        lines += memory.plot(frame, size, label=label, **style)
-    if (seen < SEEN).any():
-        # Half a frame to each side, so that a single frame has a width.
-        edges = np.stack([number - 0.5, number + 0.5], 1).ravel()
-        lines.append(
-            truth.fill_between(
-                edges, 0, 1, where=np.repeat(seen < SEEN, 2), color=FAINT, alpha=0.18, lw=0,
-                transform=truth.get_xaxis_transform(), label="places that the tour did not show",
-            )
+        sizes += memory.plot(end, size, label=label, color=colours[name], lw=1.4)
+    lines = sizes + lines
+    if config["tour_frames"]:
+        memory.axvspan(0, config["tour_frames"], color=FAINT, alpha=0.14, lw=0)
+        memory.text(
+            config["tour_frames"] / 2, 0.97, "tour", transform=memory.get_xaxis_transform(),
+            ha="center", va="top", fontsize=9.5, color=INK,
         )  # fmt: skip
-    memory.axvspan(0, config["tour_frames"], color=FAINT, alpha=0.14, lw=0)
-    memory.text(
-        config["tour_frames"] / 2, 0.97, "tour", transform=memory.get_xaxis_transform(),
-        ha="center", va="top", fontsize=9.5, color=INK,
-    )  # fmt: skip
-    memory.set_xlim(0, frame[-1])
+    memory.set_xlim(0, end[-1])
     memory.set_ylim(0, None)
-    if others:
-        ax = _axes(axes[1], f"PSNR to the {BASELINE} arm", "generated frame", "dB")
-        for name, arm in arms.items():
-            if name != BASELINE:
-                values = arm["frames"][f"psnr_vs_{BASELINE}"]
-                ax.plot(number, values, color=colours[name], lw=1.4)
     # Outside of the axes, where it can hide nothing.
     figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+
+
+def _truth_plot(ax: Any, report: Mapping[str, Any], colours: Mapping[str, str]) -> list[Any]:
+    ax = _axes(ax, "PSNR to ground truth", "generated frame", "dB")
+    seen = np.array(report["seen_in_tour"])
+    number = np.arange(1, len(seen) + 1)
+    for name, arm in report["arms"].items():
+        ax.plot(number, arm["frames"]["psnr_vs_truth"], color=colours[name], lw=1.4)
+    if not (seen < SEEN).any():
+        return []
+    # Half a frame to each side, so that a single frame has a width.
+    edges = np.stack([number - 0.5, number + 0.5], 1).ravel()
+    unseen = ax.fill_between(
+        edges, 0, 1, where=np.repeat(seen < SEEN, 2), color=FAINT, alpha=0.18, lw=0,
+        transform=ax.get_xaxis_transform(), label="places that the tour did not show",
+    )  # fmt: skip
+    return [unseen]
+
+
+def _baseline_plot(ax: Any, report: Mapping[str, Any], colours: Mapping[str, str]) -> list[Any]:
+    ax = _axes(ax, f"PSNR to the {BASELINE} arm", "generated frame", "dB")
+    for name, arm in report["arms"].items():
+        if name != BASELINE:
+            values = arm["frames"][f"psnr_vs_{BASELINE}"]
+            ax.plot(np.arange(1, len(values) + 1), values, color=colours[name], lw=1.4)
+    return []
+
+
+def _seconds_plot(ax: Any, report: Mapping[str, Any], colours: Mapping[str, str]) -> list[Any]:
+    ax = _axes(ax, "Seconds for a block, without the first", "frame", "s")
+    end = report["block_end_frames"]
+    for name, timing in report["timings"]["arms"].items():
+        ax.plot(end[1:], timing["block_seconds"][1:], color=colours[name], lw=1.4)
+    ax.set_ylim(0, None)
+    return []
 
 
 def _axes(ax: Any, title: str, x: str, y: str) -> Any:

@@ -8,7 +8,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
 
-from qvg_jax.compare import BASELINE, Job, Made, lockstep
+import numpy as np
+from jaxtyping import UInt8
+
+from qvg_jax.background import Background
+from qvg_jax.compare import Job, Made, lockstep
 from qvg_jax.figure import write_figure
 from qvg_jax.files import writable_folder
 from qvg_jax.health import CacheFullError, NonFiniteError
@@ -28,18 +32,25 @@ class Outcome(NamedTuple):
 
 
 def generate(
-    job: Job, out: str | Path, *, fps: int = 8, progress: Callable[[Made], None] | None = None
+    job: Job,
+    out: str | Path,
+    *,
+    fps: int | None = None,
+    growing: bool = False,
+    progress: Callable[[Made], None] | None = None,
 ) -> Outcome:
     """Makes the frames of all arms and writes what came of it.
 
-    `out` gets video.mp4 (truth and arms side by side), report.json and report.png, each of which
-    appears whole or not at all. The video grows with the run: Ctrl-C and errors leave it with the
-    frames so far.
+    `out` gets video.mp4 (the frames of a single arm as they are, several and the truth side by
+    side), report.json and report.png; the last two appear whole or not at all. The video grows
+    with the run: Ctrl-C and errors leave it with the frames so far. Frames are drawn, scored and
+    written in a thread of their own while the device makes the next block.
 
     Args:
         job: what to make.
         out: folder; made if missing.
-        fps: frames a second of the video.
+        fps: frames a second of the video; None is the job's.
+        growing: whether video.mp4 can be played while the run goes on, see `Mp4`.
         progress: called with each block after all arms have made it.
 
     Returns:
@@ -52,19 +63,28 @@ def generate(
         KeyboardInterrupt: before there was a frame.
     """
     begin = time.perf_counter()
-    video = Mp4(Path(out) / "video.mp4", fps)
+    fps = job.fps if fps is None else fps
+    video = Mp4(Path(out) / "video.mp4", fps, growing=growing)
     out = writable_folder(out)
     record = Record(job)
-    sheet = Sheet(1 + len(job.arms), job.height, job.width, tour=job.tour, frames=job.frames)
+    draw = _drawing(job)
+
+    def write(made: Made) -> None:
+        for i in range(made.count):
+            video.add(draw(made, i))
+        record.add(made)
+
     try:
-        with _CtrlC() as ctrl_c, video:
+        with _CtrlC() as ctrl_c, video, Background() as later:
+            total = job.tour + job.frames
             for made in lockstep(job):
-                for i in range(len(made.truth_FHW3)):
-                    video.add(sheet.draw(_panels(job, made, i), made.first + i))
-                record.add(made)
+                later.wait()  # for the block before, in the middle of which it may come
+                if ctrl_c.pressed and made.first < total:
+                    raise KeyboardInterrupt
+                later(write, made)
                 if progress is not None:
                     progress(made)
-                if ctrl_c.pressed and video.frames < job.tour + job.frames:
+                if ctrl_c.pressed and made.first + made.count < total:
                     raise KeyboardInterrupt
         report = record.report(fps=fps)
         write_figure(out / "report.png", report, record.strip)
@@ -80,18 +100,28 @@ def generate(
     return Outcome(video.path, video.frames, report)
 
 
+def _drawing(job: Job) -> Callable[[Made, int], UInt8[np.ndarray, "H W 3"]]:
+    """draw(made, i): picture i of a block, as it goes into the video."""
+    if len(job.arms) == 1 and not job.truth:
+        return lambda made, i: made.frames[job.arms[0].name][i]
+    count = len(job.arms) + job.truth
+    sheet = Sheet(count, job.height, job.width, tour=job.tour, frames=job.frames)
+    return lambda made, i: sheet.draw(_panels(job, made, i), made.first + i)
+
+
 def _panels(job: Job, made: Made, i: int) -> list[Panel]:
-    real = made.first + i < job.tour
-    known = made.seen_F[i] >= SEEN
-    note = "given to all arms" if real else "seen in the tour" if known else "not in the tour"
-    panels = [Panel(made.truth_FHW3[i], "real frames" if real else "ground truth", note)]
-    full = made.bytes[BASELINE].in_use.total
+    panels = []
+    if made.truth_FHW3 is not None:
+        real = made.first + i < job.tour
+        known = made.seen_F[i] >= SEEN
+        note = "given to all arms" if real else "seen in the tour" if known else "not in the tour"
+        panels.append(Panel(made.truth_FHW3[i], "real frames" if real else "ground truth", note))
     for arm in job.arms:
-        bits = arm.codec.bits_per_element(job.cache(arm.state).layout.span_shape)
+        layout = job.cache(arm.state).layout
         size = made.bytes[arm.name].in_use.total
-        note = f"{bits:.4g} bits per element, {size / 1e6:.1f} MB"
-        if arm.name != BASELINE:
-            note += f" ({full / size:.1f}x smaller)"
+        note = f"{layout.span_bits:.4g} bits per element, {size / 1e6:.1f} MB"
+        if job.baseline not in (None, arm.name):
+            note += f" ({made.bytes[job.baseline].in_use.total / size:.1f}x smaller)"
         panels.append(Panel(made.frames[arm.name][i], f"{arm.name} cache", note))
     return panels
 

@@ -36,13 +36,12 @@ class Bars:
 
     def update(self, made: Made) -> None:
         """Moves all bars by one block."""
-        frames = len(made.truth_FHW3)
         for name, bar in self._bars.items():
             size = made.bytes[name]
-            speed = f"{frames / made.seconds[name]:.1f} frames/s"
+            speed = f"{made.count / made.seconds[name]:.1f} frames/s"
             cache = f"cache MB: bf16 {size.bf16 / 1e6:.1f} | {size.in_use.total / 1e6:.1f}"
             bar.set_postfix_str(f"{speed}, {cache}", refresh=False)
-            bar.update(frames)
+            bar.update(made.count)
 
     def __enter__(self) -> Self:
         return self

@@ -33,7 +33,9 @@ class Record:
         self._scores = {name: {} for name in self._names}
         self._sizes = {name: [] for name in self._names}
         self._seconds = {name: [] for name in self._names}
-        self._seen, self._last = [], {}
+        self._parts = {name: [] for name in self._names}
+        self._kept = {name: [] for name in self._names}
+        self._ends, self._seen, self._last = [], [], {}
         count = min(STRIP, job.frames)
         self._wanted = np.linspace(0, job.frames - 1, count).round().astype(int).tolist()
         self.strip: list[tuple[int, dict[str, UInt8[np.ndarray, "H W 3"]]]] = []
@@ -43,24 +45,30 @@ class Record:
         for name in self._names:
             self._sizes[name].append(made.bytes[name].in_use.total)
             self._seconds[name].append(made.seconds[name])
+            self._parts[name].append(made.parts[name])
+            self._kept[name].append(made.kept[name])
+        self._ends.append(made.first + made.count)
         self._last = made.bytes
-        for i in range(len(made.truth_FHW3)):
+        for i in range(made.count):
             if (number := made.first + i - self._job.tour) >= 0:
                 pictures = {name: made.frames[name][i] for name in self._names}
-                self._add_frame(number, made.truth_FHW3[i], float(made.seen_F[i]), pictures)
+                truth = {}
+                if made.truth_FHW3 is not None:
+                    truth = {"truth": made.truth_FHW3[i]}
+                    self._seen.append(float(made.seen_F[i]))
+                self._add_frame(number, truth, pictures)
 
-    def _add_frame(self, number, truth_HW3, seen, pictures):
-        self._seen.append(seen)
+    def _add_frame(self, number, truth, pictures):
         for name, frame_HW3 in pictures.items():
-            references = {"truth": truth_HW3}
-            if name != BASELINE:
+            references = dict(truth)
+            if self._job.baseline not in (None, name):
                 references[BASELINE] = pictures[BASELINE]
             for other, reference_HW3 in references.items():
                 for metric in (psnr, ssim):
                     values = self._scores[name].setdefault(f"{metric.__name__}_vs_{other}", [])
                     values.append(round(metric(frame_HW3, reference_HW3), 4))
         if number in self._wanted:
-            self.strip.append((number, {"truth": truth_HW3} | pictures))
+            self.strip.append((number, truth | pictures))
 
     def report(self, **settings: Any) -> dict[str, Any]:
         """The content of report.json: JSON types only, all that varies between runs in "timings".
@@ -70,19 +78,24 @@ class Record:
         """
         job = self._job
         device = jax.devices()[0]
+        units = {
+            "psnr": "dB, 8-bit RGB, at most 100",
+            "means_vs_truth": f"over frames with seen_in_tour >= {SEEN}",
+            "bytes": "of the device's buffers; bf16_would_be: K and V of the same tokens alone",
+            "times_smaller": f"in_use.total of the {BASELINE} arm / in_use.total of this one",
+            "block_seconds": "of each block; parts and all kept blocks (read again) included",
+        }
+        if not job.truth:
+            del units["means_vs_truth"]
         return {
             "model": job.model,
             "versions": versions(),
             "device": f"{device.platform}: {device.device_kind}",
             "config": job.config | settings,
-            "units": {
-                "psnr": "dB, 8-bit RGB, at most 100",
-                "means_vs_truth": f"over frames with seen_in_tour >= {SEEN}",
-                "bytes": "of the device's buffers; bf16_would_be: K and V of the same tokens alone",
-                "times_smaller": f"in_use.total of the {BASELINE} arm / in_use.total of this one",
-            },
+            "units": units,
             "arms": {name: self._arm(name) for name in self._names},
-            "seen_in_tour": [round(x, 4) for x in self._seen],
+            **({"seen_in_tour": [round(x, 4) for x in self._seen]} if job.truth else {}),
+            "block_end_frames": self._ends,
             "timings": {
                 "processors": len(os.sched_getaffinity(0)),
                 "arms": {name: self._timing(name) for name in self._names},
@@ -91,20 +104,26 @@ class Record:
 
     def _arm(self, name: str) -> dict[str, Any]:
         lay, codec, last = self._layouts[name], self._codecs[name], self._last[name]
+        kept = last.allocated.spans
         elements = 2 * lay.layers * lay.max_spans * int(np.prod(lay.span_shape))
+        if not lay.max_spans:  # all is in the window, or the history is too short for a span
+            kept = last.allocated.sink + last.allocated.window
+            dense = lay.batch * lay.heads * lay.dense_blocks * lay.block_tokens * lay.head_dim
+            elements = 2 * lay.layers * dense
         in_use = last.in_use._asdict() | {"total": last.in_use.total}
+        base = self._job.baseline and self._last[BASELINE].in_use.total
         return {
             "codec": codec.name,
             "bits_per_element": {
-                "from_formats": codec.bits_per_element(lay.span_shape),
-                "from_buffers": 8 * last.allocated.spans / elements,
+                "from_formats": lay.span_bits,
+                "from_buffers": 8 * kept / elements,
             },
             "bytes": {
                 "tokens": last.tokens,
                 "in_use": in_use,
                 "allocated": last.allocated._asdict() | {"total": last.allocated.total},
                 "bf16_would_be": last.bf16,
-                "times_smaller": round(self._last[BASELINE].in_use.total / in_use["total"], 4),
+                "times_smaller": round(base / in_use["total"], 4) if base else None,
                 "in_use_after_block": self._sizes[name],
             },
             "means": self._means(name),
@@ -112,27 +131,39 @@ class Record:
         }
 
     def _means(self, name: str) -> dict[str, float | None]:
-        known = np.array(self._seen) >= SEEN
-
         def mean(key: str, values: list[float]) -> float | None:
-            values = np.array(values)[known] if key.endswith("truth") else np.array(values)
+            values = np.array(values)
+            if key.endswith("truth"):
+                values = values[np.array(self._seen) >= SEEN]
             return round(float(values.mean()), 4) if values.size else None
 
         return {key: mean(key, values) for key, values in self._scores[name].items()}
 
-    def _timing(self, name: str) -> dict[str, float | None]:
+    def _timing(self, name: str) -> dict[str, Any]:
         seconds, job = self._seconds[name], self._job
-        tour = job.tour // job.block_frames
+        frames = np.diff([0, *self._ends])
+        real = np.array(self._ends) <= job.tour
+        kept = np.array(self._kept[name])
+        timed = np.arange(len(seconds)) > 0  # the first one waits for the compiler
 
-        def rate(part: list[float]) -> float | None:
-            return round(job.block_frames * len(part) / sum(part), 3) if part else None
+        def rate(which: np.ndarray) -> float | None:
+            spent = float(np.array(seconds)[which].sum())
+            return round(int(frames[which].sum()) / spent, 3) if which.any() else None
 
-        return {
+        timing = {
             "seconds": round(sum(seconds), 3),
             "first_block_and_compilation_seconds": round(seconds[0], 3),
-            "tour_frames_per_second": rate(seconds[1:tour]),
-            "generated_frames_per_second": rate(seconds[max(1, tour) :]),
+            "tour_frames_per_second": rate(timed & real & ~kept),
+            "generated_frames_per_second": rate(timed & ~real & ~kept),
         }
+        if parts := {key: None for part in self._parts[name] for key in part}:
+            timing["block_seconds"] = [round(s, 4) for s in seconds]
+            for key in parts:
+                values = [round(part.get(key, 0.0), 4) for part in self._parts[name]]
+                timing[f"block_{key}_seconds"] = values
+        if kept.any():
+            timing["kept_blocks"] = int(kept.sum())
+        return timing
 
 
 def write_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
@@ -145,26 +176,28 @@ def write_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
 
 def table(report: Mapping[str, Any]) -> str:
     """The few numbers that a run is about, a line for each arm."""
-    head = ("arm", "bits/element", "cache MB", "smaller", "PSNR truth", "SSIM truth")
-    head += (f"PSNR {BASELINE}", f"SSIM {BASELINE}", "frames/s")
 
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    rows = [head]
+    scores = [
+        (f"{metric.upper()} {other}", f"{metric}_vs_{other}", form)
+        for other in ("truth", BASELINE)
+        for metric, form in (("psnr", ".2f"), ("ssim", ".3f"))
+        if any(f"{metric}_vs_{other}" in arm["means"] for arm in report["arms"].values())
+    ]
+    rows = [("arm", "bits/element", "cache MB", "smaller", *(s[0] for s in scores), "frames/s")]
     for name, arm in report["arms"].items():
         means, size = arm["means"], arm["bytes"]
+        smaller = size["times_smaller"]
         speed = report["timings"]["arms"][name]["generated_frames_per_second"]
         rows.append(
             (
                 name,
                 show(arm["bits_per_element"]["from_buffers"], ".3f"),
                 show(size["in_use"]["total"] / 1e6, ".1f"),
-                show(size["times_smaller"], ".2f") + "x",
-                show(means["psnr_vs_truth"], ".2f"),
-                show(means["ssim_vs_truth"], ".3f"),
-                show(means.get(f"psnr_vs_{BASELINE}"), ".2f"),
-                show(means.get(f"ssim_vs_{BASELINE}"), ".3f"),
+                "-" if smaller is None else f"{smaller:.2f}x",
+                *(show(means.get(key), form) for _, key, form in scores),
                 show(speed, ".2f"),
             )
         )

@@ -8,8 +8,8 @@
     for y in stream(Partial(step, params), state, xs): ...     # one block at a time
 
 (`jax.tree_util.Partial`: parameters travel as arrays and are not baked into the program.)
-Both run the same jitted function: a `lax.scan` over a chunk of fixed length whose last steps are
-skipped if fewer are wanted. So the number of blocks is data and a longer video does not recompile,
+Both run the same jitted function: a loop over a chunk of fixed length that ends early if fewer
+blocks are wanted. So the number of blocks is data and a longer video does not recompile,
 and the state is donated, so the cache is updated in place.
 """
 
@@ -25,25 +25,30 @@ from jax.tree_util import Partial
 
 from qvg_jax.health import raise_if_bad
 
-__all__ = ["Stream", "rollout", "stream"]
+__all__ = ["Stream", "rollout", "run_chunk", "stream"]
 
 type Step = Callable[[Any, Any], tuple[Any, Any]]  # step(state, x) -> (state, y)
 type Progress = Callable[[int, int | None, Any], None]  # progress(done, total, state)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _run_chunk(step: Partial, state: Any, xs: Any, count: jax.Array) -> tuple[Any, Any]:
-    """Scans `step` over xs and leaves out all but the first `count`; ys of those are zeros."""
-    first = jax.tree.map(lambda x: x[0], xs)
-    form = jax.eval_shape(step, state, first)[1]
+def run_chunk(step: Partial, state: Any, xs: Any, count: jax.Array) -> tuple[Any, Any]:
+    """Runs `step` over the first `count` of xs; ys of the others are zeros.
 
-    def one(state, i_x):
-        i, x = i_x
-        skip = lambda s, x: (s, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), form))  # noqa: E731
-        return lax.cond(i < count, step, skip, state, x)
-
+    A loop and not a scan over conditional steps: XLA copies large states that go through a branch.
+    """
+    row = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), xs)  # noqa: E731
     length = jax.tree.leaves(xs)[0].shape[0]
-    return lax.scan(one, state, (jnp.arange(length), xs))
+    form = jax.eval_shape(lambda state: step(state, row(0))[1], state)
+
+    def one(i, carry):
+        state, ys = carry
+        state, y = step(state, row(i))
+        put = lambda ys, y: lax.dynamic_update_index_in_dim(ys, y, i, 0)  # noqa: E731
+        return state, jax.tree.map(put, ys, y)
+
+    ys = jax.tree.map(lambda y: jnp.zeros((length, *y.shape), y.dtype), form)
+    return lax.fori_loop(0, count, one, (state, ys))
 
 
 def rollout(
@@ -92,7 +97,7 @@ def rollout(
         # Rows past the end repeat the last block; their steps are skipped.
         rows = np.minimum(np.arange(begin, begin + chunk), total - 1)
         x = jax.tree.unflatten(tree, [take(rows) for take in leaves])
-        state, ys = _run_chunk(step, state, x, np.int32(count))
+        state, ys = run_chunk(step, state, x, np.int32(count))
         chunks.append(jax.tree.map(lambda y, count=count: y[:count], jax.device_get(ys)))
         raise_if_bad(state)
         if progress is not None:
@@ -133,7 +138,7 @@ class Stream(Iterator):
 
     def __next__(self) -> Any:
         x = jax.tree.map(lambda x: jnp.asarray(x)[None], next(self._xs))
-        self.state, ys = _run_chunk(self._step, self.state, x, np.int32(1))
+        self.state, ys = run_chunk(self._step, self.state, x, np.int32(1))
         raise_if_bad(self.state)
         self.blocks_done += 1
         if self._progress is not None:

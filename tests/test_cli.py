@@ -13,7 +13,7 @@ from PIL import Image
 from models.pocket_world import camera, job, pipeline, world
 from qvg_jax import cli
 from qvg_jax.panels import Sheet
-from qvg_jax.presets import PRESETS
+from qvg_jax.presets import PAIRS, PRESETS
 from tests.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_weights
 
 
@@ -134,7 +134,7 @@ def test_progress_shows_speed_and_memory(run, monkeypatch):
 def test_the_list_of_codecs(capsys):
     assert cli.main(["codecs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == list(PRESETS)
+    assert [line.split()[0] for line in lines[2:]] == [*PRESETS, *PAIRS]
     assert lines[2].split()[:4] == ["qvg", "2", "2.2969", "6.97x"]  # as published
     assert cli.main(["codecs", "--shape", "1,24,29640,128"]) == 0
     assert "6.88x" in capsys.readouterr().out

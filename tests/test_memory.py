@@ -11,7 +11,7 @@ from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress, evict
 from qvg_jax.codec import identity
-from qvg_jax.rollout import _run_chunk
+from qvg_jax.rollout import run_chunk
 from qvg_jax.rope import axial_rope, frequency_ladder
 from tests.cache_model import coarse
 
@@ -112,7 +112,7 @@ def test_a_whole_step_is_in_place_and_small():
 def test_a_rollout_holds_the_cache_once():
     cache, xs = make(16), jax.tree.map(lambda x: jnp.stack([x] * 8), new_block())
     step = jax.tree_util.Partial(full_step)
-    m = _run_chunk.lower(step, cache, xs, jnp.int32(3)).compile().memory_analysis()
+    m = run_chunk.lower(step, cache, xs, jnp.int32(3)).compile().memory_analysis()
     assert m.alias_size_in_bytes == nbytes(cache)
     assert m.temp_size_in_bytes < 2.5 * DECODED_SPAN
 

@@ -13,7 +13,7 @@ from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import identity
 from qvg_jax.health import CacheFullError, NonFiniteError
-from qvg_jax.rollout import _run_chunk, rollout, stream
+from qvg_jax.rollout import rollout, run_chunk, stream
 from qvg_jax.rope import axial_rope, frequency_ladder
 from tests.cache_model import SIZES, coarse
 
@@ -121,11 +121,11 @@ def test_a_longer_generation_does_not_recompile():
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        programs = _run_chunk._cache_size()
+        programs = run_chunk._cache_size()
         rollout(Partial(model_step, weights(1)), start(), inputs(10, seed=1), chunk=4)
         list(stream(Partial(model_step, weights(1)), start(), inputs(4)))
         backend = [e for e in compiled if "backend_compile" in e]
-        assert _run_chunk._cache_size() == programs
+        assert run_chunk._cache_size() == programs
         assert backend == []
         jax.jit(lambda x: x * 3 + 1)(1.0)  # the listener does hear compilations
         assert any("backend_compile" in e for e in compiled)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.common.wan_text import TextKV
 from models.self_forcing import (
     BlockNoise,
     History,
@@ -25,11 +26,10 @@ from models.self_forcing import (
     skeleton,
 )
 from models.self_forcing.block import draw_noise, generate_block
-from models.self_forcing.modeling import TextKV
 from qvg_jax import presets
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import identity
-from qvg_jax.rollout import _run_chunk
+from qvg_jax.rollout import run_chunk
 
 CONFIG = SelfForcingConfig(
     layers=2,
@@ -69,9 +69,9 @@ def test_stream_and_longer_videos_repeat_the_same_frames_without_recompiling():
     long = pipe.generate(request(12), chunk=1, progress=lambda *c: calls.append(c[:2]))
     assert long.shape == (1, 12, 4, 4, 4) and np.isfinite(long).all()
     assert calls == [(3, 12), (6, 12), (9, 12), (12, 12)]
-    compiled = _run_chunk._cache_size()
+    compiled = run_chunk._cache_size()
     short = pipe.generate(request(6), chunk=1)
-    assert _run_chunk._cache_size() == compiled
+    assert run_chunk._cache_size() == compiled
     np.testing.assert_array_equal(short, long[:, :6])
     parts = list(pipe.stream(request(6)))
     assert [p.shape[1] for p in parts] == [3, 3]

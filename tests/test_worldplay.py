@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.self_forcing.modeling import TextKV
+from models.common.wan_text import TextKV
 from models.worldplay import (
     BlockInput,
     CameraPath,
@@ -35,7 +35,7 @@ from models.worldplay.history import side_by_side
 from models.worldplay.request import block_inputs
 from qvg_jax import presets
 from qvg_jax.codec import identity
-from qvg_jax.rollout import _run_chunk
+from qvg_jax.rollout import run_chunk
 
 CONFIG = WorldPlayConfig(
     layers=2,
@@ -97,9 +97,9 @@ def pieces(path, n=CONFIG.frames_per_block):
 def test_a_shorter_video_runs_the_same_program():
     whole = plain_video()
     assert whole.shape == (1, 12, 4, 4, 4) and np.isfinite(whole).all()
-    compiled = _run_chunk._cache_size()
+    compiled = run_chunk._cache_size()
     short = pipeline().generate(request(4), chunk=1)
-    assert _run_chunk._cache_size() == compiled
+    assert run_chunk._cache_size() == compiled
     np.testing.assert_array_equal(short, whole[:, :4])
 
 

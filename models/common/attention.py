@@ -1,10 +1,11 @@
-"""Attention over all tokens at once, in pieces that fit: no cache, no positions."""
+"""Attention over all tokens at once, without a cache: in pieces that fit, or by a fused kernel."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # Float32 logits that exist at once. 37,440 tokens and 64 heads would take 359 GB of them.
 LOGITS_BYTES = 2**29
@@ -49,3 +50,42 @@ def _softmax_average(q_BTHD, k_BUHD, v_BUHD, bias_BU):
     p_BHTU = p_BHTU.astype(v_BUHD.dtype)
     o_BTHD = jnp.einsum("bhtu,buhd->bthd", p_BHTU, v_BUHD, preferred_element_type=f32)
     return o_BTHD.astype(q_BTHD.dtype)
+
+
+def fused_attention(
+    q_BTHD: Float[Array, "B T H D"],
+    k_BUHD: Float[Array, "B U H D"],
+    v_BUHD: Float[Array, "B U H D"],
+    mask: Bool[Array, "1 1 T U"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """softmax(q k / sqrt(D)) v by `jax.nn.dot_product_attention`; the softmax in float32.
+
+    Args:
+        q_BTHD, k_BUHD, v_BUHD: queries, keys and values.
+        mask: True where a query sees a key.
+        implementation: "cudnn" (fused, 16-bit floats, a GPU of compute capability 8.0 or more),
+            "xla" (anywhere; holds all logits in float32), or None: cudnn if it works here.
+    """
+    if implementation is None:
+        implementation = "cudnn" if _cudnn_works(q_BTHD.dtype.name, q_BTHD.shape[-1]) else "xla"
+    # JAX's own function mixes dtypes inside and fails where promotion is set to strict.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q_BTHD, k_BUHD, v_BUHD, mask=mask, implementation=implementation
+        )
+
+
+@functools.cache
+def _cudnn_works(dtype: str, head_dim: int) -> bool:
+    """Tries it once: versions, head sizes and devices that it takes are too many to list."""
+    if jax.default_backend() != "gpu" or dtype not in ("bfloat16", "float16"):
+        return False
+    with jax.ensure_compile_time_eval():
+        x = jnp.zeros((1, 64, 1, head_dim), dtype)
+        try:
+            jax.nn.dot_product_attention(x, x, x, implementation="cudnn").block_until_ready()
+        except (RuntimeError, ValueError, NotImplementedError):
+            return False
+    return True

@@ -136,16 +136,38 @@ def load[M: nnx.Module](
             all of them in one message. No tensor has been read then.
     """
     graphdef, state = nnx.split(skeleton)
-    wanted = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
-    plan, errors = _plan(wanted, checkpoint_files(source), rules, rename, ignore)
-    if errors:
-        lines = [f"{len(errors)} problems with {source}:", *sorted(errors)]
-        raise CheckpointError("\n  ".join(lines))
+    plan, wanted = _checked(state, source, rules, rename, ignore)
     arrays = {path: jax.device_put(_read(plan[path], v), device) for path, v in wanted.items()}
     filled = [
         (path, v.replace(arrays[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def check(
+    skeleton: nnx.Module,
+    source: str | Path | Iterable[str | Path],
+    rules: Sequence[Rule],
+    *,
+    rename: Callable[[str], str] = str,
+    ignore: Sequence[str] = (),
+) -> None:
+    """What `load` checks, without loading: for files that are wanted later in a long run.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    _checked(nnx.split(skeleton)[1], source, rules, rename, ignore)
+
+
+def _checked(state, source, rules, rename, ignore):
+    """The plan to read by and the variables wanted, or an error that lists all that is wrong."""
+    wanted = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+    plan, errors = _plan(wanted, checkpoint_files(source), rules, rename, ignore)
+    if errors:
+        lines = [f"{len(errors)} problems with {source}:", *sorted(errors)]
+        raise CheckpointError("\n  ".join(lines))
+    return plan, wanted
 
 
 def _plan(wanted, files, rules, rename, ignore):

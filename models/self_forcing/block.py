@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from models.common.wan_text import TextKV
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.history import append_frames, block_positions
-from models.self_forcing.modeling import Output, SelfForcingDiT, TextKV
+from models.self_forcing.modeling import Output, SelfForcingDiT
 from models.self_forcing.rope import model_rope
 from models.self_forcing.sampler import Ladder, add_noise, flow_to_x0
 from qvg_jax.attention import attend
@@ -153,22 +154,46 @@ def read_block(
     return _remember(model, state, view, positions_BTP, x0_BFZYX, timestep)
 
 
+class Known(NamedTuple):
+    """A block that an earlier run may have generated already."""
+
+    done: Bool[Array, ""]  # whether it has
+    x0_BFZYX: Float[Array, "B F Z Y X"]  # its latents; not looked at otherwise
+
+
 def generate_block(
-    model: SelfForcingDiT, state: State, noise: BlockNoise, sampler: SamplerConfig
+    model: SelfForcingDiT,
+    state: State,
+    noise: BlockNoise,
+    sampler: SamplerConfig,
+    known: Known | None = None,
 ) -> tuple[State, Float[Array, "B F Z Y X"]]:
     """One step of the roll-out: compress what is due, denoise a block, remember it.
+
+    A block that is known already is not denoised again, only remembered. Whether it is, is data:
+    the clean pass of both cases is one and the same program, so a run that was interrupted and
+    goes on has, bit for bit, the cache that it would have had.
 
     Args:
         model: the transformer.
         state: donate it at the outermost jit.
         noise: the block's noise; its shape decides the number of frames.
         sampler: the few-step schedule (static).
+        known: the block, if it may be there from an earlier run.
 
     Returns:
         The state for the next block, and the block's clean latents.
     """
     noise = jax.tree.map(lambda x: x.astype(model.config.dtype), noise)
     positions_BTP, view = _look(model, state.cache, noise.start_BFZYX.shape)
-    x0_BFZYX, _ = denoise_block(model, state.text_kv, view, noise, Ladder(sampler))
+
+    def denoised():
+        return denoise_block(model, state.text_kv, view, noise, Ladder(sampler))[0]
+
+    if known is None:
+        x0_BFZYX = denoised()
+    else:
+        given = known.x0_BFZYX.astype(model.config.dtype)
+        x0_BFZYX = jax.lax.cond(known.done, lambda: given, denoised)
     timestep = sampler.context_timestep
     return _remember(model, state, view, positions_BTP, x0_BFZYX, timestep), x0_BFZYX

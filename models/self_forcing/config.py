@@ -25,6 +25,7 @@ class SelfForcingConfig:
         rope_theta: base of the RoPE frequencies.
         frames_per_block: latent frames that are denoised together.
         dtype: dtype of the weights and of the activations between the float32 islands.
+        cross_attention: implementation of attention to the prompt, see `fused_attention`.
 
     Source: Self-Forcing (arXiv 2506.08009) on Wan2.1-T2V-1.3B (arXiv 2503.20314).
     """
@@ -44,6 +45,7 @@ class SelfForcingConfig:
     rope_theta: float = 10000.0
     frames_per_block: int = 3
     dtype: DTypeLike = jnp.bfloat16
+    cross_attention: str | None = None
 
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 2:

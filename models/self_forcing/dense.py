@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.self_forcing.layers import dense_attention
-from models.self_forcing.modeling import Output, SelfForcingDiT, TextKV
-from models.self_forcing.rope import model_rope, token_positions
+from models.common.attention import fused_attention
+from models.common.tokens import token_positions
+from models.common.wan_text import TextKV
+from models.self_forcing.modeling import Output, SelfForcingDiT
+from models.self_forcing.rope import model_rope
 
 
 def block_of_frame(blocks: Sequence[int]) -> np.ndarray:
@@ -83,6 +85,6 @@ def dense_forward(
         return jnp.swapaxes(rope.rotate(jnp.swapaxes(x_BTHD, 1, 2), table), 1, 2)
 
     def attention(q_BTHD, k_BTHD, v_BTHD, _):
-        return dense_attention(rotated(q_BTHD), rotated(k_BTHD), v_BTHD, mask)
+        return fused_attention(rotated(q_BTHD), rotated(k_BTHD), v_BTHD, mask)
 
     return model(x_BFZYX, t, text_kv, attention, keep_kv=keep_kv)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from models.common.tokens import token_positions
 from models.self_forcing.config import SelfForcingConfig
-from models.self_forcing.rope import token_positions
 from qvg_jax.cache import KVCache, append
 from qvg_jax.codec import Codec, identity
 from qvg_jax.rope import Rope

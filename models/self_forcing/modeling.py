@@ -17,27 +17,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.self_forcing.config import SelfForcingConfig
-from models.self_forcing.layers import (
+from models.common.attention import fused_attention
+from models.common.patches import from_patches, to_patches
+from models.common.wan_layers import (
     AffineLayerNorm,
     FeedForward,
-    Head,
     Projections,
-    TimeEmbedding,
-    dense_attention,
     layer_norm,
     linear,
     modulate,
     modulation,
     per_frame,
 )
-
-
-class TextKV(NamedTuple):
-    """Keys and values of the prompt for every layer's cross-attention: made once per prompt."""
-
-    k_LBUHD: Float[Array, "L B U H D"]
-    v_LBUHD: Float[Array, "L B U H D"]
+from models.common.wan_text import TextConditioned, TextKV
+from models.self_forcing.config import SelfForcingConfig
+from models.self_forcing.layers import Head, TimeEmbedding
 
 
 class Output(NamedTuple):
@@ -52,7 +46,7 @@ class Block(nnx.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; modulated frame by frame."""
 
     def __init__(self, config: SelfForcingConfig, *, rngs: nnx.Rngs):
-        self.eps = config.eps
+        self.eps, self.implementation = config.eps, config.cross_attention
         self.modulation = modulation(6, config, rngs)
         self.self_attn = Projections(config, rngs=rngs)
         self.cross_norm = AffineLayerNorm(config)
@@ -100,10 +94,12 @@ class Block(nnx.Module):
         """Every token reads every text slot: padding is attended, as in training."""
         k_BUHD, v_BUHD = text_kv
         q_BTHD = self.cross_attn.query(x_BTM)
-        return self.cross_attn.output(dense_attention(q_BTHD, k_BUHD, v_BUHD))
+        return self.cross_attn.output(
+            fused_attention(q_BTHD, k_BUHD, v_BUHD, implementation=self.implementation)
+        )
 
 
-class SelfForcingDiT(nnx.Module):
+class SelfForcingDiT(TextConditioned):
     """The whole network; the layers are stacked and run by one scan."""
 
     def __init__(self, config: SelfForcingConfig, *, rngs: nnx.Rngs):
@@ -121,52 +117,10 @@ class SelfForcingDiT(nnx.Module):
         self.blocks = stack(rngs)
         self.head = Head(config, rngs=rngs)
 
-    def layer(self, index: int) -> Block:
-        """One layer taken out of the stack, to look at."""
-        graphdef, stacked = nnx.split(self.blocks)
-        return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], stacked))
-
-    def encode_text(self, text_BUE: Float[Array, "B rows E"]) -> Float[Array, "B U M"]:
-        """Zero-pads the text embedding to all slots and projects it to the model width."""
-        slots, width = self.config.text_slots, self.config.text_width
-        if text_BUE.ndim != 3 or text_BUE.shape[1] > slots or text_BUE.shape[2] != width:
-            raise ValueError(
-                f"text_BUE has shape {text_BUE.shape}; accepted: (B, at most {slots}, {width})"
-            )
-        padding = ((0, 0), (0, slots - text_BUE.shape[1]), (0, 0))
-        return self.text(jnp.pad(text_BUE.astype(self.config.dtype), padding))
-
-    def text_kv(self, text_BUE: Float[Array, "B rows E"]) -> TextKV:
-        """Cross-attention keys and values of a prompt, for all layers.
-
-        Args:
-            text_BUE: text embedding without padding, at most `text_slots` rows.
-        """
-        encoded_BUM = self.encode_text(text_BUE)
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def one_layer(_, state):
-            return None, nnx.merge(graphdef, state).cross_attn.key_value(encoded_BUM)
-
-        return TextKV(*jax.lax.scan(one_layer, None, stacked)[1])
-
     def patchify(self, x_BFZYX: Float[Array, "B F Z Y X"]) -> Float[Array, "B T M"]:
         """One token per patch of each latent frame."""
-        B, F, Z, Y, X = x_BFZYX.shape
-        rows, columns = self.config.grid(Y, X)
-        p, q = self.config.patch
-        x = x_BFZYX.astype(self.config.dtype).reshape(B, F, Z, rows, p, columns, q)
-        x = x.transpose(0, 1, 3, 5, 2, 4, 6)  # the channel is the slowest part of a patch
-        return self.patch(x.reshape(B, F * rows * columns, Z * p * q))
-
-    def unpatchify(self, y_BTO: Float[Array, "B T O"], like: tuple) -> Float[Array, "B F Z Y X"]:
-        """The head's patches as latent frames of the (F, Y, X) in the input's shape `like`."""
-        B, F, _, Y, X = like
-        rows, columns = self.config.grid(Y, X)
-        p, q = self.config.patch
-        y = y_BTO.reshape(B, F, rows, columns, p, q, -1)
-        y = y.transpose(0, 1, 6, 2, 4, 3, 5)  # the channel is the fastest part of a patch
-        return y.reshape(B, F, -1, Y, X)
+        self.config.grid(*x_BFZYX.shape[3:])
+        return self.patch(to_patches(x_BFZYX.astype(self.config.dtype), self.config.patch))
 
     def __call__(
         self,
@@ -203,5 +157,5 @@ class SelfForcingDiT(nnx.Module):
 
         layers = (stacked, text_kv, jnp.arange(self.config.layers))
         x_BTM, kv = jax.lax.scan(one_layer, self.patchify(x_BFZYX), layers)
-        flow_BFZYX = self.unpatchify(self.head(x_BTM, e_BFM), x_BFZYX.shape)
-        return Output(flow_BFZYX, *kv)
+        y_BTO = self.head(x_BTM, e_BFM)
+        return Output(from_patches(y_BTO, self.config.patch, x_BFZYX.shape[3:]), *kv)

@@ -20,7 +20,14 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from models.self_forcing.block import BlockNoise, State, draw_noise, generate_block, read_block
+from models.self_forcing.block import (
+    BlockNoise,
+    Known,
+    State,
+    draw_noise,
+    generate_block,
+    read_block,
+)
 from models.self_forcing.config import SamplerConfig
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.modeling import SelfForcingDiT
@@ -41,6 +48,10 @@ class Request:
         noise: a key for the whole video, or the noise of each generated block.
         initial_BFZYX: latents to start from, the first frames of the result: one frame for an
             image, a multiple of the block for a video to go on from.
+        done_BFZYX: latents of generated frames that an earlier run of the same request has made:
+            the first ones after `initial_BFZYX`, whole blocks. They are read, not made again. Give
+            an array (of no frames, for a new run) to be able to go on from it one day: then both
+            runs use the same program, and the later one ends in the same bits.
         first_frame_alone: see `plan_blocks`.
         capacity: latent frames that the cache is made for; None is `frames`. Videos of any length
             up to it run the same compiled program.
@@ -52,6 +63,7 @@ class Request:
     latent_width: int
     noise: PRNGKeyArray | Sequence[BlockNoise]
     initial_BFZYX: Float[Array | np.ndarray, "B F Z Y X"] | None = None
+    done_BFZYX: Float[Array | np.ndarray, "B F Z Y X"] | None = None
     first_frame_alone: bool | None = None
     capacity: int | None = None
 
@@ -158,6 +170,7 @@ class SelfForcing:
         if given_noise and len(request.noise) != len(new):
             raise ValueError(f"noise is for {len(request.noise)} blocks; accepted: {len(new)}")
         noise_of = dict(zip(new, request.noise, strict=True)) if given_noise else {}
+        known_of = _known_blocks(request, new, (config.latent_channels, *size))
 
         def run(group: tuple[Block, ...]) -> _Run:
             F = group[0].frames
@@ -165,16 +178,19 @@ class SelfForcing:
                 rows = [initial[:, b.first_frame : b.end_frame] for b in group]
                 return _Run(Partial(_reading_step, self.model), np.stack(rows), group)
             if given_noise:
-                step = _generating_step(self.sampler, None)
+                shape = None
                 xs = jax.tree.map(lambda *x: np.stack(x), *(noise_of[b] for b in group))
                 want = (len(group), B, F, config.latent_channels, *size)
                 if xs.start_BFZYX.shape != want:
                     got = xs.start_BFZYX.shape
                     raise ValueError(f"noise of a block is {got[1:]}; accepted: {want[1:]}")
             else:
-                step = _generating_step(self.sampler, (B, F, *size))
+                shape = (B, F, *size)
                 first_frames = jnp.asarray([b.first_frame for b in group])
                 xs = jax.vmap(jax.random.fold_in, (None, 0))(request.noise, first_frames)
+            if known_of:
+                xs = xs, jax.tree.map(lambda *x: np.stack(x), *(known_of[b] for b in group))
+            step = generating_step(self.sampler, shape, bool(known_of))
             return _Run(Partial(step, self.model), xs, group)
 
         kinds = itertools.groupby(blocks, key=lambda b: (b.given, b.frames))
@@ -182,14 +198,40 @@ class SelfForcing:
         return self.start(request), runs
 
 
+def _known_blocks(
+    request: Request, blocks: Sequence[Block], frame: tuple[int, int, int]
+) -> dict[Block, Known]:
+    """What is known of each block that is generated; empty if the request does not say."""
+    if request.done_BFZYX is None:
+        return {}
+    done, at, known = np.asarray(request.done_BFZYX), 0, {}
+    for block in blocks:
+        part = done[:, at : at + block.frames]
+        at += part.shape[1]
+        if 0 < part.shape[1] < block.frames:
+            break
+        empty = np.zeros((done.shape[0], block.frames, *frame), done.dtype)
+        known[block] = Known(np.bool_(part.shape[1] > 0), part if part.shape[1] else empty)
+    if at != done.shape[1] or len(known) < len(blocks) or done.shape[2:] != frame:
+        raise ValueError(
+            f"done_BFZYX has shape {done.shape}; accepted: whole blocks of the "
+            f"{sum(b.frames for b in blocks)} generated frames, each {frame}"
+        )
+    return known
+
+
 # Cached, because jit recognises a step by the identity of its function.
 @functools.cache
-def _generating_step(sampler: SamplerConfig, shape: tuple[int, ...] | None) -> Callable:
-    """step(model, state, x): x is the block's key, or its noise if `shape` is None."""
+def generating_step(
+    sampler: SamplerConfig, shape: tuple[int, ...] | None, resumable: bool = False
+) -> Callable:
+    """step(model, state, x): x is the block's key, or its noise if `shape` is None; with
+    `resumable`, (that, what is known of the block)."""
 
     def step(model, state, x):
+        x, known = x if resumable else (x, None)
         noise = x if shape is None else draw_noise(x, model.config, sampler, shape)
-        return generate_block(model, state, noise, sampler)
+        return generate_block(model, state, noise, sampler, known)
 
     return step
 

@@ -1,13 +1,7 @@
 """Stored names of umT5, Wan's and Hugging Face's, and where their tensors go."""
 
-from collections.abc import Iterable
-from pathlib import Path
-
-import jax
-from flax import nnx
-
-from models.common import Rule, linear_kernel, load
-from models.umt5.config import UMT5Config
+from models.common import Rule, linear_kernel
+from models.common.weights import Weights
 from models.umt5.modeling import UMT5
 
 _WAN = r"blocks\.(\d+)\."
@@ -56,22 +50,5 @@ RULES = (
 IGNORE = (r"decoder\..*", r"lm_head\.weight")
 
 
-def load_umt5(
-    source: str | Path | Iterable[str | Path],
-    config: UMT5Config,
-    *,
-    device: jax.Device | jax.sharding.Sharding | None = None,
-) -> UMT5:
-    """Loads the encoder from safetensors, with the names of Wan's file or of Hugging Face's.
-
-    Args:
-        source: a `.safetensors` file, a folder of shards, or several of either. The decoder of a
-            full umT5 checkpoint is left out.
-        config: structure; its `dtype` is what the stored values are cast to.
-        device: device or sharding of the parameters; default: JAX's default device.
-
-    Raises:
-        CheckpointError: names or shapes do not fit; lists all of them.
-    """
-    skeleton = nnx.eval_shape(lambda: UMT5(config, rngs=nnx.Rngs(0)))
-    return load(skeleton, source, RULES, ignore=IGNORE, device=device)
+WEIGHTS = Weights(UMT5, RULES, ignore=IGNORE)
+load_umt5 = WEIGHTS.load

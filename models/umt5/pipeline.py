@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from models.umt5.config import UMT5Config
 from models.umt5.modeling import UMT5
@@ -40,7 +40,8 @@ def borrow_umt5(
 
 
 @jax.jit
-def _encode(model, ids_BT, mask_BT):
+def encode(model: UMT5, ids_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Array:
+    """`UMT5.encode`, jitted: as it runs, and to ask for its memory."""
     return model.encode(ids_BT, mask_BT)
 
 
@@ -56,7 +57,7 @@ def encode_tokens(model: UMT5, tokens: Tokens) -> Float[Array, "B T C"]:
             f"token id {top} is outside the vocabulary of {model.config.vocabulary}: the tokenizer "
             "does not belong to these weights"
         )
-    return _encode(model, *tokens)
+    return encode(model, *tokens)
 
 
 def encode_prompts(

@@ -1,15 +1,11 @@
 """Stored names of the Wan VAE, original and diffusers, and where their tensors go."""
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
 
-from models.common import Rule, conv_kernel, load, patch_kernel, vector
-from models.wan_vae.config import WanVAEConfig
+from models.common import Rule, conv_kernel, patch_kernel, vector
+from models.common.weights import Weights
 from models.wan_vae.modeling import WanVAE
 
 
@@ -48,28 +44,6 @@ RULES = (
 )
 
 
-def load_wan_vae(
-    source: str | Path | Iterable[str | Path],
-    config: WanVAEConfig,
-    *,
-    device: jax.Device | jax.sharding.Sharding | None = None,
-) -> WanVAE:
-    """Loads the VAE from safetensors, with the original names or those of diffusers.
-
-    Args:
-        source: a `.safetensors` file, a folder of them, or several of either.
-        config: structure; its `param_dtype` is what the stored values are cast to.
-        device: device or sharding of the parameters; default: JAX's default device.
-
-    Raises:
-        CheckpointError: names or shapes do not fit; lists all of them.
-    """
-    skeleton = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-    return load(
-        skeleton, source, RULES, rename=lambda k: original_name(k, config.res_blocks), device=device
-    )
-
-
 _DIFFUSERS_BLOCK = {
     "norm1": "residual.0",
     "conv1": "residual.2",
@@ -104,3 +78,7 @@ def original_name(name: str, res_blocks: int = 2) -> str:
         lambda m: f"decoder.upsamples.{level * int(m[1]) + int(m[2] or level - 1)}.",
         name,
     )
+
+
+WEIGHTS = Weights(WanVAE, RULES, rename=lambda name, config: original_name(name, config.res_blocks))
+load_wan_vae = WEIGHTS.load

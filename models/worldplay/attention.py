@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.self_forcing.layers import dense_attention
+from models.common.attention import fused_attention
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.encoding import (
     Here,
@@ -84,7 +84,7 @@ def dense_branches(at: Here) -> Callable:
 
     def attention(q_BTHD, k_BTHD, v_BTHD, _):
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in _encoded(q_BTHD, k_BTHD, v_BTHD, at))
-        return _decoded(jnp.swapaxes(dense_attention(q, k, v), 1, 2), at)
+        return _decoded(jnp.swapaxes(fused_attention(q, k, v), 1, 2), at)
 
     return attention
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from models.self_forcing.modeling import TextKV
+from models.common.wan_text import TextKV
 from models.worldplay.attention import Sight, cached_attention, look
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
 from models.worldplay.context import context_kv

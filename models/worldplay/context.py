@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from models.self_forcing.modeling import TextKV
+from models.common.wan_text import TextKV
 from models.worldplay.attention import Running
 from models.worldplay.encoding import (
     Here,

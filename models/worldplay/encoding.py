@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.self_forcing.rope import RopeTable, rotate, token_positions, wan_rope
+from models.common.tokens import token_positions
+from models.common.wan_rope import RopeTable, rotate, wan_rope
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.prope import Camera, per_token, transform, transposed
 from qvg_jax.rope import Rope

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.self_forcing.layers import layer_norm, linear, modulate, modulation, silu
+from models.common.numerics import silu
+from models.common.wan_layers import layer_norm, linear, modulate, modulation
 from models.worldplay.config import WorldPlayConfig
 
 

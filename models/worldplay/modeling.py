@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from models.common.attention import fused_attention
+from models.common.numerics import silu
 from models.common.patches import from_patches, to_patches
-from models.self_forcing.layers import (
+from models.common.wan_layers import (
     AffineLayerNorm,
     FeedForward,
     Projections,
-    dense_attention,
     linear,
     modulation,
     per_frame,
-    silu,
 )
-from models.self_forcing.modeling import TextKV
+from models.common.wan_text import TextConditioned, TextKV
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.layers import Head, ScalarEmbedding, modulated_norm
 
@@ -91,7 +91,7 @@ class Block(nnx.Module):
 
         q_BTHD = self.cross_attn.query(self.cross_norm(x_BTM))
         # Padding is attended, as in training.
-        x_BTM = x_BTM + self.cross_attn.output(dense_attention(q_BTHD, *text_kv))
+        x_BTM = x_BTM + self.cross_attn.output(fused_attention(q_BTHD, *text_kv))
 
         y_BTM = self.ffn(modulated_norm(x_BTM, shift2, scale2, self.eps))
         return _add_gated(x_BTM, y_BTM, per_frame(gate2, tokens))
@@ -105,7 +105,7 @@ def _add_gated(x_BTM, y_BTM, gate_BTM):
     return (x_BTM.astype(jnp.float32) + y_BTM.astype(jnp.float32) * gate_BTM).astype(x_BTM.dtype)
 
 
-class WorldPlayDiT(nnx.Module):
+class WorldPlayDiT(TextConditioned):
     """The whole network; the layers are stacked and run by one scan."""
 
     def __init__(self, config: WorldPlayConfig, *, rngs: nnx.Rngs):
@@ -124,35 +124,6 @@ class WorldPlayDiT(nnx.Module):
 
         self.blocks = stack(rngs)
         self.head = Head(config, rngs=rngs)
-
-    def layer(self, index: int) -> Block:
-        """One layer taken out of the stack, to look at."""
-        graphdef, stacked = nnx.split(self.blocks)
-        return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], stacked))
-
-    def encode_text(self, text_BUE: Float[Array, "B rows E"]) -> Float[Array, "B U M"]:
-        """Zero-pads the text embedding to all slots and projects it to the model width."""
-        slots, width = self.config.text_slots, self.config.text_width
-        if text_BUE.ndim != 3 or text_BUE.shape[1] > slots or text_BUE.shape[2] != width:
-            raise ValueError(
-                f"text_BUE has shape {text_BUE.shape}; accepted: (B, at most {slots}, {width})"
-            )
-        padding = ((0, 0), (0, slots - text_BUE.shape[1]), (0, 0))
-        return self.text(jnp.pad(text_BUE.astype(self.config.dtype), padding))
-
-    def text_kv(self, text_BUE: Float[Array, "B rows E"]) -> TextKV:
-        """Cross-attention keys and values of a prompt, for all layers: once per prompt.
-
-        Args:
-            text_BUE: text embedding without padding, at most `text_slots` rows.
-        """
-        encoded_BUM = self.encode_text(text_BUE)
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def one_layer(_, state):
-            return None, nnx.merge(graphdef, state).cross_attn.key_value(encoded_BUM)
-
-        return TextKV(*jax.lax.scan(one_layer, None, stacked)[1])
 
     def patchify(self, x_BFZYX: Float[Array, "B F Z Y X"]) -> Float[Array, "B T M"]:
         """One token per patch of each latent frame.

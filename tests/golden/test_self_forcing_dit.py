@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.common.tokens import token_positions
+from models.common.wan_layers import layer_norm, modulate
+from models.common.wan_rope import axis_slots, host_table, wan_rope
 from models.self_forcing.block import cached_forward
 from models.self_forcing.config import SelfForcingConfig
 from models.self_forcing.dense import block_causal_mask, dense_forward, teacher_forcing_mask
@@ -19,9 +22,9 @@ from models.self_forcing.history import (
     make_cache,
     recall,
 )
-from models.self_forcing.layers import layer_norm, modulate, sinusoid
+from models.self_forcing.layers import sinusoid
 from models.self_forcing.params import load_dit
-from models.self_forcing.rope import axis_slots, host_table, model_rope, token_positions, wan_rope
+from models.self_forcing.rope import model_rope
 
 ATOL = 1e-4  # float32 transformer; the README's tolerance, measured distance is below 1e-5
 

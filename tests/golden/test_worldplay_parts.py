@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.self_forcing.rope import host_table, wan_rope
+from models.common.wan_rope import host_table, wan_rope
 from models.worldplay import CameraPath, SamplerConfig, action_ids, normalise, select_frames, walk
 from models.worldplay.encoding import positions
 from models.worldplay.layers import sinusoid

@@ -1,0 +1,485 @@
+"""Self-Forcing at its true size with random weights: bf16 against compressed caches, on one GPU.
+
+    python -m benchmarks.self_forcing --out DIR                 # 63 frames, two arms, all parts
+    python -m benchmarks.self_forcing --out DIR --parts arms --frames 180 --budget 600
+
+Prints a table and writes DIR/self_forcing.json; DIR/log.txt says what is going on:
+
+- arms: a video of --frames latent frames (0 for none), block by block as the command makes it, for
+  each arm with the same noise; stops after --budget seconds for each arm. Then, with a history that
+  is filled in rather than generated, single blocks at each of --histories. Arms come in the order
+  given: with the smallest cache first, the peak so far is the arm's own.
+- forward: one pass of the transformer over a block (4,680 queries) that sees 32,760 tokens.
+- limit: the end of a video of --limit-frames under --limit bytes of device memory, in a process of
+  its own: history filled in, with a compression. Its arrays have the shapes of the whole run.
+
+Most of a first run is compilation; DIR/compiled keeps it for the next one.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PARTS = ("arms", "forward", "limit")
+log = logging.getLogger("benchmark")
+
+
+def main() -> int:
+    args = _arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.child:
+        _child(args)
+        return 0
+    results: dict[str, Any] = {"command": sys.argv[1:]}
+    file = args.out / "self_forcing.json"
+    begin = time.perf_counter()
+    together = tuple(part for part in PARTS if part in args.parts and part != "limit")
+    for parts in (together, ("limit",) if "limit" in args.parts else ()):
+        if not parts:
+            continue
+        results |= _spawn(args, parts)
+        results["seconds"] = round(time.perf_counter() - begin, 1)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    print(_table(results))
+    print(f"{results['seconds']:.0f} s; wrote {file}")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--parts", type=_names, default=PARTS, help=",".join(PARTS))
+    add("--arms", type=_names, default=("qvg", "bf16"), help="codecs, smallest cache first")
+    add("--frames", type=int, default=63, help="latent frames of a whole video")
+    add("--budget", type=float, default=20, help="seconds for the blocks of an arm's video")
+    add("--histories", type=_numbers, default=(0, 60), help="latent frames before a block")
+    add("--repeats", type=int, default=2, help="blocks timed at each history, passes for forward")
+    add("--limit", type=float, default=24e9, help="bytes of device memory")
+    add("--limit-frames", type=int, default=180)
+    add("--limit-arm", default="qvg")
+    add("--height", type=int, default=480)
+    add("--width", type=int, default=832)
+    add("--layers", type=int, default=30)
+    add("--seed", type=int, default=0)
+    add("--child", type=_names, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",")) if text else ()
+
+
+def _spawn(args: argparse.Namespace, parts: tuple[str, ...]) -> dict[str, Any]:
+    """Runs parts in a process; what went wrong becomes the result."""
+    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    if "limit" in parts and (total := _device_bytes()):
+        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{args.limit / total:.5f}"
+    # Its own folder: what is in it was compiled by this benchmark, and the first run is cold.
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "compiled"))
+    cold = not any(Path(env["JAX_COMPILATION_CACHE_DIR"]).glob("*"))
+    with open(args.out / "log.txt", "a") as file:
+        argv = [sys.executable, "-m", "benchmarks.self_forcing", *sys.argv[1:]]
+        argv += ["--child", ",".join(parts)]
+        code = subprocess.run(argv, env=env, stdout=file, stderr=file).returncode
+    found = {}
+    for part in parts:
+        result = args.out / f"{part}.json"
+        if result.is_file():
+            found[part] = json.loads(result.read_text())
+            found[part]["compilation_cache_was_empty"] = cold
+            result.unlink()
+    if code:
+        tail = (args.out / "log.txt").read_text().strip().splitlines()[-1]
+        found.setdefault(parts[-1], {})["error"] = f"exit code {code}: {tail[:300]}"
+    return found
+
+
+def _device_bytes() -> int | None:
+    """Memory of the first GPU as its driver says; None without one."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        return int(float(out.split()[0]) * 2**20)
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
+
+
+# --- in the process of a part ---------------------------------------------------------------
+
+
+def _child(args: argparse.Namespace) -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    setup = Setup(args, vae=args.child != ("forward",))
+    for part in args.child:
+        result = {"device": _device()}
+        try:
+            {"forward": forward, "arms": arms, "limit": limit}[part](setup, result)
+        finally:  # what was measured before an error is kept
+            (args.out / f"{part}.json").write_text(json.dumps(result))
+
+
+def _device() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    return {
+        "kind": f"{device.platform}: {device.device_kind}",
+        "jax": jax.__version__,
+        "bytes_limit": stats.get("bytes_limit"),
+    }
+
+
+def _peak() -> int | None:
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class Setup:
+    """The networks with random weights, and a prompt."""
+
+    def __init__(self, args: argparse.Namespace, *, vae: bool = True):
+        import jax
+
+        from models.self_forcing.params import WEIGHTS
+        from models.self_forcing.parts import Sizes
+        from models.self_forcing.text import stand_in_embedding
+        from models.wan_vae.params import WEIGHTS as VAE
+        from qvg_jax import compare
+
+        self.args = args
+        sizes = Sizes.released()
+        dit = dataclasses.replace(sizes.dit, layers=args.layers)
+        self.sizes = dataclasses.replace(sizes, dit=dit)
+        self.request = compare.Request(
+            codecs=("bf16", *args.arms, args.limit_arm), height=args.height, width=args.width
+        )
+        begin = time.perf_counter()
+        self.model = jax.block_until_ready(WEIGHTS.random(dit, args.seed))
+        self.vae = jax.block_until_ready(VAE.random(sizes.vae)) if vae else None
+        self.text = stand_in_embedding("a red fox in the snow", dit)[0]
+        log.info("weights made in %.1f s", time.perf_counter() - begin)
+
+    def pipeline(self, arm: str, frames: int, capacity: int | None = None):
+        """The pipeline of an arm, and a request for a video of so many latent frames."""
+        import jax
+        import numpy as np
+
+        from models.self_forcing import Request, SelfForcing
+        from models.self_forcing.settings import settle
+
+        capacity = capacity or frames
+        plan = settle(dataclasses.replace(self.request, frames=capacity), self.sizes)
+        y, x = plan.latent
+        request = Request(
+            text_BUE=self.text,
+            frames=frames,
+            latent_height=y,
+            latent_width=x,
+            noise=jax.random.key(self.args.seed),
+            capacity=capacity,
+            # As the command runs it, which can be interrupted and go on.
+            done_BFZYX=np.zeros((1, 0, self.sizes.dit.latent_channels, y, x), self.sizes.dit.dtype),
+        )
+        return SelfForcing(self.model, history=plan.histories[arm]), request
+
+
+def forward(setup: Setup, result: dict[str, Any]) -> None:
+    """Milliseconds of one pass with 6/7 of its keys in the cache, by kind of attention."""
+    import jax
+    import jax.numpy as jnp
+
+    from models.common.attention import fused_attention
+    from models.self_forcing.block import cached_forward
+    from models.self_forcing.history import block_positions
+    from models.self_forcing.rope import model_rope
+
+    pipeline, request = setup.pipeline("bf16", 21)
+    state = pipeline.start(request)
+    dit = setup.sizes.dit
+    shape = (1, 3, dit.latent_channels, request.latent_height, request.latent_width)
+    x = jax.random.normal(jax.random.key(0), shape, dit.dtype)
+    t = jnp.full((1, 1), 500.0)
+    queries = 3 * state.cache.layout.block_tokens
+
+    @jax.jit
+    def attended(model, state, x):
+        positions = block_positions(dit, state.cache, x.shape)
+        view = state.cache.view(positions, model_rope(dit))
+        return cached_forward(model, x, t, state.text_kv, view).flow_BFZYX
+
+    @jax.jit
+    def plain(model, text_kv, x, k, v):
+        def attention(q, k_new, v_new, layer):
+            keys = jnp.concatenate([k, k_new], 1)
+            return fused_attention(q, keys, jnp.concatenate([v, v_new], 1))
+
+        return model(x, t, text_kv, attention).flow_BFZYX
+
+    state = dataclasses.replace(state, cache=_filled(state.cache, 18))
+    k = jax.random.normal(jax.random.key(1), (1, 6 * queries, dit.heads, dit.head_dim), dit.dtype)
+    result["queries"], result["keys"] = queries, 7 * queries
+    runs = {
+        "attend": lambda: attended(setup.model, state, x),
+        "dot_product_attention": lambda: plain(setup.model, state.text_kv, x, k, k),
+    }
+    for name, run in runs.items():
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        first = time.perf_counter() - begin
+        times = [_seconds(run) for _ in range(max(3, setup.args.repeats))]
+        result[name] = {
+            "first_call_seconds": round(first, 2),
+            "milliseconds": round(1e3 * statistics.median(times), 2),
+        }
+        log.info("%s: %s", name, result[name])
+
+
+def arms(setup: Setup, result: dict[str, Any]) -> None:
+    """A video for each arm, then single blocks at given histories."""
+    args = setup.args
+    result["arms"] = {}
+    for arm in args.arms:
+        found = result["arms"][arm] = {}
+        if args.frames:
+            _video(setup, arm, found)
+        for history in args.histories:
+            _block_at(setup, arm, history, found)
+        found["peak_bytes_so_far"] = _peak()
+
+
+def limit(setup: Setup, result: dict[str, Any]) -> None:
+    """The last block but one of a long video, its compression included, with little memory."""
+    args = setup.args
+    n = setup.sizes.dit.frames_per_block
+    history = args.limit_frames - 2 * n
+    history -= history % 24  # a span is due
+    result |= {"frames": args.limit_frames, "arm": args.limit_arm, "limit_bytes": args.limit}
+    found: dict[str, Any] = {}
+    _block_at(setup, args.limit_arm, history, found, frames=args.limit_frames, decoded=True)
+    result |= found | {"peak_bytes": _peak(), "ok": True}
+
+
+def _video(setup: Setup, arm: str, found: dict[str, Any]) -> None:
+    import jax
+
+    from models.self_forcing import player
+    from qvg_jax.health import cache_bytes
+
+    pipeline, request = setup.pipeline(arm, setup.args.frames, _capacity(setup))
+    size, past, blocks = [], None, []
+
+    def look(done, total, state):
+        size[:] = [cache_bytes(state.cache)]
+
+    begin = time.perf_counter()
+    for latents in pipeline.stream(request, progress=look):
+        made = time.perf_counter()
+        video, past = player.decode(setup.vae, latents, past)
+        jax.block_until_ready(video)
+        end = time.perf_counter()
+        blocks.append((made - begin, end - made))
+        log.info("%s block %d: %.3f + %.3f s", arm, len(blocks), *blocks[-1])
+        begin = time.perf_counter()
+        if sum(map(sum, blocks[1:])) > setup.args.budget:
+            break
+    found |= {
+        "block_generate_seconds": [round(a, 4) for a, _ in blocks],
+        "block_decode_seconds": [round(b, 4) for _, b in blocks],
+        "latent_frames": len(blocks) * setup.sizes.dit.frames_per_block,
+        "cache_bytes": {
+            "in_use": size[0].in_use.total,
+            "spans_in_use": size[0].in_use.spans,
+            "allocated": size[0].allocated.total,
+            "bf16_of_the_same_tokens": size[0].bf16,
+        },
+    }
+
+
+def _block_at(
+    setup: Setup,
+    arm: str,
+    history: int,
+    found: dict[str, Any],
+    *,
+    frames: int | None = None,
+    decoded: bool = False,
+) -> None:
+    """Seconds of a block after so many frames that were filled in."""
+    import jax
+    import numpy as np
+
+    from models.self_forcing import player
+    from models.self_forcing.block import Known
+    from models.self_forcing.pipeline import generating_step
+    from qvg_jax.health import cache_bytes
+    from qvg_jax.rollout import stream
+
+    n = setup.sizes.dit.frames_per_block
+    frames = _capacity(setup) if frames is None else frames
+    pipeline, request = setup.pipeline(arm, frames)
+    state = pipeline.start(request)
+    state = dataclasses.replace(state, cache=_filled(state.cache, history))
+    shape = (1, n, request.latent_height, request.latent_width)
+    step = jax.tree_util.Partial(generating_step(pipeline.sampler, shape, True), setup.model)
+    unknown = Known(np.bool_(False), np.zeros((1, n, *request.done_BFZYX.shape[2:]), "bfloat16"))
+    keys = jax.random.split(jax.random.key(1), min(1 + setup.args.repeats, (frames - history) // n))
+    times, past = [], None
+    blocks = stream(step, state, [(key, unknown) for key in keys])
+    del state
+    for _ in keys:
+        begin = time.perf_counter()
+        latents = next(blocks)
+        times.append(time.perf_counter() - begin)
+        if decoded:
+            past = jax.block_until_ready(player.decode(setup.vae, latents, past))[1]
+    size = cache_bytes(blocks.state.cache)
+    after = [round(t, 4) for t in times[1:]]
+    found.setdefault("filled", {})[str(history)] = {
+        "first_call_seconds": round(times[0], 2),
+        "seconds_of_later_blocks": after,
+        "cache_bytes_allocated": size.allocated.total,
+        "spans": int(blocks.state.cache.num_spans),
+    }
+    log.info("%s after %d frames: %s", arm, history, found["filled"][str(history)])
+
+
+def _capacity(setup: Setup) -> int:
+    """Frames that all caches of the arms are made for: one program for all of an arm."""
+    args, n = setup.args, setup.sizes.dit.frames_per_block
+    return max(args.frames, max(args.histories, default=0) + n * (1 + args.repeats))
+
+
+def _filled(cache: Any, frames: int) -> Any:
+    """The cache as after so many frames, with noise in all of it.
+
+    Noise and not zeros: a GPU multiplies zeros with less power, hence faster.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    lay = cache.layout
+    spans = 0
+    if lay.max_spans:
+        spans = min(
+            max(0, frames - lay.sink_blocks - lay.keep_recent - 1) // lay.span_blocks, lay.max_spans
+        )
+        while frames - spans * lay.span_blocks > lay.dense_blocks:
+            spans += 1
+    dense = min(frames - spans * lay.span_blocks, lay.dense_blocks)
+
+    def noise(x, seed):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            bits = jax.random.bits(jax.random.key(seed, impl="rbg"), x.shape, x.dtype)
+            return bits & 0x3F  # scales are bytes too: no NaN, and none above 2
+        make = lambda key: jax.random.normal(key, x.shape[1:], jnp.bfloat16).astype(x.dtype)  # noqa: E731
+        return jax.lax.map(make, jax.random.split(jax.random.key(seed, impl="rbg"), x.shape[0]))
+
+    names = ("dense_k", "dense_v", "span_k", "span_v")
+    arrays = {name: getattr(cache, name) for name in names}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    for x in jax.tree.leaves(arrays):
+        x.delete()  # before their successors are made: two caches may not fit
+    made = {}
+    for name in names:
+        leaves, form = jax.tree.flatten(shapes[name])
+        made[name] = jax.tree.unflatten(
+            form, [jax.jit(lambda i=i, x=x: noise(x, i))() for i, x in enumerate(leaves)]
+        )
+    count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
+    return dataclasses.replace(
+        cache, **made, dense_blocks=count(dense), num_spans=count(spans), seen_blocks=count(frames)
+    )
+
+
+def _seconds(run: Any) -> float:
+    import jax
+
+    begin = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - begin
+
+
+# --- the table ------------------------------------------------------------------------------
+
+
+def _table(results: dict[str, Any]) -> str:
+    lines = []
+    gb = lambda n: "-" if n is None else f"{n / 1e9:.2f} GB"  # noqa: E731
+    for part in PARTS:
+        if part not in results:
+            continue
+        r = results[part]
+        where = r.get("device", {}).get("kind", "?")
+        lines.append(f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else ""))
+        if part == "forward":
+            for name in ("attend", "dot_product_attention"):
+                if name in r:
+                    lines.append(
+                        f"  {r['queries']} queries, {r['keys']} keys, {name}: "
+                        f"{r[name]['milliseconds']} ms; first call {r[name]['first_call_seconds']} s"
+                    )
+        if part == "arms":
+            lines += _arm_lines(r.get("arms", {}), gb)
+        if part == "limit" and r.get("ok"):
+            lines.append(
+                f"  {r['arm']}, {r['frames']} latent frames: peak {gb(r['peak_bytes'])} of "
+                f"{gb(r['device']['bytes_limit'])}; {r['filled']}"
+            )
+    return "\n".join(lines)
+
+
+def _arm_lines(arms: dict[str, Any], gb: Any) -> list[str]:
+    lines = []
+    base = arms.get("bf16", {})
+    for name, a in arms.items():
+        if "latent_frames" in a:
+            made, decoded = a["block_generate_seconds"], a["block_decode_seconds"]
+            total = sum(made[1:]) + sum(decoded[1:])
+            line = (
+                f"  {name}: {a['latent_frames']} frames, without the first block {total:.2f} s "
+                f"({sum(made[1:]):.2f} + {sum(decoded[1:]):.2f} decoding), first block {made[0]:.1f} s, "
+                f"block 2 {made[1]:.3f} s, last {made[-1]:.3f} s"
+            )
+            if name != "bf16" and base.get("latent_frames"):
+                n = min(len(made), len(base["block_generate_seconds"]))
+                ours = sum(made[1:n]) + sum(decoded[1:n])
+                theirs = sum(base["block_generate_seconds"][1:n]) + sum(
+                    base["block_decode_seconds"][1:n]
+                )
+                line += f"; {ours / theirs:.3f}x of bf16 over {n} blocks"
+            size = a["cache_bytes"]
+            lines += [
+                line,
+                f"    cache in use {gb(size['in_use'])}, bf16 of the same tokens "
+                f"{gb(size['bf16_of_the_same_tokens'])}; allocated {gb(size['allocated'])}; "
+                f"peak so far {gb(a.get('peak_bytes_so_far'))}",
+            ]
+        for history, f in a.get("filled", {}).items():
+            times = f["seconds_of_later_blocks"]
+            lines.append(
+                f"  {name}: after {history} frames "
+                f"{statistics.median(times):.3f} s a block, {f['spans']} spans"
+                if times
+                else f"  {name}: after {history} frames {f['first_call_seconds']} s (first call)"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

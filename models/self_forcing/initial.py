@@ -1,0 +1,89 @@
+"""Videos that begin with given frames: an image, or a video to go on from."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import jax
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageOps
+
+from models.self_forcing.config import SelfForcingConfig
+from models.wan_vae import Past, WanVAE
+
+
+def initial_latents(
+    vae: WanVAE,
+    config: SelfForcingConfig,
+    path: str | Path,
+    *,
+    image: bool,
+    frames: int,
+    height: int,
+    width: int,
+) -> Float[np.ndarray, "1 F Z Y X"]:
+    """Latents of an image (one frame) or of a video (whole blocks, a ragged end is left out).
+
+    Frames are scaled to cover the size and cut around their middle. Their rate is not changed: the
+    model expects 16 frames a second.
+
+    Args:
+        vae: its encoder runs piece by piece, in constant memory.
+        config: gives the frames of a block.
+        path: any file that FFmpeg reads.
+        image: whether only the first frame is wanted.
+        frames: latent frames of the whole video; the given ones must leave room for a block.
+        height, width: of the video, in pixels.
+
+    Raises:
+        ValueError: the file cannot be read, or is too short or too long.
+    """
+    n, stride = config.frames_per_block, vae.config.temporal_stride
+    pictures = _pictures(Path(path), height, width)
+    if image:
+        first = [next(pictures)]
+        return np.asarray(_encode(vae, _stack(first), None)[0])
+    parts, past = [], None
+    most = (frames - 1) // n - 1 if frames % n else frames // n - 1
+    count = 1 + stride * (n - 1)  # the first latent frame is one picture
+    while len(piece := list(itertools.islice(pictures, count))) == count:
+        if len(parts) == most:
+            raise ValueError(
+                f"--video {path} has more than the {most * n} latent frames that leave room for a "
+                f"block of new ones in --frames {frames}; give more frames or a shorter video"
+            )
+        latents, past = _encode(vae, _stack(piece), past)
+        parts.append(np.asarray(latents))
+        count = stride * n
+    if not parts:
+        raise ValueError(
+            f"--video {path} has {len(piece)} frames; accepted: at least {count}, one block"
+        )
+    return np.concatenate(parts, axis=1)
+
+
+@functools.partial(jax.jit, donate_argnames="past")
+def _encode(vae: WanVAE, video: Any, past: Past | None) -> tuple[jax.Array, Past]:
+    return vae.encode_stream(video, past)
+
+
+def _pictures(path: Path, height: int, width: int) -> Iterator[Image.Image]:
+    try:
+        with av.open(str(path)) as file:
+            found = False
+            for frame in file.decode(video=0):
+                found = True
+                yield ImageOps.fit(frame.to_image(), (width, height), Image.Resampling.LANCZOS)
+    except (OSError, IndexError, av.FFmpegError) as error:  # some of FFmpeg's are OSErrors
+        raise ValueError(f"{path}: not readable as an image or a video ({error})") from error
+    if not found:
+        raise ValueError(f"{path}: holds no picture")
+
+
+def _stack(pictures: list[Image.Image]) -> Float[np.ndarray, "1 T 3 Y X"]:
+    video = np.stack([np.asarray(p.convert("RGB"), np.float32) for p in pictures])
+    return np.moveaxis(video / 127.5 - 1, -1, 1)[None]

@@ -1,0 +1,216 @@
+"""The main job on Self-Forcing: a prompt becomes a video, once for each kind of cache."""
+
+import dataclasses
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from models.self_forcing import player
+from models.self_forcing.config import SelfForcingConfig
+from models.self_forcing.initial import initial_latents
+from models.self_forcing.kept import Kept
+from models.self_forcing.params import WEIGHTS
+from models.self_forcing.parts import Parts, Sizes, find_parts
+from models.self_forcing.pipeline import Request, SelfForcing
+from models.self_forcing.plan import make_plan
+from models.self_forcing.schedule import Block, plan_blocks
+from models.self_forcing.settings import FRAMES, Settings, chosen_sizes, settle
+from models.self_forcing.text import embed_prompt, stand_in_embedding
+from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
+from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
+from qvg_jax import compare, presets
+from qvg_jax.compare import BASELINE, Arm, Job
+from qvg_jax.plan import Plan
+
+MODEL, RANDOM = "self-forcing", "random"
+FPS = 16
+
+log = logging.getLogger(__name__)
+
+
+def released_sizes() -> Sizes:
+    """Sizes of the networks that the command runs."""
+    return Sizes.released()
+
+
+def memory_advice(request: compare.Request) -> str:
+    """What to do when the device's memory is not enough, in words."""
+    command = f"qvg plan --model {MODEL} --frames {request.frames or FRAMES}"
+    command += f" --codec {','.join(request.codecs)} --memory SIZE"
+    return (
+        f"`{command}` says what needs it; accepted: a smaller codec, fewer --frames, --height or "
+        "--width, a --window, or no --compare, for all arms are in memory together"
+    )
+
+
+def plan(request: compare.Request, memory: int) -> Plan:
+    """What of a request fits into so many bytes; see `make_plan`."""
+    request.refuse(MODEL, "tour", "actions", "resume")
+    return make_plan(request, memory, released_sizes())
+
+
+def prepare(request: compare.Request) -> Job:
+    """Checks the request, encodes the prompt, loads transformer and VAE.
+
+    The text encoder is loaded first and gone before anything else is loaded. Caches are made when
+    the first block is.
+
+    Args:
+        request: what is wanted; `frames` are latent frames.
+
+    Returns:
+        The job; nothing has been generated yet.
+
+    Raises:
+        ValueError: a value that is not accepted, named with what would be.
+    """
+    request.refuse(MODEL, "tour", "actions")
+    for name in ("weights", "prompt"):
+        if not getattr(request, name):
+            raise ValueError(f"{name} is missing: model {MODEL} needs --{name}")
+    if request.image and request.video:
+        raise ValueError("--image and --video: give one of them")
+    parts = None if request.weights == RANDOM else find_parts(request.weights)
+    sizes = chosen_sizes(request, parts, released_sizes())
+    settings = settle(request, sizes, first_frame_alone=bool(request.image))
+    if parts:  # all files now: the last one is read when minutes have been spent on the others
+        WEIGHTS.check(parts.dit, sizes.dit)
+        VAE_WEIGHTS.check(parts.vae, sizes.vae)
+        TEXT_WEIGHTS.check(parts.text, sizes.text)
+    done = Kept(
+        request.out or "out",
+        _identity(request, settings, parts),
+        (1, sizes.dit.frames_per_block, sizes.dit.latent_channels, *settings.latent),
+        sizes.dit.dtype,
+        resume=request.resume,
+    )
+    log.info("encoding the prompt" if parts else "random weights, and a stand-in for the prompt")
+    text_BUE, said = (
+        embed_prompt(request.prompt, parts, sizes)
+        if parts
+        else stand_in_embedding(request.prompt, sizes.dit)
+    )
+    for warning in said:
+        log.warning(warning)
+    log.info("loading the transformer and the VAE")
+    model = WEIGHTS.load(parts.dit, sizes.dit) if parts else WEIGHTS.random(sizes.dit)
+    vae = VAE_WEIGHTS.load(parts.vae, sizes.vae) if parts else VAE_WEIGHTS.random(sizes.vae)
+    initial = _initial(request, settings, vae)
+    return _job(request, settings, parts, done, model, vae, text_BUE, initial)
+
+
+def _job(request, settings, parts, done, model, vae, text_BUE, initial) -> Job:
+    sizes = settings.sizes
+    generation = Request(
+        text_BUE=text_BUE,
+        frames=settings.frames,
+        latent_height=settings.latent[0],
+        latent_width=settings.latent[1],
+        noise=jax.random.fold_in(jax.random.key(request.seed), 1),
+        initial_BFZYX=initial,
+    )
+    given = 0 if initial is None else initial.shape[1]
+    blocks = plan_blocks(sizes.dit, settings.frames, initial_frames=given)
+    arms = []
+    for name, history in settings.histories.items():
+        codec = history.key_codec or presets.get(BASELINE)
+        arms.append(Arm(name=name, codec=codec, state=settings.cache(name)))
+
+    def play(arm, xs):
+        pipeline = SelfForcing(
+            model, sampler=settings.sampler, history=settings.histories[arm.name]
+        )
+        return player.play(player.Source(arm.name, pipeline, generation, vae, done), xs)
+
+    video = sizes.vae.video_frames
+    tour = video(given) if given else 0
+    return Job(
+        model=MODEL,
+        play=play,
+        arms=tuple(arms),
+        blocks=(compare.Block(block) for block in blocks),
+        cache=lambda cache: cache,
+        tour=tour,
+        frames=video(settings.frames) - tour,
+        block_frames=sizes.vae.temporal_stride * sizes.dit.frames_per_block,
+        height=settings.height,
+        width=settings.width,
+        fps=FPS,
+        truth=False,
+        config=_report(request, settings, parts, blocks, arms, tour),
+    )
+
+
+def _report(request, settings, parts, blocks: tuple[Block, ...], arms, tour) -> dict[str, Any]:
+    def described(arm: Arm) -> dict[str, Any]:
+        lay = arm.state.layout
+        return {
+            "sink_frames": lay.sink_blocks,
+            "span_frames": lay.span_blocks if lay.max_spans else 0,
+            "spans": lay.max_spans,
+            "window_frames": lay.window_blocks,
+            "tokens_of_a_frame": lay.block_tokens,
+        }
+
+    return {
+        "prompt": request.prompt,
+        "prompt_embedding": "umT5" if parts else "stand-in: noise drawn from each word",
+        "seed": request.seed,
+        "latent_frames": settings.frames,
+        "tour_frames": tour,
+        "frames": settings.sizes.vae.video_frames(settings.frames) - tour,
+        "height": settings.height,
+        "width": settings.width,
+        "blocks": len(blocks),
+        "sampler": {"steps": list(settings.sampler.steps), "shift": settings.sampler.shift},
+        "model": _plain(settings.sizes.dit),
+        "weights": parts.identity() if parts else RANDOM,
+        "caches": {arm.name: described(arm) for arm in arms},
+    }
+
+
+def _initial(request: compare.Request, settings: Settings, vae) -> np.ndarray | None:
+    path = request.image or request.video
+    if path is None:
+        return None
+    return initial_latents(
+        vae,
+        settings.sizes.dit,
+        path,
+        image=bool(request.image),
+        frames=settings.frames,
+        height=settings.height,
+        width=settings.width,
+    )
+
+
+def _identity(request: compare.Request, settings: Settings, parts: Parts | None) -> dict[str, Any]:
+    """All that an arm's latents depend on; not the length, so that a video can be made longer."""
+    given = request.image or request.video
+    return {
+        "weights": parts.identity() if parts else RANDOM,
+        "model": _plain(settings.sizes.dit),
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "height": settings.height,
+        "width": settings.width,
+        "steps": list(settings.sampler.steps),
+        "window": request.window,
+        "sink": request.sink,
+        "given": given and _sha256(given),
+    }
+
+
+def _sha256(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: not readable ({error.strerror})") from error
+
+
+def _plain(config: SelfForcingConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config) | {"dtype": np.dtype(config.dtype).name}

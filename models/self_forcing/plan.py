@@ -1,0 +1,117 @@
+"""Device memory of a run, before it runs: from shapes and from the compiled programs."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from models.common.wan_text import TextKV
+from models.self_forcing import player
+from models.self_forcing.block import Known, State
+from models.self_forcing.params import WEIGHTS
+from models.self_forcing.parts import Sizes
+from models.self_forcing.pipeline import generating_step
+from models.self_forcing.settings import Settings, chosen_sizes, settle
+from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
+from models.umt5.pipeline import encode
+from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
+from qvg_jax.compare import Request
+from qvg_jax.plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.rollout import run_chunk
+
+
+def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
+    """What each codec of a request needs, as if its arm ran alone.
+
+    Compiles the step of each arm and the decoder for the default backend; allocates nothing.
+
+    Args:
+        request: codecs, frames, size, window and sink count.
+        memory: bytes of the device, for the longest video that fits.
+        released: sizes of the networks.
+
+    Raises:
+        ValueError: a value that is not accepted, named with what would be.
+    """
+    settings = settle(request, chosen_sizes(request, None, released))
+    begin = time.perf_counter()
+    networks = {
+        "transformer": WEIGHTS.skeleton(settings.sizes.dit),
+        "VAE": VAE_WEIGHTS.skeleton(settings.sizes.vae),
+    }
+    latents = _latents(settings)
+    past = jax.eval_shape(player.decode, networks["VAE"], latents, None)[1]
+    decoding = temporary_bytes(player.decode, networks["VAE"], latents, past)
+    needs = []
+    for name in settings.histories:
+        cache = settings.cache(name)
+        held = {
+            "transformer": shape_bytes(networks["transformer"]),
+            "cache": shape_bytes(cache),
+            "prompt K/V": shape_bytes(_text_kv(settings)),
+            "VAE": shape_bytes(networks["VAE"]),
+            "decoded past": shape_bytes(past),
+        }
+        block = temporary_bytes(run_chunk, *_step(settings, networks["transformer"], cache))
+        need = Need(name=name, held=held, temporaries={"a block": block, "decoding": decoding})
+        longest = _longest(settings, need, memory)
+        needs.append(Need(**(vars(need) | {"longest": longest})))
+    before = {"text encoder": _text_bytes(settings)}
+    best = max(needs, key=lambda need: need.longest)
+    advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
+    return Plan(
+        what=f"Self-Forcing, {settings.frames} latent frames of {settings.height} x "
+        f"{settings.width}, {settings.sizes.dit.layers} layers, each codec alone",
+        before=before,
+        needs=tuple(needs),
+        backend=jax.default_backend(),
+        seconds=time.perf_counter() - begin,
+        advice=f"{advice or 'not one block'}; accepted: fewer --frames, a --window, a smaller "
+        "--height and --width, or a codec of fewer bits (`qvg codecs`)",
+    )
+
+
+def _latents(settings: Settings):
+    dit = settings.sizes.dit
+    shape = (1, dit.frames_per_block, dit.latent_channels, *settings.latent)
+    return jax.ShapeDtypeStruct(shape, dit.dtype)
+
+
+def _text_kv(settings: Settings) -> TextKV:
+    dit = settings.sizes.dit
+    shape = (dit.layers, 1, dit.text_slots, dit.heads, dit.head_dim)
+    return TextKV(*(jax.ShapeDtypeStruct(shape, dit.dtype) for _ in range(2)))
+
+
+def _step(settings: Settings, model, cache):
+    """Arguments of the program that makes a block, as the command runs it."""
+    latents = _latents(settings)
+    step = generating_step(settings.sampler, (1, latents.shape[1], *settings.latent), True)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    stacked = jax.ShapeDtypeStruct((1, *latents.shape), latents.dtype)
+    known = Known(jax.ShapeDtypeStruct((1,), jnp.bool_), stacked)
+    state = State(cache=cache, text_kv=_text_kv(settings))
+    return Partial(step, model), state, (key, known), jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def _longest(settings: Settings, need: Need, memory: int) -> int:
+    """The most latent frames that fit, if only the cache changes with them."""
+    n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
+    others = need.total - need.held["cache"]
+
+    def fits(blocks: int) -> bool:
+        return shape_bytes(settings.cache(need.name, blocks * n)) + others <= memory
+
+    low, high = 0, top // n
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * n
+
+
+def _text_bytes(settings: Settings) -> int:
+    model = TEXT_WEIGHTS.skeleton(settings.sizes.text)
+    ids = jax.ShapeDtypeStruct((1, settings.sizes.dit.text_slots), jnp.int32)
+    mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_)
+    return shape_bytes(model) + temporary_bytes(encode, model, ids, mask)
