@@ -79,8 +79,9 @@ def _generate(args: argparse.Namespace) -> int:
     from qvg_jax.progress import Bars
     from qvg_jax.report import table
 
-    request = _request(args, codecs=_codec_names(args), out=str(args.out))
     module = importlib.import_module(model)
+    args.codec = args.codec or module.DEFAULT_CODEC
+    request = _request(args, codecs=_codec_names(args), out=str(args.out))
     advice = {}
     if hasattr(module, "memory_advice"):
         advice = {"memory_advice": module.memory_advice(request)}

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from qvg_jax.cache_state import KVCache
-from qvg_jax.codec import Codec
 from qvg_jax.health import CacheBytes, CacheFullError, NonFiniteError, cache_bytes
 from qvg_jax.metrics import to_uint8
 from qvg_jax.rollout import stream
@@ -68,10 +67,9 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of keeping the cache: its name, its codec, and a state to start from."""
+    """One way of keeping the cache: its name and a state to start from."""
 
     name: str
-    codec: Codec
     state: Any  # consumed by the run; jobs with a `play` of their own may give shapes only
 
 

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="pocket-world", metavar="NAME", help=", ".join(MODELS))
     add("--frames", type=_count, metavar="N", help="to generate (240); latent frames (21)*")
     add("--seed", type=_whole, default=0, metavar="N", help="world, path and noise (0)")
-    add("--codec", default="qvg", metavar="NAME", help="of the cache; `qvg codecs` lists them")
+    add("--codec", metavar="NAME", help="of the cache (midrise-k1v3, midrise*); see `qvg codecs`")
     add("--compare", default="", metavar="NAMES", help="more codecs, such as rtn,qvg-pro")
     add("--steps", type=_count, metavar="N", help="denoising steps per block (4)")
     add("--fps", type=_count, metavar="N", help="of the video (8, 16*)")

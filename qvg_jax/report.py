@@ -29,7 +29,6 @@ class Record:
         self._job = job
         self._names = [arm.name for arm in job.arms]
         self._layouts = {arm.name: job.cache(arm.state).layout for arm in job.arms}
-        self._codecs = {arm.name: arm.codec for arm in job.arms}
         self._scores = {name: {} for name in self._names}
         self._sizes = {name: [] for name in self._names}
         self._seconds = {name: [] for name in self._names}
@@ -103,7 +102,7 @@ class Record:
         }
 
     def _arm(self, name: str) -> dict[str, Any]:
-        lay, codec, last = self._layouts[name], self._codecs[name], self._last[name]
+        lay, last = self._layouts[name], self._last[name]
         kept = last.allocated.spans
         elements = 2 * lay.layers * lay.max_spans * int(np.prod(lay.span_shape))
         if not lay.max_spans:  # all is in the window, or the history is too short for a span
@@ -113,7 +112,7 @@ class Record:
         in_use = last.in_use._asdict() | {"total": last.in_use.total}
         base = self._job.baseline and self._last[BASELINE].in_use.total
         return {
-            "codec": codec.name,
+            "codec": lay.key_codec.name,
             "bits_per_element": {
                 "from_formats": lay.span_bits,
                 "from_buffers": 8 * kept / elements,

@@ -140,7 +140,7 @@ def test_damaged_weights(kind, parts, run, tmp_path, weights):
 
 def test_weights_of_another_head_dim(run, tmp_path):
     save_weights(tmp_path / "w.safetensors", *random_params(head_dim=96))
-    code, _, err = run("--weights", str(tmp_path / "w.safetensors"))
+    code, _, err = run("--codec", "qvg", "--weights", str(tmp_path / "w.safetensors"))
     assert code == 2 and "group=64 must divide head_dim=96" in error_line(err)
 
 

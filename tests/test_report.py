@@ -63,7 +63,7 @@ def job(tour=6, frames=9, bad_block=None, names=("bf16", "coarse"), max_spans=6,
             key_codec=CODECS[name],
             value_codec=CODECS[name],
         )
-        arms.append(Arm(name=name, codec=CODECS[name], state=State(cache, jnp.float32(i * 0.1))))
+        arms.append(Arm(name=name, state=State(cache, jnp.float32(i * 0.1))))
     return Job(
         model="test",
         step=step,

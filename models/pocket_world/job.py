@@ -26,6 +26,7 @@ from qvg_jax.metrics import to_uint8
 from qvg_jax.recipes import parse_recipe
 
 MODEL = "pocket-world"
+DEFAULT_CODEC = "midrise-k1v3"  # the best in the loop, see BENCHMARKS.md
 TOUR, FRAMES, STEPS = 128, 240, 4
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
@@ -75,7 +76,7 @@ def prepare(request: Request) -> Job:
         cache = pipeline.make_cache(cfg, codec, _capacity(cfg, codec, len(path_F3)))
         # Each arm a key of its own, as states are donated; all with the same value.
         key = jax.random.wrap_key_data(jnp.array(noise))
-        arms.append(Arm(name=name, codec=codec[0], state=pipeline.WorldState(cache, key)))
+        arms.append(Arm(name=name, state=pipeline.WorldState(cache, key)))
     lay = arms[0].state.cache.layout
     return Job(
         model=MODEL,

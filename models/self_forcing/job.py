@@ -22,11 +22,12 @@ from models.self_forcing.settings import FRAMES, Settings, chosen_sizes, settle
 from models.self_forcing.text import embed_prompt, stand_in_embedding
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax import compare, presets
-from qvg_jax.compare import BASELINE, Arm, Job
+from qvg_jax import compare
+from qvg_jax.compare import Arm, Job
 from qvg_jax.plan import Plan
 
 MODEL, RANDOM = "self-forcing", "random"
+DEFAULT_CODEC = "midrise"
 FPS = 16
 
 log = logging.getLogger(__name__)
@@ -115,10 +116,7 @@ def _job(request, settings, parts, done, model, vae, text_BUE, initial) -> Job:
     )
     given = 0 if initial is None else initial.shape[1]
     blocks = plan_blocks(sizes.dit, settings.frames, initial_frames=given)
-    arms = []
-    for name, history in settings.histories.items():
-        codec = history.key_codec or presets.get(BASELINE)
-        arms.append(Arm(name=name, codec=codec, state=settings.cache(name)))
+    arms = [Arm(name=name, state=settings.cache(name)) for name in settings.histories]
 
     def play(arm, xs):
         pipeline = SelfForcing(
