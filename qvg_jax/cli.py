@@ -19,7 +19,7 @@ from qvg_jax.options import MODELS, BadInput, parser
 
 __all__ = ["main"]
 
-LONGEST_LINE = 400  # characters of an error; a checkpoint can be wrong in a hundred places
+LONGEST_LINE = 600  # characters of an error; a checkpoint can be wrong in a hundred places
 
 
 @contextlib.contextmanager

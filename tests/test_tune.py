@@ -187,6 +187,7 @@ def test_a_trial_compares_arms_with_bf16_and_each_other(tiny, tmp_path, capsys):
     assert ours["spans"] > 0 and ours["bits"] < 16 and len(ours["curve"]) == 2
     wins, losses, p = ours["against rtn"]["bf16"]
     assert wins + losses == 3 and 0 < p <= 1
+    assert (tmp_path / "trial.png").read_bytes().startswith(b"\x89PNG")
     assert ours["bf16"] < 100 and "| rtn:" in capsys.readouterr().out
 
 

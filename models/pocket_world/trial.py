@@ -3,7 +3,7 @@
 Every codec replays the oldest places of the same tours with the same noise: `--worlds` unseen worlds, `--seeds`
 tours of each, all in one batch. Each arm is compared with the world itself and with the bf16 arm, frame by
 frame, and with `--against` by paired sign tests over the tours. Arms write DIR/<n>.npz and may run as
-separate processes; `--table` only makes the table, and trial.json, of what is there.
+separate processes; `--table` only makes the table, trial.json and trial.png, of what is there.
 
 A codec is NAME or NAME:SETTING=VALUE:..., as for the command.
 """
@@ -16,12 +16,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from models.pocket_world import pipeline
 from models.pocket_world.evaluate import FIRST_WORLD, run_arm, tours
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.pipeline import Sampler
+from qvg_jax.files import replacing
 from qvg_jax.metrics import ssim, to_uint8
 from qvg_jax.recipes import parse_recipe
 
@@ -139,7 +142,27 @@ def table(out: pathlib.Path, against: list[str]) -> str:
         rows[name] = row
         lines.append(line)
     (out / "trial.json").write_text(json.dumps(rows, indent=1))
+    draw(out / "trial.png", arms, tour=0)
     return "\n".join(lines)
+
+
+def draw(path: pathlib.Path, arms: dict[str, dict], tour: int, frames: int = 7) -> None:
+    """A picture of tour number `tour`: the world, bf16, then the other arms, oldest frame left."""
+    order = sorted(arms, key=lambda name: (name != "bf16", float(arms[name]["bits"])))
+    rows = [("the world", arms[order[0]]["truth"][tour])]
+    for name in order:
+        label = f"{name.split(':')[0]}\n{float(arms[name]['bits']):.3g} bits"
+        rows.append((label, arms[name]["frames"][tour]))
+    figure = Figure((14, 1.42 * len(rows)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), frames)
+    for line, (label, shown) in zip(grid, rows, strict=True):
+        for axes, i in zip(line, np.linspace(0, len(shown) - 1, frames).astype(int), strict=True):
+            axes.imshow(shown[i], interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, fontsize=10)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})
 
 
 def main(argv=None):
