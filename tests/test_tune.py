@@ -206,6 +206,15 @@ def test_codecs_may_differ_for_k_and_v_in_a_world():
     assert three == pytest.approx(one + 2) and layout.span_bits == pytest.approx(one + 1)
 
 
+def test_keys_and_values_may_come_from_two_recipes():
+    key_codec, value_codec = pipeline.world_recipe("bf16/midrise:bits=3")
+    assert key_codec.name == "bf16" and value_codec.name == "midrise"
+    assert value_codec.bits_per_element((1, 1, 768, 128)) > 3
+    assert pipeline.world_recipe("qvg") == pipeline.world_codec("qvg")
+    with pytest.raises(ValueError, match="3 parts"):
+        pipeline.world_recipe("qvg/rtn/qvg")
+
+
 def test_the_command_captures_and_tunes(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.setattr("models.pocket_world.params.DEFAULT_WEIGHTS", tiny)
     monkeypatch.setattr("models.pocket_world.job.params.load_weights", lambda: load_weights(tiny))

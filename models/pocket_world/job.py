@@ -23,7 +23,6 @@ from qvg_jax.capture import Captured
 from qvg_jax.codec import Codec
 from qvg_jax.compare import BASELINE, Arm, Block, Job, Request
 from qvg_jax.metrics import to_uint8
-from qvg_jax.recipes import parse_recipe
 
 MODEL = "pocket-world"
 DEFAULT_CODEC = "midrise-k1v3"  # the best in the loop, see BENCHMARKS.md
@@ -125,8 +124,7 @@ def loop(recipes: list[str], span_tokens: int) -> dict[str, float]:
 
 def _codec(text: str) -> tuple[Codec, Codec]:
     """The codecs for K and V that "NAME" or "NAME:SETTING=VALUE:..." stand for, in pocket world's sizes."""
-    name, settings = parse_recipe(text)
-    return pipeline.world_codec(name, **settings)
+    return pipeline.world_recipe(text)
 
 
 def _check_finite(model: nnx.Module, weights: pathlib.Path) -> None:

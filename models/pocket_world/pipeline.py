@@ -20,6 +20,7 @@ from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import Codec
+from qvg_jax.recipes import parse_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,21 @@ def world_codec(name: str, **settings) -> tuple[Codec, Codec]:
     """
     defaults = dict(num_centroids=16) if name.startswith(("qvg", "midrise")) else {}
     return presets.pair(name, **(defaults | settings))
+
+
+def world_recipe(text: str) -> tuple[Codec, Codec]:
+    """The codecs for K and V that a user writes: a recipe, or KEYS/VALUES with one for each.
+
+    Args:
+        text: such as "qvg", "midrise:num_centroids=32" or "bf16/midrise".
+
+    Raises:
+        ValueError: more than two parts, or what `world_codec` does not accept.
+    """
+    parts = [world_codec(name, **settings) for name, settings in map(parse_recipe, text.split("/"))]
+    if len(parts) > 2:
+        raise ValueError(f"codec={text!r} has {len(parts)} parts; accepted: one, or KEYS/VALUES")
+    return parts[0][0], parts[-1][1]
 
 
 def make_cache(

@@ -5,7 +5,7 @@ tours of each, all in one batch. Each arm is compared with the world itself and 
 frame, and with `--against` by paired sign tests over the tours. Arms write DIR/<n>.npz and may run as
 separate processes; `--table` only makes the table, trial.json and trial.png, of what is there.
 
-A codec is NAME or NAME:SETTING=VALUE:..., as for the command.
+A codec is NAME or NAME:SETTING=VALUE:..., as for the command; KEYS/VALUES takes one for each.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.pipeline import Sampler
 from qvg_jax.files import replacing
 from qvg_jax.metrics import ssim, to_uint8
-from qvg_jax.recipes import parse_recipe
 
 EARLY = 8  # frames of the early window: before the arm's own frames have become its history
 
@@ -37,10 +36,9 @@ def run(model, recipe: str, args) -> dict:
     walk = tours(jax.random.key(args.key), count, args.tour, args.half_width)
     path = jnp.concatenate([walk, walk[:, : args.frames]], 1)
     worlds = FIRST_WORLD + 5000 + jnp.tile(jnp.arange(args.worlds), args.seeds)
-    name, settings = parse_recipe(recipe)
     cache = pipeline.make_cache(
         model.cfg,
-        pipeline.world_codec(name, **settings),
+        pipeline.world_recipe(recipe),
         total,
         batch=count,
         span_blocks=args.span_blocks,
@@ -188,7 +186,7 @@ def main(argv=None):
         model = load_weights(args.weights, dtype=jnp.bfloat16 if on_gpu else jnp.float32)
         for recipe in args.codecs.split(","):
             result = run(model, recipe, args)
-            name = recipe.replace(":", "+").replace("=", "_")
+            name = recipe.replace("/", "_with_").replace(":", "+").replace("=", "_")
             np.savez(args.out / f"{name}.npz", **result)
             print(f"{recipe}: {result['seconds']:.1f} s, {result['spans']} spans", flush=True)
     print(table(args.out, args.against.split(",")))
