@@ -10,6 +10,7 @@ from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress, evict
 from qvg_jax.codec import Codec, chain, identity
 from qvg_jax.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
+from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.rollout import rollout, stream
 from qvg_jax.rope import Rope, axial_rope, frequency_ladder
@@ -33,6 +34,7 @@ __all__ = [
     "compression_ratio",
     "evict",
     "frequency_ladder",
+    "grid_quantize",
     "identity",
     "kmeans_smoothing",
     "packed_bytes",
