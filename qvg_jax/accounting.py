@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from qvg_jax.codec import Codec, Packed, Shape
 
-__all__ = ["bits_per_element", "compression_ratio", "packed_bytes"]
+__all__ = ["bits_per_element", "compression_ratio", "packed_bytes", "pair_bits"]
 
 
 def _span(shape: Shape) -> Shape:
@@ -36,6 +36,11 @@ def bits_per_element(codec: Codec, shape: Shape) -> float:
         ValueError: the codec does not accept the shape.
     """
     return codec.bits_per_element(_span(shape))
+
+
+def pair_bits(pair: tuple[Codec, Codec], shape: Shape) -> float:
+    """`bits_per_element` of K and V together: the mean over (key codec, value codec)."""
+    return sum(bits_per_element(codec, shape) for codec in pair) / 2
 
 
 def compression_ratio(codec: Codec, shape: Shape, dtype: Any = jnp.bfloat16) -> float:

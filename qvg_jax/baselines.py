@@ -9,11 +9,10 @@ from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.quantize.minmax import minmax_quantize
 from qvg_jax.quantize.nvfp4 import nvfp4_quantize
-from qvg_jax.smoothing.kmeans import kmeans_smoothing
 from qvg_jax.smoothing.low_rank import low_rank_smoothing
 from qvg_jax.smoothing.rotation import rotation
 
-__all__ = ["kivi", "kmeans_asymmetric", "nvfp4", "pca", "quarot", "turboquant"]
+__all__ = ["kivi", "nvfp4", "pca", "quarot", "turboquant"]
 
 
 def kivi(
@@ -145,41 +144,3 @@ def nvfp4() -> Codec:
     Source: NVIDIA, "Introducing NVFP4" (2025); see `nvfp4_quantize` for what differs.
     """
     return chain(nvfp4_quantize())
-
-
-def kmeans_asymmetric(
-    bits: int = 2,
-    num_centroids: int = 256,
-    group: int = 128,
-    *,
-    iters: int = 2,
-    cold_iters: int = 5,
-    stages: int = 1,
-    scale_dtype: str = "e4m3",
-    centroid_dtype: str = "bfloat16",
-    warm_start: bool = True,
-) -> Codec:
-    """QVG's k-means, then asymmetric integers with all four levels, ends per 128 channels.
-
-    2.30 bits at 2 bits in a span of 37,440 tokens; the same bits as QVG, and a third less error.
-
-    Args:
-        bits, num_centroids, iters, cold_iters, stages, scale_dtype, warm_start: as in `presets.qvg`.
-        group: channels per scale and zero point.
-        centroid_dtype: as in `kmeans_smoothing`.
-
-    Returns:
-        The codec.
-
-    Source: the asymmetric mode of the released QVG code (arXiv 2602.02958).
-    """
-    smoothing = kmeans_smoothing(
-        num_centroids,
-        iters,
-        stages,
-        cold_iters=cold_iters,
-        centroid_dtype=centroid_dtype,
-        warm_start=warm_start,
-        reseed=True,
-    )
-    return chain(smoothing, residual_quantize(bits, group, "asymmetric", scale_dtype))

@@ -14,6 +14,15 @@ from qvg_jax.transform_codec import transform_codec
 __all__ = ["klt", "klt_kmeans", "klt_tiny", "kmeans_e8", "midrise", "midrise2", "midrise_1bit"]
 
 
+def _behind_kmeans(
+    quantizers: list[Codec], num_centroids: int, iters: int, stages: int, **settings: Any
+) -> tuple[Codec, Codec]:
+    """The quantizers of K and V, each behind the same k-means; unused centroids restart."""
+    smoothing = kmeans_smoothing(num_centroids, iters, stages, reseed=True, **settings)
+    key_codec, value_codec = (chain(smoothing, quantizer) for quantizer in quantizers)
+    return key_codec, value_codec
+
+
 def midrise(
     bits: int = 2,
     num_centroids: int = 256,
@@ -50,18 +59,16 @@ def midrise(
     Source: QVG's smoothing (arXiv 2602.02958); the grid and its gain: see `grid_quantize`. Not a
     published recipe.
     """
-    smoothing = kmeans_smoothing(
+    parts = ((key_bits or bits, key_gain), (value_bits or bits, value_gain))
+    quantizers = [grid_quantize(n, gain=gain, scale_dtype=scale_dtype) for n, gain in parts]
+    return _behind_kmeans(
+        quantizers,
         num_centroids,
         iters,
         stages,
         cold_iters=cold_iters,
         centroid_dtype=centroid_dtype,
         warm_start=warm_start,
-        reseed=True,
-    )
-    parts = ((key_bits or bits, key_gain), (value_bits or bits, value_gain))
-    return tuple(
-        chain(smoothing, grid_quantize(n, gain=gain, scale_dtype=scale_dtype)) for n, gain in parts
     )
 
 
@@ -109,20 +116,17 @@ def kmeans_e8(
     Source: QVG's smoothing (arXiv 2602.02958), QuIP#'s codebook (arXiv 2402.04396). Not a
     published recipe.
     """
-    smoothing = kmeans_smoothing(
+    gains = (key_gain, value_gain)
+    quantizers = [lattice_quantize(scale_dtype=scale_dtype, gain=gain) for gain in gains]
+    return _behind_kmeans(
+        quantizers,
         num_centroids,
         iters,
         stages,
         cold_iters=cold_iters,
         centroid_dtype=centroid_dtype,
         warm_start=warm_start,
-        reseed=True,
     )
-    key_codec, value_codec = (
-        chain(smoothing, lattice_quantize(scale_dtype=scale_dtype, gain=gain))
-        for gain in (key_gain, value_gain)
-    )
-    return key_codec, value_codec
 
 
 def klt(

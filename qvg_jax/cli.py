@@ -205,15 +205,14 @@ class _OneLine(logging.Formatter):
 
 def _codecs(args: argparse.Namespace) -> int:
     from qvg_jax import presets
-    from qvg_jax.accounting import bits_per_element
+    from qvg_jax.accounting import pair_bits
     from qvg_jax.report import aligned
 
     rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
     for name, constructor in (presets.PRESETS | presets.PAIRS).items():
-        pair = presets.pair(name)
         what = (constructor.__doc__ or "").strip().splitlines()[0]
         try:
-            bits = sum(bits_per_element(codec, args.shape) for codec in pair) / 2
+            bits = pair_bits(presets.pair(name), args.shape)
         except ValueError as error:
             raise BadInput(f"codec={name!r}: {error}") from error
         code = inspect.signature(constructor).parameters.get("bits")

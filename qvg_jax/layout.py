@@ -3,6 +3,7 @@
 import dataclasses
 from numbers import Integral
 
+from qvg_jax.accounting import pair_bits
 from qvg_jax.codec import Codec
 
 __all__ = ["Layout", "OVERFLOW"]
@@ -76,8 +77,7 @@ class Layout:
     @property
     def span_bits(self) -> float:
         """Bits per element of a compressed span, K and V together, from the codecs' formats."""
-        pair = (self.key_codec, self.value_codec)
-        return sum(codec.bits_per_element(self.span_shape) for codec in pair) / 2
+        return pair_bits((self.key_codec, self.value_codec), self.span_shape)
 
     @property
     def capacity_blocks(self) -> int:

@@ -9,7 +9,7 @@ def parse_recipe(text: str) -> tuple[str, dict[str, Any]]:
     """The preset's name and the settings that change it: for `presets.get(name, **settings)`.
 
     Args:
-        text: such as "qvg" or "qvg:group=32:num_centroids=64"; whole numbers become integers.
+        text: such as "qvg" or "qvg:group=32:num_centroids=64"; what reads as a number becomes one.
 
     Raises:
         ValueError: a setting that is not written SETTING=VALUE.

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qvg_jax import presets
+from qvg_jax.accounting import pair_bits
 from qvg_jax.capture import Captured, rotated
 from qvg_jax.codec import Codec
 from qvg_jax.files import replacing
@@ -53,7 +54,7 @@ class Score:
 
 
 def candidates(span_tokens: int) -> list[str]:
-    """Every preset; those with k-means with every number of centroids that a span allows."""
+    """`CLUSTERED` recipes with every number of centroids that a span allows, and `OTHERS`."""
     numbers = [k for k in CENTROIDS if k <= span_tokens // 8] or [max(1, span_tokens // 8)]
     return [f"{name}:num_centroids={k}" for name in CLUSTERED for k in numbers] + list(OTHERS)
 
@@ -100,6 +101,11 @@ def _relative(x: Any, exact: Any) -> float:
     return float(np.linalg.norm(x - exact) / max(np.linalg.norm(exact), 1e-30))
 
 
+def _pair(recipe: str) -> tuple[Codec, Codec]:
+    name, settings = parse_recipe(recipe)
+    return presets.pair(name, **settings)
+
+
 class Bench:
     """Captured tensors with their exact attention output, to score recipes on.
 
@@ -121,23 +127,29 @@ class Bench:
         k = turn(jnp.asarray(k, f32), jnp.asarray(self.captured.turn_k))
         return _outputs(q, k, jnp.asarray(v, f32))
 
-    def score(self, recipe: str) -> Score:
-        """Encodes and decodes K and V with one recipe.
+    def bits(self, recipe: str) -> float:
+        """Bits per element of one recipe on these spans, K and V together.
 
         Raises:
             ValueError: an unknown recipe, or one that these spans do not allow.
         """
-        name, settings = parse_recipe(recipe)
-        pair = presets.pair(name, **settings)
         _, batch, heads, _, dim = self.captured.k_LBHTD.shape
-        shape = (batch, heads, self.span_tokens, dim)
+        return pair_bits(_pair(recipe), (batch, heads, self.span_tokens, dim))
+
+    def score(self, recipe: str) -> Score:
+        """Encodes and decodes K and V with one recipe.
+
+        Raises:
+            ValueError: as `bits`.
+        """
+        pair = _pair(recipe)
         k, v = (
             restored(codec, x, self.span_tokens)
             for codec, x in zip(pair, (self.captured.k_LBHTD, self.captured.v_LBHTD), strict=True)
         )
         return Score(
             recipe=recipe,
-            bits=sum(codec.bits_per_element(shape) for codec in pair) / 2,
+            bits=self.bits(recipe),
             key_error=_relative(k, self.captured.k_LBHTD),
             value_error=_relative(v, self.captured.v_LBHTD),
             attention_error=_relative(self._attention(k, v), self._exact),
@@ -174,14 +186,10 @@ def tune(
         ValueError: a recipe that is unknown or not possible here, or none within the budget.
     """
     bench = Bench(captured, span_tokens)
-    _, batch, heads, _, dim = captured.k_LBHTD.shape
     scores = []
     for recipe in candidates(span_tokens) if recipes is None else recipes:
-        name, settings = parse_recipe(recipe)
-        pair = presets.pair(name, **settings)
-        shape = (batch, heads, span_tokens, dim)
         try:
-            bits = sum(codec.bits_per_element(shape) for codec in pair) / 2
+            bits = bench.bits(recipe)
         except ValueError:
             if recipes is not None:
                 raise

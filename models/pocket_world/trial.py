@@ -25,7 +25,7 @@ from models.pocket_world.evaluate import FIRST_WORLD, run_arm, tours
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.pipeline import Sampler
 from qvg_jax.files import replacing
-from qvg_jax.metrics import ssim, to_uint8
+from qvg_jax.metrics import PSNR_CAP, ssim, to_uint8
 
 EARLY = 8  # frames of the early window: before the arm's own frames have become its history
 
@@ -61,18 +61,18 @@ def run(model, recipe: str, args) -> dict:
 
 
 def psnr(a, b):
-    """dB per frame of uint8 frames [N, F, H, W, 3]; equal frames get 100 dB."""
+    """dB per frame of uint8 frames [N, F, H, W, 3]; equal frames get `PSNR_CAP`."""
     square = [
         np.mean((x.astype(np.float32) - y) ** 2, axis=(1, 2, 3)) for x, y in zip(a, b, strict=True)
     ]
-    return np.minimum(100.0, 10 * np.log10(255.0**2 / np.maximum(np.stack(square), 1e-9)))
+    return np.minimum(PSNR_CAP, 10 * np.log10(255.0**2 / np.maximum(np.stack(square), 1e-9)))
 
 
 def loop(model, recipes: list[str], span_tokens: int) -> dict[str, float]:
     """Mean dB to the bf16 run for each recipe: two short tours of one world, in seconds each.
 
     Raises:
-        ValueError: spans that are not whole blocks, or too long for at least one to be compressed.
+        ValueError: spans that are not whole blocks.
     """
     cfg = model.cfg
     span_blocks, rest = divmod(span_tokens, cfg.block_tokens)
@@ -110,7 +110,7 @@ def sign_test(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int, float]:
 
 
 def table(out: pathlib.Path, against: list[str]) -> str:
-    """A line per arm, and `out`/trial.json with everything per tour and per block."""
+    """A line per arm, and `out`/trial.json with means, sign tests and the curve over blocks."""
     arms = {}
     for path in sorted(out.glob("*.npz")):
         arm = dict(np.load(path))
