@@ -77,7 +77,8 @@ def attend(
         scale: factor of the logits; None is 1 / sqrt(D).
         implementation: "xla", anywhere; "mosaic", kernels for Hopper GPUs that decode a span into
             a bf16 workspace; "mosaic_fp8", the same with spans in e4m3, and products of them too:
-            faster, for an error small beside that of 2-bit codes. None is "xla".
+            faster, for an error small beside that of 2-bit codes. None is "mosaic" where that
+            serves the call, else "xla".
 
     Returns:
         The attention output in q's dtype.
@@ -104,7 +105,7 @@ def attend(
 def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
     """The implementation that serves this call; a named one is never replaced by another."""
     if name is None:
-        return "xla"  # until the tests of the kernels inside a scan have run on a GPU
+        return "mosaic" if is_hopper() and unsupported(view, q_BTHD, False) is None else "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {IMPLEMENTATIONS}")
     if name != "xla":

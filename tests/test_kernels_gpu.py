@@ -1,7 +1,8 @@
 """Numbers of the kernels on a Hopper GPU: `python -m pytest -n 0 -m gpu tests/test_kernels_gpu.py`.
 
-Everything is compared with a reference on the same packed bytes: 2e-3 relative in bf16; in e4m3 the
-reference rounds the same values, so differences are those of one rounding now and then.
+Everything is compared with a reference on the same packed bytes: 2e-3 relative in bf16, 4e-3 where tables of
+8 bits are one more rounding; in e4m3 the reference rounds the same values, so differences are those of one
+rounding now and then.
 """
 
 import functools
@@ -46,6 +47,8 @@ def _difference(a, b) -> float:
 def test_decoding_equals_the_reference(name, dtype, bound):
     tokens = 300  # partial tiles
     source, scheme = encoded(name, 12, tokens)
+    if name == "midrise" and dtype == jnp.bfloat16:
+        bound = 4e-3  # int8 tables times their steps are rounded to bf16 before the residual is added
     here = dict(first_row=4, rows=6, valid=tokens, dtype=dtype, unit_n=2.0 ** jnp.arange(-1.0, 5.0))
     for pairing in ("half", "interleaved"):
         keys = functools.partial(

@@ -92,7 +92,8 @@ def cached_forward(
     """
 
     def attention(q_BTHD, k_BTHD, v_BTHD, layer):
-        return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer)
+        way = model.config.attention
+        return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer, implementation=way)
 
     return model(x_BFZYX, t, text_kv, attention, keep_kv=keep_kv)
 

@@ -25,6 +25,7 @@ class SelfForcingConfig:
         rope_theta: base of the RoPE frequencies.
         frames_per_block: latent frames that are denoised together.
         dtype: dtype of the weights and of the activations between the float32 islands.
+        attention: implementation of attention to the cache, see `qvg_jax.attend`.
         cross_attention: implementation of attention to the prompt, see `fused_attention`.
 
     Source: Self-Forcing (arXiv 2506.08009) on Wan2.1-T2V-1.3B (arXiv 2503.20314).
@@ -45,6 +46,7 @@ class SelfForcingConfig:
     rope_theta: float = 10000.0
     frames_per_block: int = 3
     dtype: DTypeLike = jnp.bfloat16
+    attention: str | None = None
     cross_attention: str | None = None
 
     def __post_init__(self):
