@@ -48,7 +48,7 @@ def test_decoding_equals_the_reference(name, dtype, bound):
     tokens = 300  # partial tiles
     source, scheme = encoded(name, 12, tokens)
     if name == "midrise" and dtype == jnp.bfloat16:
-        bound = 4e-3  # int8 tables times their steps are rounded to bf16 before the residual is added
+        bound = 4e-3  # int8 tables times their steps are rounded before the residual is added
     here = dict(first_row=4, rows=6, valid=tokens, dtype=dtype, unit_n=2.0 ** jnp.arange(-1.0, 5.0))
     for pairing in ("half", "interleaved"):
         keys = functools.partial(
