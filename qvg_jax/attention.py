@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from qvg_jax.cache import KVCache
 from qvg_jax.layout import Layout
 from qvg_jax.mosaic import attend_kernels, is_hopper, unsupported
-from qvg_jax.rope import Rope
+from qvg_jax.rope import Encodings, Rope
 from qvg_jax.slots import read_slot
 from qvg_jax.view import CacheView
 
@@ -52,7 +52,7 @@ def attend(
     *,
     layer: int | Int[Array, ""] | None = None,
     positions: Float[Array, "B T P"] | Int[Array, "B T P"] | None = None,
-    rope: Rope | None = None,
+    rope: Rope | Encodings | None = None,
     scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T Hq D"]:
@@ -73,7 +73,8 @@ def attend(
         v_BTHD: the new block's values.
         layer: which layer of the cache; may be left out if it has one.
         positions: positions of the new tokens; only with a cache and a rope.
-        rope: rotation of Q and K; only with a cache. None is none.
+        rope: rotation of Q and K, or encodings of stored K and V (then H above is all of their
+            heads); only with a cache. None is none.
         scale: factor of the logits; None is 1 / sqrt(D).
         implementation: "xla", anywhere; "mosaic", kernels for Hopper GPUs that decode a span into
             a bf16 workspace; "mosaic_fp8", the same with spans in e4m3, and products of them too:
@@ -95,7 +96,7 @@ def attend(
     else:
         view = cache.view(positions, rope, precompute=False)
     lay: Layout = view.cache.layout
-    _check(lay, q_BTHD, k_BTHD, v_BTHD, layer)
+    _check(lay, view.heads, q_BTHD, k_BTHD, v_BTHD, layer)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     scale = jnp.float32(1 / math.sqrt(lay.head_dim) if scale is None else scale)
     chosen = _implementation(implementation, view, q_BTHD)
@@ -133,11 +134,11 @@ def _attend(
     lay: Layout = view.cache.layout
     q_BHTD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     k_BHTD, v_BHTD = k_BHTD.astype(q_BTHD.dtype), v_BHTD.astype(q_BTHD.dtype)
-    q_BHTD, k_BHTD = (_rotated(view, x, view.table_new) for x in (q_BHTD, k_BHTD))
+    q_BHTD, k_BHTD = view.new(q_BHTD), view.new(k_BHTD)
     # Query heads that share a key-value head become more queries of that head. In two steps, for
     # explicitly sharded heads: XLA knows how to split that axis and how to merge the others.
-    q_BHGTD = q_BHTD.reshape(lay.batch, lay.heads, -1, *q_BHTD.shape[2:])
-    q_BHQD = q_BHGTD.reshape(lay.batch, lay.heads, -1, lay.head_dim)
+    q_BHGTD = q_BHTD.reshape(lay.batch, view.heads, -1, *q_BHTD.shape[2:])
+    q_BHQD = q_BHGTD.reshape(lay.batch, view.heads, -1, lay.head_dim)
 
     # The new block comes first: all of it is visible, so the maximum is finite from here on.
     run = _visit_long(_nothing(q_BHQD), q_BHQD, k_BHTD, v_BHTD, scale)
@@ -149,26 +150,22 @@ def _attend(
     return jnp.swapaxes(out_BHTD, 1, 2).astype(q_BTHD.dtype)
 
 
-def _check(lay: Layout, q: Array, k: Array, v: Array, layer: Any) -> None:
+def _check(lay: Layout, heads: int, q: Array, k: Array, v: Array, layer: Any) -> None:
     if layer is None and lay.layers > 1:
         raise ValueError(f"layer=None; the cache has {lay.layers} layers: give an index below it")
     if isinstance(layer, int) and not 0 <= layer < lay.layers:
         raise ValueError(f"layer={layer} is not accepted: give 0 <= layer < {lay.layers}")
     tokens = q.shape[1] if q.ndim == 4 else "T"
     for name, x in (("k", k), ("v", v)):
-        want = (lay.batch, tokens, lay.heads, lay.head_dim)
+        want = (lay.batch, tokens, heads, lay.head_dim)
         if x.shape != want:
             raise ValueError(f"{name} has shape {x.shape}; accepted: {want} (B, T, H, D)")
     fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (lay.batch, lay.head_dim)
-    if not fits or q.shape[2] % lay.heads:
-        want = f"({lay.batch}, T, a multiple of {lay.heads}, {lay.head_dim})"
+    if not fits or q.shape[2] % heads:
+        want = f"({lay.batch}, T, a multiple of {heads}, {lay.head_dim})"
         raise ValueError(f"q has shape {q.shape}; accepted: {want} (B, T, Hq, D)")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q has dtype {q.dtype}; accepted: floating point")
-
-
-def _rotated(view: CacheView, x_BHTD: Array, table: Any) -> Array:
-    return x_BHTD if view.rope is None else view.rope.rotate(x_BHTD, table)
 
 
 def _nothing(q_BHQD: Array) -> _Running:
@@ -221,7 +218,8 @@ def _visit_dense(
 
         # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
         v_BHTD = jnp.where(visible[None, None, :, None], read(cache.dense_v), 0)
-        k_BHTD = _rotated(view, read(cache.dense_k), view.dense_table(start, size))
+        table = view.dense_table(start, size)
+        k_BHTD, v_BHTD = view.keys(read(cache.dense_k), table), view.values(v_BHTD, table)
         return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, visible)
 
     return lax.fori_loop(0, (valid + size - 1) // size, chunk, run)
@@ -238,10 +236,13 @@ def _visit_spans(
 
         packed_k, packed_v = (read_slot(x, layer, slot) for x in (cache.span_k, cache.span_v))
         k_BHTD = lay.key_codec.decode(packed_k, q_BHQD.dtype)
-        if view.rope is not None:
-            # Rotation reads each channel twice; without the barrier XLA decodes it twice.
-            k_BHTD = view.rope.rotate(lax.optimization_barrier(k_BHTD), view.span_table(slot))
         v_BHTD = lay.value_codec.decode(packed_v, q_BHQD.dtype)
+        if view.rope is not None:
+            table = view.span_table(slot)
+            # Rotation reads each channel twice; without the barrier XLA decodes it twice.
+            k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
+            if view.heads > lay.heads:
+                v_BHTD = view.values(lax.optimization_barrier(v_BHTD), table)
         return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, scale)
 
     return lax.fori_loop(0, cache.num_spans, span, run)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qvg_jax.codec import Codec, identity
 from qvg_jax.layout import Layout
-from qvg_jax.rope import Rope
+from qvg_jax.rope import Encodings, Rope
 from qvg_jax.slots import empty_slots
 from qvg_jax.view import CacheView, view_of
 
@@ -146,7 +146,7 @@ class KVCache:
     def view(
         self,
         positions_BTP: Float[Array, "B T P"] | None = None,
-        rope: Rope | None = None,
+        rope: Rope | Encodings | None = None,
         *,
         precompute: bool = True,
     ) -> CacheView:
@@ -162,8 +162,8 @@ class KVCache:
         It stays valid until the cache changes: the denoising steps of a block can share one.
 
         Args:
-            positions_BTP: positions of the new tokens.
-            rope: rotation of Q and K; None for none.
+            positions_BTP: positions of the new tokens; none with `Encodings`.
+            rope: rotation of Q and K, or encodings of stored K and V; None for none.
             precompute: whether to make the tables of all stored tokens now. They cost memory in
                 proportion to the capacity; False makes one span's table at a time, in each layer.
 

@@ -1,36 +1,31 @@
 """attend on the GPU kernels: from caches, codecs and ropes to the arrays that kernels know.
 
-Kernels read codes and tables; codecs and ropes are functions. Which format a codec writes, and how
-a rope pairs its channels, is found by trying: the reference decoder of the kernels must give what
-the codec's own `decode` gives. What does not agree is left to XLA.
+Spans are decoded one at a time into a workspace, which one kernel attends to. Bytes that the
+kernels know (`kernel_formats`) they decode, and rotate on the way; what else there is, other codecs
+and `Encodings` of stored K and V, XLA brings into the workspace.
 """
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.dequant_attention import finish, prepare, splits_for, visit
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values, supported
-from pallas_kernels.dequantize.reference import decoded
-from qvg_jax.codec import Codec, IdentityPacked
+from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize.types import padded
+from qvg_jax.codec import Codec
+from qvg_jax.kernel_formats import E4M3, encoded, pairing_of, scheme_of
 from qvg_jax.layout import Layout
-from qvg_jax.quantize.grid import GridPacked
-from qvg_jax.quantize.integer import IntegerPacked
-from qvg_jax.rope import Rope
-from qvg_jax.slots import Float8Bytes
-from qvg_jax.smoothing.kmeans import KMeansPacked
+from qvg_jax.rope import Encodings, Rope
+from qvg_jax.slots import read_slot
 from qvg_jax.view import CacheView
 
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
-
-E4M3 = jnp.float8_e4m3fn
 
 
 def is_hopper() -> bool:
@@ -51,137 +46,9 @@ def unsupported(view: CacheView, q_BTHD: Array, narrow: bool) -> str | None:
             return f"{name} has dtype {x.dtype}; the kernels read bfloat16"
     if not jax.typeof(q_BTHD).sharding.mesh.empty:
         return "arrays with explicit sharding"
-    if view.rope is not None and _pairing(view.rope, lay.head_dim, lay.pos_dims) is None:
-        return "this rope's rotation is not one of channel pairs by a cosine and a sine"
-    if not lay.max_spans:
-        return None
     for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
-        scheme = _scheme(codec, lay.head_dim)
-        if isinstance(scheme, str):
-            return f"{name} codec {codec.name}: {scheme}"
-        if narrow and scheme is None:
+        if narrow and lay.max_spans and scheme_of(codec, lay.head_dim) is None:
             return f"{name} codec {codec.name}: e4m3 attention needs a bound that codes give"
-    return None
-
-
-@functools.lru_cache(maxsize=64)
-def _scheme(codec: Codec, head_dim: int) -> Scheme | None | str:
-    """How the codec's bytes decode; None for plain bf16, a reason if the kernels cannot."""
-    try:
-        shape = (1, 1, 256, head_dim)
-        span = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        form = jax.eval_shape(lambda x: codec.encode(x, codec.init(shape, x.dtype))[0], span)
-    except ValueError as error:
-        return str(error)
-    parts = _parts(form)
-    if isinstance(parts, str):
-        return parts
-    kmeans, last = parts
-    if isinstance(last, IdentityPacked):
-        values = last.values_BHTD
-        return None if values.dtype == jnp.bfloat16 else f"values are stored in {values.dtype}"
-    if last.scales_BHTG.dtype != E4M3:
-        return f"scales are stored in {last.scales_BHTG.dtype}; the kernels read e4m3"
-    if getattr(last, "zeros_BHTG", None) is not None:
-        return "it has zero points"
-    bits = 8 * last.codes_BHTC.shape[-1] // head_dim
-    stages = 0 if kmeans is None else kmeans.ids_BHST.shape[2]
-    group = head_dim // last.scales_BHTG.shape[-1]
-    for offset in (2 ** max(bits - 1, 0) - 1, (2**bits - 1) / 2):
-        scheme = Scheme(bits=bits, group=group, offset=offset, stages=stages)
-        source = jax.eval_shape(_encoded, form)
-        if (why := supported(source, scheme)) is not None:
-            return why
-        if _agrees(codec, form, scheme):
-            return scheme
-    return "its codes do not stand for equally spaced levels"
-
-
-def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
-    """Whether random bytes mean the same to the codec and to the kernels' reference."""
-    rng = np.random.default_rng(0)
-
-    def fill(x: Any) -> Array:
-        if x.dtype == E4M3:
-            return jnp.asarray(rng.uniform(0.5, 2.0, x.shape), jnp.float32).astype(E4M3)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.asarray(rng.standard_normal(x.shape), jnp.float32).astype(x.dtype)
-        low, high = (-2, 2) if x.dtype == jnp.int8 else (0, 255)
-        return jnp.asarray(rng.integers(low, high, x.shape)).astype(x.dtype)
-
-    with jax.ensure_compile_time_eval():
-        packed = jax.tree.map(fill, form)
-        if (kmeans := _parts(packed)[0]) is not None:
-            ids = kmeans.ids_BHST % kmeans.centroids_BHSKD.shape[3]
-            at = next(i for i, node in enumerate(packed) if node is kmeans)
-            packed = (*packed[:at], kmeans._replace(ids_BHST=ids), *packed[at + 1 :])
-        theirs = codec.decode(packed, jnp.float32)[0]
-        ours = decoded(_encoded(packed), scheme, jnp.int32(0), 1)
-        return bool(jnp.allclose(ours, theirs, rtol=1e-5, atol=1e-5))
-
-
-def _parts(packed: Any) -> tuple[KMeansPacked | None, Any] | str:
-    """The one or two nodes of a packed span that the kernels know."""
-    nodes = packed if type(packed) is tuple else (packed,)
-    *before, last = nodes
-    known = isinstance(last, IntegerPacked | GridPacked) and all(
-        isinstance(b, KMeansPacked) for b in before
-    )
-    if isinstance(last, IdentityPacked) and not before:
-        return None, last
-    if not known or len(before) > 1:
-        names = " > ".join(type(n).__name__ for n in nodes)
-        return f"{names}; the kernels read k-means (once) and integer or grid codes"
-    return (before[0] if before else None), last
-
-
-def _encoded(packed: Any) -> Encoded | Array:
-    """Arrays with all leading axes in one; float8 as bytes."""
-    kmeans, last = _parts(packed)
-    flat = lambda x, keep: x.reshape(-1, *x.shape[x.ndim - keep :])  # noqa: E731
-    if isinstance(last, IdentityPacked):
-        return flat(last.values_BHTD, 2)
-    exponents = getattr(last, "exponents_BH", None)
-    steps = None if kmeans is None else kmeans.steps_BHS
-    return Encoded(
-        codes_RTC=flat(last.codes_BHTC, 2),
-        scales_RTG=flat(_bytes(last.scales_BHTG), 2),
-        ids_RST=None if kmeans is None else flat(kmeans.ids_BHST, 2),
-        centroids_RSKD=None if kmeans is None else flat(_bytes(kmeans.centroids_BHSKD), 3),
-        exponents_R=None if exponents is None else exponents.reshape(-1),
-        steps_RS=None if steps is None else flat(steps, 1 if steps.dtype == jnp.int8 else 2),
-    )
-
-
-def _bytes(x: Any) -> Array:
-    """The array, or the bytes of a float8 one, in a slot or not."""
-    if isinstance(x, Float8Bytes):
-        return x.bytes_x
-    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == E4M3 else x
-
-
-@functools.lru_cache(maxsize=64)
-def _pairing(rope: Rope, head_dim: int, pos_dims: int) -> str | None:
-    """Which channels the rope turns together, or None if its tables are something else."""
-    form = jax.eval_shape(rope.table, jax.ShapeDtypeStruct((1, 4, pos_dims), jnp.float32))
-    want = jax.ShapeDtypeStruct((1, 4, head_dim // 2), jnp.float32)
-    if (
-        not isinstance(form, tuple)
-        or [(f.shape, f.dtype) for f in form] != [(want.shape, want.dtype)] * 2
-    ):
-        return None
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    with jax.ensure_compile_time_eval():
-        x, tables = draw(1, 1, 4, head_dim), (draw(1, 4, head_dim // 2), draw(1, 4, head_dim // 2))
-        theirs = rope.rotate(x, tables)[0]
-        for pairing in ("half", "interleaved"):
-            ours = decode_keys(
-                x[0].astype(jnp.float32), None, first_row=0, rows=1, valid=4, dtype=jnp.bfloat16,
-                unit_n=jnp.ones(1), tables=tables, pairing=pairing, implementation="reference",
-            )  # fmt: skip
-            if bool(jnp.allclose(ours[:, :4].astype(jnp.float32), theirs, rtol=1e-2, atol=2e-2)):
-                return pairing
     return None
 
 
@@ -197,7 +64,7 @@ class _Spans:
 def _spans(
     slots: Any, codec: Codec, lay: Layout, layer: Array, turned: bool, narrow: bool
 ) -> _Spans:
-    source, scheme = _encoded(slots), _scheme(codec, lay.head_dim)
+    source, scheme = encoded(slots), scheme_of(codec, lay.head_dim)
     rows = lay.max_spans * lay.batch * lay.heads
     if not narrow:
         return _Spans(source, scheme, jnp.ones((rows,), jnp.float32))
@@ -219,6 +86,39 @@ def _unit(bound: Array) -> Array:
     return jnp.exp2(jnp.ceil(jnp.log2(jnp.where(bound > 0, bound, 1))))
 
 
+def _by_kernels(view: CacheView) -> bool:
+    """Whether the kernels turn stored bytes into what attention reads, and XLA nothing of it."""
+    lay: Layout = view.cache.layout
+    codecs = (lay.key_codec, lay.value_codec) if lay.max_spans else ()
+    known = not any(isinstance(scheme_of(c, lay.head_dim), str) for c in codecs)
+    return known and _turned_by_kernels(view)
+
+
+def _turned_by_kernels(view: CacheView) -> bool:
+    if isinstance(view.rope, Encodings):
+        return False
+    return view.rope is None or _pairing(view) is not None
+
+
+def _pairing(view: CacheView) -> str | None:
+    lay: Layout = view.cache.layout
+    if not isinstance(view.rope, Rope):
+        return "half"
+    return pairing_of(view.rope, lay.head_dim, lay.pos_dims)
+
+
+def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: Any) -> Array:
+    """Keys or values, padded to a workspace, through an encoding: rows of all its heads."""
+    more = padded(x_BHTD.shape[2]) - x_BHTD.shape[2]
+    x_BHTD = jnp.pad(x_BHTD, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    def pad(t):
+        return jnp.pad(t, ((0, 0), (0, x_BHTD.shape[2] - t.shape[1])) + ((0, 0),) * (t.ndim - 2))
+
+    y_BCTD = encode(x_BHTD, jax.tree.map(pad, table))
+    return y_BCTD.reshape(-1, *y_BCTD.shape[2:])
+
+
 def attend_kernels(
     q_BTHD: Array,
     view: CacheView,
@@ -236,12 +136,10 @@ def attend_kernels(
     nothing bounds their values but a pass over them.
     """
     cache, lay = view.cache, view.cache.layout
-    rows, bf16 = lay.batch * lay.heads, jnp.bfloat16
-    pairing = _pairing(view.rope, lay.head_dim, lay.pos_dims) if view.rope is not None else "half"
-    turn = lambda x, t: x if view.rope is None else view.rope.rotate(x, t)  # noqa: E731
+    rows, bf16 = lay.batch * view.heads, jnp.bfloat16
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
-    q, k = turn(q, view.table_new), turn(k.astype(bf16), view.table_new)
-    group = q.shape[1] // lay.heads
+    q, k = view.new(q), view.new(k.astype(bf16))
+    group = q.shape[1] // view.heads
     q_nQD = q.reshape(rows, -1, lay.head_dim)
     queries = q_nQD.shape[1]
     wide = prepare(q_nQD, scale, bf16)
@@ -249,57 +147,117 @@ def attend_kernels(
     dtype = asked.q_nQD.dtype
     typical = lay.span_tokens if lay.max_spans else k.shape[2]
     splits = splits_for(rows, queries, typical, max(1, lay.max_spans), narrow)
-    ones = jnp.ones((rows,), jnp.float32)
-
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-    k_nTD, v_nTD = flat(k), flat(v.astype(bf16))
-    units = [_unit(jnp.abs(x).max(axis=(1, 2))) if narrow else ones for x in (k_nTD, v_nTD)]
-    here = dict(first_row=0, rows=rows, valid=k.shape[2], dtype=dtype)
-    k_new = decode_keys(k_nTD, None, **here, unit_n=units[0], batch=lay.batch)
-    v_new = decode_values(v_nTD, None, **here, unit_n=units[1])
+    units, k_new, v_new = _workspace(flat(k), flat(v.astype(bf16)), k.shape[2], dtype)
     state = visit(
         asked, k_new, v_new, k.shape[2], k_unit_n=units[0], v_unit_n=units[1], splits=splits
     )
     refs = [jax.new_ref(x) for x in state]
 
     valid = cache.dense_blocks * lay.block_tokens
-    here = dict(first_row=layer * rows, rows=rows, valid=valid, dtype=bf16, unit_n=ones)
-    tables = view.dense_table(0, cache.dense_pos.shape[1])
-    k_dense = decode_keys(
-        flat(cache.dense_k), None, **here, tables=tables, batch=lay.batch, pairing=pairing
-    )
-    v_dense = decode_values(flat(cache.dense_v), None, **here)
+    k_dense, v_dense = _dense(view, layer, valid)
     visit(wide, k_dense, v_dense, valid, state=refs, splits=splits)
 
     if lay.max_spans:
-        turned = view.rope is not None
-        keys = _spans(cache.span_k, lay.key_codec, lay, layer, turned, narrow)
-        values = _spans(cache.span_v, lay.value_codec, lay, layer, False, narrow)
+        read = (_span_reader if _by_kernels(view) else _xla_span_reader)(view, layer, dtype)
 
         def span(i, done):
-            slot = (cache.first_span + i) % lay.max_spans
-            here = dict(rows=rows, valid=lay.span_tokens, dtype=dtype)
-            here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
-            unit_k, unit_v = (
-                lax.dynamic_slice_in_dim(x.unit_R, slot * rows, rows) for x in (keys, values)
-            )
-            tables, first = None, 0
-            if turned and view.table_spans is None:
-                tables = view.span_table(slot)
-            elif turned:
-                tables, first = jax.tree.map(flat, view.table_spans), slot * lay.batch
-            k_span = decode_keys(
-                keys.source, keys.scheme, **here, unit_n=unit_k, tables=tables,
-                first_table=first, batch=lay.batch, pairing=pairing,
-            )  # fmt: skip
-            v_span = decode_values(values.source, values.scheme, **here, unit_n=unit_v)
+            units, k_span, v_span = read((cache.first_span + i) % lay.max_spans)
             visit(
-                asked, k_span, v_span, lay.span_tokens, k_unit_n=unit_k, v_unit_n=unit_v,
+                asked, k_span, v_span, lay.span_tokens, k_unit_n=units[0], v_unit_n=units[1],
                 state=refs, splits=splits,
             )  # fmt: skip
             return done
 
         lax.fori_loop(0, cache.num_spans, span, jnp.int32(0))
     out_nQD = finish([r[...] for r in refs], queries)
-    out = out_nQD.reshape(lay.batch, lay.heads * group, -1, lay.head_dim)
+    out = out_nQD.reshape(lay.batch, view.heads * group, -1, lay.head_dim)
     return jnp.swapaxes(out, 1, 2).astype(q_BTHD.dtype)
+
+
+def _workspace(k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any) -> tuple[Any, Array, Array]:
+    """((unit of keys, of values), keys, values) of bf16 ones; units are 1 in bf16."""
+    narrow, rows = dtype != jnp.bfloat16, k_nTD.shape[0]
+    units = [
+        _unit(jnp.abs(x).max(axis=(1, 2))) if narrow else jnp.ones((rows,), jnp.float32)
+        for x in (k_nTD, v_nTD)
+    ]
+    here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype)
+    k = decode_keys(k_nTD, None, **here, unit_n=units[0])
+    return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
+
+
+def _dense(view: CacheView, layer: Array, valid: Array) -> tuple[Array, Array]:
+    """Workspaces of sink and window, in bf16."""
+    cache, lay = view.cache, view.cache.layout
+    rows = lay.batch * lay.heads
+    here = dict(first_row=layer * rows, rows=rows, valid=valid, dtype=jnp.bfloat16)
+    here |= dict(unit_n=jnp.ones((rows,), jnp.float32))
+    flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
+    table = view.dense_table(0, cache.dense_pos.shape[1])
+    turned = _turned_by_kernels(view)
+    tables = dict(tables=table, pairing=_pairing(view)) if turned else {}
+    k_nWD = decode_keys(flat(cache.dense_k), None, **here, **tables, batch=lay.batch)
+    v_nWD = decode_values(flat(cache.dense_v), None, **here)
+    if turned:
+        return k_nWD, v_nWD
+    heads = lambda x: x.reshape(lay.batch, lay.heads, *x.shape[1:])  # noqa: E731
+    k_nWD = _through_xla(view.keys, heads(k_nWD), table)
+    return k_nWD, _through_xla(view.values, heads(v_nWD), table)
+
+
+def _span_reader(view: CacheView, layer: Array, dtype: Any) -> Callable[[Array], Any]:
+    """read(slot): units and workspaces of a span, decoded and rotated by the kernels."""
+    cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
+    rows, turned = lay.batch * lay.heads, view.rope is not None
+    keys = _spans(cache.span_k, lay.key_codec, lay, layer, turned, narrow)
+    values = _spans(cache.span_v, lay.value_codec, lay, layer, False, narrow)
+
+    def read(slot):
+        here = dict(rows=rows, valid=lay.span_tokens, dtype=dtype)
+        here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
+        units = [lax.dynamic_slice_in_dim(x.unit_R, slot * rows, rows) for x in (keys, values)]
+        tables, first = None, 0
+        if turned and view.table_spans is None:
+            tables = view.span_table(slot)
+        elif turned:
+            flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
+            tables, first = jax.tree.map(flat, view.table_spans), slot * lay.batch
+        k_span = decode_keys(
+            keys.source, keys.scheme, **here, unit_n=units[0], tables=tables,
+            first_table=first, batch=lay.batch, pairing=_pairing(view),
+        )  # fmt: skip
+        return units, k_span, decode_values(values.source, values.scheme, **here, unit_n=units[1])
+
+    return read
+
+
+def _xla_span_reader(view: CacheView, layer: Array, dtype: Any) -> Callable[[Array], Any]:
+    """The same for other codecs and encodings: what the kernels cannot do, XLA does."""
+    cache, lay = view.cache, view.cache.layout
+    rows = lay.batch * lay.heads
+
+    def stored(codec, slots, decode, slot):
+        scheme = scheme_of(codec, lay.head_dim)
+        if isinstance(scheme, str):
+            return codec.decode(read_slot(slots, layer, slot), jnp.bfloat16)
+        x_nWD = decode(
+            encoded(slots), scheme, first_row=(layer * lay.max_spans + slot) * rows, rows=rows,
+            valid=lay.span_tokens, dtype=jnp.bfloat16, unit_n=jnp.ones((rows,), jnp.float32),
+        )  # fmt: skip
+        return x_nWD.reshape(lay.batch, lay.heads, *x_nWD.shape[1:])
+
+    def read(slot):
+        table = view.span_table(slot)
+        k_BHTD = stored(lay.key_codec, cache.span_k, decode_keys, slot)
+        v_BHTD = stored(lay.value_codec, cache.span_v, decode_values, slot)
+        # An encoding reads each channel more than once; without the barrier XLA decodes it again.
+        k_BHTD, v_BHTD = lax.optimization_barrier((k_BHTD, v_BHTD))
+        k_nWD = _through_xla(view.keys, k_BHTD, table)
+        v_nWD = _through_xla(view.values, v_BHTD, table)
+        if dtype != jnp.bfloat16:
+            return _workspace(k_nWD, v_nWD, lay.span_tokens, dtype)
+        ones = jnp.ones((k_nWD.shape[0],), jnp.float32)
+        return (ones, ones), k_nWD, v_nWD
+
+    return read

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["Rope", "axial_rope", "frequency_ladder"]
+__all__ = ["Encodings", "Rope", "axial_rope", "frequency_ladder"]
 
 
 class Rope(NamedTuple):
@@ -29,6 +29,27 @@ class Rope(NamedTuple):
 
     table: Callable[[Array], Any]
     rotate: Callable[[Array, Any], Array]
+
+
+class Encodings(NamedTuple):
+    """Several encodings of one stored k and v, made when they are read.
+
+    For models that attend more than once over the same k and v, each time encoded in another way:
+    the cache keeps H heads, and attention reads C = copies H of them. New tokens and queries come
+    to `attend` with all their heads encoded.
+
+    Attributes:
+        table: as of a `Rope`.
+        keys: `keys(k_BHTD, table) -> k_BCTD`, the encodings of a head next to each other; keeps
+            the dtype, and zeros stay zeros.
+        values: `values(v_BHTD, table) -> v_BCTD`, likewise.
+        copies: C / H.
+    """
+
+    table: Callable[[Array], Any]
+    keys: Callable[[Array, Any], Array]
+    values: Callable[[Array, Any], Array]
+    copies: int
 
 
 def frequency_ladder(channels: int, theta: float = 10000.0) -> tuple[float, ...]:

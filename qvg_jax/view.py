@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from qvg_jax.layout import Layout
-from qvg_jax.rope import Rope
+from qvg_jax.rope import Encodings, Rope
 
 if TYPE_CHECKING:
     from qvg_jax.cache_state import KVCache
@@ -26,7 +26,30 @@ class CacheView:
     table_new: Any  # rope table of the new tokens, leaves [B, T, ...]; None without rope
     table_dense: Any  # of sink and window, leaves [B, T, ...]; None if not precomputed
     table_spans: Any  # of all slots, leaves [N, B, T, ...]; None if not precomputed
-    rope: Rope | None = dataclasses.field(metadata=dict(static=True))
+    rope: Rope | Encodings | None = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def heads(self) -> int:
+        """Key-value heads that attention sees."""
+        copies = self.rope.copies if isinstance(self.rope, Encodings) else 1
+        return copies * self.cache.layout.heads
+
+    def new(self, x_BHTD: Array) -> Array:
+        """Queries or keys of the new tokens as attention multiplies them."""
+        return self.rope.rotate(x_BHTD, self.table_new) if isinstance(self.rope, Rope) else x_BHTD
+
+    def keys(self, k_BHTD: Array, table: Any) -> Array:
+        """Stored keys as attention reads them."""
+        if self.rope is None:
+            return k_BHTD
+        turn = self.rope.keys if isinstance(self.rope, Encodings) else self.rope.rotate
+        return turn(k_BHTD, table)
+
+    def values(self, v_BHTD: Array, table: Any) -> Array:
+        """Stored values as attention reads them."""
+        if not isinstance(self.rope, Encodings):
+            return v_BHTD
+        return self.rope.values(v_BHTD, table)
 
     def dense_table(self, start: Array, size: int) -> Any:
         """Rope table of `size` tokens of the dense buffer; None without rope."""
@@ -58,31 +81,38 @@ def checked_positions(lay: Layout, positions_BTP: Array | None, tokens: int) -> 
 
 
 def view_of(
-    cache: "KVCache", positions_BTP: Array | None, rope: Rope | None, precompute: bool
+    cache: "KVCache",
+    positions_BTP: Array | None,
+    rope: Rope | Encodings | None,
+    precompute: bool,
 ) -> CacheView:
     """The view behind `KVCache.view`, which documents the arguments."""
     lay = cache.layout
     if rope is None:
         return CacheView(cache=cache, table_new=None, table_dense=None, table_spans=None, rope=None)
-    if positions_BTP is None:
-        raise ValueError(
-            "positions=None with a rope: give the positions (B, T, P) of the new tokens"
-        )
     if not lay.pos_dims:
         raise ValueError("pos_dims=0: the cache stores no positions, so nothing can be rotated")
-    positions_BTP = jnp.asarray(positions_BTP)
-    tokens = positions_BTP.shape[1] if positions_BTP.ndim == 3 else lay.block_tokens
-    new = checked_positions(lay, positions_BTP, tokens)
+    table_new = None
+    if isinstance(rope, Rope):
+        if positions_BTP is None:
+            raise ValueError(
+                "positions=None with a rope: give the positions (B, T, P) of the new tokens"
+            )
+        positions_BTP = jnp.asarray(positions_BTP)
+        tokens = positions_BTP.shape[1] if positions_BTP.ndim == 3 else lay.block_tokens
+        table_new = rope.table(checked_positions(lay, positions_BTP, tokens))
+    elif positions_BTP is not None:
+        raise ValueError("positions with Encodings: new tokens come encoded; leave them out")
     return CacheView(
         cache=cache,
-        table_new=rope.table(new),
+        table_new=table_new,
         table_dense=rope.table(cache.dense_pos) if precompute else None,
         table_spans=_span_tables(cache, rope) if precompute and lay.max_spans else None,
         rope=rope,
     )
 
 
-def _span_tables(cache: "KVCache", rope: Rope) -> Any:
+def _span_tables(cache: "KVCache", rope: Rope | Encodings) -> Any:
     """Tables of the valid spans, leaves [N, B, T, ...].
 
     A loop over the valid ones: sine and cosine of empty slots would cost as much as full ones.

@@ -1,6 +1,7 @@
 """Formats, packed rows and caches for the kernel tests, on any device."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from qvg_jax import presets
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import Codec, chain
 from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.rope import axial_rope, frequency_ladder
+from qvg_jax.rope import Encodings, axial_rope, frequency_ladder
 from qvg_jax.smoothing import kmeans_smoothing
 
 E4M3 = jnp.float8_e4m3fn
@@ -87,6 +88,21 @@ def filled_cache(codec, *, layers=2, heads=2, block=96, blocks=7, **settings) ->
 def positions(i: int, block: int) -> jax.Array:
     t = i * block + np.arange(block)
     return jnp.asarray(np.stack([t // 16, t % 16 // 4, t % 4], -1)[None], jnp.float32)
+
+
+@functools.cache
+def encodings() -> Encodings:
+    """Two encodings: both rotations of k, and v beside v turned."""
+
+    def both(a_BHTD, b_BHTD):
+        return jnp.stack([a_BHTD, b_BHTD], 2).reshape(a_BHTD.shape[0], -1, *a_BHTD.shape[2:])
+
+    return Encodings(
+        HALF.table,
+        lambda k, t: both(HALF.rotate(k, t), INTERLEAVED.rotate(k, t)),
+        lambda v, t: both(v, INTERLEAVED.rotate(v, t)),
+        2,
+    )
 
 
 def codecs() -> dict:

@@ -48,11 +48,11 @@ def test_pieces_change_nothing():
 def test_where_cudnn_fails_the_default_does_without(monkeypatch):
     """Also in the middle of a trace, where the trial must run at once."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    attention._cudnn_works.cache_clear()
+    attention.cudnn_works.cache_clear()
     q, k, v = arrays(D=8, dtype=jnp.bfloat16)
     got = jax.jit(fused_attention)(q, k, v)
-    assert attention._cudnn_works.cache_info().misses == 1
+    assert attention.cudnn_works.cache_info().misses == 1
     np.testing.assert_allclose(got.astype(jnp.float32), wanted(q, k, v), rtol=0, atol=0.03)
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
         jax.block_until_ready(fused_attention(q, k, v, implementation="cudnn"))
-    attention._cudnn_works.cache_clear()
+    attention.cudnn_works.cache_clear()

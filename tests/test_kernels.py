@@ -19,6 +19,8 @@ from pallas_kernels.dequantize.reference import key_row_of_token
 from qvg_jax import mosaic, presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, evict
+from qvg_jax.kernel_formats import encoded as encoded_of
+from qvg_jax.kernel_formats import pairing_of, scheme_of
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.rope import Rope
 from tests.kernel_cases import (
@@ -28,6 +30,7 @@ from tests.kernel_cases import (
     INTERLEAVED,
     codecs,
     encoded,
+    encodings,
     filled_cache,
     positions,
     turns,
@@ -199,20 +202,20 @@ def test_formats_are_recognised_by_what_decode_gives():
         "bf16": None,
     }
     for name, scheme in want.items():
-        assert mosaic._scheme(codecs()[name], 128) == scheme
+        assert scheme_of(codecs()[name], 128) == scheme
     for codec in codecs()["midrise, int8 tables"]:
-        assert mosaic._scheme(codec, 128) == want["midrise"]
+        assert scheme_of(codec, 128) == want["midrise"]
     for codec in (grid_quantize(grid="lloyd_max"), presets.get("rtn", mode="asymmetric")):
-        assert isinstance(mosaic._scheme(codec, 128), str)
-    assert "kmeans" not in mosaic._scheme(presets.get("rtn", scale_dtype="bf16"), 128)
+        assert isinstance(scheme_of(codec, 128), str)
+    assert "kmeans" not in scheme_of(presets.get("rtn", scale_dtype="bf16"), 128)
 
 
 def test_ropes_are_recognised_by_what_rotate_gives():
-    assert mosaic._pairing(HALF, 128, 3) == "half"
-    assert mosaic._pairing(INTERLEAVED, 128, 3) == "interleaved"
+    assert pairing_of(HALF, 128, 3) == "half"
+    assert pairing_of(INTERLEAVED, 128, 3) == "interleaved"
     other = Rope(lambda p: HALF.table(p), lambda x, t: HALF.rotate(x, t) * 2)
-    assert mosaic._pairing(other, 128, 3) is None
-    assert mosaic._pairing(Rope(lambda p: p, lambda x, t: x), 128, 3) is None
+    assert pairing_of(other, 128, 3) is None
+    assert pairing_of(Rope(lambda p: p, lambda x, t: x), 128, 3) is None
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["bf16", "e4m3"])
@@ -284,6 +287,25 @@ def test_the_way_from_cache_to_kernels_is_right(references, name, narrow, rope, 
     q = jnp.asarray(rng.standard_normal((1, 64, 4, 128)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
     view = cache.view(positions(9, 64), rope, precompute=precompute)
+    _agrees_with_xla(view, q, k, v, narrow)
+
+
+@pytest.mark.parametrize("name, narrow", [("qvg", False), ("midrise", True), ("lloyd", False)])
+def test_what_kernels_cannot_read_comes_into_their_workspace_by_xla(references, name, narrow):
+    """Two encodings of one stored k and v; a codec whose levels are not equally spaced."""
+    codec = grid_quantize(grid="lloyd_max") if name == "lloyd" else codecs()[name]
+    cache = with_window_garbage(filled_cache(codec, blocks=9, block=64))
+    rope = HALF if name == "lloyd" else encodings()
+    copies = 1 if name == "lloyd" else 2
+    view = cache.view(positions(9, 64) if copies == 1 else None, rope)
+    shape = (1, 64, 2 * copies, 128)
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(3))
+    assert mosaic.unsupported(view, q, narrow) is None
+    _agrees_with_xla(view, q, k, v, narrow)
+
+
+def _agrees_with_xla(view, q, k, v, narrow):
     right = attend(q, view, k, v, layer=1, implementation="xla")
     ours = mosaic.attend_kernels(q, view, k, v, jnp.int32(1), jnp.float32(128**-0.5), narrow=narrow)
     assert ours.shape == right.shape and ours.dtype == right.dtype
@@ -335,9 +357,9 @@ def test_e4m3_adds_little_to_the_error_of_two_bits():
     exact = _exact(*(np.asarray(x, np.float32) for x in (q, k[0], v[0])))
     stored = _exact(np.asarray(q), *(np.asarray(codec.decode(p, jnp.float32)[0]) for p in packed))
     unit = jnp.full(2, 2.0**-5)
-    sources = [mosaic._encoded(p) for p in packed]
+    sources = [encoded_of(p) for p in packed]
     here = dict(first_row=0, rows=2, valid=1024, dtype=E4M3, unit_n=unit)
-    scheme = mosaic._scheme(codec, 128)
+    scheme = scheme_of(codec, 128)
     keys = decode_keys(sources[0], scheme, implementation="reference", **here)
     values = decode_values(sources[1], scheme, implementation="reference", **here)
     queries = prepare(q, jnp.float32(128**-0.5), E4M3)

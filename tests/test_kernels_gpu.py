@@ -18,6 +18,7 @@ from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
 from qvg_jax import mosaic
 from qvg_jax.attention import attend
+from qvg_jax.quantize.grid import grid_quantize
 from tests.kernel_cases import (
     E4M3,
     FORMATS,
@@ -25,6 +26,7 @@ from tests.kernel_cases import (
     INTERLEAVED,
     codecs,
     encoded,
+    encodings,
     filled_cache,
     positions,
     turns,
@@ -121,15 +123,29 @@ def test_attend_equals_xla_inside_a_scan_over_layers(name, implementation, bound
         np.testing.assert_array_equal(_layers(cache, rope, None), ours)
 
 
+@pytest.mark.parametrize("implementation, bound", [("mosaic", 1e-2), ("mosaic_fp8", 6e-2)])
+def test_two_encodings_of_one_k_and_v_are_attended_as_xla_does(implementation, bound):
+    cache = with_window_garbage(filled_cache(codecs()["qvg"]))
+    ours, right = (_layers(cache, encodings(), i) for i in (implementation, "xla"))
+    assert _difference(ours, right) < bound
+
+
+def test_a_codec_that_the_kernels_cannot_read_is_decoded_by_xla():
+    cache = filled_cache(grid_quantize(grid="lloyd_max"))
+    ours, right = (_layers(cache, HALF, i) for i in ("mosaic", "xla"))
+    assert _difference(ours, right) < 1e-2
+
+
 def _layers(cache, rope, implementation, block=96):
     rng = np.random.default_rng(5)
-    shape = (1, block, cache.layout.heads, 128)
+    copies = getattr(rope, "copies", 1)
+    shape = (1, block, copies * cache.layout.heads, 128)
     q, k, v = (jnp.asarray(rng.standard_normal((2, *shape)), jnp.bfloat16) for _ in range(3))
     q = jnp.concatenate([q, q[:, :, ::-1]], 3)  # two query heads for each key-value head
 
     @jax.jit
     def run(q, cache, k, v, pos):
-        view = cache.view(pos, rope)
+        view = cache.view(pos if copies == 1 else None, rope)
 
         def layer(_, x):
             q, k, v, i = x

@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # Float32 logits that exist at once. 37,440 tokens and 64 heads would take 359 GB of them.
 LOGITS_BYTES = 2**29
@@ -58,6 +58,7 @@ def fused_attention(
     v_BUHD: Float[Array, "B U H D"],
     mask: Bool[Array, "1 1 T U"] | None = None,
     *,
+    valid_B: Int[Array, "B"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H D"]:
     """softmax(q k / sqrt(D)) v by `jax.nn.dot_product_attention`; the softmax in float32.
@@ -65,21 +66,27 @@ def fused_attention(
     Args:
         q_BTHD, k_BUHD, v_BUHD: queries, keys and values.
         mask: True where a query sees a key.
+        valid_B: how many of the keys count, the first ones; None is all of them.
         implementation: "cudnn" (fused, 16-bit floats, a GPU of compute capability 8.0 or more),
             "xla" (anywhere; holds all logits in float32), or None: cudnn if it works here.
     """
     if implementation is None:
-        implementation = "cudnn" if _cudnn_works(q_BTHD.dtype.name, q_BTHD.shape[-1]) else "xla"
+        implementation = "cudnn" if cudnn_works(q_BTHD.dtype.name, q_BTHD.shape[-1]) else "xla"
     # JAX's own function mixes dtypes inside and fails where promotion is set to strict.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
-            q_BTHD, k_BUHD, v_BUHD, mask=mask, implementation=implementation
+            q_BTHD,
+            k_BUHD,
+            v_BUHD,
+            mask=mask,
+            key_value_seq_lengths=valid_B,
+            implementation=implementation,
         )
 
 
 @functools.cache
-def _cudnn_works(dtype: str, head_dim: int) -> bool:
-    """Tries it once: versions, head sizes and devices that it takes are too many to list."""
+def cudnn_works(dtype: str, head_dim: int) -> bool:
+    """Whether "cudnn" does here. Tries it once: versions, sizes and devices are too many to list."""
     if jax.default_backend() != "gpu" or dtype not in ("bfloat16", "float16"):
         return False
     with jax.ensure_compile_time_eval():

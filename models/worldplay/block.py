@@ -81,7 +81,8 @@ def look_from(
     """
     camera = camera_matrices(frames.w2c_BF44, frames.intrinsics_BF33, config.dtype)
     slots_F = first_slot + jnp.arange(frames.w2c_BF44.shape[1])
-    return look(config, cache, positions(slots_F, config.grid(*frame_size), camera), camera)
+    at_BTP = positions(slots_F, config.grid(*frame_size), camera)
+    return look(config, cache, here(config, at_BTP, camera))
 
 
 def cached_forward(

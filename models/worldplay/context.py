@@ -5,6 +5,7 @@ many they are is data: arrays are made for the most there can be, and loops run 
 frames that are there, so the cost is that of the frames and the program is always the same.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from models.common.attention import cudnn_works, fused_attention
 from models.common.wan_text import TextKV
-from models.worldplay.attention import Running
 from models.worldplay.encoding import (
     Here,
     decode_outputs,
@@ -75,7 +76,6 @@ def context_kv(
     e_NBF6M = in_blocks(model.condition(t_BF, actions_BF)[1])
     at_N = jax.tree.map(in_blocks, at)
     T = x_NBTM.shape[2]
-    frame = T // n
     graphdef, stacked = nnx.split(model.blocks)
 
     def one_layer(x_NBTM, layer):
@@ -87,32 +87,31 @@ def context_kv(
             q, k, v = block.project(x_NBTM[i], e_NBF6M[i])
             heads = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
             here = jax.tree.map(lambda x: x[i], at_N)
-            queries = queries.at[i].set(encode_queries(heads[0], here))
-            keys = keys.at[i].set(encode_keys(heads[1], here.place))
-            values = values.at[i].set(encode_values(heads[2], here.place))
+            encoded = (
+                encode_queries(heads[0], here),
+                encode_keys(heads[1], here.place),
+                encode_values(heads[2], here.place),
+            )
+            q_BTCD, k_BTCD, v_BTCD = (jnp.swapaxes(x, 1, 2) for x in encoded)
+            put = jax.lax.dynamic_update_slice_in_dim
             kept = tuple(
                 new[None] if last_only else x.at[i].set(new)
                 for x, new in zip(kept, (k, v), strict=True)
             )
-            return queries, keys, values, kept
+            keys, values = put(keys, k_BTCD, i * T, 1), put(values, v_BTCD, i * T, 1)
+            return queries.at[i].set(q_BTCD), keys, values, kept
 
         def finish(i, x_NBTM):
-            q_BCTD = queries[i]
-
-            def visit(j, run):
-                corner, form = (j // n, 0, 0, j % n * frame, 0), (1, B, 2 * H, frame, D)
-                k, v = (jax.lax.dynamic_slice(x, corner, form)[0] for x in (keys, values))
-                return run.visit(q_BCTD, k, v)
-
-            run = jax.lax.fori_loop(0, blocks * n, visit, Running.of(q_BCTD))
+            o_BTCD = _attend_first(queries[i], keys, values, blocks, T // n)
             here = jax.tree.map(lambda x: x[i], at_N)
-            branches = decode_outputs(run.result(q_BCTD.dtype), here)
+            branches = decode_outputs(jnp.swapaxes(o_BTCD, 1, 2), here)
             branches = tuple(jnp.swapaxes(o, 1, 2) for o in branches)
             return x_NBTM.at[i].set(block.finish(x_NBTM[i], e_NBF6M[i], branches, text))
 
-        encoded = jnp.zeros((N, B, 2 * H, T, D), config.dtype)
+        asked = jnp.zeros((N, B, T, 2 * H, D), config.dtype)
+        seen = jnp.zeros((B, N * T, 2 * H, D), config.dtype)
         raw = jnp.zeros((1 if last_only else N, B, T, H, D), config.dtype)
-        carry = (encoded, encoded, encoded, (raw, raw))
+        carry = (asked, seen, seen, (raw, raw))
         queries, keys, values, kept = jax.lax.fori_loop(0, blocks, project, carry)
         # Nobody reads what the last layer makes of the frames: only its K and V.
         left = jnp.where(index == config.layers - 1, 0, blocks)
@@ -126,3 +125,32 @@ def context_kv(
         return x.reshape(*x.shape[:2], -1, H, D)
 
     return ContextKV(*map(in_a_row, kept))
+
+
+def _attend_first(
+    q_BTCD: Float[Array, "B T C D"],
+    k_BUCD: Float[Array, "B U C D"],
+    v_BUCD: Float[Array, "B U C D"],
+    blocks: Int[Array, ""],
+    piece: int,
+) -> Float[Array, "B T C D"]:
+    """Attention to the first `blocks` T keys; without cuDNN, `piece` of them at a time."""
+    B, T, C, D = q_BTCD.shape
+    if cudnn_works(q_BTCD.dtype.name, D):
+        return fused_attention(q_BTCD, k_BUCD, v_BUCD, valid_B=jnp.full((B,), blocks * T))
+    f32 = jnp.float32
+
+    def visit(j, run):
+        top, total, out = run
+        k, v = (jax.lax.dynamic_slice_in_dim(x, j * piece, piece, 1) for x in (k_BUCD, v_BUCD))
+        s_BCTU = jnp.einsum("btcd,bucd->bctu", q_BTCD, k, preferred_element_type=f32)
+        s_BCTU = s_BCTU * (1 / math.sqrt(D))
+        higher = jnp.maximum(top, s_BCTU.max(-1))
+        p_BCTU, fade = jnp.exp(s_BCTU - higher[..., None]), jnp.exp(top - higher)
+        new = jnp.einsum("bctu,bucd->bctd", p_BCTU.astype(v.dtype), v, preferred_element_type=f32)
+        return higher, total * fade + p_BCTU.sum(-1), out * fade[..., None] + new
+
+    zero = jnp.zeros((B, C, T, D), f32)
+    start = zero[..., 0] - jnp.inf, zero[..., 0], zero
+    _, total, out = jax.lax.fori_loop(0, blocks * (T // piece), visit, start)
+    return jnp.swapaxes(out / total[..., None], 1, 2).astype(q_BTCD.dtype)

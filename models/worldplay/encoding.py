@@ -17,7 +17,7 @@ from models.common.tokens import token_positions
 from models.common.wan_rope import RopeTable, rotate, wan_rope
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.prope import Camera, per_token, transform, transposed
-from qvg_jax.rope import Rope
+from qvg_jax.rope import Encodings
 
 # A token's position, as caches keep it: slot of its frame, row, column, and P^-1 of its frame but
 # for the last row, which is always 0 0 0 1. So a stored k can be encoded again without its camera.
@@ -56,8 +56,8 @@ def positions(
 
 
 @functools.cache
-def place_rope(head_dim: int, rows: int, theta: float) -> Rope:
-    """(positions -> `Place`, encoding of K) in the form of `qvg_jax`; one object per arguments."""
+def place_encodings(head_dim: int, rows: int, theta: float) -> Encodings:
+    """Both encodings of stored k and v in the form of `qvg_jax`; one object per arguments."""
     table = wan_rope(head_dim, rows, theta).table
 
     def place(positions_xP: Float[Array, "... 15"]) -> Place:
@@ -66,19 +66,19 @@ def place_rope(head_dim: int, rows: int, theta: float) -> Rope:
         last = jnp.broadcast_to(last.reshape((1,) * (top.ndim - 1) + (4,)), (*top.shape[:-2], 1, 4))
         return Place(table(positions_xP[..., :3]), jnp.concatenate([top, last], -2))
 
-    return Rope(place, encode_keys)
+    return Encodings(place, encode_keys, encode_values, copies=2)
 
 
-def model_places(config: WorldPlayConfig) -> Rope:
-    """`place_rope` of a model of this size."""
-    return place_rope(config.head_dim, config.rope_frames, config.rope_theta)
+def model_encodings(config: WorldPlayConfig) -> Encodings:
+    """`place_encodings` of a model of this size."""
+    return place_encodings(config.head_dim, config.rope_frames, config.rope_theta)
 
 
 def here(
     config: WorldPlayConfig, positions_BTP: Float[Array, "B T 15"], camera_BF44: Camera
 ) -> Here:
     """The encodings of the frames of a pass."""
-    place = model_places(config).table(positions_BTP)
+    place = model_encodings(config).table(positions_BTP)
     return Here(place, per_token(camera_BF44.project, positions_BTP.shape[1]))
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from models.worldplay.attention import is_packed
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.context import ContextKV
-from models.worldplay.encoding import apart, encode_keys, encode_values, model_places
+from models.worldplay.encoding import apart, encode_keys, encode_values, model_encodings
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.slots import read_slot
 
@@ -52,7 +52,7 @@ def _storage_form(config, cache, kv: ContextKV, positions_BTP):
 
 
 def _encoded(config, k_LBHTD, v_LBHTD, positions_BTP):
-    place = model_places(config).table(positions_BTP)
+    place = model_encodings(config).table(positions_BTP)
 
     def one_layer(kv):
         return encode_keys(kv[0], place), encode_values(kv[1], place)

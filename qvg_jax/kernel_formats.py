@@ -1,0 +1,149 @@
+"""What the GPU kernels must know of codecs and ropes: formats of bytes, pairs of channels.
+
+Kernels read codes and tables; codecs and ropes are functions. Which format a codec writes, and how
+a rope pairs its channels, is found by trying: the reference decoder of the kernels must give what
+the codec's own `decode` gives.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, supported
+from pallas_kernels.dequantize.reference import decoded
+from qvg_jax.codec import Codec, IdentityPacked
+from qvg_jax.quantize.grid import GridPacked
+from qvg_jax.quantize.integer import IntegerPacked
+from qvg_jax.rope import Rope
+from qvg_jax.slots import Float8Bytes
+from qvg_jax.smoothing.kmeans import KMeansPacked
+
+__all__ = ["E4M3", "encoded", "pairing_of", "scheme_of"]
+
+E4M3 = jnp.float8_e4m3fn
+
+
+@functools.lru_cache(maxsize=64)
+def scheme_of(codec: Codec, head_dim: int) -> Scheme | None | str:
+    """How the codec's bytes decode; None for plain bf16, a reason if the kernels cannot."""
+    try:
+        shape = (1, 1, 256, head_dim)
+        span = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        form = jax.eval_shape(lambda x: codec.encode(x, codec.init(shape, x.dtype))[0], span)
+    except (TypeError, ValueError) as error:  # TypeError: it wants another number of heads
+        return str(error)
+    parts = _parts(form)
+    if isinstance(parts, str):
+        return parts
+    kmeans, last = parts
+    if isinstance(last, IdentityPacked):
+        values = last.values_BHTD
+        return None if values.dtype == jnp.bfloat16 else f"values are stored in {values.dtype}"
+    if last.scales_BHTG.dtype != E4M3:
+        return f"scales are stored in {last.scales_BHTG.dtype}; the kernels read e4m3"
+    if getattr(last, "zeros_BHTG", None) is not None:
+        return "it has zero points"
+    bits = 8 * last.codes_BHTC.shape[-1] // head_dim
+    stages = 0 if kmeans is None else kmeans.ids_BHST.shape[2]
+    group = head_dim // last.scales_BHTG.shape[-1]
+    for offset in (2 ** max(bits - 1, 0) - 1, (2**bits - 1) / 2):
+        scheme = Scheme(bits=bits, group=group, offset=offset, stages=stages)
+        source = jax.eval_shape(encoded, form)
+        if (why := supported(source, scheme)) is not None:
+            return why
+        if _agrees(codec, form, scheme):
+            return scheme
+    return "its codes do not stand for equally spaced levels"
+
+
+def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
+    """Whether random bytes mean the same to the codec and to the kernels' reference."""
+    rng = np.random.default_rng(0)
+
+    def fill(x: Any) -> Array:
+        if x.dtype == E4M3:
+            return jnp.asarray(rng.uniform(0.5, 2.0, x.shape), jnp.float32).astype(E4M3)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.asarray(rng.standard_normal(x.shape), jnp.float32).astype(x.dtype)
+        low, high = (-2, 2) if x.dtype == jnp.int8 else (0, 255)
+        return jnp.asarray(rng.integers(low, high, x.shape)).astype(x.dtype)
+
+    with jax.ensure_compile_time_eval():
+        packed = jax.tree.map(fill, form)
+        if (kmeans := _parts(packed)[0]) is not None:
+            ids = kmeans.ids_BHST % kmeans.centroids_BHSKD.shape[3]
+            at = next(i for i, node in enumerate(packed) if node is kmeans)
+            packed = (*packed[:at], kmeans._replace(ids_BHST=ids), *packed[at + 1 :])
+        theirs = codec.decode(packed, jnp.float32)[0]
+        ours = decoded(encoded(packed), scheme, jnp.int32(0), 1)
+        return bool(jnp.allclose(ours, theirs, rtol=1e-5, atol=1e-5))
+
+
+def _parts(packed: Any) -> tuple[KMeansPacked | None, Any] | str:
+    """The one or two nodes of a packed span that the kernels know."""
+    nodes = packed if type(packed) is tuple else (packed,)
+    *before, last = nodes
+    known = isinstance(last, IntegerPacked | GridPacked) and all(
+        isinstance(b, KMeansPacked) for b in before
+    )
+    if isinstance(last, IdentityPacked) and not before:
+        return None, last
+    if not known or len(before) > 1:
+        names = " > ".join(type(n).__name__ for n in nodes)
+        return f"{names}; the kernels read k-means (once) and integer or grid codes"
+    return (before[0] if before else None), last
+
+
+def encoded(packed: Any) -> Encoded | Array:
+    """Arrays with all leading axes in one; float8 as bytes."""
+    kmeans, last = _parts(packed)
+    flat = lambda x, keep: x.reshape(-1, *x.shape[x.ndim - keep :])  # noqa: E731
+    if isinstance(last, IdentityPacked):
+        return flat(last.values_BHTD, 2)
+    exponents = getattr(last, "exponents_BH", None)
+    steps = None if kmeans is None else kmeans.steps_BHS
+    return Encoded(
+        codes_RTC=flat(last.codes_BHTC, 2),
+        scales_RTG=flat(_bytes(last.scales_BHTG), 2),
+        ids_RST=None if kmeans is None else flat(kmeans.ids_BHST, 2),
+        centroids_RSKD=None if kmeans is None else flat(_bytes(kmeans.centroids_BHSKD), 3),
+        exponents_R=None if exponents is None else exponents.reshape(-1),
+        steps_RS=None if steps is None else flat(steps, 1 if steps.dtype == jnp.int8 else 2),
+    )
+
+
+def _bytes(x: Any) -> Array:
+    """The array, or the bytes of a float8 one, in a slot or not."""
+    if isinstance(x, Float8Bytes):
+        return x.bytes_x
+    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == E4M3 else x
+
+
+@functools.lru_cache(maxsize=64)
+def pairing_of(rope: Rope, head_dim: int, pos_dims: int) -> str | None:
+    """Which channels the rope turns together, or None if its tables are something else."""
+    form = jax.eval_shape(rope.table, jax.ShapeDtypeStruct((1, 4, pos_dims), jnp.float32))
+    want = jax.ShapeDtypeStruct((1, 4, head_dim // 2), jnp.float32)
+    if (
+        not isinstance(form, tuple)
+        or [(f.shape, f.dtype) for f in form] != [(want.shape, want.dtype)] * 2
+    ):
+        return None
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    with jax.ensure_compile_time_eval():
+        x, tables = draw(1, 1, 4, head_dim), (draw(1, 4, head_dim // 2), draw(1, 4, head_dim // 2))
+        theirs = rope.rotate(x, jax.tree.unflatten(jax.tree.structure(form), tables))[0]
+        for pairing in ("half", "interleaved"):
+            ours = decode_keys(
+                x[0].astype(jnp.float32), None, first_row=0, rows=1, valid=4, dtype=jnp.bfloat16,
+                unit_n=jnp.ones(1), tables=tables, pairing=pairing, implementation="reference",
+            )  # fmt: skip
+            if bool(jnp.allclose(ours[:, :4].astype(jnp.float32), theirs, rtol=1e-2, atol=2e-2)):
+                return pairing
+    return None
