@@ -156,14 +156,14 @@ class Setup:
     def __init__(self, args: argparse.Namespace, *, vae: bool = True):
         import jax
 
+        from models.common.prompts import stand_in_embedding
         from models.self_forcing.params import WEIGHTS
-        from models.self_forcing.parts import Sizes
-        from models.self_forcing.text import stand_in_embedding
+        from models.self_forcing.settings import released_sizes
         from models.wan_vae.params import WEIGHTS as VAE
         from qvg_jax import compare
 
         self.args = args
-        sizes = Sizes.released()
+        sizes = released_sizes()
         dit = dataclasses.replace(sizes.dit, layers=args.layers)
         self.sizes = dataclasses.replace(sizes, dit=dit)
         self.request = compare.Request(
@@ -172,7 +172,8 @@ class Setup:
         begin = time.perf_counter()
         self.model = jax.block_until_ready(WEIGHTS.random(dit, args.seed))
         self.vae = jax.block_until_ready(VAE.random(sizes.vae)) if vae else None
-        self.text = stand_in_embedding("a red fox in the snow", dit)[0]
+        size = dict(slots=dit.text_slots, width=dit.text_width, dtype=dit.dtype)
+        self.text = stand_in_embedding("a red fox in the snow", **size).text_BUE
         log.info("weights made in %.1f s", time.perf_counter() - begin)
 
     def pipeline(self, arm: str, frames: int, capacity: int | None = None):
@@ -278,7 +279,7 @@ def limit(setup: Setup, result: dict[str, Any]) -> None:
 def _video(setup: Setup, arm: str, found: dict[str, Any]) -> None:
     import jax
 
-    from models.self_forcing import player
+    from models.common import player
     from qvg_jax.health import cache_bytes
 
     pipeline, request = setup.pipeline(arm, setup.args.frames, _capacity(setup))
@@ -324,7 +325,7 @@ def _block_at(
     import jax
     import numpy as np
 
-    from models.self_forcing import player
+    from models.common import player
     from models.self_forcing.block import Known
     from models.self_forcing.pipeline import generating_step
     from qvg_jax.health import cache_bytes

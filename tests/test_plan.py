@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from models.self_forcing import job
-from models.self_forcing.parts import Sizes
 from models.self_forcing.plan import _step, make_plan
-from models.self_forcing.settings import settle
+from models.self_forcing.settings import released_sizes, settle
 from qvg_jax import cli
 from qvg_jax.cache import KVCache
 from qvg_jax.compare import Request
@@ -83,7 +82,7 @@ def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
 
 def test_a_block_of_real_size_needs_no_second_cache():
     """XLA copied the dense K and V of all layers once: 7.5 GB with 30 of them."""
-    sizes, temporaries = Sizes.released(), {}
+    sizes, temporaries = released_sizes(), {}
     wanted = Request(frames=63, codecs=("qvg",), height=240, width=416)
     for layers in (1, 2):
         dit = dataclasses.replace(sizes.dit, layers=layers)

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from models.self_forcing import initial, job, player
-from models.self_forcing.kept import Kept
-from models.self_forcing.text import stand_in_embedding
+from models.common import player
+from models.common.kept import Kept
+from models.common.pictures import as_video, pictures
+from models.common.prompts import stand_in_embedding
+from models.self_forcing import initial, job
 from models.umt5 import Tokenizer
 from models.umt5 import pipeline as text_pipeline
 from qvg_jax import cli
@@ -24,6 +26,7 @@ from tests.tiny_world import as_in_its_own_process
 
 LATENTS = 30  # ten blocks: one span of 24 is compressed before the ninth
 FRAMES = 1 + 4 * (LATENTS - 1)
+STAND_IN = dict(slots=7, width=12, dtype=np.float32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,9 +117,10 @@ def test_latents_are_those_of_the_pipeline(whole):
     )  # fmt: skip
     settings = job.settle(request, tiny.sizes())
     pipeline = job.SelfForcing(job.WEIGHTS.random(settings.sizes.dit))
+    words = stand_in_embedding("a red fox", **STAND_IN)
     wanted = pipeline.generate(
         job.Request(
-            text_BUE=stand_in_embedding("a red fox", settings.sizes.dit)[0],
+            text_BUE=words.text_BUE,
             frames=LATENTS,
             latent_height=4,
             latent_width=6,
@@ -245,7 +249,7 @@ def test_a_video_goes_on(run, tmp_path):
     vae = job.VAE_WEIGHTS.random(sizes.vae)
     given = dict(image=False, frames=12, height=tiny.HEIGHT, width=tiny.WIDTH)
     pieces = initial.initial_latents(vae, sizes.dit, tmp_path / "given.mp4", **given)
-    video = initial._stack(list(initial._pictures(tmp_path / "given.mp4", 32, 48))[:21])
+    video = as_video(list(pictures(tmp_path / "given.mp4", 32, 48))[:21])
     np.testing.assert_allclose(pieces, vae.encode(video), rtol=0, atol=1e-4)
 
 
@@ -273,7 +277,7 @@ def test_a_folder_of_checkpoints(run, folder, tmp_path, monkeypatch):
 def test_a_partial_checkpoint_is_refused_before_anything_is_loaded(
     run, tmp_path, part, monkeypatch
 ):
-    monkeypatch.setattr(job, "embed_prompt", None)  # would fail if it were called
+    monkeypatch.setattr(job, "embed_prompts", None)  # would fail if it were called
     folder = tiny.weights_folder(tmp_path)
     file = folder / tiny.FILES[part]
     arrays = load_file(file)
@@ -359,11 +363,10 @@ def test_not_enough_memory_names_the_plan(run, monkeypatch):
 
 
 def test_the_stand_in_for_a_prompt():
-    config = tiny.sizes().dit
-    one, said = stand_in_embedding("a red fox", config)
-    other, _ = stand_in_embedding("a blue fox", config)
-    assert one.shape == (1, 3, 12) and said == []
+    one, mask, said = stand_in_embedding("a red fox", **STAND_IN)
+    other = stand_in_embedding("a blue fox", **STAND_IN).text_BUE
+    assert one.shape == (1, 3, 12) and mask.shape == (1, 3) and mask.all() and said == []
     np.testing.assert_array_equal(one[:, 0], other[:, 0])
     assert (one[:, 1] != other[:, 1]).any()
-    cut, said = stand_in_embedding("one two three four five six seven eight", config)
-    assert cut.shape[1] == 7 and "cut off: 'eight'" in said[0]
+    cut = stand_in_embedding("one two three four five six seven eight", **STAND_IN)
+    assert cut.text_BUE.shape[1] == 7 and "cut off: 'eight'" in cut.said[0]

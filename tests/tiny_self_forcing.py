@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from models.common.parts import Sizes
 from models.self_forcing.config import SelfForcingConfig
-from models.self_forcing.parts import Sizes
 from models.umt5 import Tokenizer, UMT5Config
 from models.wan_vae import WanVAEConfig
 from tests.test_self_forcing_params import wan_shapes

@@ -2,16 +2,14 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 import jax
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageOps
 
+from models.common.pictures import as_video, pictures
 from models.self_forcing.config import SelfForcingConfig
 from models.wan_vae import Past, WanVAE
 
@@ -43,20 +41,19 @@ def initial_latents(
         ValueError: the file cannot be read, or is too short or too long.
     """
     n, stride = config.frames_per_block, vae.config.temporal_stride
-    pictures = _pictures(Path(path), height, width)
+    given = pictures(path, height, width)
     if image:
-        first = [next(pictures)]
-        return np.asarray(_encode(vae, _stack(first), None)[0])
+        return np.asarray(_encode(vae, as_video([next(given)]), None)[0])
     parts, past = [], None
     most = (frames - 1) // n - 1 if frames % n else frames // n - 1
     count = 1 + stride * (n - 1)  # the first latent frame is one picture
-    while len(piece := list(itertools.islice(pictures, count))) == count:
+    while len(piece := list(itertools.islice(given, count))) == count:
         if len(parts) == most:
             raise ValueError(
                 f"--video {path} has more than the {most * n} latent frames that leave room for a "
                 f"block of new ones in --frames {frames}; give more frames or a shorter video"
             )
-        latents, past = _encode(vae, _stack(piece), past)
+        latents, past = _encode(vae, as_video(piece), past)
         parts.append(np.asarray(latents))
         count = stride * n
     if not parts:
@@ -69,21 +66,3 @@ def initial_latents(
 @functools.partial(jax.jit, donate_argnames="past")
 def _encode(vae: WanVAE, video: Any, past: Past | None) -> tuple[jax.Array, Past]:
     return vae.encode_stream(video, past)
-
-
-def _pictures(path: Path, height: int, width: int) -> Iterator[Image.Image]:
-    try:
-        with av.open(str(path)) as file:
-            found = False
-            for frame in file.decode(video=0):
-                found = True
-                yield ImageOps.fit(frame.to_image(), (width, height), Image.Resampling.LANCZOS)
-    except (OSError, IndexError, av.FFmpegError) as error:  # some of FFmpeg's are OSErrors
-        raise ValueError(f"{path}: not readable as an image or a video ({error})") from error
-    if not found:
-        raise ValueError(f"{path}: holds no picture")
-
-
-def _stack(pictures: list[Image.Image]) -> Float[np.ndarray, "1 T 3 Y X"]:
-    video = np.stack([np.asarray(p.convert("RGB"), np.float32) for p in pictures])
-    return np.moveaxis(video / 127.5 - 1, -1, 1)[None]

@@ -1,41 +1,37 @@
 """The main job on Self-Forcing: a prompt becomes a video, once for each kind of cache."""
 
 import dataclasses
-import hashlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from models.self_forcing import player
-from models.self_forcing.config import SelfForcingConfig
+from models.common import player
+from models.common.asked import RANDOM, check_needed, file_digest, plain_config
+from models.common.kept import Kept
+from models.common.parts import Parts, find_parts
+from models.common.prompts import embed_prompts, stand_in_embedding
 from models.self_forcing.initial import initial_latents
-from models.self_forcing.kept import Kept
 from models.self_forcing.params import WEIGHTS
-from models.self_forcing.parts import Parts, Sizes, find_parts
 from models.self_forcing.pipeline import Request, SelfForcing
 from models.self_forcing.plan import make_plan
 from models.self_forcing.schedule import Block, plan_blocks
-from models.self_forcing.settings import FRAMES, Settings, chosen_sizes, settle
-from models.self_forcing.text import embed_prompt, stand_in_embedding
+from models.self_forcing.settings import FRAMES, Settings, chosen_sizes, released_sizes, settle
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax import compare
 from qvg_jax.compare import Arm, Job
+from qvg_jax.health import cache_bytes
 from qvg_jax.plan import Plan
 
-MODEL, RANDOM = "self-forcing", "random"
+MODEL = "self-forcing"
 DEFAULT_CODEC = "midrise"
 FPS = 16
+# In order of preference: Wan's own transformer, without Self-Forcing's training, comes last.
+NAMES = ("self_forcing*", "*dmd*", "*generator*", "transformer", "diffusion_pytorch_model*")
 
 log = logging.getLogger(__name__)
-
-
-def released_sizes() -> Sizes:
-    """Sizes of the networks that the command runs."""
-    return Sizes.released()
 
 
 def memory_advice(request: compare.Request) -> str:
@@ -70,12 +66,8 @@ def prepare(request: compare.Request) -> Job:
         ValueError: a value that is not accepted, named with what would be.
     """
     request.refuse(MODEL, "tour", "actions")
-    for name in ("weights", "prompt"):
-        if not getattr(request, name):
-            raise ValueError(f"{name} is missing: model {MODEL} needs --{name}")
-    if request.image and request.video:
-        raise ValueError("--image and --video: give one of them")
-    parts = None if request.weights == RANDOM else find_parts(request.weights)
+    check_needed(MODEL, request)
+    parts = None if request.weights == RANDOM else find_parts(request.weights, NAMES)
     sizes = chosen_sizes(request, parts, released_sizes())
     settings = settle(request, sizes, first_frame_alone=bool(request.image))
     if parts:  # all files now: the last one is read when minutes have been spent on the others
@@ -90,18 +82,19 @@ def prepare(request: compare.Request) -> Job:
         resume=request.resume,
     )
     log.info("encoding the prompt" if parts else "random weights, and a stand-in for the prompt")
-    text_BUE, said = (
-        embed_prompt(request.prompt, parts, sizes)
-        if parts
-        else stand_in_embedding(request.prompt, sizes.dit)
-    )
-    for warning in said:
+    dit = sizes.dit
+    if parts:
+        text = embed_prompts([request.prompt], parts, sizes.text, slots=dit.text_slots)
+    else:
+        size = dict(slots=dit.text_slots, width=dit.text_width, dtype=dit.dtype)
+        text = stand_in_embedding(request.prompt, **size)
+    for warning in text.said:
         log.warning(warning)
     log.info("loading the transformer and the VAE")
-    model = WEIGHTS.load(parts.dit, sizes.dit) if parts else WEIGHTS.random(sizes.dit)
+    model = WEIGHTS.load(parts.dit, dit) if parts else WEIGHTS.random(dit)
     vae = VAE_WEIGHTS.load(parts.vae, sizes.vae) if parts else VAE_WEIGHTS.random(sizes.vae)
     initial = _initial(request, settings, vae)
-    return _job(request, settings, parts, done, model, vae, text_BUE, initial)
+    return _job(request, settings, parts, done, model, vae, text.text_BUE, initial)
 
 
 def _job(request, settings, parts, done, model, vae, text_BUE, initial) -> Job:
@@ -119,10 +112,16 @@ def _job(request, settings, parts, done, model, vae, text_BUE, initial) -> Job:
     arms = [Arm(name=name, state=settings.cache(name)) for name in settings.histories]
 
     def play(arm, xs):
-        pipeline = SelfForcing(
-            model, sampler=settings.sampler, history=settings.histories[arm.name]
-        )
-        return player.play(player.Source(arm.name, pipeline, generation, vae, done), xs)
+        history, size = settings.histories[arm.name], []
+        pipeline = SelfForcing(model, sampler=settings.sampler, history=history)
+        stored = done.read(arm.name)[:, : settings.frames - given]
+
+        def look(_done, _total, state):
+            size[:] = [cache_bytes(state.cache)]
+
+        latents = pipeline.stream(dataclasses.replace(generation, done_BFZYX=stored), progress=look)
+        source = player.Source(arm.name, latents, given, stored.shape[1], lambda: size[0])
+        return player.play(source, xs, vae=vae, kept=done)
 
     video = sizes.vae.video_frames
     tour = video(given) if given else 0
@@ -165,7 +164,7 @@ def _report(request, settings, parts, blocks: tuple[Block, ...], arms, tour) -> 
         "width": settings.width,
         "blocks": len(blocks),
         "sampler": {"steps": list(settings.sampler.steps), "shift": settings.sampler.shift},
-        "model": _plain(settings.sizes.dit),
+        "model": plain_config(settings.sizes.dit),
         "weights": parts.identity() if parts else RANDOM,
         "caches": {arm.name: described(arm) for arm in arms},
     }
@@ -191,7 +190,7 @@ def _identity(request: compare.Request, settings: Settings, parts: Parts | None)
     given = request.image or request.video
     return {
         "weights": parts.identity() if parts else RANDOM,
-        "model": _plain(settings.sizes.dit),
+        "model": plain_config(settings.sizes.dit),
         "prompt": request.prompt,
         "seed": request.seed,
         "height": settings.height,
@@ -199,16 +198,5 @@ def _identity(request: compare.Request, settings: Settings, parts: Parts | None)
         "steps": list(settings.sampler.steps),
         "window": request.window,
         "sink": request.sink,
-        "given": given and _sha256(given),
+        "given": given and file_digest(given),
     }
-
-
-def _sha256(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: not readable ({error.strerror})") from error
-
-
-def _plain(config: SelfForcingConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config) | {"dtype": np.dtype(config.dtype).name}

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from models.common import player
+from models.common.needs import most, text_encoder_bytes, text_kv_bytes
+from models.common.parts import Sizes
 from models.common.wan_text import TextKV
-from models.self_forcing import player
 from models.self_forcing.block import Known, State
 from models.self_forcing.params import WEIGHTS
-from models.self_forcing.parts import Sizes
 from models.self_forcing.pipeline import generating_step
 from models.self_forcing.settings import Settings, chosen_sizes, settle
-from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
-from models.umt5.pipeline import encode
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.compare import Request
 from qvg_jax.plan import Need, Plan, shape_bytes, temporary_bytes
@@ -49,7 +48,7 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         held = {
             "transformer": shape_bytes(networks["transformer"]),
             "cache": shape_bytes(cache),
-            "prompt K/V": shape_bytes(_text_kv(settings)),
+            "prompt K/V": text_kv_bytes(settings.sizes.dit, settings.sizes.dit.text_slots),
             "VAE": shape_bytes(networks["VAE"]),
             "decoded past": shape_bytes(past),
         }
@@ -57,7 +56,8 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         need = Need(name=name, held=held, temporaries={"a block": block, "decoding": decoding})
         longest = _longest(settings, need, memory)
         needs.append(Need(**(vars(need) | {"longest": longest})))
-    before = {"text encoder": _text_bytes(settings)}
+    slots = settings.sizes.dit.text_slots
+    before = {"text encoder": text_encoder_bytes(settings.sizes.text, slots)}
     best = max(needs, key=lambda need: need.longest)
     advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
     return Plan(
@@ -103,15 +103,4 @@ def _longest(settings: Settings, need: Need, memory: int) -> int:
     def fits(blocks: int) -> bool:
         return shape_bytes(settings.cache(need.name, blocks * n)) + others <= memory
 
-    low, high = 0, top // n
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * n
-
-
-def _text_bytes(settings: Settings) -> int:
-    model = TEXT_WEIGHTS.skeleton(settings.sizes.text)
-    ids = jax.ShapeDtypeStruct((1, settings.sizes.dit.text_slots), jnp.int32)
-    mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_)
-    return shape_bytes(model) + temporary_bytes(encode, model, ids, mask)
+    return most(fits, top // n) * n

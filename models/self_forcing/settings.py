@@ -5,19 +5,26 @@ import logging
 
 import jax
 
+from models.common.asked import arm_names, check_seed, check_size, codec_pair, with_layers
+from models.common.parts import Parts, Sizes, wanted_keys
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.history import History, make_cache
-from models.self_forcing.parts import Parts, Sizes
 from models.self_forcing.schedule import plan_blocks
-from qvg_jax import presets
+from models.umt5.config import UMT5Config
+from models.wan_vae.config import WanVAEConfig
 from qvg_jax.cache import KVCache
-from qvg_jax.compare import BASELINE, Request
-from qvg_jax.recipes import parse_recipe
+from qvg_jax.compare import Request
 
 FRAMES, HEIGHT, WIDTH = 21, 480, 832
-LARGEST_SEED = 2**31 - 1
 
 log = logging.getLogger(__name__)
+
+
+def released_sizes() -> Sizes:
+    """Self-Forcing's 1.3B transformer, Wan2.1's VAE, umT5-XXL; all bfloat16."""
+    return Sizes(
+        dit=SelfForcingConfig.wan_1_3b(), vae=WanVAEConfig.wan_2_1(), text=UMT5Config.xxl()
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,17 +82,9 @@ def settle(request: Request, sizes: Sizes, *, first_frame_alone: bool = False) -
     plan_blocks(sizes.dit, frames, first_frame_alone=first_frame_alone)
     height = HEIGHT if request.height is None else request.height
     width = WIDTH if request.width is None else request.width
-    side = sizes.vae.spatial_stride
-    patches = dict(zip(("height", "width"), sizes.dit.patch, strict=True))
-    for (name, patch), value in zip(patches.items(), (height, width), strict=True):
-        if value < 1 or value % (side * patch):
-            raise ValueError(
-                f"{name}={value} is not accepted: give a multiple of {side * patch}, for a latent "
-                f"is {side} pixels and a token {patch} latents"
-            )
-    if not 0 <= request.seed <= LARGEST_SEED:
-        raise ValueError(f"seed={request.seed} is not accepted: give 0 to {LARGEST_SEED}")
-    names = sorted(dict.fromkeys(request.codecs), key=lambda name: name != BASELINE)  # stable
+    check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
+    check_seed(request.seed)
+    names = arm_names(request)
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(request.steps),
@@ -112,15 +111,10 @@ def chosen_sizes(request: Request, parts: Parts | None, released: Sizes) -> Size
     """
     dit = released.dit
     if parts and parts.config:
-        wanted = {"num_layers", "dim", "num_heads", "ffn_dim", "in_dim", "out_dim", "freq_dim"}
-        if lacking := sorted((wanted | {"text_len", "eps"}) - parts.config.keys()):
-            raise ValueError(f"config.json in {request.weights} lacks {', '.join(lacking)}")
+        size = ("num_layers", "dim", "num_heads", "ffn_dim", "in_dim", "out_dim", "freq_dim")
+        wanted_keys(parts.config, *size, "text_len", "eps", folder=request.weights)
         dit = SelfForcingConfig.from_wan(parts.config, dtype=dit.dtype)
-    if request.layers is not None:
-        if parts:
-            raise ValueError("--layers is for random weights; leave it out")
-        dit = dataclasses.replace(dit, layers=request.layers)
-    return dataclasses.replace(released, dit=dit)
+    return dataclasses.replace(released, dit=with_layers(dit, request))
 
 
 def _sampler(steps: int | None) -> SamplerConfig:
@@ -131,9 +125,6 @@ def _sampler(steps: int | None) -> SamplerConfig:
 
 
 def _history(recipe: str, request: Request) -> History:
-    name, settings = parse_recipe(recipe)
-    key_codec, value_codec = presets.pair(name, **settings)
+    key_codec, value_codec = codec_pair(recipe)
     bounds = dict(window_frames=request.window, sink_frames=request.sink or 0)
-    if recipe == BASELINE:
-        return History(**bounds)
     return History(key_codec=key_codec, value_codec=value_codec, **bounds)

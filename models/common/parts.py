@@ -1,40 +1,28 @@
-"""The parts of a text-to-video run: which sizes they have, and where a folder keeps them."""
+"""The networks of a text-to-video run: which sizes they have, and where a folder keeps them."""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.common.checkpoint import CheckpointError, checkpoint_files
-from models.self_forcing.config import SelfForcingConfig
+from models.common.checkpoint import CheckpointError
+from models.common.shards import checkpoint_shards
 from models.umt5.config import UMT5Config
-from models.wan_vae.config import WanVAEConfig
 
 TOKENIZERS = ("google/umt5-xxl", "tokenizer", ".")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-# In order of preference: Wan's own transformer, without Self-Forcing's training, comes last.
-PATTERNS = {
-    "dit": ("self_forcing*", "*dmd*", "*generator*", "transformer", "diffusion_pytorch_model*"),
-    "vae": ("*VAE*", "*vae*"),
-    "text": ("*t5*", "text_encoder"),
-}
+VAE, TEXT = ("*VAE*", "*vae*"), ("*t5*", "text_encoder")
 WHAT = {"dit": "the transformer", "vae": "the video VAE", "text": "the text encoder"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Configurations of the three networks."""
+class Sizes[D, V]:
+    """Configurations of the three networks: transformer, VAE, text encoder."""
 
-    dit: SelfForcingConfig
-    vae: WanVAEConfig
+    dit: D
+    vae: V
     text: UMT5Config
-
-    @classmethod
-    def released(cls) -> "Sizes":
-        """Self-Forcing's 1.3B transformer, Wan2.1's VAE, umT5-XXL; all bfloat16."""
-        return cls(
-            dit=SelfForcingConfig.wan_1_3b(), vae=WanVAEConfig.wan_2_1(), text=UMT5Config.xxl()
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +33,7 @@ class Parts:
     vae: tuple[Path, ...]
     text: tuple[Path, ...]
     tokenizer: Path
-    config: dict[str, Any] | None  # a Wan config.json, if there is one
+    config: dict[str, Any] | None  # the transformer's config.json, if there is one
 
     def identity(self) -> dict[str, int]:
         """Names and bytes of the files of the networks: enough to notice another checkpoint."""
@@ -53,14 +41,21 @@ class Parts:
         return {file.name: file.stat().st_size for file in files}
 
 
-def find_parts(folder: str | Path) -> Parts:
-    """Looks for the parts in a folder laid out like the releases of Wan2.1.
+def find_parts(
+    folder: str | Path, dit: tuple[str, ...], *, vae: tuple[str, ...] = VAE, config: str = "."
+) -> Parts:
+    """Looks for the networks in a folder laid out like their releases.
 
-    The transformer is the first of `PATTERNS` that is there as .safetensors or as a folder of
-    shards; likewise the VAE and the text encoder. The tokenizer is looked for in `TOKENIZERS`.
+    Each is the first of its patterns that is there as .safetensors or as a folder of shards. The
+    tokenizer is looked for in `TOKENIZERS`.
+
+    Args:
+        folder: where to look.
+        dit, vae: patterns of the transformer's and the VAE's name, the best first.
+        config: folder inside of `folder` that has the transformer's config.json, if any has.
 
     Raises:
-        CheckpointError: what is missing, and what to convert.
+        CheckpointError: what is missing, and what to convert; shards that are missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -68,10 +63,11 @@ def find_parts(folder: str | Path) -> Parts:
             f"weights={str(folder)!r} is not a folder; accepted: a folder with the transformer, "
             "the VAE, the text encoder and its tokenizer, or 'random'"
         )
-    found = {name: _first(folder, patterns) for name, patterns in PATTERNS.items()}
+    patterns = {"dit": dit, "vae": vae, "text": TEXT}
+    found = {name: _first(folder, names) for name, names in patterns.items()}
     tokenizer = _tokenizer(folder)
     lacking = [
-        f"{WHAT[name]} ({_hint(folder, PATTERNS[name])})"
+        f"{WHAT[name]} ({_hint(folder, patterns[name])})"
         for name, files in found.items()
         if not files
     ]
@@ -79,19 +75,25 @@ def find_parts(folder: str | Path) -> Parts:
         lacking.append(f"the tokenizer ({' or '.join(TOKENIZER_FILES)} in google/umt5-xxl)")
     if lacking:
         raise CheckpointError(f"weights={str(folder)!r} lacks {'; '.join(lacking)}")
-    config = folder / "config.json"
-    return Parts(**found, tokenizer=tokenizer, config=_json(config) if config.is_file() else None)
+    file = folder / config / "config.json"
+    return Parts(**found, tokenizer=tokenizer, config=_json(file) if file.is_file() else None)
+
+
+def wanted_keys(config: Mapping[str, Any], *names: str, folder: str | None = None) -> None:
+    """Raises ValueError if a config.json lacks one of these keys."""
+    if lacking := sorted(set(names) - config.keys()):
+        raise ValueError(f"config.json in {folder} lacks {', '.join(lacking)}")
 
 
 def _first(folder: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             if path.is_dir() and any(path.glob("*.safetensors")):
-                return checkpoint_files(path)
+                return checkpoint_shards(path)
         if files := sorted(folder.glob(f"{pattern}.safetensors")):
             # Shards belong together; of other files that match, the first one is taken.
             shards = [f for f in files if "-of-" in f.name]
-            return tuple(shards) if shards else (files[0],)
+            return checkpoint_shards(shards) if shards else (files[0],)
     return ()
 
 
