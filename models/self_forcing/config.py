@@ -132,12 +132,16 @@ class SamplerConfig:
         steps: noise levels visited, on the unshifted scale 0..train_steps, noisiest first.
         shift: how far the ladder of noise levels leans towards noise (1 = straight).
         train_steps: rungs of the ladder.
+        top: noise level of the first rung before the shift.
+        whole_timesteps: whether the network is told whole numbers, fractions cut off.
         context_timestep: timestep of the last pass, which writes the clean block to the cache.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     train_steps: int = 1000
+    top: float = 1.0
+    whole_timesteps: bool = False
     context_timestep: float = 0.0
 
     def __post_init__(self):

@@ -59,6 +59,7 @@ class Block(nnx.Module):
         e_BF6M: Float[Array, "B F 6 M"],
         text_kv: tuple[Float[Array, "B U H D"], Float[Array, "B U H D"]],
         attention: Callable[..., Array],
+        between: Callable[[Array], Array] = lambda x_BTM: x_BTM,
     ) -> tuple[Float[Array, "B T M"], tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
         """One layer.
 
@@ -68,6 +69,8 @@ class Block(nnx.Module):
             text_kv: this layer's (k_BUHD, v_BUHD) of the prompt.
             attention: (q_BTHD, k_BTHD, v_BTHD) -> o_BTHD; it rotates q and k and decides what
                 else the queries see.
+            between: what becomes of the residual stream before cross-attention, in models that
+                change it there.
 
         Returns:
             The residual stream and this layer's (k_BTHD, v_BTHD), k before RoPE.
@@ -79,7 +82,7 @@ class Block(nnx.Module):
         y_BTM = modulate(layer_norm(x_BTM, self.eps), shift1, scale1)
         q_BTHD, (k_BTHD, v_BTHD) = self.self_attn.query(y_BTM), self.self_attn.key_value(y_BTM)
         y_BTM = self.self_attn.output(attention(q_BTHD, k_BTHD, v_BTHD))
-        x_BTM = x_BTM + y_BTM * per_frame(gate1, tokens)
+        x_BTM = between(x_BTM + y_BTM * per_frame(gate1, tokens))
 
         x_BTM = x_BTM + self.cross_attention(self.cross_norm(x_BTM), text_kv)
 

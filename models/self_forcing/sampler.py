@@ -18,7 +18,7 @@ from models.self_forcing.config import SamplerConfig
 class Ladder:
     """The noise levels sigma_i of a `SamplerConfig` and the way from timesteps to them.
 
-    s_i = 1 - i / n, sigma_i = shift s_i / (1 + (shift - 1) s_i), t_i = n sigma_i, i = 0..n-1.
+    s_i = top (1 - i / n), sigma_i = shift s_i / (1 + (shift - 1) s_i), t_i = n sigma_i, i = 0..n-1.
 
     sigma = 1 is pure noise; the clean end, sigma = 0, is not a rung.
 
@@ -31,13 +31,14 @@ class Ladder:
     def sigmas(self) -> np.ndarray:
         """Float32 [n], falling: the fraction of noise at each rung."""
         n, shift = self.config.train_steps, self.config.shift
-        straight = 1.0 - np.arange(n, dtype=np.float64) / n
+        straight = self.config.top * (1.0 - np.arange(n, dtype=np.float64) / n)
         return (shift * straight / (1.0 + (shift - 1.0) * straight)).astype(np.float32)
 
     @cached_property
     def timesteps(self) -> np.ndarray:
         """Float32 [n]: what the network is told, 0..n."""
-        return self.sigmas * np.float32(self.config.train_steps)
+        told = self.sigmas * np.float32(self.config.train_steps)
+        return np.floor(told) if self.config.whole_timesteps else told
 
     @cached_property
     def training_weights(self) -> np.ndarray:
@@ -66,7 +67,8 @@ class Ladder:
     @cached_property
     def step_sigmas(self) -> np.ndarray:
         """Float32 [J + 1]: sigma of each denoising pass, then 0 for "keep the prediction"."""
-        return np.append(self.sigma(self.steps), np.float32(0.0))
+        rungs = self.config.train_steps - np.asarray(self.config.steps)
+        return np.append(self.sigmas[rungs], np.float32(0.0))
 
 
 type Sigma = Float[Array | np.ndarray, "..."] | float
