@@ -65,6 +65,9 @@ def attend(
     spans are read where they lie, and no layer is copied. Works in q's dtype with logits, sums
     and output accumulated in float32. Not differentiable in reverse (dynamic trip count).
 
+    The batch of q, k and v may be R times the cache's B: row r B + b reads video b. So the two
+    branches of guidance share a cache, and a span is decoded once for both.
+
     Args:
         q_BTHD: queries before RoPE; Hq is a multiple of the cache's H, and query head j reads
             key-value head j // (Hq / H).
@@ -131,6 +134,18 @@ def _attend(
     if implementation != "xla":
         narrow = implementation == "mosaic_fp8"
         return attend_kernels(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, narrow=narrow)
+    batch = view.cache.layout.batch
+    if q_BTHD.shape[0] == batch:
+        return _attend_xla(q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
+    # Mapping over branches leaves what does not depend on them, the decoding, outside.
+    branches = (x.reshape(-1, batch, *x.shape[1:]) for x in (q_BTHD, k_BTHD, v_BTHD))
+    one = lambda q, k, v: _attend_xla(q, view, k, v, layer, scale)  # noqa: E731
+    return jax.vmap(one)(*branches).reshape(q_BTHD.shape)
+
+
+def _attend_xla(
+    q_BTHD: Array, view: CacheView, k_BTHD: Array, v_BTHD: Array, layer: Array, scale: Array
+) -> Array:
     lay: Layout = view.cache.layout
     q_BHTD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     k_BHTD, v_BHTD = k_BHTD.astype(q_BTHD.dtype), v_BHTD.astype(q_BTHD.dtype)
@@ -155,14 +170,14 @@ def _check(lay: Layout, heads: int, q: Array, k: Array, v: Array, layer: Any) ->
         raise ValueError(f"layer=None; the cache has {lay.layers} layers: give an index below it")
     if isinstance(layer, int) and not 0 <= layer < lay.layers:
         raise ValueError(f"layer={layer} is not accepted: give 0 <= layer < {lay.layers}")
-    tokens = q.shape[1] if q.ndim == 4 else "T"
+    rows, tokens = q.shape[:2] if q.ndim == 4 else (lay.batch, "T")
     for name, x in (("k", k), ("v", v)):
-        want = (lay.batch, tokens, heads, lay.head_dim)
+        want = (rows, tokens, heads, lay.head_dim)
         if x.shape != want:
             raise ValueError(f"{name} has shape {x.shape}; accepted: {want} (B, T, H, D)")
-    fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (lay.batch, lay.head_dim)
+    fits = q.ndim == 4 and q.shape[0] and not q.shape[0] % lay.batch and q.shape[3] == lay.head_dim
     if not fits or q.shape[2] % heads:
-        want = f"({lay.batch}, T, a multiple of {heads}, {lay.head_dim})"
+        want = f"({lay.batch} or a multiple, T, a multiple of {heads}, {lay.head_dim})"
         raise ValueError(f"q has shape {q.shape}; accepted: {want} (B, T, Hq, D)")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q has dtype {q.dtype}; accepted: floating point")

@@ -44,8 +44,9 @@ def unsupported(view: CacheView, q_BTHD: Array, narrow: bool) -> str | None:
     for name, x in (("q", q_BTHD), ("the dense buffer", view.cache.dense_k)):
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}; the kernels read bfloat16"
-    if not jax.typeof(q_BTHD).sharding.mesh.empty:
-        return "arrays with explicit sharding"
+    mesh = jax.typeof(q_BTHD).sharding.mesh
+    if not (mesh.empty or mesh.are_all_axes_manual):
+        return "arrays on several devices; inside of shard_map they can be read"
     for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
         if narrow and lay.max_spans and scheme_of(codec, lay.head_dim) is None:
             return f"{name} codec {codec.name}: e4m3 attention needs a bound that codes give"
@@ -139,8 +140,9 @@ def attend_kernels(
     rows, bf16 = lay.batch * view.heads, jnp.bfloat16
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     q, k = view.new(q), view.new(k.astype(bf16))
-    group = q.shape[1] // view.heads
-    q_nQD = q.reshape(rows, -1, lay.head_dim)
+    group, branches = q.shape[1] // view.heads, q.shape[0] // lay.batch
+    own_mQD = q.reshape(branches * rows, -1, lay.head_dim)
+    q_nQD = _joined(own_mQD, branches)
     queries = q_nQD.shape[1]
     wide = prepare(q_nQD, scale, bf16)
     asked = prepare(q_nQD, scale, E4M3) if narrow else wide
@@ -150,8 +152,13 @@ def attend_kernels(
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
     units, k_new, v_new = _workspace(flat(k), flat(v.astype(bf16)), k.shape[2], dtype)
     state = visit(
-        asked, k_new, v_new, k.shape[2], k_unit_n=units[0], v_unit_n=units[1], splits=splits
-    )
+        asked if branches == 1 else prepare(own_mQD, scale, dtype),
+        k_new, v_new, k.shape[2], k_unit_n=units[0], v_unit_n=units[1], splits=splits,
+    )  # fmt: skip
+    if branches > 1:  # each had a block of its own; all read the same cache
+        state = [_joined(x[:, :, : own_mQD.shape[1]], branches, 1) for x in state]
+        more = asked.q_nQD.shape[1] - queries
+        state = [jnp.pad(x, ((0, 0), (0, 0), (0, more)) + ((0, 0),) * (x.ndim - 3)) for x in state]
     refs = [jax.new_ref(x) for x in state]
 
     valid = cache.dense_blocks * lay.block_tokens
@@ -171,8 +178,17 @@ def attend_kernels(
 
         lax.fori_loop(0, cache.num_spans, span, jnp.int32(0))
     out_nQD = finish([r[...] for r in refs], queries)
-    out = out_nQD.reshape(lay.batch, view.heads * group, -1, lay.head_dim)
-    return jnp.swapaxes(out, 1, 2).astype(q_BTHD.dtype)
+    out = out_nQD.reshape(lay.batch, view.heads, branches, group, -1, lay.head_dim)
+    out_BTHD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
+    return out_BTHD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+
+
+def _joined(x: Array, branches: int, axis: int = 0) -> Array:
+    """Rows of all branches as more queries of a branch's rows: (R n, Q) to (n, R Q) at `axis`."""
+    *before, _, queries = x.shape[: axis + 2]
+    apart = x.reshape(*before, branches, -1, queries, *x.shape[axis + 2 :])
+    rows = apart.shape[axis + 1]
+    return jnp.swapaxes(apart, axis, axis + 1).reshape(*before, rows, -1, *x.shape[axis + 2 :])
 
 
 def _workspace(k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any) -> tuple[Any, Array, Array]:

@@ -36,7 +36,11 @@ class CacheView:
 
     def new(self, x_BHTD: Array) -> Array:
         """Queries or keys of the new tokens as attention multiplies them."""
-        return self.rope.rotate(x_BHTD, self.table_new) if isinstance(self.rope, Rope) else x_BHTD
+        if not isinstance(self.rope, Rope):
+            return x_BHTD
+        branches = x_BHTD.shape[0] // self.cache.layout.batch
+        again = lambda t: jnp.concatenate([t] * branches) if branches > 1 else t  # noqa: E731
+        return self.rope.rotate(x_BHTD, jax.tree.map(again, self.table_new))
 
     def keys(self, k_BHTD: Array, table: Any) -> Array:
         """Stored keys as attention reads them."""

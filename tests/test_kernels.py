@@ -305,6 +305,24 @@ def test_what_kernels_cannot_read_comes_into_their_workspace_by_xla(references, 
     _agrees_with_xla(view, q, k, v, narrow)
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["bf16", "e4m3"])
+def test_branches_share_a_cache_and_keep_their_own_block(references, narrow):
+    """Three branches in one call are three calls of one branch."""
+    cache = with_window_garbage(filled_cache(codecs()["midrise"], blocks=9, block=64))
+    view = cache.view(positions(9, 64), INTERLEAVED)
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((3, 64, 4, 128)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((3, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
+    _agrees_with_xla(view, q, k, v, narrow)
+    together = attend(q, view, k, v, layer=1, implementation="xla")
+    for i in range(3):
+        own = slice(i, i + 1)
+        alone = attend(q[own], view, k[own], v[own], layer=1, implementation="xla")
+        np.testing.assert_array_equal(together[own], alone)
+    with pytest.raises(ValueError, match=r"k has shape \(2, 64, 2, 128\)"):
+        attend(q, view, k[:2], v[:2], layer=1)
+
+
 def _agrees_with_xla(view, q, k, v, narrow):
     right = attend(q, view, k, v, layer=1, implementation="xla")
     ours = mosaic.attend_kernels(q, view, k, v, jnp.int32(1), jnp.float32(128**-0.5), narrow=narrow)

@@ -26,6 +26,7 @@ class LongCatConfig:
         eps: added to the variance in every norm.
         rope_theta: base of the RoPE frequencies.
         dtype: dtype of the weights and of the activations between the float32 islands.
+        attention: implementation of attention to the cache, see `qvg_jax.attend`.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -47,6 +48,7 @@ class LongCatConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
     dtype: DTypeLike = jnp.bfloat16
+    attention: str | None = None
 
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 2 or self.head_dim < 6:

@@ -9,7 +9,6 @@ read the text, so joint and cached passes agree, whatever prompt, noise and step
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -108,11 +107,7 @@ def cached_forward(
         )
 
     def attention(q_BTHD, k_BTHD, v_BTHD, layer):
-        def branch(q, k, v):
-            return attend(q, view, k, v, layer=layer)
-
-        # Mapping over branches leaves what does not depend on them, the decoding, outside.
-        branches = (x.reshape(-1, videos, *x.shape[1:]) for x in (q_BTHD, k_BTHD, v_BTHD))
-        return jax.vmap(branch)(*branches).reshape(q_BTHD.shape)
+        way = model.config.attention
+        return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer, implementation=way)
 
     return model(x_BFZYX, t, text_kv, attention)
