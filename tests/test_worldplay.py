@@ -151,6 +151,15 @@ def test_two_bit_memory_stays_near_and_repeats_itself():
     np.testing.assert_array_equal(pipe.generate(request(), chunk=1), one)
 
 
+def test_a_video_goes_on_from_latents_of_an_earlier_run_bit_for_bit():
+    pipe = pipeline(History.qvg(TWO_BIT))
+    whole = pipe.generate(request(), chunk=1)
+    again = pipe.generate(request(done_BFZYX=whole[:, :8]), chunk=1)
+    np.testing.assert_array_equal(again, whole)
+    marked = np.array(whole[:, :2] + 1)  # what is given is taken as it is
+    np.testing.assert_array_equal(pipe.generate(request(2, done_BFZYX=marked)), marked)
+
+
 def test_codecs_see_both_encodings_of_a_head_as_one_vector():
     seen = []
 
@@ -250,6 +259,7 @@ LONG = CameraPath.from_string("w-30")
         (dict(image_BZYX=np.zeros((1, 4, 4, 6), np.float32)), r"\(1, 4, 4, 6\)"),
         (dict(noise=np.zeros((1, 6, 4, 4, 4), np.float32)), "noise has 6 frames"),
         (dict(noise=np.zeros((1, 12, 4, 4, 6), np.float32)), "noise has shape"),
+        (dict(done_BFZYX=np.zeros((1, 3, 4, 4, 4), np.float32)), "done_BFZYX has shape"),
         (dict(contexts=[[], [0]]), "a multiple of 2"),
         (dict(contexts=[[], [0, 1], [2, 3]]), "never forgets"),
         (dict(contexts=[[]]), "contexts are for 1 blocks"),
@@ -293,6 +303,17 @@ def test_a_walk_past_its_end_or_in_odd_pieces_is_refused():
 def test_bad_settings_say_what_is_wrong(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_bytes_of_a_span_of_the_true_length():
+    """One head and 7,040 tokens; heads and layers are multiples of it."""
+    codec, rng = presets.qvg(), np.random.default_rng(0)
+    packed_bf16 = 2 * 2 * 7040 * 128 * 2  # K and V, both encodings, two bytes
+    for form, encodings, least in ((side_by_side(codec), 2, 5.8), (codec, 1, 11)):
+        x = jnp.asarray(rng.normal(size=(1, encodings, 7040, 128)), jnp.bfloat16)
+        packed, _ = jax.jit(form.encode)(x, form.init(x.shape, x.dtype))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+        assert size == form.nbytes(x.shape) and packed_bf16 > least * 2 * size
 
 
 def form_of(tree):

@@ -6,6 +6,7 @@ few passes then predicts the velocity of the block's frames and moves them along
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from models.worldplay.context import context_kv
 from models.worldplay.encoding import here, positions
 from models.worldplay.history import History
 from models.worldplay.memory import remember_all, remember_block
-from models.worldplay.modeling import Output, WorldPlayDiT
+from models.worldplay.modeling import Branches, WorldPlayDiT
 from models.worldplay.prope import camera_matrices
 from models.worldplay.sampler import euler_step, step_sizes
 from qvg_jax.cache import KVCache
@@ -85,25 +86,23 @@ def look_from(
     return look(config, cache, here(config, at_BTP, camera))
 
 
-def cached_forward(
-    model: WorldPlayDiT,
-    x_BFZYX: Float[Array, "B F Z Y X"],
-    t_BF: Float[Array, "B F"],
-    frames: Frames,
-    text_kv: TextKV,
-    sight: Sight,
-) -> Output:
-    """One pass over a block whose queries also see everything in the cache."""
-    attention = cached_attention(model.config, sight)
-    return model(x_BFZYX, t_BF, frames.actions_BF, text_kv, attention)
-
-
 def denoise_block(
-    model: WorldPlayDiT, text_kv: TextKV, sight: Sight, x: BlockInput, sampler: SamplerConfig
+    model: WorldPlayDiT,
+    text_kv: TextKV,
+    attention: Callable[..., Branches],
+    x: BlockInput,
+    sampler: SamplerConfig,
 ) -> tuple[Float[Array, "B F Z Y X"], Trace]:
     """Denoises one block: x <- x + (sigma' - sigma) velocity(x) down to sigma = 0.
 
     Given frames stay as they are, and the model is told that they are clean.
+
+    Args:
+        model: the transformer.
+        text_kv: from `model.text_kv`.
+        attention: as the model takes it; all passes share it.
+        x: the block's noise, cameras and actions.
+        sampler: the few-step schedule.
     """
     given = x.is_given_F[None, :, None, None, None]
     start = jnp.where(given, x.given_BFZYX, x.noise_BFZYX).astype(model.config.dtype)
@@ -113,7 +112,8 @@ def denoise_block(
         t, d_sigma = step
         t_F = jnp.where(x.is_given_F, jnp.float32(sampler.context_timestep), t)
         t_BF = jnp.broadcast_to(t_F[None], latents.shape[:2])
-        velocity = cached_forward(model, latents, t_BF, x.frames, text_kv, sight).velocity_BFZYX
+        out = model(latents, t_BF, x.frames.actions_BF, text_kv, attention)
+        velocity = out.velocity_BFZYX
         moved = euler_step(latents, velocity.astype(latents.dtype), d_sigma)
         return jnp.where(given, latents, moved), Trace(latents, t_BF, velocity)
 
@@ -186,17 +186,34 @@ def generate_block(
     cache = remember_context(model, state, x.context_S, sampler.context_timestep, history)
     seen = (x.context_S >= 0).sum(dtype=jnp.int32)
     sight = look_from(config, cache, x.frames, seen, x.noise_BFZYX.shape[3:])
-    latents, trace = denoise_block(model, state.text_kv, sight, x, sampler)
-    first = state.blocks * config.frames_per_block
+    latents, trace = _denoised(model, state.text_kv, cached_attention(config, sight), x, sampler)
+    return _with_block(state, cache, latents, x.frames), latents, trace
+
+
+def _denoised(model, text_kv, attention, x: BlockInput, sampler):
+    """`denoise_block`, or at once the frames that are all given: those of an earlier run."""
+
+    def given():
+        latents = x.given_BFZYX.astype(model.config.dtype)
+        return latents, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), trace)
+
+    def denoised():
+        return denoise_block(model, text_kv, attention, x, sampler)
+
+    trace = jax.eval_shape(denoised)[1]
+    return jax.lax.cond(x.is_given_F.all(), given, denoised)
+
+
+def _with_block(state: State, cache: KVCache, latents, frames: Frames) -> State:
+    first = state.blocks * latents.shape[1]
 
     def put(buffer, new):
         return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), first, 1)
 
-    state = dataclasses.replace(
+    return dataclasses.replace(
         state,
         cache=cache,
         latents_BFZYX=put(state.latents_BFZYX, latents),
-        frames=jax.tree.map(put, state.frames, x.frames),
+        frames=jax.tree.map(put, state.frames, frames),
         blocks=state.blocks + 1,
     )
-    return state, latents, trace

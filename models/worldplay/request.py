@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from models.worldplay.block import BlockInput, Frames
 from models.worldplay.cameras import CameraPath, joined
@@ -30,6 +30,8 @@ class Request:
         image_BZYX: normalised latent of a picture, which becomes the first frame.
         contexts: frames that each block looks back at, in order; None retrieves them by their
             fields of view, or takes all with "append".
+        done_BFZYX: latents that an earlier run of the same request has made, whole blocks from the
+            first on: they are read, not made again, and the video goes on as that one would have.
         capacity: latent frames that the buffers are made for; None is `frames`. Videos of any
             length up to it run the same compiled program.
         points_N3: points for the retrieval; None draws them with a fixed seed.
@@ -43,6 +45,7 @@ class Request:
     frames: int | None = None
     image_BZYX: Float[Array | np.ndarray, "B Z Y X"] | None = None
     contexts: Sequence[Int[np.ndarray, "S"]] | None = None
+    done_BFZYX: Float[Array | np.ndarray, "B F Z Y X"] | None = None
     capacity: int | None = None
     points_N3: Float[np.ndarray, "N 3"] | None = None
 
@@ -120,12 +123,12 @@ def block_inputs(
         walked.append(piece)
         context_S = _context(n, history, request, walked)
         _check_context(context_S, n, first, slots, history)
-        image = request.image_BZYX if block == 0 else None
+        given_BFZYX, is_given_F = _given(request, block, shape)
         yield BlockInput(
             noise_BFZYX=draw(block),
             frames=_cameras(piece, B),
-            given_BFZYX=_given(image, shape),
-            is_given_F=(np.arange(n) == 0) & (image is not None),
+            given_BFZYX=given_BFZYX,
+            is_given_F=is_given_F,
             context_S=np.pad(context_S, (0, slots - len(context_S)), constant_values=-1),
         )
 
@@ -185,15 +188,27 @@ def _cameras(piece: CameraPath, batch: int) -> Frames:
     return Frames(*(np.tile(np.float32(x)[None], (batch,) + (1,) * x.ndim) for x in parts))
 
 
-def _given(image_BZYX, shape: tuple[int, ...]) -> np.ndarray:
-    given = np.zeros(shape, np.float32)
-    if image_BZYX is not None:
-        if np.shape(image_BZYX) != (shape[0], *shape[2:]):
+def _given(
+    request: Request, block: int, shape: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "B F Z Y X"], Bool[np.ndarray, "F"]]:
+    """What is known of a block before it is made: nothing, the picture, or all of it."""
+    B, n, *frame = shape
+    given, image, done = np.zeros(shape, np.float32), request.image_BZYX, request.done_BFZYX
+    if image is not None and np.shape(image) != (B, *frame):
+        raise ValueError(f"image_BZYX has shape {np.shape(image)}; accepted: {(B, *frame)}")
+    if done is not None:
+        rows, F, *size = np.shape(done)
+        if [rows, *size] != [B, *frame] or F % n:
             raise ValueError(
-                f"image_BZYX has shape {np.shape(image_BZYX)}; accepted: {(shape[0], *shape[2:])}"
+                f"done_BFZYX has shape {np.shape(done)}; accepted: {(B, f'{n} k', *frame)}"
             )
-        given[:, 0] = np.asarray(image_BZYX, np.float32)
-    return given
+        if block < F // n:
+            given[:] = np.asarray(done[:, block * n : (block + 1) * n], np.float32)
+            return given, np.ones(n, bool)
+    if block == 0 and image is not None:
+        given[:, 0] = np.asarray(image, np.float32)
+        return given, np.arange(n) == 0
+    return given, np.zeros(n, bool)
 
 
 def _noise_source(noise: Array | np.ndarray, shape: tuple[int, ...]) -> Callable[[int], np.ndarray]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from models.worldplay import History, SamplerConfig, State, make_cache, recall
-from models.worldplay.attention import dense_branches
-from models.worldplay.block import cached_forward, look_from, remember_context
+from models.worldplay.attention import cached_attention, dense_branches
+from models.worldplay.block import look_from, remember_context
 from models.worldplay.encoding import (
     apart,
     decode_outputs,
@@ -138,7 +138,7 @@ def _remember(m, state, context_S, history):
 def noise_pass(m, state, x, t, frames, first):
     t_BF = jnp.broadcast_to(t, x.shape[:2])
     sight = look_from(m.config, state.cache, frames, first, x.shape[3:])
-    out = cached_forward(m, x, t_BF, frames, state.text_kv, sight)
+    out = m(x, t_BF, frames.actions_BF, state.text_kv, cached_attention(m.config, sight))
     return jnp.swapaxes(out.velocity_BFZYX, 1, 2)
 
 
