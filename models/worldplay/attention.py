@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from models.common.attention import fused_attention
 from models.worldplay.config import WorldPlayConfig
@@ -47,9 +48,9 @@ def cached_attention(config: WorldPlayConfig, sight: Sight) -> Callable:
     """The `attention` of a pass whose queries see the cache and, both ways, the pass's frames."""
 
     def attention(q_BTHD, k_BTHD, v_BTHD, layer):
-        q, k, v = _encoded(q_BTHD, k_BTHD, v_BTHD, sight.here)
+        q, k, v = encode_all(q_BTHD, k_BTHD, v_BTHD, sight.here)
         o_BTCD = attend(q, sight.view, k, v, layer=layer, implementation=config.attention)
-        return _decoded(o_BTCD, sight.here)
+        return decode_all(o_BTCD, sight.here)
 
     return attention
 
@@ -58,18 +59,26 @@ def dense_branches(at: Here) -> Callable:
     """The `attention` of a pass whose frames see each other and nothing else."""
 
     def attention(q_BTHD, k_BTHD, v_BTHD, _):
-        return _decoded(fused_attention(*_encoded(q_BTHD, k_BTHD, v_BTHD, at)), at)
+        return decode_all(fused_attention(*encode_all(q_BTHD, k_BTHD, v_BTHD, at)), at)
 
     return attention
 
 
-def _encoded(q_BTHD, k_BTHD, v_BTHD, at: Here):
-    """Tokens before heads, as attention takes them; both encodings of a head are two heads."""
+def encode_all(
+    q_BTHD: Float[Array, "B T H D"],
+    k_BTHD: Float[Array, "B T H D"],
+    v_BTHD: Float[Array, "B T H D"],
+    at: Here,
+) -> tuple[Float[Array, "B T C D"], Float[Array, "B T C D"], Float[Array, "B T C D"]]:
+    """q, k and v of a pass as attention takes them; both encodings of a head are two heads."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     encoded = encode_queries(q, at), encode_keys(k, at.place), encode_values(v, at.place)
     return tuple(jnp.swapaxes(x, 1, 2) for x in encoded)
 
 
-def _decoded(o_BTCD, at: Here):
+def decode_all(
+    o_BTCD: Float[Array, "B T C D"], at: Here
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
+    """The results of both branches from what attention gave."""
     branches = decode_outputs(jnp.swapaxes(o_BTCD, 1, 2), at)
     return tuple(jnp.swapaxes(o, 1, 2) for o in branches)

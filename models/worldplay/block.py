@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.common.wan_text import TextKV
 from models.worldplay.attention import Sight, cached_attention, look
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
-from models.worldplay.context import context_kv
+from models.worldplay.context import ContextKV, context_kv
 from models.worldplay.encoding import here, positions
 from models.worldplay.history import History
 from models.worldplay.memory import remember_all, remember_block
@@ -138,34 +138,59 @@ def remember_context(
         history: what is stored (static).
     """
     config, cache = model.config, state.cache
-    n = config.frames_per_block
     if not context_S.shape[0]:
         return cache
-    blocks = (context_S >= 0).sum(dtype=jnp.int32) // n
+    blocks = (context_S >= 0).sum(dtype=jnp.int32) // config.frames_per_block
 
     def run(cache):
-        chosen = jnp.maximum(context_S, 0)
-        x, frames = jax.tree.map(lambda a: a[:, chosen], (state.latents_BFZYX, state.frames))
-        camera = camera_matrices(frames.w2c_BF44, frames.intrinsics_BF33, config.dtype)
-        # Positions count the chosen frames, wherever in the video they are.
-        at_BTP = positions(jnp.arange(chosen.shape[0]), config.grid(*x.shape[3:]), camera)
-        kv = context_kv(
-            model,
-            x,
-            timestep,
-            frames.actions_BF,
-            here(config, at_BTP, camera),
-            state.text_kv,
-            blocks,
-            last_only=not history.recomputes,
+        kv, at_BTP = context_pass(
+            model, state, context_S, timestep, last_only=not history.recomputes
         )
         if history.recomputes:
             return remember_all(config, cache, kv, at_BTP, blocks)
-        size = cache.layout.block_tokens
-        at_BTP = jax.lax.dynamic_slice_in_dim(at_BTP, (blocks - 1) * size, size, 1)
         return remember_block(config, cache, kv, at_BTP)
 
     return jax.lax.cond(blocks > 0, run, lambda cache: cache, cache)
+
+
+def context_pass(
+    model: WorldPlayDiT,
+    state: State,
+    context_S: Int[Array, "S"],
+    timestep: float,
+    *,
+    last_only: bool,
+) -> tuple[ContextKV, Float[Array, "B T 15"]]:
+    """K and V of chosen frames that see each other, and where their tokens are.
+
+    Args:
+        model: the transformer.
+        state: has the frames; its cache is not read.
+        context_S: as for `remember_context`; at least one block.
+        timestep: what the pass is told.
+        last_only: only of the last block of them, not of all frames.
+    """
+    config, n = model.config, model.config.frames_per_block
+    blocks = (context_S >= 0).sum(dtype=jnp.int32) // n
+    chosen = jnp.maximum(context_S, 0)
+    x, frames = jax.tree.map(lambda a: a[:, chosen], (state.latents_BFZYX, state.frames))
+    camera = camera_matrices(frames.w2c_BF44, frames.intrinsics_BF33, config.dtype)
+    # Positions count the chosen frames, wherever in the video they are.
+    at_BTP = positions(jnp.arange(chosen.shape[0]), config.grid(*x.shape[3:]), camera)
+    kv = context_kv(
+        model,
+        x,
+        timestep,
+        frames.actions_BF,
+        here(config, at_BTP, camera),
+        state.text_kv,
+        blocks,
+        last_only=last_only,
+    )
+    if last_only:
+        size = at_BTP.shape[1] // (chosen.shape[0] // n)
+        at_BTP = jax.lax.dynamic_slice_in_dim(at_BTP, (blocks - 1) * size, size, 1)
+    return kv, at_BTP
 
 
 def generate_block(
@@ -186,11 +211,19 @@ def generate_block(
     cache = remember_context(model, state, x.context_S, sampler.context_timestep, history)
     seen = (x.context_S >= 0).sum(dtype=jnp.int32)
     sight = look_from(config, cache, x.frames, seen, x.noise_BFZYX.shape[3:])
-    latents, trace = _denoised(model, state.text_kv, cached_attention(config, sight), x, sampler)
-    return _with_block(state, cache, latents, x.frames), latents, trace
+    latents, trace = denoise_or_take(
+        model, state.text_kv, cached_attention(config, sight), x, sampler
+    )
+    return with_block(state, cache, latents, x.frames), latents, trace
 
 
-def _denoised(model, text_kv, attention, x: BlockInput, sampler):
+def denoise_or_take(
+    model: WorldPlayDiT,
+    text_kv: TextKV,
+    attention: Callable[..., Branches],
+    x: BlockInput,
+    sampler: SamplerConfig,
+) -> tuple[Float[Array, "B F Z Y X"], Trace]:
     """`denoise_block`, or at once the frames that are all given: those of an earlier run."""
 
     def given():
@@ -204,7 +237,10 @@ def _denoised(model, text_kv, attention, x: BlockInput, sampler):
     return jax.lax.cond(x.is_given_F.all(), given, denoised)
 
 
-def _with_block(state: State, cache: KVCache, latents, frames: Frames) -> State:
+def with_block(
+    state: State, cache: KVCache, latents: Float[Array, "B F Z Y X"], frames: Frames
+) -> State:
+    """The state after a block."""
     first = state.blocks * latents.shape[1]
 
     def put(buffer, new):

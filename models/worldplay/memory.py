@@ -47,11 +47,17 @@ def _storage_form(config, cache, kv: ContextKV, positions_BTP):
     if not is_packed(config, cache):
         return kv
     k_LBHTD, v_LBHTD = (jnp.swapaxes(x, 2, 3) for x in kv)
-    encoded = _encoded(config, k_LBHTD, v_LBHTD, positions_BTP)
+    encoded = encode_kv(config, k_LBHTD, v_LBHTD, positions_BTP)
     return tuple(jnp.swapaxes(x, 2, 3) for x in encoded)
 
 
-def _encoded(config, k_LBHTD, v_LBHTD, positions_BTP):
+def encode_kv(
+    config: WorldPlayConfig,
+    k_LBHTD: Float[Array, "L B H T D"],
+    v_LBHTD: Float[Array, "L B H T D"],
+    positions_BTP: Float[Array, "B T 15"],
+) -> tuple[Float[Array, "L B C T D"], Float[Array, "L B C T D"]]:
+    """Both encodings of k and v of all layers, one layer after another."""
     place = model_encodings(config).table(positions_BTP)
 
     def one_layer(kv):
@@ -83,7 +89,7 @@ def recall(
     )
     k, v, positions_BTP = (jnp.concatenate(x, axis=-2) for x in zip(*regions, strict=True))
     if not is_packed(config, cache):
-        k, v = jax.jit(_encoded, static_argnums=0)(config, k, v, positions_BTP)
+        k, v = jax.jit(encode_kv, static_argnums=0)(config, k, v, positions_BTP)
     return tuple(jnp.concatenate(jax.vmap(apart)(x), -1) for x in (k, v))
 
 
