@@ -1,0 +1,413 @@
+"""HY-WorldPlay at its true size with random weights: bf16 against compressed memory, on one GPU.
+
+    python -m benchmarks.worldplay --out DIR --parts blocks    # 44 latent frames of context
+    python -m benchmarks.worldplay --out DIR --parts limit     # 48 latent frames in 24 GB
+
+Prints a table and writes DIR/worldplay.json; DIR/log.txt says what is going on:
+
+- blocks: seconds of the last two blocks of a walk of --frames (the published schedule compresses
+  before every second one), and of their context passes alone; memory filled with noise, all arms
+  the same noise for their blocks. Arms come in the order given: with the smallest memory first, the
+  peak so far is the arm's own. They are
+    single  one compressed k and v a head      packed  both encodings of each compressed, as published
+    cudnn   both encodings in bf16, attended by cuDNN: no library of ours, what a JAX user would run
+    bf16    the same through qvg_jax.attend
+- limit: a whole walk with --limit bytes of device memory, in a process of its own.
+
+Weights are bfloat16 in all of it. Most of a first run is compilation.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PARTS, ARMS = ("blocks", "limit"), ("single", "packed", "cudnn", "bf16")
+WALK = "w-8,s-8,a-8,d-8,up-8,down-8"
+log = logging.getLogger("benchmark")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.child:
+        _child(args)
+        return 0
+    results: dict[str, Any] = {"command": sys.argv[1:] if argv is None else argv}
+    file = args.out / "worldplay.json"
+    begin = time.perf_counter()
+    for part in args.parts:
+        results[part] = _spawn(args, part, results["command"])
+        results["seconds"] = round(time.perf_counter() - begin, 1)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    print(_table(results))
+    print(f"{results['seconds']:.0f} s; wrote {file}")
+    return int(any("error" in results[part] for part in args.parts))
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    names = lambda text: tuple(text.split(","))  # noqa: E731
+    add("--out", type=Path, required=True)
+    add("--parts", type=names, default=PARTS, help=",".join(PARTS))
+    add("--arms", type=names, default=ARMS[:3], help=",".join(ARMS))
+    add("--implementation", help="of attend: xla, mosaic or mosaic_fp8 (what attend chooses)")
+    add("--codec", default="qvg", help="of single and packed")
+    add("--frames", type=int, default=48, help="latent frames of the walk")
+    add("--repeats", type=int, default=1, help="pairs of blocks that are timed")
+    add("--limit", type=float, default=24e9, help="bytes of device memory")
+    add("--limit-arm", default="single")
+    add("--height", type=int, default=704)
+    add("--width", type=int, default=1280)
+    add("--layers", type=int, default=30)
+    add("--tiny", action="store_true", help="a network of hardly any width, to try this on a CPU")
+    add("--seed", type=int, default=0)
+    add("--child", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _spawn(args: argparse.Namespace, part: str, argv: list[str]) -> dict[str, Any]:
+    """Runs a part in a process of its own; what went wrong becomes its result."""
+    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    total = _driver_says("memory.total")
+    if part == "limit" and total:
+        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{args.limit / total:.5f}"
+    result = args.out / f"{part}.json"
+    result.unlink(missing_ok=True)
+    with open(args.out / "log.txt", "a") as file:
+        command = [sys.executable, "-m", "benchmarks.worldplay", *argv, "--child", part]
+        code = subprocess.run(command, env=env, stdout=file, stderr=file).returncode
+    found = json.loads(result.read_text()) if result.is_file() else {}
+    result.unlink(missing_ok=True)
+    if code:
+        tail = (args.out / "log.txt").read_text().strip().splitlines()[-1]
+        found["error"] = f"exit code {code}: {tail[:300]}"
+    return found
+
+
+def _driver_says(what: str) -> int | None:
+    """A memory figure of the first GPU in bytes; None without one."""
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        return int(float(out.split()[0]) * 2**20)
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
+
+
+# --- in the process of a part ---------------------------------------------------------------
+
+
+def _child(args: argparse.Namespace) -> None:
+    import jax
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    kind = f"{device.platform}: {device.device_kind}"
+    result: dict[str, Any] = {
+        "device": {"kind": kind, "jax": jax.__version__, "bytes_limit": limit}
+    }
+    try:
+        {"blocks": blocks, "limit": limited}[args.child](Setup(args), result)
+    finally:  # what was measured before an error is kept
+        (args.out / f"{args.child}.json").write_text(json.dumps(result))
+
+
+def _peak() -> int | None:
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class Setup:
+    """The network with random weights, and a walk."""
+
+    def __init__(self, args: argparse.Namespace):
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from models.worldplay import CameraPath, Request, WorldPlayConfig, random_dit
+
+        config = WorldPlayConfig.wan_5b()
+        if args.tiny:
+            sizes = dict(width=64, heads=2, ffn_width=64, latent_channels=4, out_channels=4)
+            config = dataclasses.replace(config, **sizes, text_width=16, text_slots=8)
+        config = dataclasses.replace(
+            config, layers=args.layers, attention=args.implementation or None
+        )
+        self.args, self.config = args, config
+        begin = time.perf_counter()
+        self.model = jax.block_until_ready(random_dit(config, args.seed))
+        log.info("weights made in %.1f s", time.perf_counter() - begin)
+        rng = np.random.default_rng(args.seed)
+        text = rng.normal(size=(1, 7, config.text_width))
+        self.request = Request(
+            text_BUE=jnp.asarray(text, config.dtype),
+            path=CameraPath.from_string(WALK),
+            frames=args.frames,
+            latent_height=args.height // 16,
+            latent_width=args.width // 16,
+            noise=jax.random.key(args.seed),
+        )
+
+    def history(self, arm: str) -> Any:
+        """What an arm remembers."""
+        from models.worldplay import History
+        from qvg_jax import presets
+        from qvg_jax.recipes import parse_recipe
+
+        if arm in ("bf16", "cudnn"):
+            return History()
+        name, settings = parse_recipe(self.args.codec)
+        key_codec, value_codec = presets.pair(name, **settings)
+        return History(key_codec=key_codec, value_codec=value_codec, storage=arm)
+
+
+def blocks(setup: Setup, result: dict[str, Any]) -> None:
+    """Seconds of the last two blocks, their context passes and passes of denoising, by arm."""
+    import jax
+    import numpy as np
+
+    from models.worldplay.request import block_inputs
+    from qvg_jax.health import cache_bytes
+
+    args, config = setup.args, setup.config
+    n, arms = config.frames_per_block, result.setdefault("arms", {})
+    result["context_frames"] = [args.frames - 2 * n, args.frames - n]
+    for arm in args.arms:
+        found = arms[arm] = {}
+        history = setup.history(arm)
+        xs = list(block_inputs(config, history, setup.request))[-2:]
+        given = [x._replace(is_given_F=np.ones(n, bool)) for x in xs]  # nothing to denoise
+        step, state = _arm(setup, arm, history)
+        place = _counters(state)
+        times: dict[str, list[float]] = {"block": [], "context": []}
+        for what, inputs in (("first", xs), *[("block", xs)] * args.repeats, ("context", given)):
+            state = _at(state, place)
+            for x in inputs:
+                begin = time.perf_counter()
+                state, latents = jax.block_until_ready(step(setup.model, state, x))
+                times.setdefault(what, []).append(time.perf_counter() - begin)
+        log.info("%s: %s", arm, times)
+        found |= {f"{what}_seconds": [round(t, 4) for t in ts] for what, ts in times.items()}
+        found["finite"] = bool(np.isfinite(np.asarray(latents, np.float32)).all())
+        frame = setup.request.latent_height * setup.request.latent_width // 4  # tokens
+        plain = 2 * 2 * config.layers * frame * config.heads * 2 * config.head_dim
+        stored = args.frames - n
+        if arm == "cudnn":
+            found |= {"cache_bytes": stored * plain, "spans_bytes": 0, "spans_bf16": 0}
+            found["allocated"] = sum(x.nbytes for x in state.cache)
+        else:
+            size, spans = cache_bytes(state.cache), int(state.cache.num_spans)
+            found |= {"cache_bytes": size.in_use.total, "spans_bytes": size.in_use.spans}
+            found["allocated"] = size.allocated.total
+            found["spans_bf16"] = spans * state.cache.layout.span_blocks * n * plain
+        found |= {"bf16_bytes": stored * plain, "peak_bytes_so_far": _peak()}
+        for x in jax.tree.leaves(state):
+            x.delete()
+        del state, step
+
+
+def _arm(setup: Setup, arm: str, history: Any) -> tuple[Any, Any]:
+    """A step and a state before the last two blocks: memory and latents are noise."""
+    import jax
+    import jax.numpy as jnp
+
+    from models.worldplay import SamplerConfig, WorldPlay
+    from models.worldplay.block import generate_block
+
+    args, config, n = setup.args, setup.config, setup.config.frames_per_block
+    sampler = SamplerConfig()
+    request = setup.request if arm != "cudnn" else dataclasses.replace(setup.request, frames=n)
+    state = WorldPlay(setup.model, history=history).start(request)
+    done = args.frames // n - 2
+    parts = (setup.request.path.w2c_F44, setup.request.path.intrinsics_F33)
+    parts = (*parts, setup.request.path.actions_F)
+    walked = [jnp.asarray(x[None, : args.frames], jnp.float32) for x in parts]
+    size = (1, args.frames, config.latent_channels, *state.latents_BFZYX.shape[3:])
+    state = dataclasses.replace(
+        state,
+        latents_BFZYX=jax.random.normal(jax.random.key(1), size, config.dtype),
+        frames=type(state.frames)(*walked),
+        blocks=jnp.asarray(done, jnp.int32),
+    )
+    if arm == "cudnn":
+        tokens = args.frames * size[3] * size[4] // 4
+        form = (config.layers, 1, tokens, 2 * config.heads, config.head_dim)
+        cache = tuple(_noise(jax.ShapeDtypeStruct(form, config.dtype), i) for i in range(2))
+        step = jax.jit(_opponent(config, sampler), donate_argnums=1)
+        return step, dataclasses.replace(state, cache=cache)
+
+    def ours(model, state, x):
+        return generate_block(model, state, x, sampler, history)[:2]
+
+    cache = state.cache
+    spans = (done - 1) // history.span_blocks if cache.layout.max_spans else 0
+    dense = done - 1 - spans * history.span_blocks
+    filled = {}
+    for name in ("dense_k", "dense_v", "span_k", "span_v"):
+        forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), getattr(cache, name))
+        jax.tree.map(lambda x: x.delete(), getattr(cache, name))
+        leaves, tree = jax.tree.flatten(forms)
+        filled[name] = jax.tree.unflatten(tree, [_noise(x, i) for i, x in enumerate(leaves)])
+    count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
+    counters = dict(dense_blocks=count(dense), num_spans=count(spans), seen_blocks=count(done - 1))
+    cache = dataclasses.replace(cache, **filled, **counters)
+    return jax.jit(ours, donate_argnums=1), dataclasses.replace(state, cache=cache)
+
+
+def _noise(form: Any, seed: int) -> Any:
+    """Noise and not zeros: a GPU multiplies zeros with less power, hence faster."""
+    import jax
+    import jax.numpy as jnp
+
+    def one(key):
+        if jnp.issubdtype(form.dtype, jnp.floating):
+            return jax.random.normal(key, form.shape[1:], jnp.bfloat16).astype(form.dtype)
+        # Scales are bytes too: no NaN, and none above 2.
+        return jax.random.bits(key, form.shape[1:], form.dtype) & 0x3F
+
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), form.shape[0])
+    return jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
+
+
+def _counters(state: Any) -> dict[str, int]:
+    names = ("dense_blocks", "num_spans", "first_span", "seen_blocks")
+    cache = {n: int(getattr(state.cache, n)) for n in names if hasattr(state.cache, n)}
+    return cache | {"blocks": int(state.blocks)}
+
+
+def _at(state: Any, counters: dict[str, int]) -> Any:
+    """The state before the last two blocks again; what they wrote stays and is written again."""
+    import jax.numpy as jnp
+
+    now = {name: jnp.asarray(n, jnp.int32) for name, n in counters.items()}
+    state = dataclasses.replace(state, blocks=now.pop("blocks"))
+    return (
+        dataclasses.replace(state, cache=dataclasses.replace(state.cache, **now)) if now else state
+    )
+
+
+def _opponent(config: Any, sampler: Any) -> Any:
+    """The same block with a bf16 cache [L, B, T, C, D] and cuDNN: the context pass is ours too."""
+    import jax
+    import jax.numpy as jnp
+
+    from models.common.attention import fused_attention
+    from models.worldplay.attention import decode_all, encode_all
+    from models.worldplay.block import context_pass, denoise_or_take, with_block
+    from models.worldplay.encoding import here, positions
+    from models.worldplay.memory import encode_kv
+    from models.worldplay.prope import camera_matrices
+
+    n, put = config.frames_per_block, jax.lax.dynamic_update_slice_in_dim
+
+    def step(model, state, x):
+        frame = x.noise_BFZYX.shape[3] * x.noise_BFZYX.shape[4] // 4
+        seen = (x.context_S >= 0).sum(dtype=jnp.int32)
+        context = sampler.context_timestep
+        kv, at_BTP = context_pass(model, state, x.context_S, context, last_only=True)
+        k_LBHTD, v_LBHTD = (jnp.swapaxes(a, 2, 3) for a in kv)
+        new = (jnp.swapaxes(a, 2, 3) for a in encode_kv(config, k_LBHTD, v_LBHTD, at_BTP))
+        cache = tuple(
+            put(a, b, (seen - n) * frame, 2) for a, b in zip(state.cache, new, strict=True)
+        )
+        camera = camera_matrices(x.frames.w2c_BF44, x.frames.intrinsics_BF33, config.dtype)
+        at_BTP = positions(seen + jnp.arange(n), config.grid(*x.noise_BFZYX.shape[3:]), camera)
+        at = here(config, at_BTP, camera)
+
+        def attention(q_BTHD, k_BTHD, v_BTHD, layer):
+            q, *new = encode_all(q_BTHD, k_BTHD, v_BTHD, at)
+            k, v = (
+                put(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), b, seen * frame, 1)
+                for a, b in zip(cache, new, strict=True)
+            )
+            valid = jnp.full((k.shape[0],), (seen + n) * frame, jnp.int32)
+            return decode_all(fused_attention(q, k, v, valid_B=valid), at)
+
+        latents, _ = denoise_or_take(model, state.text_kv, attention, x, sampler)
+        return with_block(state, cache, latents, x.frames), latents
+
+    return step
+
+
+def limited(setup: Setup, result: dict[str, Any]) -> None:
+    """A whole walk, block by block."""
+    import numpy as np
+
+    from models.worldplay import WorldPlay
+    from qvg_jax.health import cache_bytes
+
+    args, arm = setup.args, setup.args.limit_arm
+    result |= {"arm": arm, "frames": args.frames, "limit_bytes": args.limit, "weights": "bfloat16"}
+    pipeline, seconds, size = WorldPlay(setup.model, history=setup.history(arm)), [], []
+
+    def look(_done, _total, state):
+        size[:] = [cache_bytes(state.cache)]
+
+    begin, finite = time.perf_counter(), True
+    for latents in pipeline.stream(setup.request, progress=look):
+        finite &= bool(np.isfinite(np.asarray(latents, np.float32)).all())
+        seconds.append(round(time.perf_counter() - begin, 3))
+        log.info("block %d: %.3f s", len(seconds), seconds[-1])
+        begin = time.perf_counter()
+    result |= {"block_seconds": seconds, "finite": finite, "peak_bytes": _peak()}
+    result |= {"cache_bytes": size[0].in_use.total, "allocated": size[0].allocated.total}
+    result["driver_bytes_used"] = _driver_says("memory.used")
+    result["ok"] = len(seconds) * setup.config.frames_per_block == args.frames
+
+
+# --- the table ------------------------------------------------------------------------------
+
+
+def _table(results: dict[str, Any]) -> str:
+    lines, gb = [], lambda n: "-" if n is None else f"{n / 1e9:.2f} GB"
+    for part in PARTS:
+        if part not in results:
+            continue
+        r = results[part]
+        where = r.get("device", {}).get("kind", "?")
+        lines.append(f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else ""))
+        if part == "blocks":
+            lines += _arm_lines(r, gb)
+        elif r.get("ok"):
+            lines.append(
+                f"  {r['arm']}, {r['frames']} latent frames, {r['weights']} weights: "
+                f"{sum(r['block_seconds'][1:]):.1f} s and a first block of "
+                f"{r['block_seconds'][0]:.1f} s; peak {gb(r['peak_bytes'])} of "
+                f"{gb(r['device']['bytes_limit'])}, the driver says {gb(r['driver_bytes_used'])}; "
+                f"memory {gb(r['cache_bytes'])}, allocated {gb(r['allocated'])}"
+            )
+    return "\n".join(lines)
+
+
+def _arm_lines(r: dict[str, Any], gb: Any) -> list[str]:
+    lines, base = [], r.get("arms", {}).get("cudnn", {}).get("block_seconds")
+    pair = lambda ts: sum(statistics.median(ts[i::2]) for i in range(2)) / 2  # noqa: E731
+    for name, a in r.get("arms", {}).items():
+        if not a.get("block_seconds"):
+            continue
+        block, context = pair(a["block_seconds"]), pair(a["context_seconds"])
+        line = f"  {name}: {block:.3f} s a block, its context pass {context:.3f} s"
+        lines.append(line + (f"; {block / pair(base):.3f}x of cudnn" if base else ""))
+        line = f"    memory {gb(a['cache_bytes'])}, bf16 {gb(a['bf16_bytes'])}"
+        if a["spans_bytes"]:
+            line += f"; spans 1/{a['spans_bf16'] / a['spans_bytes']:.2f} of bf16"
+        line += f"; allocated {gb(a['allocated'])}; peak so far {gb(a['peak_bytes_so_far'])}; "
+        lines.append(line + f"first blocks {a['first_seconds']} s")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
