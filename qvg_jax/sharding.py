@@ -4,14 +4,21 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
 
+from qvg_jax.attention import attend
 from qvg_jax.cache_state import KVCache
+from qvg_jax.kernel_formats import pairing_of, scheme_of
+from qvg_jax.mosaic import is_hopper
+from qvg_jax.rope import Rope
+from qvg_jax.view import CacheView
 
-__all__ = ["head_shardings"]
+__all__ = ["attend_by_heads", "head_shardings"]
 
 
-def head_shardings(cache: KVCache, mesh: Mesh, axis: str) -> KVCache:
+def head_shardings(cache: KVCache, mesh: Mesh | AbstractMesh, axis: str) -> KVCache:
     """Shardings of a cache whose key-value heads are spread over one axis of a mesh.
 
         cache = jax.device_put(cache, head_shardings(cache, mesh, "heads"))
@@ -56,3 +63,49 @@ def head_shardings(cache: KVCache, mesh: Mesh, axis: str) -> KVCache:
     everywhere = NamedSharding(mesh, jax.P())
     shardings = jax.tree.map(lambda x: everywhere, cache)
     return dataclasses.replace(shardings, **fields)
+
+
+def attend_by_heads(
+    q_BTHD: Float[Array, "B T Hq D"],
+    view: CacheView,
+    k_BTHD: Float[Array, "B T H D"],
+    v_BTHD: Float[Array, "B T H D"],
+    *,
+    axis: str,
+    layer: int | Int[Array, ""] = 0,
+    implementation: str | None = None,
+) -> Float[Array, "B T Hq D"]:
+    """`attend`, by each device for the heads that it has.
+
+    For programs under `jax.set_mesh` with automatic axes. What XLA cannot divide, the kernels, runs
+    on each device as if it were alone; what it would divide anyhow stays without communication.
+
+    Args:
+        q_BTHD, k_BTHD, v_BTHD, view, layer, implementation: as for `attend`.
+        axis: name of the mesh axis that divides the heads.
+
+    Raises:
+        ValueError, NotImplementedError: as `attend` and `head_shardings`.
+    """
+    lay = view.cache.layout
+    if is_hopper():  # formats are recognised by trying them: once, and not inside of shard_map
+        for codec in (lay.key_codec, lay.value_codec):
+            scheme_of(codec, lay.head_dim)
+        if isinstance(view.rope, Rope):
+            pairing_of(view.rope, lay.head_dim, lay.pos_dims)
+    mesh = jax.sharding.get_abstract_mesh()
+    apart, everywhere = jax.P(None, None, axis), jax.P()
+    specs = jax.tree.map(lambda x: everywhere, view)
+    cut = jax.tree.map(lambda s: s.spec, head_shardings(view.cache, mesh, axis))
+    specs = dataclasses.replace(specs, cache=cut)
+
+    def local(q, view, k, v, layer):
+        heads = view.cache.layout.heads // mesh.shape[axis]
+        layout = dataclasses.replace(view.cache.layout, heads=heads)
+        view = dataclasses.replace(view, cache=dataclasses.replace(view.cache, layout=layout))
+        return attend(q, view, k, v, layer=layer, implementation=implementation)
+
+    inputs = (apart, specs, apart, apart, everywhere)
+    # The kernels do not say on which axes their results vary.
+    run = jax.shard_map(local, in_specs=inputs, out_specs=apart, check_vma=False)
+    return run(q_BTHD, view, k_BTHD, v_BTHD, jnp.asarray(layer, jnp.int32))

@@ -188,7 +188,8 @@ def test_lora_is_added_to_its_matrices_and_can_be_taken_out(weights, tmp_path):
     ups = [lora[key_of("blocks.1.attn.qkv", f"lora_up.blocks.{j}.weight")] for j in range(3)]
     delta = 0.7 * 0.5 * np.concatenate([u @ d for u, d in zip(ups, down, strict=True)])
     name = "blocks.self_attn.qkv.kernel"
-    np.testing.assert_allclose(after[name][1], before[name][1] + delta.T, rtol=0, atol=1e-5)
+    delta = delta.T.reshape(before[name][1].shape)
+    np.testing.assert_allclose(after[name][1], before[name][1] + delta, rtol=0, atol=1e-5)
     model = merge_lora(model, tmp_path / "lora.safetensors", multiplier=-0.7)
     for name, x in leaves(model).items():
         np.testing.assert_allclose(x, before[name], rtol=0, atol=1e-5)

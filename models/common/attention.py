@@ -21,6 +21,8 @@ def dense_attention(
 ) -> Float[Array, "B T H D"]:
     """softmax(q k / sqrt(D) + bias) v; the softmax in float32.
 
+    Without a bias it is one kernel of cuDNN where that works; else XLA does it in pieces.
+
     Args:
         q_BTHD, k_BUHD, v_BUHD: queries, keys and values.
         bias_BU: added to the logits of each key, float32; -inf hides a key. ln(n) makes one key
@@ -28,6 +30,8 @@ def dense_attention(
         logits_bytes: queries are taken in pieces whose logits need no more than this.
     """
     B, T, H, D = q_BTHD.shape
+    if bias_BU is None and cudnn_works(q_BTHD.dtype.name, D):
+        return fused_attention(q_BTHD, k_BUHD, v_BUHD, implementation="cudnn")
     rows = max(1, logits_bytes // (4 * B * H * k_BUHD.shape[1]))
     pieces = -(-T // rows)
     if pieces == 1:

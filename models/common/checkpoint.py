@@ -24,6 +24,9 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+type Placed = jax.Device | jax.sharding.Sharding | None
+type Device = Placed | Callable[[str, tuple[int, ...]], Placed]
+
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -116,7 +119,7 @@ def load[M: nnx.Module](
     *,
     rename: Callable[[str], str] = str,
     ignore: Sequence[str] = (),
-    device: jax.Device | jax.sharding.Sharding | None = None,
+    device: Device = None,
 ) -> M:
     """Fills an abstract module from safetensors files.
 
@@ -126,7 +129,8 @@ def load[M: nnx.Module](
         rules: table from stored names to paths in `skeleton`; the first matching rule is used.
         rename: applied to each stored name before matching, e.g. to strip a wrapper's prefix.
         ignore: regular expressions of whole (renamed) names to leave out on purpose.
-        device: device or sharding of the parameters; default: JAX's default device.
+        device: device or sharding of the parameters, or a function of a parameter's dotted path and
+            shape that gives one; default: JAX's default device.
 
     Returns:
         The module with real arrays.
@@ -137,7 +141,11 @@ def load[M: nnx.Module](
     """
     graphdef, state = nnx.split(skeleton)
     plan, wanted = _checked(state, source, rules, rename, ignore)
-    arrays = {path: jax.device_put(_read(plan[path], v), device) for path, v in wanted.items()}
+    place = device if callable(device) else lambda path, shape: device
+    arrays = {
+        path: jax.device_put(_read(plan[path], v), place(path, v.shape))
+        for path, v in wanted.items()
+    }
     filled = [
         (path, v.replace(arrays[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)
     ]

@@ -17,9 +17,11 @@ from models.longcat.config import LongCatConfig
 from models.longcat.modeling import LongCatDiT
 from models.longcat.passes import clip_forward
 from models.longcat.rope import clip_positions, model_rope
+from models.longcat.sharding import AXIS, spread_out
 from qvg_jax.attention import DENSE_CHUNK_TOKENS
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import Codec, identity
+from qvg_jax.sharding import head_shardings
 from qvg_jax.view import CacheView
 
 # One object per dtype: jit keys on a codec's functions, so a fresh one would compile again.
@@ -60,7 +62,11 @@ def build_condition(
         return _encoded(one, k_BTHD, v_BTHD, positions_BTP, layer, key)
 
     kept = clip_forward(model, given_BFZYX, t, None, keep=keep).kept
-    return _stacked(one, positions_BTP, kept)
+    cache = _stacked(one, positions_BTP, kept)
+    if spread_out():
+        places = head_shardings(cache, jax.sharding.get_abstract_mesh(), AXIS)
+        cache = jax.lax.with_sharding_constraint(cache, places)
+    return cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "key_codec", "value_codec"))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from models.common.attention import dense_attention
 from models.common.numerics import gelu, rms_norm, silu, standardise
 from models.longcat.config import LongCatConfig
+from models.longcat.sharding import whole
 
 
 def linear(
@@ -24,6 +25,15 @@ def linear(
     """A matrix, and a bias, in the model's dtype."""
     dtypes = dict(dtype=config.dtype, param_dtype=config.dtype)
     return nnx.Linear(n_in, n_out, use_bias=bias, rngs=rngs, **dtypes)
+
+
+def side_by_side(
+    n_in: int, parts: int, n_out: int, config: LongCatConfig, rngs: nnx.Rngs
+) -> nnx.LinearGeneral:
+    """A few matrices in one, [..., n_in] to [..., parts, n_out]; an axis of their own lets each be
+    cut by heads."""
+    dtypes = dict(dtype=config.dtype, param_dtype=config.dtype)
+    return nnx.LinearGeneral(n_in, (parts, n_out), rngs=rngs, **dtypes)
 
 
 def island(n_in: int, n_out: int, config: LongCatConfig, rngs: nnx.Rngs) -> nnx.Linear:
@@ -92,7 +102,7 @@ class TextEmbedding(nnx.Module):
         self.down = linear(config.width, config.width, config, rngs)
 
     def __call__(self, text_BUE: Float[Array, "B U E"]) -> Float[Array, "B U M"]:
-        return self.down(gelu(self.up(text_BUE.astype(self.dtype))))
+        return whole(self.down(gelu(self.up(text_BUE.astype(self.dtype)))))
 
 
 class HeadNorm(nnx.Module):
@@ -111,7 +121,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: LongCatConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.qkv = linear(config.width, 3 * config.width, config, rngs)
+        self.qkv = side_by_side(config.width, 3, config.width, config, rngs)
         self.q_norm, self.k_norm = HeadNorm(config), HeadNorm(config)
         self.out = linear(config.width, config.width, config, rngs)
 
@@ -125,7 +135,7 @@ class SelfAttention(nnx.Module):
 
     def join(self, o_BTHD: Float[Array, "B T H D"]) -> Float[Array, "B T M"]:
         """Joins the heads and mixes them."""
-        return self.out(o_BTHD.reshape(*o_BTHD.shape[:2], -1))
+        return whole(self.out(o_BTHD.reshape(*o_BTHD.shape[:2], -1)))
 
 
 class CrossAttention(nnx.Module):
@@ -134,7 +144,7 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: LongCatConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
         self.q = linear(config.width, config.width, config, rngs)
-        self.kv = linear(config.width, 2 * config.width, config, rngs)
+        self.kv = side_by_side(config.width, 2, config.width, config, rngs)
         self.q_norm, self.k_norm = HeadNorm(config), HeadNorm(config)
         self.out = linear(config.width, config.width, config, rngs)
 
@@ -155,7 +165,7 @@ class CrossAttention(nnx.Module):
     ) -> Float[Array, "B T M"]:
         q_BTHD = self.q_norm(self.q(x_BTM).reshape(*x_BTM.shape[:2], self.heads, -1))
         o_BTHD = dense_attention(q_BTHD, k_BUHD, v_BUHD, bias_BU)
-        return self.out(o_BTHD.reshape(x_BTM.shape))
+        return whole(self.out(o_BTHD.reshape(x_BTM.shape)))
 
 
 class AffineLayerNorm(nnx.Module):
@@ -180,7 +190,7 @@ class FeedForward(nnx.Module):
         self.down = linear(N, M, config, rngs, bias=False)
 
     def __call__(self, x_BTM: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
-        return self.down(silu(self.gate(x_BTM)) * self.up(x_BTM))
+        return whole(self.down(silu(self.gate(x_BTM)) * self.up(x_BTM)))
 
 
 class Head(nnx.Module):

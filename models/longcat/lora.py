@@ -6,6 +6,7 @@ rows and U in g blocks, and pair j changes the j-th part of the output.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,11 +102,11 @@ def merge_lora(
 
 @functools.partial(jax.jit, donate_argnames="kernel_Lio")
 def _add(
-    kernel_Lio: Float[Array, "L i o"],
+    kernel_Lio: Float[Array, "L i ..."],
     down_Lgri: Float[Array, "L g r i"],
     up_Lgro: Float[Array, "L g r o_g"],
     multiplier: Float[Array, ""],
-) -> Float[Array, "L i o"]:
+) -> Float[Array, "L i ..."]:
     """Adds the products to all layers of one stacked matrix, one after the other, in place."""
 
     def one_layer(layer, kernel_Lio):
@@ -160,7 +161,7 @@ def _pairs(module: str, parts: dict, shape: tuple[int, ...], errors: list[str]) 
         errors.append(f"missing: parts of {module}; it has {sorted(map(str, parts))}")
         return None
     down, ups, g = parts["down"], [parts[j] for j in blocks], len(blocks)
-    n_in, n_out = shape
+    n_in, n_out = shape[0], math.prod(shape[1:])
     r = down.shape[0] // g if down.ndim == 2 else 0
     fits = down.shape == (g * r, n_in) and r and n_out % g == 0
     if not fits or any(u.shape != (n_out // g, r) for u in ups) or parts["scale"].size != 1:

@@ -34,6 +34,7 @@ from models.longcat.layers import (
     linear,
     modulate,
 )
+from models.longcat.sharding import whole
 
 
 class TextKV(NamedTuple):
@@ -83,7 +84,9 @@ class Block(nnx.Module):
         Returns:
             The residual stream and this layer's (k_BTHD, v_BTHD), k before RoPE.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(c_BFC), 6, axis=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
+            whole(self.modulation(c_BFC)), 6, axis=-1
+        )
         q_BTHD, k_BTHD, v_BTHD = self.self_attn.split(modulate(x_BTM, shift1, scale1, self.eps))
         y_BTM = self.self_attn.join(attention(q_BTHD, k_BTHD, v_BTHD))
         x_BTM = add_gated(x_BTM, y_BTM, gate1)

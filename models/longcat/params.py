@@ -2,24 +2,34 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from models.common.checkpoint import Rule, linear_kernel, load, patch_kernel
+from models.common.checkpoint import Device, Rule, check, linear_kernel, load, patch_kernel
 from models.common.shards import checkpoint_shards
 from models.longcat.config import LongCatConfig
 from models.longcat.modeling import LongCatDiT
 
+type Layout = Callable[[np.ndarray], np.ndarray]
 
-def _linear(pattern: str, path: str, layer: int | None = None) -> tuple[Rule, Rule]:
+
+def _linear(
+    pattern: str, path: str, layer: int | None = None, layout: Layout = linear_kernel
+) -> tuple[Rule, Rule]:
     return (
-        Rule(pattern + r"\.weight", path + ".kernel", linear_kernel, layer),
-        Rule(pattern + r"\.bias", path + ".bias", layer=layer),
+        Rule(pattern + r"\.weight", path + ".kernel", layout, layer),
+        Rule(pattern + r"\.bias", path + ".bias", layout, layer),
     )
+
+
+def _side_by_side(parts: int) -> Callable[[np.ndarray], np.ndarray]:
+    """[parts * out, in] to [in, parts, out], and [parts * out] to [parts, out]."""
+    return lambda x: linear_kernel(x).reshape(*x.shape[1:], parts, -1)
 
 
 _AT = r"blocks\.(\d+)\."
@@ -32,13 +42,13 @@ RULES = (
     *_linear(r"y_embedder\.y_proj\.0", "text.up"),
     *_linear(r"y_embedder\.y_proj\.2", "text.down"),
     *_linear(_AT + r"adaLN_modulation\.1", "blocks.modulation", 1),
-    *_linear(_AT + r"attn\.qkv", "blocks.self_attn.qkv", 1),
+    *_linear(_AT + r"attn\.qkv", "blocks.self_attn.qkv", 1, _side_by_side(3)),
     Rule(_AT + r"attn\.([qk])_norm\.weight", r"blocks.self_attn.\2_norm.weight", layer=1),
     *_linear(_AT + r"attn\.proj", "blocks.self_attn.out", 1),
     Rule(_AT + r"pre_crs_attn_norm\.weight", "blocks.cross_norm.scale", layer=1),
     Rule(_AT + r"pre_crs_attn_norm\.bias", "blocks.cross_norm.bias", layer=1),
     *_linear(_AT + r"cross_attn\.q_linear", "blocks.cross_attn.q", 1),
-    *_linear(_AT + r"cross_attn\.kv_linear", "blocks.cross_attn.kv", 1),
+    *_linear(_AT + r"cross_attn\.kv_linear", "blocks.cross_attn.kv", 1, _side_by_side(2)),
     Rule(_AT + r"cross_attn\.([qk])_norm\.weight", r"blocks.cross_attn.\2_norm.weight", layer=1),
     *_linear(_AT + r"cross_attn\.proj", "blocks.cross_attn.out", 1),
     Rule(_AT + r"ffn\.w1\.weight", "blocks.ffn.gate.kernel", linear_kernel, 1),
@@ -58,14 +68,15 @@ def load_dit(
     source: str | Path | Iterable[str | Path],
     config: LongCatConfig,
     *,
-    device: jax.Device | jax.sharding.Sharding | None = None,
+    device: Device = None,
 ) -> LongCatDiT:
     """Loads the transformer from the released safetensors.
 
     Args:
         source: a file, a folder of shards, or several of either.
         config: sizes and dtype; the stored weights are cast to `config.dtype`.
-        device: where the parameters go; default: JAX's default device.
+        device: where the parameters go, as for `models.common.load`; on several devices
+            `sharding.placement(mesh)`.
 
     Raises:
         CheckpointError: with every missing shard, or every missing, unused and misshapen name.
@@ -73,19 +84,32 @@ def load_dit(
     return load(skeleton(config), checkpoint_shards(source), RULES, device=device)
 
 
-def random_dit(config: LongCatConfig, seed: int = 0) -> LongCatDiT:
+def check_dit(source: str | Path | Iterable[str | Path], config: LongCatConfig) -> None:
+    """Raises what `load_dit` would raise, from the headers of the files alone."""
+    check(skeleton(config), checkpoint_shards(source), RULES)
+
+
+def random_dit(
+    config: LongCatConfig,
+    seed: int = 0,
+    *,
+    device: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> LongCatDiT:
     """The transformer with random weights, made on the device: for benchmarks.
 
     Matrices are uniform with variance 1 / inputs, scales are 1 and biases 0. Stacked matrices are made layer by
     layer, so beside the weights there is never more than one layer of one matrix in float32.
     """
     graphdef, state = nnx.split(skeleton(config))
+    places = device and nnx.from_flat_state(
+        [(p, device(".".join(map(str, p)), v.shape)) for p, v in nnx.to_flat_state(state)]
+    )
 
     def uniform(key, shape, dtype):
         bound = math.sqrt(3 / shape[0])
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=places)
     def make():
         # XLA's own generator: threefry takes far longer to compile and to run for billions.
         key, filled = jax.random.key(seed, impl="rbg"), []

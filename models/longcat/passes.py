@@ -16,7 +16,9 @@ from models.common.attention import dense_attention
 from models.longcat.config import LongCatConfig
 from models.longcat.modeling import LongCatDiT, Output, TextKV
 from models.longcat.rope import clip_positions, model_rope
+from models.longcat.sharding import AXIS, by_heads, spread_out
 from qvg_jax.attention import attend
+from qvg_jax.sharding import attend_by_heads
 from qvg_jax.view import CacheView
 
 
@@ -38,7 +40,9 @@ def clip_attention(
         return jnp.swapaxes(rope.rotate(jnp.swapaxes(x_BTHD, 1, 2), table), 1, 2)
 
     def attention(q_BTHD, k_BTHD, v_BTHD, _):
-        q, k, v = rotated(q_BTHD), rotated(k_BTHD), v_BTHD
+        return by_heads(among, rotated(q_BTHD), rotated(k_BTHD), v_BTHD)
+
+    def among(q, k, v):
         if not first:
             return dense_attention(q, k, v)
         given = dense_attention(*(x[:, :first] for x in (q, k, v)))
@@ -107,7 +111,9 @@ def cached_forward(
         )
 
     def attention(q_BTHD, k_BTHD, v_BTHD, layer):
-        way = model.config.attention
-        return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer, implementation=way)
+        options = dict(layer=layer, implementation=model.config.attention)
+        if spread_out():
+            return attend_by_heads(q_BTHD, view, k_BTHD, v_BTHD, axis=AXIS, **options)
+        return attend(q_BTHD, view, k_BTHD, v_BTHD, **options)
 
     return model(x_BFZYX, t, text_kv, attention)

@@ -9,15 +9,18 @@ All take their noise as an argument and draw nothing themselves, so two pipeline
 codecs start from the same noise. `segments.py` strings clips together.
 """
 
+import contextlib
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from models.common.attention import cudnn_works
 from models.longcat.condition import build_condition
 from models.longcat.modeling import LongCatDiT, TextKV
 from models.longcat.sampler import Progress, cached_step, clip_step, denoise
@@ -54,6 +57,8 @@ class LongCat:
         model: the transformer.
         key_codec, value_codec: compressors of the given frames' K and V; None keeps them in the
             model's dtype. Make a codec once and reuse it: jit keys on its functions.
+        mesh: the devices that the model's parameters are on, if there are several: see
+            `sharding.py`.
 
     Raises:
         ValueError: only one of the codecs is given.
@@ -65,11 +70,16 @@ class LongCat:
         *,
         key_codec: Codec | None = None,
         value_codec: Codec | None = None,
+        mesh: Mesh | None = None,
     ):
         if (key_codec is None) != (value_codec is None):
             raise ValueError("give both key_codec and value_codec, or neither")
         self.model = model
         self.key_codec, self.value_codec = key_codec, value_codec
+        self._mesh = mesh
+        cudnn_works(
+            jnp.dtype(model.config.dtype).name, model.config.head_dim
+        )  # tried outside of it
 
     def text_to_video(
         self,
@@ -171,6 +181,14 @@ class LongCat:
             NonFiniteError: the given latents lead to K or V that are not finite.
         """
         schedule = continuation() if schedule is None else schedule
+        with self.on_devices():
+            return self._continued(
+                prompt, given_BGZYX, noise_BFZYX, cached, schedule, guidance, key, chunk, progress
+            )
+
+    def _continued(
+        self, prompt, given_BGZYX, noise_BFZYX, cached, schedule, guidance, key, chunk, progress
+    ):
         text_kv, guidance_B = self._start(prompt, given_BGZYX, noise_BFZYX, schedule, guidance)
         given_BGZYX = jnp.asarray(given_BGZYX, jnp.float32)
         if cached:
@@ -192,15 +210,15 @@ class LongCat:
         """
         if not given_BGZYX.shape[1]:
             raise ValueError("given_BGZYX has no frames; a cached run needs at least 1")
-        cache = build_condition(
-            self.model,
-            given_BGZYX,
-            key_codec=self.key_codec,
-            value_codec=self.value_codec,
-            key=key,
-        )
+        codecs = dict(key_codec=self.key_codec, value_codec=self.value_codec)
+        with self.on_devices():
+            cache = build_condition(self.model, given_BGZYX, **codecs, key=key)
         raise_if_bad(cache)
         return cache
+
+    def on_devices(self) -> contextlib.AbstractContextManager:
+        """The mesh, to run a program of one's own with the model."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _start(
         self, prompt: Prompt, given, noise, schedule: Schedule, guidance

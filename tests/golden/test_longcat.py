@@ -124,7 +124,7 @@ def test_inside_of_the_network_matches(vectors, model):
 
         u = modulate(h, shift1, scale1, m.config.eps)
         q, k, value = first.self_attn.split(u)
-        out["block0_qkv"] = first.self_attn.qkv(u)
+        out["block0_qkv"] = first.self_attn.qkv(u).reshape(*u.shape[:2], -1)
         out |= {f"block0_{n}_norm": jnp.swapaxes(a, 1, 2) for n, a in (("q", q), ("k", k))}
         out["block0_self_attn"] = first.self_attn.join(attention(q, k, value, 0))
         after = h + per_token(gate1) * out["block0_self_attn"]
