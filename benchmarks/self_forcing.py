@@ -20,13 +20,13 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import device, gb, names, numbers, peak, seconds, spawn
 
 PARTS = ("arms", "forward", "limit")
 log = logging.getLogger("benchmark")
@@ -45,7 +45,8 @@ def main() -> int:
     for parts in (together, ("limit",) if "limit" in args.parts else ()):
         if not parts:
             continue
-        results |= _spawn(args, parts)
+        limit = args.limit if "limit" in parts else None
+        results |= spawn("benchmarks.self_forcing", args.out, parts, limit)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         file.write_text(json.dumps(results, indent=1) + "\n")
     print(_table(results))
@@ -57,11 +58,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True)
-    add("--parts", type=_names, default=PARTS, help=",".join(PARTS))
-    add("--arms", type=_names, default=("qvg", "bf16"), help="codecs, smallest cache first")
+    add("--parts", type=names, default=PARTS, help=",".join(PARTS))
+    add("--arms", type=names, default=("qvg", "bf16"), help="codecs, smallest cache first")
     add("--frames", type=int, default=63, help="latent frames of a whole video")
     add("--budget", type=float, default=20, help="seconds for the blocks of an arm's video")
-    add("--histories", type=_numbers, default=(0, 60), help="latent frames before a block")
+    add("--histories", type=numbers, default=(0, 60), help="latent frames before a block")
     add("--repeats", type=int, default=2, help="blocks timed at each history, passes for forward")
     add("--limit", type=float, default=24e9, help="bytes of device memory")
     add("--limit-frames", type=int, default=180)
@@ -70,51 +71,8 @@ def _arguments() -> argparse.Namespace:
     add("--width", type=int, default=832)
     add("--layers", type=int, default=30)
     add("--seed", type=int, default=0)
-    add("--child", type=_names, help=argparse.SUPPRESS)
+    add("--child", type=names, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",")) if text else ()
-
-
-def _spawn(args: argparse.Namespace, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Runs parts in a process; what went wrong becomes the result."""
-    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-    if "limit" in parts and (total := _device_bytes()):
-        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{args.limit / total:.5f}"
-    # Its own folder: what is in it was compiled by this benchmark, and the first run is cold.
-    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "compiled"))
-    cold = not any(Path(env["JAX_COMPILATION_CACHE_DIR"]).glob("*"))
-    with open(args.out / "log.txt", "a") as file:
-        argv = [sys.executable, "-m", "benchmarks.self_forcing", *sys.argv[1:]]
-        argv += ["--child", ",".join(parts)]
-        code = subprocess.run(argv, env=env, stdout=file, stderr=file).returncode
-    found = {}
-    for part in parts:
-        result = args.out / f"{part}.json"
-        if result.is_file():
-            found[part] = json.loads(result.read_text())
-            found[part]["compilation_cache_was_empty"] = cold
-            result.unlink()
-    if code:
-        tail = (args.out / "log.txt").read_text().strip().splitlines()[-1]
-        found.setdefault(parts[-1], {})["error"] = f"exit code {code}: {tail[:300]}"
-    return found
-
-
-def _device_bytes() -> int | None:
-    """Memory of the first GPU as its driver says; None without one."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        return int(float(out.split()[0]) * 2**20)
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None
 
 
 # --- in the process of a part ---------------------------------------------------------------
@@ -125,29 +83,11 @@ def _child(args: argparse.Namespace) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     setup = Setup(args, vae=args.child != ("forward",))
     for part in args.child:
-        result = {"device": _device()}
+        result = {"device": device()}
         try:
             {"forward": forward, "arms": arms, "limit": limit}[part](setup, result)
         finally:  # what was measured before an error is kept
             (args.out / f"{part}.json").write_text(json.dumps(result))
-
-
-def _device() -> dict[str, Any]:
-    import jax
-
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    return {
-        "kind": f"{device.platform}: {device.device_kind}",
-        "jax": jax.__version__,
-        "bytes_limit": stats.get("bytes_limit"),
-    }
-
-
-def _peak() -> int | None:
-    import jax
-
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Setup:
@@ -243,7 +183,7 @@ def forward(setup: Setup, result: dict[str, Any]) -> None:
         begin = time.perf_counter()
         jax.block_until_ready(run())
         first = time.perf_counter() - begin
-        times = [_seconds(run) for _ in range(max(3, setup.args.repeats))]
+        times = [seconds(run) for _ in range(max(3, setup.args.repeats))]
         result[name] = {
             "first_call_seconds": round(first, 2),
             "milliseconds": round(1e3 * statistics.median(times), 2),
@@ -261,7 +201,7 @@ def arms(setup: Setup, result: dict[str, Any]) -> None:
             _video(setup, arm, found)
         for history in args.histories:
             _block_at(setup, arm, history, found)
-        found["peak_bytes_so_far"] = _peak()
+        found["peak_bytes_so_far"] = peak()
 
 
 def limit(setup: Setup, result: dict[str, Any]) -> None:
@@ -273,7 +213,7 @@ def limit(setup: Setup, result: dict[str, Any]) -> None:
     result |= {"frames": args.limit_frames, "arm": args.limit_arm, "limit_bytes": args.limit}
     found: dict[str, Any] = {}
     _block_at(setup, args.limit_arm, history, found, frames=args.limit_frames, decoded=True)
-    result |= found | {"peak_bytes": _peak(), "ok": True}
+    result |= found | {"peak_bytes": peak(), "ok": True}
 
 
 def _video(setup: Setup, arm: str, found: dict[str, Any]) -> None:
@@ -408,20 +348,11 @@ def _filled(cache: Any, frames: int) -> Any:
     )
 
 
-def _seconds(run: Any) -> float:
-    import jax
-
-    begin = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - begin
-
-
 # --- the table ------------------------------------------------------------------------------
 
 
 def _table(results: dict[str, Any]) -> str:
     lines = []
-    gb = lambda n: "-" if n is None else f"{n / 1e9:.2f} GB"  # noqa: E731
     for part in PARTS:
         if part not in results:
             continue
@@ -436,7 +367,7 @@ def _table(results: dict[str, Any]) -> str:
                         f"{r[name]['milliseconds']} ms; first call {r[name]['first_call_seconds']} s"
                     )
         if part == "arms":
-            lines += _arm_lines(r.get("arms", {}), gb)
+            lines += _arm_lines(r.get("arms", {}))
         if part == "limit" and r.get("ok"):
             lines.append(
                 f"  {r['arm']}, {r['frames']} latent frames: peak {gb(r['peak_bytes'])} of "
@@ -445,7 +376,7 @@ def _table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _arm_lines(arms: dict[str, Any], gb: Any) -> list[str]:
+def _arm_lines(arms: dict[str, Any]) -> list[str]:
     lines = []
     base = arms.get("bf16", {})
     for name, a in arms.items():
