@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvg_jax.options import MODELS, BadInput, parser
+from qvg_jax.options import MODELS, WALKS, BadInput, parser
 
 __all__ = ["main"]
 
@@ -108,10 +108,42 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _play(args: argparse.Namespace) -> int:
+    if args.model not in WALKS:
+        what = "has no actions to walk by" if args.model in MODELS else "is not known"
+        raise BadInput(f"model={args.model!r} {what}; accepted: {', '.join(WALKS)}")
+    try:
+        from qvg_jax import play
+    except ImportError as error:
+        raise BadInput(
+            f"the page needs NiceGUI ({error}); install the extra: pip install 'qvg-jax[play]', or "
+            "uv run --extra play qvg play"
+        ) from error
+    _remember_compilations()
+    from qvg_jax.walk import Walk
+
+    module = importlib.import_module(WALKS[args.model])
+    codec = args.codec or module.DEFAULT_CODEC
+    with _blamed_on_input(ValueError, memory_advice="accepted: less --memory"):
+        world = module.walk(_request(args, codecs=(codec,)), args.memory)
+        walk = Walk(world, seed=args.seed, codec=codec)
+    try:
+        sock = play.listen(args.host, args.port)
+    except OSError as error:
+        raise BadInput(
+            f"--host {args.host} --port {args.port}: {error.strerror or error}; accepted: an "
+            "address of this machine and a free port, 0 for any"
+        ) from error
+    with contextlib.suppress(KeyboardInterrupt):
+        play.serve(walk, sock, show=not args.no_browser)
+    print(f"qvg: ended after {walk.blocks} blocks")
+    return 0
+
+
 def _plan(args: argparse.Namespace) -> int:
     module = importlib.import_module(_model(args.model))
     if not hasattr(module, "plan"):
-        raise BadInput(f"model={args.model!r} has no plan; accepted: self-forcing")
+        raise BadInput(f"model={args.model!r} has no plan; accepted: self-forcing, worldplay")
     _remember_compilations()
     from qvg_jax.plan import plan_table
 
@@ -234,6 +266,7 @@ def _remember_compilations() -> None:
 
 COMMANDS = {
     "generate": _generate,
+    "play": _play,
     "plan": _plan,
     "convert": _convert,
     "capture": _capture,

@@ -6,13 +6,17 @@ from typing import NoReturn
 
 from qvg_jax.versions import own_version
 
-__all__ = ["MODELS", "BadInput", "parser"]
+__all__ = ["MODELS", "WALKS", "BadInput", "parser"]
 
 # Looked up by name when wanted: the library does not import models.
 MODELS = {
     "pocket-world": "models.pocket_world.job",
     "self-forcing": "models.self_forcing.job",
+    "worldplay": "models.worldplay.job",
 }
+
+# Those with actions, for `qvg play`.
+WALKS = {"pocket-world": "models.pocket_world.walk"}
 
 
 class BadInput(Exception):
@@ -33,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
     make = commands.add_parser("generate", help="make a video with compressed and bf16 caches")
     add = make.add_argument
     add("--model", default="pocket-world", metavar="NAME", help=", ".join(MODELS))
-    add("--frames", type=_count, metavar="N", help="to generate (240); latent frames (21)*")
+    add(
+        "--frames",
+        type=_count,
+        metavar="N",
+        help="to generate (240); latent frames (21)*, the walk's**",
+    )
     add("--seed", type=_whole, default=0, metavar="N", help="world, path and noise (0)")
     add("--codec", metavar="NAME", help="of the cache (midrise-k1v3, midrise*); see `qvg codecs`")
     add("--compare", default="", metavar="NAMES", help="more codecs, such as rtn,qvg-pro")
@@ -44,26 +53,39 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="PATH", help="other weights than the model's own; a folder or random*")
     add = make.add_argument_group("pocket-world").add_argument
     add("--tour", type=_count, metavar="N", help="real frames before the generated ones (128)")
-    add("--actions", metavar="LIST", help="where to go after the tour, such as w-8,d-4 (back)")
-    add = make.add_argument_group("*self-forcing").add_argument
+    add("--actions", metavar="LIST", help="where to go after the tour, or at all**: w-8,d-4 (back)")
+    add = make.add_argument_group("*self-forcing, **worldplay").add_argument
     add("--prompt", metavar="TEXT", help="what to see")
-    add("--height", type=_count, metavar="N", help="in pixels, a multiple of 16 (480)")
-    add("--width", type=_count, metavar="N", help="in pixels, a multiple of 16 (832)")
+    add("--height", type=_count, metavar="N", help="in pixels, of whole tokens (480, 704**)")
+    add("--width", type=_count, metavar="N", help="in pixels, of whole tokens (832, 1280**)")
     add("--image", metavar="FILE", help="first frame of the video")
-    add("--video", metavar="FILE", help="video to go on from")
-    add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)")
-    add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)")
+    add("--video", metavar="FILE", help="video to go on from*")
+    add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)*")
+    add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)*")
     add("--layers", type=_count, metavar="N", help="of a transformer of random weights (30)")
     add("--resume", action="store_true", help="go on with an interrupted run in --out")
 
+    play = commands.add_parser("play", help="walk through a generated world in a browser")
+    add = play.add_argument
+    add("--model", default="pocket-world", metavar="NAME", help=", ".join(WALKS))
+    add("--codec", metavar="NAME", help="to begin with (midrise-k1v3); see `qvg codecs`")
+    add("--seed", type=_whole, default=0, metavar="N", help="world, tour and noise (0)")
+    add("--steps", type=_count, metavar="N", help="denoising steps per block (4)")
+    add("--tour", type=_whole, metavar="N", help="real frames to begin with (64)")
+    add("--memory", type=_count, metavar="N", help="frames to remember at least (256)")
+    add("--weights", metavar="PATH", help="other weights than the model's own")
+    add("--host", default="127.0.0.1", metavar="NAME", help="to listen at (127.0.0.1)")
+    add("--port", type=_port, default=8080, metavar="N", help="to listen at, 0 for any (8080)")
+    add("--no-browser", action="store_true", help="do not open one")
+
     plan = commands.add_parser("plan", help="say what of a video fits into a GPU's memory")
     add = plan.add_argument
-    add("--model", default="self-forcing", metavar="NAME", help="self-forcing")
-    add("--frames", type=_count, metavar="N", help="latent frames (21)")
+    add("--model", default="self-forcing", metavar="NAME", help="self-forcing, worldplay")
+    add("--frames", type=_count, metavar="N", help="latent frames (21, 48)")
     add("--codec", default="bf16,qvg", metavar="NAMES", help="codecs to compare (bf16,qvg)")
     add("--memory", type=_bytes, required=True, metavar="SIZE", help="such as 24GB or 22.4GiB")
-    add("--height", type=_count, metavar="N", help="in pixels (480)")
-    add("--width", type=_count, metavar="N", help="in pixels (832)")
+    add("--height", type=_count, metavar="N", help="in pixels (480, 704)")
+    add("--width", type=_count, metavar="N", help="in pixels (832, 1280)")
     add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)")
     add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)")
     add("--layers", type=_count, metavar="N", help="of the transformer (30)")
@@ -126,6 +148,12 @@ def _bits(text: str) -> float:
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: give a whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: give a port, 0 to 65535")
     return int(text)
 
 

@@ -99,7 +99,7 @@ class WorldPlay:
         return stream(self._step(), self.start(request), xs, progress=progress)
 
     def _step(self) -> Partial:
-        return Partial(_generating_step(self.sampler, self.history), self.model)
+        return Partial(generating_step(self.sampler, self.history), self.model)
 
     def start(self, request: Request) -> State:
         """An empty cache and empty buffers, and the prompt's K and V for cross-attention."""
@@ -124,7 +124,7 @@ class WorldPlay:
 
 # Cached, because jit recognises a step by the identity of its function.
 @functools.cache
-def _generating_step(sampler: SamplerConfig, history: History) -> Callable:
+def generating_step(sampler: SamplerConfig, history: History) -> Callable:
     def step(model, state, x):
         return generate_block(model, state, x, sampler, history)[:2]
 

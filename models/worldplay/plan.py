@@ -1,0 +1,123 @@
+"""Device memory of a walk, before it begins: from shapes and from the compiled programs."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from models.common import player
+from models.common.needs import most, text_encoder_bytes, text_kv_bytes
+from models.common.parts import Sizes
+from models.common.wan_text import TextKV
+from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
+from models.worldplay.block import BlockInput, Frames, State
+from models.worldplay.params import WEIGHTS
+from models.worldplay.pipeline import generating_step
+from models.worldplay.settings import Settings, settle
+from qvg_jax.compare import Request
+from qvg_jax.plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.rollout import run_chunk
+
+
+def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
+    """What each codec of a request needs, as if its arm ran alone.
+
+    Compiles the step of each arm twice, for the walk and for one of three blocks, since what a
+    context pass needs grows with the walk; and the decoder. Allocates nothing.
+
+    Args:
+        request: codecs, actions, frames and size.
+        memory: bytes of the device, for the longest video that fits.
+        released: sizes of the networks.
+
+    Raises:
+        ValueError: a value that is not accepted, named with what would be.
+    """
+    settings = settle(request, released)
+    begin = time.perf_counter()
+    dit, model = settings.sizes.dit, WEIGHTS.skeleton(settings.sizes.dit)
+    vae = VAE_WEIGHTS.skeleton(settings.sizes.vae)
+    latents = _latents(settings, dit.frames_per_block, dit.dtype)
+    past = jax.eval_shape(player.decode, vae, latents, None)[1]
+    decoding = temporary_bytes(player.decode, vae, latents, past)
+    needs = []
+    for name in settings.histories:
+        held = {
+            "transformer": shape_bytes(model),
+            "cache": shape_bytes(settings.cache(name)),
+            "latents": shape_bytes(_latents(settings, settings.frames, dit.dtype)),
+            "prompt K/V": text_kv_bytes(dit, dit.text_slots),
+            "VAE": shape_bytes(vae),
+            "decoded past": shape_bytes(past),
+        }
+
+        def block(frames, name=name):
+            return temporary_bytes(run_chunk, *_step(settings, model, name, frames))
+
+        temporaries = {"a block": block(settings.frames), "decoding": decoding}
+        few = 3 * dit.frames_per_block
+        grows = 0.0
+        if settings.frames > few:
+            grows = (temporaries["a block"] - block(few)) / (settings.frames - few)
+        need = Need(name=name, held=held, temporaries=temporaries)
+        longest = _longest(settings, need, max(grows, 0.0), memory)
+        needs.append(Need(**(vars(need) | {"longest": longest})))
+    before = {"text encoder": text_encoder_bytes(settings.sizes.text, dit.text_slots)}
+    best = max(needs, key=lambda need: need.longest)
+    advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
+    return Plan(
+        what=f"WorldPlay, {settings.frames} latent frames of {settings.height} x "
+        f"{settings.width}, {dit.layers} layers, each codec alone",
+        before=before,
+        needs=tuple(needs),
+        backend=jax.default_backend(),
+        seconds=time.perf_counter() - begin,
+        advice=f"{advice or 'not one block'}; accepted: fewer --frames, a smaller --height and "
+        "--width, storage=single, or a codec of fewer bits (`qvg codecs`)",
+    )
+
+
+def _latents(settings: Settings, frames: int, dtype):
+    shape = (1, frames, settings.sizes.dit.latent_channels, *settings.latent)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _step(settings: Settings, model, arm: str, frames: int):
+    """Arguments of the program that makes a block, as the command runs it."""
+    dit, history = settings.sizes.dit, settings.histories[arm]
+
+    def like(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def cameras(*lead):
+        return Frames(like(*lead, 4, 4), like(*lead, 3, 3), like(*lead))
+
+    text = like(dit.layers, 1, dit.text_slots, dit.heads, dit.head_dim, dtype=dit.dtype)
+    state = State(
+        cache=settings.cache(arm, frames),
+        text_kv=TextKV(text, text),
+        latents_BFZYX=_latents(settings, frames, dit.dtype),
+        frames=cameras(1, frames),
+        blocks=like(dtype=jnp.int32),
+    )
+    n = dit.frames_per_block
+    block = like(1, *_latents(settings, n, dit.dtype).shape)
+    context = like(1, history.context_frames(dit, frames), dtype=jnp.int32)
+    xs = BlockInput(block, cameras(1, 1, n), block, like(1, n, dtype=jnp.bool_), context)
+    step = generating_step(settings.sampler, history)
+    return Partial(step, model), state, xs, like(dtype=jnp.int32)
+
+
+def _longest(settings: Settings, need: Need, grows: float, memory: int) -> int:
+    """The most latent frames that fit, if the memory and what a context pass needs grow with them."""
+    n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
+    others = sum(need.held.values()) - need.held["cache"]
+
+    def fits(blocks: int) -> bool:
+        frames = blocks * n
+        block = need.temporaries["a block"] + grows * (frames - settings.frames)
+        busy = max(block, need.temporaries["decoding"])
+        return shape_bytes(settings.cache(need.name, frames)) + others + busy <= memory
+
+    return most(fits, top // n) * n

@@ -1,0 +1,146 @@
+"""What a user asked for, checked against the sizes of the networks before anything is loaded."""
+
+import dataclasses
+import logging
+
+import jax
+
+from models.common.asked import arm_names, check_seed, check_size, codec_pair, with_layers
+from models.common.parts import Sizes
+from models.umt5.config import UMT5Config
+from models.wan_vae.config import WanVAEConfig
+from models.worldplay.cameras import CameraPath
+from models.worldplay.config import SamplerConfig, WorldPlayConfig
+from models.worldplay.history import History, make_cache
+from models.worldplay.schedule import count_blocks
+from qvg_jax.cache import KVCache
+from qvg_jax.compare import Request
+
+HEIGHT, WIDTH = 704, 1280
+ACTIONS = "w-8,s-8,a-8,d-8,up-8,down-8"  # of the published runs
+SHIFT = 8  # which gives the released timesteps at four steps
+
+log = logging.getLogger(__name__)
+
+
+def released_sizes() -> Sizes:
+    """WorldPlay's 5B transformer, Wan2.2's VAE, umT5-XXL; all bfloat16."""
+    return Sizes(dit=WorldPlayConfig.wan_5b(), vae=WanVAEConfig.wan_2_2(), text=UMT5Config.xxl())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A request without choices left.
+
+    Attributes:
+        sizes: of the networks.
+        sampler: the few-step schedule.
+        histories: what each arm remembers, by the name of the arm; bf16 first.
+        path: cameras and actions, one for each latent frame.
+        height, width: of the video, in pixels.
+    """
+
+    sizes: Sizes
+    sampler: SamplerConfig
+    histories: dict[str, History]
+    path: CameraPath
+    height: int
+    width: int
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the video."""
+        return len(self.path)
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Rows and columns of a latent frame."""
+        side = self.sizes.vae.spatial_stride
+        return self.height // side, self.width // side
+
+    def cache(self, arm: str, frames: int | None = None) -> KVCache:
+        """An arm's cache, shapes only; for another number of frames if given."""
+
+        def make():
+            return make_cache(
+                self.sizes.dit,
+                self.histories[arm],
+                frames=self.frames if frames is None else frames,
+                latent_height=self.latent[0],
+                latent_width=self.latent[1],
+            )
+
+        return jax.eval_shape(make)
+
+
+def settle(request: Request, released: Sizes) -> Settings:
+    """Checks a request and fills in what it leaves open.
+
+    Args:
+        request: what is wanted; without actions the published walk, or as far ahead as `frames`.
+        released: sizes of the networks, the layers before `--layers`.
+
+    Raises:
+        ValueError: a value that is not accepted, named with what would be.
+    """
+    sizes = dataclasses.replace(released, dit=with_layers(released.dit, request))
+    height = HEIGHT if request.height is None else request.height
+    width = WIDTH if request.width is None else request.width
+    check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
+    check_seed(request.seed)
+    settings = Settings(
+        sizes=sizes,
+        sampler=_sampler(request.steps),
+        histories={name: _history(name) for name in arm_names(request)},
+        path=_path(request, sizes.dit),
+        height=height,
+        width=width,
+    )
+    for name, history in settings.histories.items():
+        if history.compressed and not settings.cache(name).layout.max_spans:
+            log.warning(
+                f"{name}: {settings.frames} latent frames are too few to compress any: a span is "
+                f"{history.span_blocks} blocks, and the newest block is never remembered"
+            )
+    return settings
+
+
+def _path(request: Request, config: WorldPlayConfig) -> CameraPath:
+    """Cameras of the frames that are wanted: whole blocks, within the RoPE table."""
+    ahead = ACTIONS if request.frames is None else f"w-{request.frames}"
+    path = CameraPath.from_string(ahead if request.actions is None else request.actions)
+    n, room = config.frames_per_block, config.rope_frames
+    frames = max(len(path) // n * n, n) if request.frames is None else request.frames
+    count_blocks(config, frames)
+    if frames > room:
+        raise ValueError(
+            f"frames={frames} leaves the RoPE table of {room} frames: positions beyond it were "
+            f"never defined; accepted: at most {room // n * n}"
+        )
+    if frames > len(path):
+        raise ValueError(
+            f"frames={frames} is more than the {len(path)} cameras of the walk: the actions have "
+            f"{len(path) - 1} steps, and the first frame needs none; walk on, or ask for fewer"
+        )
+    if left := len(path) - frames:
+        log.info(f"{frames} latent frames; the last {left} cameras of the walk are not used")
+    return CameraPath(path.c2w_F44[:frames], path.intrinsics_F33[:frames], path.actions_F[:frames])
+
+
+def _sampler(steps: int | None) -> SamplerConfig:
+    """As released, or with other steps along the same curve."""
+    if steps is None:
+        return SamplerConfig()
+    levels = [1 - i / steps for i in range(steps)]
+    return SamplerConfig(steps=tuple(1000 * SHIFT * s / (1 + (SHIFT - 1) * s) for s in levels))
+
+
+def _history(recipe: str) -> History:
+    """A codec and, as one of its settings, `storage=packed` or `storage=single`."""
+    kept, storage = [], "packed"
+    for part in recipe.split(":"):
+        key, _, value = part.partition("=")
+        storage = value if key == "storage" else storage
+        kept += [] if key == "storage" else [part]
+    key_codec, value_codec = codec_pair(":".join(kept))
+    return History(key_codec=key_codec, value_codec=value_codec, storage=storage)
