@@ -136,6 +136,11 @@ class Stream(Iterator):
         self._total = len(xs) if hasattr(xs, "__len__") else None
         self._progress = progress
 
+    def warm(self, x: Any) -> None:
+        """Compiles the step for blocks like `x` and runs it on none, so that the next one is fast."""
+        x = jax.tree.map(lambda x: jnp.asarray(x)[None], x)
+        self.state, _ = run_chunk(self._step, self.state, x, np.int32(0))
+
     def __next__(self) -> Any:
         x = jax.tree.map(lambda x: jnp.asarray(x)[None], next(self._xs))
         self.state, ys = run_chunk(self._step, self.state, x, np.int32(1))

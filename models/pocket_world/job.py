@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
+from models.common.asked import check_seed
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
@@ -29,7 +30,6 @@ DEFAULT_CODEC = "midrise-k1v3"  # the best in the loop, see BENCHMARKS.md
 TOUR, FRAMES, STEPS = 128, 240, 4
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
-LARGEST_SEED = 2**31 - 1
 
 
 def prepare(request: Request) -> Job:
@@ -48,13 +48,12 @@ def prepare(request: Request) -> Job:
     request.refuse(MODEL, "prompt", "height", "width", "layers", "window", "sink")
     request.refuse(MODEL, "image", "video", "resume")
     sampler = pipeline.Sampler(steps=STEPS if request.steps is None else request.steps)
-    if not 0 <= request.seed <= LARGEST_SEED:
-        raise ValueError(f"seed={request.seed} is not accepted: give 0 to {LARGEST_SEED}")
+    check_seed(request.seed)
     actions = None if request.actions is None else camera.parse_actions(request.actions)
     codecs = {name: _codec(name) for name in dict.fromkeys((BASELINE, *request.codecs))}
     weights = pathlib.Path(request.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)
-    _check_finite(model, weights)
+    check_finite(model, weights)
     cfg = model.cfg
 
     n = cfg.block_frames
@@ -69,13 +68,10 @@ def prepare(request: Request) -> Job:
         raise ValueError(f"frames={frames} is not accepted: give a whole number above 0")
 
     path_F3 = _path(request.seed, tour, frames + -frames % n, actions)
-    noise = jax.random.key_data(jax.random.fold_in(jax.random.key(request.seed), 1))
     arms = []
     for name, codec in codecs.items():
         cache = pipeline.make_cache(cfg, codec, _capacity(cfg, codec, len(path_F3)))
-        # Each arm a key of its own, as states are donated; all with the same value.
-        key = jax.random.wrap_key_data(jnp.array(noise))
-        arms.append(Arm(name=name, state=pipeline.WorldState(cache, key)))
+        arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(request.seed))))
     lay = arms[0].state.cache.layout
     return Job(
         model=MODEL,
@@ -127,7 +123,8 @@ def _codec(text: str) -> tuple[Codec, Codec]:
     return pipeline.world_recipe(text)
 
 
-def _check_finite(model: nnx.Module, weights: pathlib.Path) -> None:
+def check_finite(model: nnx.Module, weights: pathlib.Path) -> None:
+    """Raises CheckpointError with the first parameter that has NaN or Inf."""
     for path, value in nnx.to_flat_state(nnx.state(model)):
         if bad := int(np.count_nonzero(~np.isfinite(np.asarray(value[...])))):
             raise CheckpointError(
@@ -144,12 +141,22 @@ def _capacity(cfg, codec: tuple[Codec, Codec], frames: int) -> int:
     return blocks * cfg.block_frames
 
 
+def tour_path(seed: int, frames: int) -> Float[np.ndarray, "F 3"]:
+    """Poses of the real frames that a run of this seed starts with."""
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    return np.asarray(camera.wander(key, jnp.zeros(3), frames, HALF_WIDTH))
+
+
+def noise_key(seed: int) -> Array:
+    """The key of all noise in a run of this seed; a new array on every call, as states are donated."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
 def _path(
     seed: int, tour: int, frames: int, actions: np.ndarray | None
 ) -> Float[np.ndarray, "F 3"]:
     """Poses of the tour and of the frames to generate, without a cut between them."""
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    tour_F3 = np.asarray(camera.wander(key, jnp.zeros(3), tour, HALF_WIDTH))
+    tour_F3 = tour_path(seed, tour)
     if actions is None:
         # Back from the last pose to the first, forward to the last, and so on.
         last = tour - 1

@@ -118,6 +118,7 @@ def make_cache(
     batch: int = 1,
     span_blocks: int = 8,
     keep_recent: int = 2,
+    overflow: str = "error",
     dtype=jnp.bfloat16,
 ) -> KVCache:
     """A cache for `frames` frames of history; the first block is the sink.
@@ -125,7 +126,7 @@ def make_cache(
     Args:
         codec: for K and V, or one for each.
         frames: tour and generated frames together.
-        span_blocks, keep_recent: as in `KVCache.create`.
+        span_blocks, keep_recent, overflow: as in `KVCache.create`.
     """
     key_codec, value_codec = codec if not isinstance(codec, Codec) else (codec, codec)
     blocks = -(-frames // cfg.block_frames)
@@ -138,6 +139,7 @@ def make_cache(
         keep_recent=keep_recent,
         key_codec=key_codec,
         value_codec=value_codec,
+        overflow=overflow,
         dtype=dtype,
     )
 
