@@ -14,48 +14,48 @@ Prints a table and writes DIR/worldplay.json; DIR/log.txt says what is going on:
     bf16    the same through qvg_jax.attend
 - limit: a whole walk with --limit bytes of device memory, in a process of its own.
 
-Weights are bfloat16 in all of it. Most of a first run is compilation.
+Weights are bfloat16 in all of it. Most of a first run is compilation; DIR/compiled keeps it.
 """
 
 import argparse
 import dataclasses
 import json
 import logging
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import device, gb, names, peak, spawn
 
 PARTS, ARMS = ("blocks", "limit"), ("single", "packed", "cudnn", "bf16")
 WALK = "w-8,s-8,a-8,d-8,up-8,down-8"
 log = logging.getLogger("benchmark")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _arguments(argv)
+def main() -> int:
+    args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.child:
         _child(args)
         return 0
-    results: dict[str, Any] = {"command": sys.argv[1:] if argv is None else argv}
+    results: dict[str, Any] = {"command": sys.argv[1:]}
     file = args.out / "worldplay.json"
     begin = time.perf_counter()
     for part in args.parts:
-        results[part] = _spawn(args, part, results["command"])
+        limit = args.limit if part == "limit" else None
+        results |= spawn("benchmarks.worldplay", args.out, (part,), limit)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         file.write_text(json.dumps(results, indent=1) + "\n")
     print(_table(results))
     print(f"{results['seconds']:.0f} s; wrote {file}")
-    return int(any("error" in results[part] for part in args.parts))
+    return int(any("error" in results.get(part, {"error": ""}) for part in args.parts))
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    names = lambda text: tuple(text.split(","))  # noqa: E731
     add("--out", type=Path, required=True)
     add("--parts", type=names, default=PARTS, help=",".join(PARTS))
     add("--arms", type=names, default=ARMS[:3], help=",".join(ARMS))
@@ -71,62 +71,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="a network of hardly any width, to try this on a CPU")
     add("--seed", type=int, default=0)
     add("--child", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def _spawn(args: argparse.Namespace, part: str, argv: list[str]) -> dict[str, Any]:
-    """Runs a part in a process of its own; what went wrong becomes its result."""
-    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-    total = _driver_says("memory.total")
-    if part == "limit" and total:
-        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{args.limit / total:.5f}"
-    result = args.out / f"{part}.json"
-    result.unlink(missing_ok=True)
-    with open(args.out / "log.txt", "a") as file:
-        command = [sys.executable, "-m", "benchmarks.worldplay", *argv, "--child", part]
-        code = subprocess.run(command, env=env, stdout=file, stderr=file).returncode
-    found = json.loads(result.read_text()) if result.is_file() else {}
-    result.unlink(missing_ok=True)
-    if code:
-        tail = (args.out / "log.txt").read_text().strip().splitlines()[-1]
-        found["error"] = f"exit code {code}: {tail[:300]}"
-    return found
-
-
-def _driver_says(what: str) -> int | None:
-    """A memory figure of the first GPU in bytes; None without one."""
-    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        return int(float(out.split()[0]) * 2**20)
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None
+    return parser.parse_args()
 
 
 # --- in the process of a part ---------------------------------------------------------------
 
 
 def _child(args: argparse.Namespace) -> None:
-    import jax
-
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
-    device = jax.devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    kind = f"{device.platform}: {device.device_kind}"
-    result: dict[str, Any] = {
-        "device": {"kind": kind, "jax": jax.__version__, "bytes_limit": limit}
-    }
+    result: dict[str, Any] = {"device": device()}
     try:
         {"blocks": blocks, "limit": limited}[args.child](Setup(args), result)
     finally:  # what was measured before an error is kept
         (args.out / f"{args.child}.json").write_text(json.dumps(result))
-
-
-def _peak() -> int | None:
-    import jax
-
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Setup:
@@ -213,7 +171,7 @@ def blocks(setup: Setup, result: dict[str, Any]) -> None:
             found |= {"cache_bytes": size.in_use.total, "spans_bytes": size.in_use.spans}
             found["allocated"] = size.allocated.total
             found["spans_bf16"] = spans * state.cache.layout.span_blocks * n * plain
-        found |= {"bf16_bytes": stored * plain, "peak_bytes_so_far": _peak()}
+        found |= {"bf16_bytes": stored * plain, "peak_bytes_so_far": peak()}
         for x in jax.tree.leaves(state):
             x.delete()
         del state, step
@@ -362,9 +320,8 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
         seconds.append(round(time.perf_counter() - begin, 3))
         log.info("block %d: %.3f s", len(seconds), seconds[-1])
         begin = time.perf_counter()
-    result |= {"block_seconds": seconds, "finite": finite, "peak_bytes": _peak()}
+    result |= {"block_seconds": seconds, "finite": finite, "peak_bytes": peak()}
     result |= {"cache_bytes": size[0].in_use.total, "allocated": size[0].allocated.total}
-    result["driver_bytes_used"] = _driver_says("memory.used")
     result["ok"] = len(seconds) * setup.config.frames_per_block == args.frames
 
 
@@ -372,7 +329,7 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
 
 
 def _table(results: dict[str, Any]) -> str:
-    lines, gb = [], lambda n: "-" if n is None else f"{n / 1e9:.2f} GB"
+    lines = []
     for part in PARTS:
         if part not in results:
             continue
@@ -380,19 +337,19 @@ def _table(results: dict[str, Any]) -> str:
         where = r.get("device", {}).get("kind", "?")
         lines.append(f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else ""))
         if part == "blocks":
-            lines += _arm_lines(r, gb)
+            lines += _arm_lines(r)
         elif r.get("ok"):
             lines.append(
                 f"  {r['arm']}, {r['frames']} latent frames, {r['weights']} weights: "
                 f"{sum(r['block_seconds'][1:]):.1f} s and a first block of "
                 f"{r['block_seconds'][0]:.1f} s; peak {gb(r['peak_bytes'])} of "
-                f"{gb(r['device']['bytes_limit'])}, the driver says {gb(r['driver_bytes_used'])}; "
+                f"{gb(r['device']['bytes_limit'])}; "
                 f"memory {gb(r['cache_bytes'])}, allocated {gb(r['allocated'])}"
             )
     return "\n".join(lines)
 
 
-def _arm_lines(r: dict[str, Any], gb: Any) -> list[str]:
+def _arm_lines(r: dict[str, Any]) -> list[str]:
     lines, base = [], r.get("arms", {}).get("cudnn", {}).get("block_seconds")
     pair = lambda ts: sum(statistics.median(ts[i::2]) for i in range(2)) / 2  # noqa: E731
     for name, a in r.get("arms", {}).items():
