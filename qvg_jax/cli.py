@@ -143,7 +143,9 @@ def _play(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     module = importlib.import_module(_model(args.model))
     if not hasattr(module, "plan"):
-        raise BadInput(f"model={args.model!r} has no plan; accepted: self-forcing, worldplay")
+        raise BadInput(
+            f"model={args.model!r} has no plan; accepted: self-forcing, worldplay, longcat"
+        )
     _remember_compilations()
     from qvg_jax.plan import plan_table
 

@@ -47,6 +47,8 @@ class Request:
     sink: int | None = None
     image: str | None = None
     video: str | None = None
+    cond_frames: int | None = None
+    lora: str | None = None
     out: str | None = None  # where the run's files go, for jobs that keep more than the report
     resume: bool = False
 
@@ -54,7 +56,8 @@ class Request:
         """Raises ValueError if one of these options was given."""
         for name in names:
             if (value := getattr(self, name)) not in (None, False):
-                raise ValueError(f"--{name} {value} means nothing to model {model}; leave it out")
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} {value} means nothing to model {model}; leave it out")
 
 
 class Block(NamedTuple):

@@ -120,7 +120,7 @@ def _panels(job: Job, made: Made, i: int) -> list[Panel]:
         layout = job.cache(arm.state).layout
         size = made.bytes[arm.name].in_use.total
         note = f"{layout.span_bits:.4g} bits per element, {size / 1e6:.1f} MB"
-        if job.baseline not in (None, arm.name):
+        if job.baseline not in (None, arm.name) and size:  # there may be no cache yet
             note += f" ({made.bytes[job.baseline].in_use.total / size:.1f}x smaller)"
         panels.append(Panel(made.frames[arm.name][i], f"{arm.name} cache", note))
     return panels

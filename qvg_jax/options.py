@@ -13,6 +13,7 @@ MODELS = {
     "pocket-world": "models.pocket_world.job",
     "self-forcing": "models.self_forcing.job",
     "worldplay": "models.worldplay.job",
+    "longcat": "models.longcat.job",
 }
 
 # Those with actions, for `qvg play`.
@@ -41,28 +42,34 @@ def parser() -> argparse.ArgumentParser:
         "--frames",
         type=_count,
         metavar="N",
-        help="to generate (240); latent frames (21)*, the walk's**",
+        help="to generate (240); latent frames (21)*, the walk's**, 24 + 5 k (29)***",
     )
     add("--seed", type=_whole, default=0, metavar="N", help="world, path and noise (0)")
-    add("--codec", metavar="NAME", help="of the cache (midrise-k1v3, midrise*); see `qvg codecs`")
+    add(
+        "--codec",
+        metavar="NAME",
+        help="of the cache (midrise-k1v3, midrise*/***); see `qvg codecs`",
+    )
     add("--compare", default="", metavar="NAMES", help="more codecs, such as rtn,qvg-pro")
-    add("--steps", type=_count, metavar="N", help="denoising steps per block (4)")
-    add("--fps", type=_count, metavar="N", help="of the video (8, 16*)")
+    add("--steps", type=_count, metavar="N", help="denoising steps per block (4, 50***)")
+    add("--fps", type=_count, metavar="N", help="of the video (8, 16*, 15***)")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the files (out)")
     add("--stream", action="store_true", help="a video that can be played while it grows")
     add("--weights", metavar="PATH", help="other weights than the model's own; a folder or random*")
     add = make.add_argument_group("pocket-world").add_argument
     add("--tour", type=_count, metavar="N", help="real frames before the generated ones (128)")
     add("--actions", metavar="LIST", help="where to go after the tour, or at all**: w-8,d-4 (back)")
-    add = make.add_argument_group("*self-forcing, **worldplay").add_argument
+    add = make.add_argument_group("*self-forcing, **worldplay, ***longcat").add_argument
     add("--prompt", metavar="TEXT", help="what to see")
     add("--height", type=_count, metavar="N", help="in pixels, of whole tokens (480, 704**)")
     add("--width", type=_count, metavar="N", help="in pixels, of whole tokens (832, 1280**)")
     add("--image", metavar="FILE", help="first frame of the video")
-    add("--video", metavar="FILE", help="video to go on from*")
+    add("--video", metavar="FILE", help="video to go on from*/***")
     add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)*")
     add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)*")
-    add("--layers", type=_count, metavar="N", help="of a transformer of random weights (30)")
+    add("--layers", type=_count, metavar="N", help="of a transformer of random weights (30, 48***)")
+    add("--cond-frames", type=_count, metavar="N", help="that a segment goes on from (73)***")
+    add("--lora", metavar="FILE", help="merged into the weights: 16 steps, no guidance***")
     add("--resume", action="store_true", help="go on with an interrupted run in --out")
 
     play = commands.add_parser("play", help="walk through a generated world in a browser")
@@ -80,15 +87,16 @@ def parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say what of a video fits into a GPU's memory")
     add = plan.add_argument
-    add("--model", default="self-forcing", metavar="NAME", help="self-forcing, worldplay")
-    add("--frames", type=_count, metavar="N", help="latent frames (21, 48)")
+    add("--model", default="self-forcing", metavar="NAME", help="self-forcing, worldplay, longcat")
+    add("--frames", type=_count, metavar="N", help="latent frames (21, 48, any)")
     add("--codec", default="bf16,qvg", metavar="NAMES", help="codecs to compare (bf16,qvg)")
     add("--memory", type=_bytes, required=True, metavar="SIZE", help="such as 24GB or 22.4GiB")
     add("--height", type=_count, metavar="N", help="in pixels (480, 704)")
     add("--width", type=_count, metavar="N", help="in pixels (832, 1280)")
     add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)")
     add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)")
-    add("--layers", type=_count, metavar="N", help="of the transformer (30)")
+    add("--layers", type=_count, metavar="N", help="of the transformer (30, 48)")
+    add("--cond-frames", type=_count, metavar="N", help="of longcat: that a segment reads (73)")
 
     convert = commands.add_parser("convert", help="make safetensors of a .pt or .pth file")
     convert.add_argument("source", type=Path, metavar="FILE", help="a checkpoint of PyTorch")

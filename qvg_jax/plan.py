@@ -25,13 +25,14 @@ class Need:
         name: of the arm.
         held: what is there all the time, by what it is, the cache under "cache".
         temporaries: what each compiled program needs beside it; one runs at a time.
-        longest: latent frames that would fit, given the memory asked about; 0 for none.
+        longest: latent frames that would fit, given the memory asked about; 0 for none, None for
+            any number.
     """
 
     name: str
     held: dict[str, int]
     temporaries: dict[str, int]
-    longest: int = 0
+    longest: int | None = 0
 
     @property
     def total(self) -> int:
@@ -115,7 +116,7 @@ def plan_table(plan: Plan, memory: int) -> str:
                 gb(max(need.temporaries.values())),
                 gb(need.total),
                 fits,
-                f"{need.longest} frames" if need.longest else "none",
+                _frames(need.longest),
             )
         )
     lines = [plan.what, "", aligned(rows), ""]
@@ -134,6 +135,10 @@ def plan_table(plan: Plan, memory: int) -> str:
     fitting = [need.name for need in plan.needs if plan.fits(need, memory)]
     lines.append(f"Fits: {_joined(fitting)}." if fitting else f"Nothing fits: {plan.advice}")
     return "\n".join(lines)
+
+
+def _frames(count: int | None) -> str:
+    return "any number" if count is None else f"{count} frames" if count else "none"
 
 
 def _joined(names: Sequence[str]) -> str:

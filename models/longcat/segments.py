@@ -121,13 +121,52 @@ def from_bytes(frames: UInt8[Array | np.ndarray, "B T Y X 3"]) -> Float[Array, "
 
 
 @jax.jit
-def _decode(vae, latents_BFZYX):
+def decode(vae: VideoVAE, latents_BFZYX: Float[Array, "B F Z Y X"]) -> UInt8[Array, "B T Y X 3"]:
+    """The frames of a clip."""
     return to_bytes(vae.decode(latents_BFZYX))
 
 
 @jax.jit
-def _encode(vae, frames_BTYX3):
+def encode(vae: VideoVAE, frames_BTYX3: UInt8[Array, "B T Y X 3"]) -> Float[Array, "B F Z Y X"]:
+    """The latents of frames, taken as a clip of their own."""
     return vae.encode(from_bytes(frames_BTYX3))
+
+
+def to_frames(
+    vae: VideoVAE, latents_BFZYX: Float[Array | np.ndarray, "B F Z Y X"]
+) -> UInt8[np.ndarray, "B T Y X 3"]:
+    """`decode`, over the host: latents may lie on several devices, and the VAE on one."""
+    return np.asarray(decode(vae, np.asarray(latents_BFZYX)))
+
+
+def next_clip(
+    pipeline: LongCat,
+    vae: VideoVAE,
+    prompt: Prompt,
+    tail_BTYX3: UInt8[np.ndarray, "B T Y X 3"],
+    *,
+    key: PRNGKeyArray,
+    segment: int,
+    segments: Segments,
+    cached: bool = True,
+    **options: Any,
+) -> Float[np.ndarray, "B F Z Y X"]:
+    """The latents of one segment's clip, given ones first.
+
+    Args:
+        pipeline, vae, prompt: the models; what to show.
+        tail_BTYX3: the `num_cond_frames` frames to go on from.
+        key: of the whole video.
+        segment: its number; 0 is the first clip.
+        segments: lengths.
+        cached, **options: as for `LongCat.continue_video`.
+    """
+    given_BGZYX = np.asarray(encode(vae, jnp.asarray(tail_BTYX3)))
+    shape = (len(given_BGZYX), segments.latent_frames, *given_BGZYX.shape[2:])
+    # All frames are drawn, and those of the given ones are thrown away: as released.
+    noise_BFZYX = segment_noise(key, segment, shape)[:, given_BGZYX.shape[1] :]
+    options |= dict(cached=cached, key=segment_keys(key, segment).codec if cached else None)
+    return np.asarray(pipeline.continue_video(prompt, given_BGZYX, noise_BFZYX, **options))
 
 
 def first_clip(
@@ -164,7 +203,7 @@ def first_clip(
     shape = (videos, segments.latent_frames, channels, height // side, width // side)
     noise = segment_noise(key, 0, shape)
     latents = pipeline.text_to_video(prompt, noise, schedule=schedule, guidance=guidance)
-    return np.asarray(_decode(vae, latents))
+    return to_frames(vae, latents)
 
 
 def long_video(
@@ -231,14 +270,10 @@ def long_video(
 def _segments(pipeline, vae, prompts, tail_BTYX3, key, segments, options, progress):
     """The loop of `long_video`, apart from it so that bad arguments raise at the call."""
     for i, prompt in enumerate(prompts, start=1):  # segment 0 is the first clip
-        given_BGZYX = _encode(vae, jnp.asarray(tail_BTYX3))
-        shape = (len(given_BGZYX), segments.latent_frames, *given_BGZYX.shape[2:])
-        # All frames are drawn, and those of the given ones are thrown away: as released.
-        noise_BFZYX = segment_noise(key, i, shape)[:, given_BGZYX.shape[1] :]
-        if options["cached"]:
-            options = options | dict(key=segment_keys(key, i).codec)
-        latents_BFZYX = pipeline.continue_video(prompt, given_BGZYX, noise_BFZYX, **options)
-        frames_BTYX3 = np.asarray(_decode(vae, latents_BFZYX))
+        where = dict(key=key, segment=i, segments=segments)
+        frames_BTYX3 = to_frames(
+            vae, next_clip(pipeline, vae, prompt, tail_BTYX3, **where, **options)
+        )
         tail_BTYX3 = frames_BTYX3[:, -segments.num_cond_frames :]
         if progress is not None:
             progress(i, len(prompts))

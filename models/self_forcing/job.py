@@ -46,7 +46,7 @@ def memory_advice(request: compare.Request) -> str:
 
 def plan(request: compare.Request, memory: int) -> Plan:
     """What of a request fits into so many bytes; see `make_plan`."""
-    request.refuse(MODEL, "tour", "actions", "resume")
+    request.refuse(MODEL, "cond_frames", "lora", "tour", "actions", "resume")
     return make_plan(request, memory, released_sizes())
 
 
@@ -65,7 +65,7 @@ def prepare(request: compare.Request) -> Job:
     Raises:
         ValueError: a value that is not accepted, named with what would be.
     """
-    request.refuse(MODEL, "tour", "actions")
+    request.refuse(MODEL, "cond_frames", "lora", "tour", "actions")
     check_needed(MODEL, request)
     parts = None if request.weights == RANDOM else find_parts(request.weights, NAMES)
     sizes = chosen_sizes(request, parts, released_sizes())
