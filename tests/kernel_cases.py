@@ -125,3 +125,14 @@ def with_window_garbage(cache: KVCache) -> KVCache:
         cache, dense_k=fill(cache.dense_k).astype(jnp.bfloat16),
         dense_v=fill(cache.dense_v).astype(jnp.bfloat16),
     )  # fmt: skip
+
+
+def clustered(rows: int, tokens: int, clusters: int):
+    """Tokens (R, T, D) around centres and slightly wrong centroids (R, K, D), both bf16."""
+    rng = np.random.default_rng(tokens)
+    centres = rng.standard_normal((rows, clusters, 128))
+    picks = rng.integers(0, clusters, (rows, tokens))
+    x = np.take_along_axis(centres, picks[..., None], 1)
+    x = x + 0.3 * rng.standard_normal((rows, tokens, 128))
+    c = centres + 0.1 * rng.standard_normal(centres.shape)
+    return jnp.asarray(x, jnp.bfloat16), jnp.asarray(c, jnp.bfloat16)

@@ -1,0 +1,131 @@
+"""Sums of the tokens nearest to each centroid: what one Lloyd iteration reads of a span.
+
+Axes: R rows (batch and heads), T tokens, D head dim, K centroids.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.kmeans import mosaic_gpu, reference
+from pallas_kernels.kmeans.mosaic_gpu import TILE, Tuning
+
+__all__ = ["Sums", "check", "kmeans_sums", "padded_table", "parts_for", "supported", "whole_eights"]
+
+_PROCESSORS = 132  # of an H100 SXM; other GPUs get another balance, not another meaning
+_NEVER = -3e38  # bias of a centroid that must not be chosen
+_MOST = 256  # centroids whose sums fit into the registers of two warpgroups
+
+
+class Sums(NamedTuple):
+    """Of every cluster the sum and the number of its tokens; of every token its cluster.
+
+    `ids_RT` and `score_RT` are None unless asked for.
+    """
+
+    total_RKD: Float[Array, "R K D"]
+    number_RK: Float[Array, "R K"]
+    ids_RT: Int[Array, "R T"] | None
+    score_RT: Float[Array, "R T"] | None
+
+
+def supported(x_RTD: Array, clusters: int) -> str | None:
+    """Why the Mosaic kernels cannot cluster this, or None if they can."""
+    if x_RTD.dtype != jnp.bfloat16:
+        return f"dtype={x_RTD.dtype}; the kernel reads bfloat16"
+    if x_RTD.shape[-1] != mosaic_gpu.D:
+        return f"head_dim={x_RTD.shape[-1]}; it must be {mosaic_gpu.D}"
+    return None if clusters <= _MOST else f"{clusters} centroids; the kernel has at most {_MOST}"
+
+
+def check(x_RTD: Array, c_RKD: Array, implementation: str) -> None:
+    """Raises what the functions of `kmeans` and `quantize_pack` document."""
+    if implementation not in ("xla", "mosaic"):
+        raise ValueError(f"implementation={implementation!r}; accepted: 'xla', 'mosaic'")
+    shapes = [x_RTD.shape, c_RKD.shape]
+    if (
+        [len(s) for s in shapes] != [3, 3]
+        or (shapes[0][0], shapes[0][2]) != (shapes[1][0], shapes[1][2])
+        or 0 in shapes[0] + shapes[1]
+    ):
+        raise ValueError(f"{x_RTD.shape=}, {c_RKD.shape=}; accepted: (R, T, D) and (R, K, D)")
+    if implementation == "mosaic" and (why := supported(x_RTD, c_RKD.shape[1])) is not None:
+        raise NotImplementedError(f"implementation='mosaic': {why}; 'xla' serves it")
+
+
+def padded_table(c_RKD: Array) -> tuple[Array, Array]:
+    """Centroids in bf16, 128 or 256 of them, and the biases of their scores."""
+    clusters = c_RKD.shape[1]
+    more = (128 if clusters <= 128 else 256) - clusters
+    c_RKD = c_RKD.astype(jnp.bfloat16)
+    # Above zero: the smallest float32 numbers, which have no room for a centroid's number, are
+    # then never a score.
+    bias_RK = reference.bias_of(c_RKD) + 1e-30
+    pad = lambda x, value: jnp.pad(  # noqa: E731
+        x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2), constant_values=value
+    )
+    return pad(c_RKD, 0), pad(bias_RK, _NEVER)
+
+
+def whole_eights(x_RTD: Array) -> Array:
+    """Tokens padded to a multiple of 8, as the kernels read them; usually there is nothing to do."""
+    return jnp.pad(x_RTD, ((0, 0), (0, -x_RTD.shape[1] % 8), (0, 0)))
+
+
+def parts_for(rows: int, tokens: int) -> int:
+    """Into how many ranges the tokens of a row are split: the least that fills the GPU best."""
+    tiles = -(-tokens // TILE)
+
+    def steps(parts: int) -> float:
+        # Writing a block's sums and adding them costs about as much as half a tile.
+        return -(-rows * parts // _PROCESSORS) * (-(-tiles // parts) + 0.5)
+
+    return min(range(1, min(tiles, _PROCESSORS) + 1), key=steps)
+
+
+def kmeans_sums(
+    x_RTD: Float[Array, "R T D"],
+    c_RKD: Float[Array, "R K D"],
+    *,
+    scores: bool = False,
+    implementation: str = "mosaic",
+    parts: int | None = None,
+    tuning: Tuning | None = None,
+) -> Sums:
+    """Assigns every token to its nearest centroid and sums the tokens of each cluster.
+
+    id_t = argmax_k x_t . c_k - |c_k|^2 / 2, with c in bfloat16 and products in float32;
+    total_k = sum of x_t with id_t = k, in float32. Tokens must be finite: one that is not makes
+    sums of its row NaN. The same input gives the same bytes.
+
+    "mosaic" compares scores to 16 bits, so that of two centroids as good as equally near either
+    may be taken, always the same one.
+
+    Args:
+        x_RTD: tokens.
+        c_RKD: centroids, finite.
+        scores: whether ids and scores of the tokens are returned.
+        implementation: "mosaic" (Hopper; bfloat16, D = 128, K <= 256) or "xla".
+        parts: blocks per row; None chooses.
+        tuning: None takes the measured one.
+
+    Raises:
+        NotImplementedError: the kernel cannot cluster this; the message says why.
+        ValueError: shapes that do not belong together, or an unknown implementation.
+    """
+    check(x_RTD, c_RKD, implementation)
+    if implementation == "xla":
+        total_RKD, number_RK, *more = reference.kmeans_sums(x_RTD, c_RKD.astype(jnp.bfloat16))
+        return Sums(total_RKD, number_RK, *(more if scores else (None, None)))
+    (rows, tokens, _), clusters = x_RTD.shape, c_RKD.shape[1]
+    total_RPKD, number_RPK, *more = mosaic_gpu.sums(
+        whole_eights(x_RTD),
+        *padded_table(c_RKD),
+        tokens=tokens,
+        parts=parts_for(rows, tokens) if parts is None else parts,
+        scores=scores,
+        tuning=Tuning() if tuning is None else tuning,
+    )
+    total_RKD, number_RK = (x.sum(axis=1)[:, :clusters] for x in (total_RPKD, number_RPK))
+    return Sums(total_RKD, number_RK, *([m[:, :tokens] for m in more] or (None, None)))

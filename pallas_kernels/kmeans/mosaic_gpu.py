@@ -1,0 +1,250 @@
+"""One Lloyd iteration on Hopper: nearest centroid of every token, and sums of the tokens of each.
+
+Two warpgroups compute and one loads tiles of 128 tokens. Each computing warpgroup finds the nearest
+centroid of 64 tokens by a matrix product, then both exchange what they found, and each adds all
+128 tokens to its half of the clusters by a second product, of one-hot rows with the tokens. Sums
+stay in registers until the block's last tile, so x is read once and no atomics are needed: the
+blocks' sums are added in a fixed order afterwards, and the same input gives the same bytes.
+
+The number of a centroid is written into the last 8 bits of its score's float32, so that one
+maximum finds both: scores are compared to 16 bits, finer than the bf16 they are products of.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.dequant_attention.registers import fold, product
+
+__all__ = [
+    "D",
+    "ROWS",
+    "TILE",
+    "Tuning",
+    "load_tiles",
+    "multiply_into",
+    "nearest",
+    "sums",
+    "swizzled",
+]
+
+D = 128
+ROWS = 64  # tokens that a warpgroup assigns at once
+TILE = 2 * ROWS
+_W = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Sizes that do not change the result.
+
+    Attributes:
+        stages: tiles of x in flight.
+        late: whether a tile is added to the sums only after the next one is assigned, which lets
+            the two warpgroups drift apart.
+        columns: centroids per product.
+        registers: of a computing and of a loading thread.
+    """
+
+    stages: int = 4
+    late: bool = True
+    columns: int = 128
+    registers: tuple[int, int] = (240, 24)
+
+
+def swizzled(*shape: int) -> Any:
+    """Shared memory for bf16 operands of products."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def multiply_into(acc: Array, left: Array, right: Any) -> Array:
+    """acc + left @ right, with the left operand in registers."""
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
+
+
+def nearest(x_s: Any, c_s: Any, bias_s: Any, columns: int) -> tuple[Array, Array]:
+    """Nearest centroids of 64 tokens and their scores x . c - |c|^2 / 2.
+
+    Args:
+        x_s: tokens (64, D) in shared memory.
+        c_s: centroids (K, D).
+        bias_s: -|c|^2 / 2.
+        columns: centroids per product.
+
+    Returns:
+        ids (int32) and scores (float32).
+    """
+    clusters = c_s.shape[0]
+    best = None
+    for start in range(0, clusters, columns):
+        here = pl.ds(start, columns)
+        dot = product(x_s, c_s.at[here].T, (ROWS, columns))
+        bias = plgpu.load(bias_s.at[here], layout=_W.reduce(0))
+        score = dot + lax.broadcast_in_dim(bias, dot.shape, [1])
+        bits = lax.bitcast_convert_type(score, jnp.int32) & -256
+        parts = []
+        for j in range(columns // 8):  # the eights of columns, a number known to the compiler
+            eight = 31 - (start // 8 + j)
+            parts.append(bits[:, 8 * j : 8 * j + 8] | (eight << 3))
+        parts = [lax.bitcast_convert_type(p, jnp.float32) for p in parts]
+        while len(parts) > 1:
+            parts = [jnp.maximum(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        best = parts[0] if best is None else jnp.maximum(best, parts[0])
+    inside = plgpu.broadcasted_iota(jnp.int32, best.shape, 1, layout=_W)
+    bits = lax.bitcast_convert_type(best, jnp.int32) | (7 - inside)
+    key = lax.bitcast_convert_type(bits, jnp.float32).max(axis=1)
+    bits = lax.bitcast_convert_type(key, jnp.int32)
+    return 255 - (bits & 255), key
+
+
+def load_tiles(x_g: Any, x_s: Any, x_full: Any, x_empty: Any, first: Array, count: Array) -> None:
+    """Brings `count` tiles of a row into a ring of shared memory, from tile `first` on."""
+    stages = x_s.shape[0]
+
+    @pl.loop(0, count)
+    def _(i):
+        slot = lax.rem(i, stages)
+
+        @pl.when(i >= stages)
+        def _():
+            plgpu.barrier_wait(x_empty.at[slot])
+
+        tile = pl.ds((first + i) * TILE, TILE)
+        plgpu.copy_gmem_to_smem(x_g.at[tile], x_s.at[slot], x_full.at[slot])
+
+    # Every arrival is waited for, so that no barrier ends in the middle of a phase.
+    @pl.loop(jnp.maximum(count - stages, 0), count)
+    def _(i):
+        plgpu.barrier_wait(x_empty.at[lax.rem(i, stages)])
+
+
+def sums(
+    x_RTD: Array,
+    c_RKD: Array,
+    bias_RK: Array,
+    *,
+    tokens: int,
+    parts: int,
+    scores: bool,
+    tuning: Tuning,
+) -> tuple[Array, ...]:
+    """Sums and numbers of the tokens nearest to each centroid, of `parts` ranges of tokens.
+
+    Args:
+        x_RTD: tokens, bf16; T a multiple of 8, as copies move eight rows.
+        c_RKD: centroids, bf16; K is 128 or 256.
+        bias_RK: -|c|^2 / 2, float32; very negative for a centroid that must not be chosen.
+        tokens: how many of the T count.
+        parts: P, blocks per row; at most as many as tiles.
+        scores: whether each token's centroid and score are returned too.
+        tuning: sizes.
+
+    Returns:
+        (R, P, K, D) and (R, P, K), float32; with `scores` also ids (int32) and scores (float32),
+        (R, tokens rounded up to tiles).
+    """
+    rows, clusters, _ = c_RKD.shape
+    mine = clusters // 2  # clusters of one warpgroup
+    tiles = -(-tokens // TILE)
+    rings = 4 if tuning.late else 2  # ids of how many tiles are in flight
+
+    def body(x_g, c_g, bias_g, sums_g, counts_g, *more, x_s, c_s, bias_s, ids_s, x_full, x_empty,
+             c_full, ids_full):  # fmt: skip
+        row, part = lax.axis_index("row"), lax.axis_index("part")
+        wg = lax.axis_index("wg")
+        first, last = part * tiles // parts, (part + 1) * tiles // parts
+        count = last - first
+
+        def assign(i):
+            slot = lax.rem(i, tuning.stages)
+            plgpu.barrier_wait(x_full.at[slot])
+            ids, score = nearest(x_s.at[slot, pl.ds(wg * ROWS, ROWS)], c_s, bias_s, tuning.columns)
+            start = (first + i) * TILE + wg * ROWS
+            if scores:
+                more[0].at[row, pl.ds(start, ROWS)][...] = ids
+                more[1].at[row, pl.ds(start, ROWS)][...] = score
+            token = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_W.reduce(1)) + start
+            ids_s.at[lax.rem(i, rings), pl.ds(wg * ROWS, ROWS)][...] = jnp.where(
+                token < tokens, ids, clusters
+            )
+            plgpu.barrier_arrive(ids_full.at[lax.rem(i, rings)])
+
+        def add(i, carry):
+            total, number = carry
+            slot, ring = lax.rem(i, tuning.stages), lax.rem(i, rings)
+            plgpu.barrier_wait(ids_full.at[ring])
+            shape = (mine, ROWS)
+            cluster = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_W) + wg * mine
+            for piece in range(2):
+                here = pl.ds(piece * ROWS, ROWS)
+                ids = plgpu.load(ids_s.at[ring, here], layout=_W.reduce(0))
+                hot = jnp.where(cluster == lax.broadcast_in_dim(ids, shape, [1]), 1.0, 0.0)
+                number = number + fold(hot, jnp.add, 8)
+                total = multiply_into(total, hot.astype(jnp.bfloat16), x_s.at[slot, here])
+            plgpu.barrier_arrive(x_empty.at[slot])
+            return total, number
+
+        @pl.when(wg < 2)
+        def _():
+            plgpu.set_max_registers(tuning.registers[0], action="increase")
+            plgpu.barrier_wait(c_full)
+            zeros = lambda n: plgpu.layout_cast(jnp.zeros((mine, n), jnp.float32), _W)  # noqa: E731
+            carry = zeros(D), zeros(8)
+            if tuning.late:
+                assign(0)
+
+                def step(i, carry):
+                    assign(i)
+                    return add(i - 1, carry)
+
+                carry = lax.fori_loop(1, count, step, carry)
+                total, number = add(count - 1, carry)
+            else:
+
+                def step(i, carry):
+                    assign(i)
+                    return add(i, carry)
+
+                total, number = lax.fori_loop(0, count, step, carry)
+            here = pl.ds(wg * mine, mine)
+            sums_g.at[row, part, here][...] = total
+            counts_g.at[row, part, here][...] = number.sum(axis=1)
+
+        @pl.when(wg == 2)
+        def _():
+            plgpu.set_max_registers(tuning.registers[1], action="decrease")
+            plgpu.copy_gmem_to_smem(c_g.at[row], c_s, c_full)
+            plgpu.copy_gmem_to_smem(bias_g.at[row], bias_s, c_full)
+
+            load_tiles(x_g.at[row], x_s, x_full, x_empty, first, count)
+
+    shapes = [((rows, parts, clusters, D), jnp.float32), ((rows, parts, clusters), jnp.float32)]
+    if scores:
+        shapes += [((rows, tiles * TILE), jnp.int32), ((rows, tiles * TILE), jnp.float32)]
+    kernel = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(*s) for s in shapes],
+        grid=(rows, parts),
+        grid_names=("row", "part"),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=dict(
+            x_s=swizzled(tuning.stages, TILE, D),
+            c_s=swizzled(clusters, D),
+            bias_s=plgpu.SMEM((clusters,), jnp.float32),
+            ids_s=plgpu.SMEM((rings, TILE), jnp.int32),
+            x_full=plgpu.Barrier(num_barriers=tuning.stages),
+            x_empty=plgpu.Barrier(num_arrivals=2, num_barriers=tuning.stages),
+            c_full=plgpu.Barrier(num_arrivals=2),
+            ids_full=plgpu.Barrier(num_arrivals=2, num_barriers=rings),
+        ),
+        kernel_name="kmeans_sums",
+    )
+    return tuple(kernel(x_RTD, c_RKD, bias_RK))

@@ -1,0 +1,6 @@
+"""The last pass of encoding a span: nearest centroid, residual, codes and scales."""
+
+from pallas_kernels.quantize_pack.api import assign_and_pack, assign_and_subtract, supported
+from pallas_kernels.quantize_pack.types import Integers, Midrise
+
+__all__ = ["Integers", "Midrise", "assign_and_pack", "assign_and_subtract", "supported"]
