@@ -23,16 +23,22 @@ from qvg_jax.rope import Rope
 from qvg_jax.slots import Float8Bytes
 from qvg_jax.smoothing.kmeans import KMeansPacked
 
-__all__ = ["E4M3", "encoded", "pairing_of", "scheme_of"]
+__all__ = ["E4M3", "encoded", "halves", "pairing_of", "scheme_of"]
 
 E4M3 = jnp.float8_e4m3fn
 
 
 @functools.lru_cache(maxsize=64)
-def scheme_of(codec: Codec, head_dim: int) -> Scheme | None | str:
-    """How the codec's bytes decode; None for plain bf16, a reason if the kernels cannot."""
+def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | str:
+    """How the codec's bytes decode; None for plain bf16, a reason if the kernels cannot.
+
+    Args:
+        codec: of keys or values.
+        head_dim: channels of a head.
+        joined: 2 for a codec that takes two heads for one vector; `halves` makes two of it again.
+    """
     try:
-        shape = (1, 1, 256, head_dim)
+        shape = (1, joined, 256, head_dim)
         span = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         form = jax.eval_shape(lambda x: codec.encode(x, codec.init(shape, x.dtype))[0], span)
     except (TypeError, ValueError) as error:  # TypeError: it wants another number of heads
@@ -43,17 +49,24 @@ def scheme_of(codec: Codec, head_dim: int) -> Scheme | None | str:
     kmeans, last = parts
     if isinstance(last, IdentityPacked):
         values = last.values_BHTD
+        if joined > 1:
+            return "plain values of two heads in one vector"
         return None if values.dtype == jnp.bfloat16 else f"values are stored in {values.dtype}"
+    if last.codes_BHTC.shape[1] != 1:
+        return "it takes every head for itself"
     if last.scales_BHTG.dtype != E4M3:
         return f"scales are stored in {last.scales_BHTG.dtype}; the kernels read e4m3"
     if getattr(last, "zeros_BHTG", None) is not None:
         return "it has zero points"
-    bits = 8 * last.codes_BHTC.shape[-1] // head_dim
+    bits = 8 * last.codes_BHTC.shape[-1] // (joined * head_dim)
     stages = 0 if kmeans is None else kmeans.ids_BHST.shape[2]
-    group = head_dim // last.scales_BHTG.shape[-1]
+    groups = last.scales_BHTG.shape[-1]
+    if joined > 1 and groups > 1 and groups % 2:
+        return f"{groups} scales for two heads"
+    group = min(joined * head_dim // groups, head_dim)
     for offset in (2 ** max(bits - 1, 0) - 1, (2**bits - 1) / 2):
         scheme = Scheme(bits=bits, group=group, offset=offset, stages=stages)
-        source = jax.eval_shape(encoded, form)
+        source = jax.eval_shape(encoded if joined == 1 else halves, form)
         if (why := supported(source, scheme)) is not None:
             return why
         if _agrees(codec, form, scheme):
@@ -80,7 +93,8 @@ def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
             at = next(i for i, node in enumerate(packed) if node is kmeans)
             packed = (*packed[:at], kmeans._replace(ids_BHST=ids), *packed[at + 1 :])
         theirs = codec.decode(packed, jnp.float32)[0]
-        ours = decoded(encoded(packed), scheme, jnp.int32(0), 1)
+        source = encoded(packed) if len(theirs) == 1 else halves(packed)
+        ours = decoded(source, scheme, jnp.int32(0), len(theirs))
         return bool(jnp.allclose(ours, theirs, rtol=1e-5, atol=1e-5))
 
 
@@ -114,6 +128,33 @@ def encoded(packed: Any) -> Encoded | Array:
         centroids_RSKD=None if kmeans is None else flat(_bytes(kmeans.centroids_BHSKD), 3),
         exponents_R=None if exponents is None else exponents.reshape(-1),
         steps_RS=None if steps is None else flat(steps, 1 if steps.dtype == jnp.int8 else 2),
+    )
+
+
+def halves(packed: Any) -> Encoded:
+    """As `encoded`, each row's vectors as those of two rows: their first channels, then the others.
+
+    It copies, so it is for one span and not for all slots.
+    """
+    rows = encoded(packed)
+
+    def split(x, axis):  # [R, ..., 2 n, ...] -> [2 R, ..., n, ...]
+        apart = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
+        return jnp.moveaxis(apart, axis, 1).reshape(
+            -1, *apart.shape[1:axis], *apart.shape[axis + 1 :]
+        )
+
+    def both(x):
+        return None if x is None else jnp.repeat(x, 2, axis=0)
+
+    scales, steps, tables = rows.scales_RTG, rows.steps_RS, rows.centroids_RSKD
+    return Encoded(
+        codes_RTC=split(rows.codes_RTC, 2),
+        scales_RTG=split(scales, 2) if scales.shape[2] > 1 else both(scales),
+        ids_RST=both(rows.ids_RST),
+        centroids_RSKD=None if tables is None else split(tables, 3),
+        exponents_R=both(rows.exponents_R),
+        steps_RS=split(steps, 2) if steps is not None and steps.ndim == 3 else both(steps),
     )
 
 

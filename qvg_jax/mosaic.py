@@ -19,7 +19,7 @@ from pallas_kernels.dequant_attention import finish, prepare, splits_for, visit
 from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.codec import Codec
-from qvg_jax.kernel_formats import E4M3, encoded, pairing_of, scheme_of
+from qvg_jax.kernel_formats import E4M3, encoded, halves, pairing_of, scheme_of
 from qvg_jax.layout import Layout
 from qvg_jax.rope import Encodings, Rope
 from qvg_jax.slots import read_slot
@@ -254,12 +254,17 @@ def _xla_span_reader(view: CacheView, layer: Array, dtype: Any) -> Callable[[Arr
     rows = lay.batch * lay.heads
 
     def stored(codec, slots, decode, slot):
-        scheme = scheme_of(codec, lay.head_dim)
-        if isinstance(scheme, str):
-            return codec.decode(read_slot(slots, layer, slot), jnp.bfloat16)
+        scheme, first = scheme_of(codec, lay.head_dim), (layer * lay.max_spans + slot) * rows
+        if not isinstance(scheme, str):
+            source = encoded(slots)
+        else:
+            packed, scheme = read_slot(slots, layer, slot), scheme_of(codec, lay.head_dim, 2)
+            if isinstance(scheme, str):
+                return codec.decode(packed, jnp.bfloat16)
+            source, first = halves(packed), 0
         x_nWD = decode(
-            encoded(slots), scheme, first_row=(layer * lay.max_spans + slot) * rows, rows=rows,
-            valid=lay.span_tokens, dtype=jnp.bfloat16, unit_n=jnp.ones((rows,), jnp.float32),
+            source, scheme, first_row=first, rows=rows, valid=lay.span_tokens, dtype=jnp.bfloat16,
+            unit_n=jnp.ones((rows,), jnp.float32),
         )  # fmt: skip
         return x_nWD.reshape(lay.batch, lay.heads, *x_nWD.shape[1:])
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import finish, prepare, splits_for, visit
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
@@ -20,7 +21,7 @@ from qvg_jax import mosaic, presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, evict
 from qvg_jax.kernel_formats import encoded as encoded_of
-from qvg_jax.kernel_formats import pairing_of, scheme_of
+from qvg_jax.kernel_formats import halves, pairing_of, scheme_of
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.rope import Rope
 from tests.kernel_cases import (
@@ -210,6 +211,18 @@ def test_formats_are_recognised_by_what_decode_gives():
     assert "kmeans" not in scheme_of(presets.get("rtn", scale_dtype="bf16"), 128)
 
 
+def test_two_heads_in_one_vector_are_two_rows_to_the_kernels():
+    codec, head = side_by_side(presets.qvg(num_centroids=64)), presets.qvg(num_centroids=64)
+    assert scheme_of(codec, 128, joined=2) == Scheme(bits=2, group=64, offset=1, stages=1)
+    assert isinstance(scheme_of(codec, 128), str) and isinstance(scheme_of(head, 128, 2), str)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 64, 128)), jnp.bfloat16)
+    packed, _ = jax.jit(codec.encode)(x, codec.init(x.shape, x.dtype))
+    source = halves(packed)
+    here = dict(first_row=0, rows=4, valid=64, dtype=jnp.bfloat16, unit_n=jnp.ones(4))
+    rows = decode_keys(source, scheme_of(codec, 128, 2), implementation="reference", **here)
+    np.testing.assert_array_equal(rows[:, :64], codec.decode(packed)[0])
+
+
 def test_ropes_are_recognised_by_what_rotate_gives():
     assert pairing_of(HALF, 128, 3) == "half"
     assert pairing_of(INTERLEAVED, 128, 3) == "interleaved"
@@ -290,13 +303,19 @@ def test_the_way_from_cache_to_kernels_is_right(references, name, narrow, rope, 
     _agrees_with_xla(view, q, k, v, narrow)
 
 
-@pytest.mark.parametrize("name, narrow", [("qvg", False), ("midrise", True), ("lloyd", False)])
+ODD = {
+    "lloyd": grid_quantize(grid="lloyd_max"),
+    "joined": tuple(map(side_by_side, presets.pair("midrise", num_centroids=64))),
+}
+
+
+@pytest.mark.parametrize(
+    "name, narrow", [("qvg", False), ("midrise", True), ("lloyd", False), ("joined", True)]
+)
 def test_what_kernels_cannot_read_comes_into_their_workspace_by_xla(references, name, narrow):
-    """Two encodings of one stored k and v; a codec whose levels are not equally spaced."""
-    codec = grid_quantize(grid="lloyd_max") if name == "lloyd" else codecs()[name]
-    cache = with_window_garbage(filled_cache(codec, blocks=9, block=64))
-    rope = HALF if name == "lloyd" else encodings()
-    copies = 1 if name == "lloyd" else 2
+    """Two encodings of one stored k and v; levels not equally spaced; two heads in a vector."""
+    cache = with_window_garbage(filled_cache((codecs() | ODD)[name], blocks=9, block=64))
+    rope, copies = (HALF, 1) if name in ODD else (encodings(), 2)
     view = cache.view(positions(9, 64) if copies == 1 else None, rope)
     shape = (1, 64, 2 * copies, 128)
     rng = np.random.default_rng(3)

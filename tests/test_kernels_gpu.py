@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import finish, prepare, visit
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
@@ -130,8 +131,12 @@ def test_two_encodings_of_one_k_and_v_are_attended_as_xla_does(implementation, b
     assert _difference(ours, right) < bound
 
 
-def test_a_codec_that_the_kernels_cannot_read_is_decoded_by_xla():
-    cache = filled_cache(grid_quantize(grid="lloyd_max"))
+@pytest.mark.parametrize(
+    "codec", [grid_quantize(grid="lloyd_max"), side_by_side(codecs()["qvg"])], ids=["odd", "joined"]
+)
+def test_a_codec_that_the_kernels_cannot_read_comes_in_by_xla(codec):
+    """Levels not equally spaced; two heads in one vector, which become two rows."""
+    cache = filled_cache(codec)
     ours, right = (_layers(cache, HALF, i) for i in ("mosaic", "xla"))
     assert _difference(ours, right) < 1e-2
 
