@@ -1,4 +1,4 @@
-"""Layers of the Wan VAE: each maps features and its past to features and its new past.
+"""Layers of the Wan VAEs: each maps features and its past to features and its new past.
 
 A *past* is what a layer that sees earlier frames keeps of them; `past=None` starts a video with one
 frame. From then on pasts have fixed shapes. Features are channels-last, `[B, T, H, W, C]`:
@@ -11,6 +11,9 @@ long on a CPU.
 
 Source: Wan2.1 technical report (arXiv 2503.20314), section 4.1; released parameters.
 """
+
+import itertools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +98,7 @@ class Downsample(nnx.Module):
     """
 
     def __init__(self, channels: int, temporal: bool, config: WanVAEConfig, rngs: nnx.Rngs):
+        self.temporal = temporal
         self.conv = _conv(channels, channels, config, rngs, stride=2, padding=(0, 1))
         self.time_conv = pointwise(3 * channels, channels, config, rngs) if temporal else None
 
@@ -108,15 +112,24 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """With `temporal`, doubles frames; then doubles rows and columns and halves channels.
+    """With `temporal`, doubles frames; then doubles rows and columns and convolves the image.
 
     The first frame of a video is neither doubled nor seen by the frames after it. Past: the last
     two frames before doubling, zeros in place of the first frame and of what was before.
     """
 
-    def __init__(self, channels: int, temporal: bool, config: WanVAEConfig, rngs: nnx.Rngs):
-        self.time_conv = pointwise(3 * channels, 2 * channels, config, rngs) if temporal else None
-        self.conv = _conv(channels, channels // 2, config, rngs)
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        temporal: bool,
+        config: WanVAEConfig,
+        rngs: nnx.Rngs,
+    ):
+        c = channels_in
+        self.temporal = temporal
+        self.time_conv = pointwise(3 * c, 2 * c, config, rngs) if temporal else None
+        self.conv = _conv(c, channels_out, config, rngs)
 
     def __call__(self, x_BTHWC: Features, past: Past | None) -> tuple[Features, Past]:
         x = x_BTHWC
@@ -144,6 +157,34 @@ class Head(nnx.Module):
         return self.conv(jax.nn.silu(self.norm(x_BTHWC)), past)
 
 
+def run(
+    layers: Iterable[nnx.Module], x_BTHWC: Features, past: Past | None
+) -> tuple[Features, Past]:
+    """One layer after the other; the past is the tuple of theirs."""
+    layers = list(layers)
+    pasts = []
+    for layer, before in zip(layers, past or [None] * len(layers), strict=True):
+        x_BTHWC, after = layer(x_BTHWC, before)
+        pasts.append(after)
+    return x_BTHWC, tuple(pasts)
+
+
+def run_by_frame(
+    layers: Iterable[nnx.Module], x_BTHWC: Features, past: Past | None
+) -> tuple[Features, Past]:
+    """`run` on one frame after the other, but for the layers that change the number of frames."""
+    after = ()
+    for temporal, group in itertools.groupby(layers, lambda x: getattr(x, "temporal", False)):
+        group = list(group)
+        before = past and past[len(after) : len(after) + len(group)]
+        if temporal or x_BTHWC.shape[1] == 1:
+            x_BTHWC, pasts = run(group, x_BTHWC, before)
+        else:
+            x_BTHWC, pasts = _scan_frames(group, x_BTHWC, before)
+        after += pasts
+    return x_BTHWC, after
+
+
 def pointwise(
     channels_in: int, channels_out: int, config: WanVAEConfig, rngs: nnx.Rngs
 ) -> nnx.Linear:
@@ -151,6 +192,15 @@ def pointwise(
     return nnx.Linear(
         channels_in, channels_out, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
     )
+
+
+def _scan_frames(layers, x_BTHWC, past):
+    def step(past, x_BHWC):
+        y_BTHWC, past = run(layers, x_BHWC[:, None], past)
+        return past, y_BTHWC[:, 0]
+
+    past, y_TBHWC = jax.lax.scan(step, past, jnp.moveaxis(x_BTHWC, 1, 0))
+    return jnp.moveaxis(y_TBHWC, 0, 1), past
 
 
 def _conv(channels_in, channels_out, config, rngs, *, stride=1, padding=(1, 1)):

@@ -1,4 +1,4 @@
-"""The causal video VAE of Wan2.1, as a stream.
+"""The causal video VAEs of Wan2.1 and Wan2.2, as a stream.
 
 The first latent frame stands for one video frame, each later one for `temporal_stride` (4) frames.
 Every layer is causal in time and hands on the last frames it read, its *past* (see `layers`), so
@@ -8,7 +8,8 @@ all later ones, in constant memory for any length.
 Legend: B batch, F latent frames, T video or feature frames, H rows, W columns (Y, X for pixels
 where both occur), C channels. Public arrays are `[B, F, C, H, W]`, features channels-last.
 
-Source: Wan2.1 technical report (arXiv 2503.20314), section 4.1; released parameters.
+Source: Wan technical report (arXiv 2503.20314), section 4.1; Wan2.2's released code
+(`wan/modules/vae2_2.py`); released parameters.
 """
 
 import jax
@@ -27,46 +28,62 @@ from models.wan_vae.layers import (
     Residual,
     Upsample,
     pointwise,
+    run,
+    run_by_frame,
 )
+from models.wan_vae.levels import DownLevel, UpLevel, patchify, unpatchify
 
 
 class Encoder(nnx.Module):
     """Video frames to mean and log-variance of the raw latents, fine to coarse."""
 
     def __init__(self, config: WanVAEConfig, rngs: nnx.Rngs):
+        self.by_frame = config.by_frame
         widths = [config.width * m for m in (1, *config.multipliers)]
-        self.conv_in = CausalConv(3, widths[0], config, rngs)
+        self.conv_in = CausalConv(config.pixel_channels, widths[0], config, rngs)
         self.downsamples = nnx.List()
         for i, (c, c_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            for j in range(config.res_blocks):
-                self.downsamples.append(Residual(c if j == 0 else c_out, c_out, config, rngs))
-            if i < len(config.temporal):
-                self.downsamples.append(Downsample(c_out, config.temporal[i], config, rngs))
+            layers = _residuals(config.res_blocks, c, c_out, config, rngs)
+            halves = i < len(config.temporal)
+            if halves:
+                layers.append(Downsample(c_out, config.temporal[i], config, rngs))
+            if config.shortcuts:
+                layers = [DownLevel(layers, c, c_out, halves and config.temporal[i], halves)]
+            self.downsamples.extend(layers)
         self.middle = _middle(widths[-1], config, rngs)
         self.head = Head(widths[-1], 2 * config.latent_channels, config, rngs)
 
     def __call__(self, x_BTHWC: Features, past: Past | None) -> tuple[Features, Past]:
-        return _run([self.conv_in, *self.downsamples, *self.middle, self.head], x_BTHWC, past)
+        layers = [self.conv_in, *self.downsamples, *self.middle, self.head]
+        return (run_by_frame if self.by_frame else run)(layers, x_BTHWC, past)
 
 
 class Decoder(nnx.Module):
     """Raw latents to video frames, coarse to fine."""
 
     def __init__(self, config: WanVAEConfig, rngs: nnx.Rngs):
-        widths = [config.width * m for m in (config.multipliers[-1], *config.multipliers[::-1])]
+        self.by_frame = config.by_frame
+        finest = config.decoder_width or config.width
+        widths = [finest * m for m in (config.multipliers[-1], *config.multipliers[::-1])]
         self.conv_in = CausalConv(config.latent_channels, widths[0], config, rngs)
         self.middle = _middle(widths[0], config, rngs)
         self.upsamples = nnx.List()
         for i, (c, c_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            c = c if i == 0 else c // 2  # an Upsample came before
-            for j in range(config.res_blocks + 1):
-                self.upsamples.append(Residual(c if j == 0 else c_out, c_out, config, rngs))
-            if i < len(config.temporal):
-                self.upsamples.append(Upsample(c_out, config.temporal[::-1][i], config, rngs))
-        self.head = Head(widths[-1], 3, config, rngs)
+            if i and not config.shortcuts:
+                c = c // 2  # by the Upsample before
+            layers = _residuals(config.res_blocks + 1, c, c_out, config, rngs)
+            doubles = i < len(config.temporal)
+            if doubles:
+                temporal, up = config.temporal[::-1][i], c_out if config.shortcuts else c_out // 2
+                layers.append(Upsample(c_out, up, temporal, config, rngs))
+            if config.shortcuts:
+                layers = [UpLevel(layers, c, c_out, temporal) if doubles else UpLevel(layers)]
+            self.upsamples.extend(layers)
+        self.head = Head(widths[-1], config.pixel_channels, config, rngs)
 
     def __call__(self, x_BTHWC: Features, past: Past | None) -> tuple[Features, Past]:
-        return _run([self.conv_in, *self.middle, *self.upsamples, self.head], x_BTHWC, past)
+        layers = [self.conv_in, *self.middle, *self.upsamples, self.head]
+        return (run_by_frame if self.by_frame else run)(layers, x_BTHWC, past)
 
 
 class WanVAE(nnx.Module):
@@ -130,6 +147,7 @@ class WanVAE(nnx.Module):
         def step(past, latent_BCHW):
             x_BFHWC = self.denormalize(jnp.moveaxis(latent_BCHW, 1, -1)[:, None])
             y_BTHWC, past = self.decoder(self.conv_latent(x_BFHWC), past)
+            y_BTHWC = unpatchify(y_BTHWC, self.config.patch)
             return past, jnp.moveaxis(y_BTHWC, -1, 2).astype(jnp.float32)
 
         start = past is None
@@ -169,7 +187,7 @@ class WanVAE(nnx.Module):
 
         def step(past, video_BTCHW):
             x_BTHWC = jnp.moveaxis(video_BTCHW, 2, -1).astype(self.config.dtype)
-            y_BFHWC, past = self.encoder(x_BTHWC, past)
+            y_BFHWC, past = self.encoder(patchify(x_BTHWC, self.config.patch), past)
             mu, _ = jnp.split(self.conv_mean_logvar(y_BFHWC), 2, -1)
             latent = (mu - mean) * inverse_std
             return past, jnp.moveaxis(latent, -1, 2).astype(jnp.float32)
@@ -207,12 +225,9 @@ def _steps(step, past, first, rest):
     return jnp.concatenate(parts, 1), past
 
 
-def _run(layers, x_BTHWC, past):
-    pasts = []
-    for layer, before in zip(layers, past or [None] * len(layers), strict=True):
-        x_BTHWC, after = layer(x_BTHWC, before)
-        pasts.append(after)
-    return x_BTHWC, tuple(pasts)
+def _residuals(count, channels_in, channels_out, config, rngs):
+    c = [channels_in, *[channels_out] * count]
+    return [Residual(c[j], c[j + 1], config, rngs) for j in range(count)]
 
 
 def _middle(channels, config, rngs):

@@ -1,4 +1,4 @@
-"""Stored names of the Wan VAE, original and diffusers, and where their tensors go."""
+"""Stored names of the Wan VAEs, original and diffusers, and where their tensors go."""
 
 import re
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from models.common import Rule, conv_kernel, patch_kernel, vector
 from models.common.weights import Weights
+from models.wan_vae.config import WanVAEConfig
 from models.wan_vae.modeling import WanVAE
 
 
@@ -53,13 +54,13 @@ _DIFFUSERS_BLOCK = {
 }
 
 
-def original_name(name: str, res_blocks: int = 2) -> str:
+def original_name(name: str, config: WanVAEConfig) -> str:
     """The original name of a tensor in diffusers' naming; an original name stays as it is.
 
     Args:
         name: stored name.
-        res_blocks: residual blocks per encoder level; decoder levels have one more, which numbers
-            the decoder's flat list.
+        config: says how layers are numbered: in one list for all levels, or with `shortcuts` in one
+            for each; by residual blocks per encoder level (decoder levels have one more).
     """
     name = re.sub(
         r"(resnets\.\d+|down_blocks\.\d+)\.(norm1|norm2|conv1|conv2|conv_shortcut)\.",
@@ -71,8 +72,14 @@ def original_name(name: str, res_blocks: int = 2) -> str:
     name = name.replace(".norm_out.", ".head.0.").replace(".conv_out.", ".head.2.")
     name = name.replace(".mid_block.attentions.0.", ".middle.1.")
     name = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".middle.{2 * int(m[1])}.", name)
+    if config.shortcuts:
+        for way, last in (("down", config.res_blocks), ("up", config.res_blocks + 1)):
+            name = name.replace(f".{way}sampler.", f".resnets.{last}.")
+            to = rf".{way}samples.\1.{way}samples."
+            name = re.sub(rf"\.{way}_blocks\.(\d+)\.resnets\.", to, name)
+        return name
     name = name.replace("encoder.down_blocks.", "encoder.downsamples.")
-    level = res_blocks + 2
+    level = config.res_blocks + 2
     return re.sub(
         r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
         lambda m: f"decoder.upsamples.{level * int(m[1]) + int(m[2] or level - 1)}.",
@@ -80,5 +87,5 @@ def original_name(name: str, res_blocks: int = 2) -> str:
     )
 
 
-WEIGHTS = Weights(WanVAE, RULES, rename=lambda name, config: original_name(name, config.res_blocks))
+WEIGHTS = Weights(WanVAE, RULES, rename=original_name)
 load_wan_vae = WEIGHTS.load
