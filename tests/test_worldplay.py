@@ -31,9 +31,11 @@ from models.worldplay import (
     walk,
 )
 from models.worldplay.block import generate_block
+from models.worldplay.encoding import model_encodings
 from models.worldplay.history import side_by_side
 from models.worldplay.request import block_inputs
 from qvg_jax import presets
+from qvg_jax.attention import attend
 from qvg_jax.codec import identity
 from qvg_jax.rollout import run_chunk
 
@@ -303,6 +305,24 @@ def test_a_walk_past_its_end_or_in_odd_pieces_is_refused():
 def test_bad_settings_say_what_is_wrong(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_single_storage_is_encoded_one_span_at_a_time():
+    """Whatever the number of spans, the temporaries of attention are those of one."""
+    B, T, C, D = 1, 8, 2 * CONFIG.heads, CONFIG.head_dim
+    x = jax.ShapeDtypeStruct((B, T, C, D), jnp.float32)
+    history = History.qvg(TWO_BIT, storage="single")
+    read = jax.jit(functools.partial(attend, layer=1, rope=model_encodings(CONFIG)))
+    temporaries = set()
+    for frames in (12, 24):
+        cache = jax.eval_shape(
+            lambda frames=frames: make_cache(
+                CONFIG, history, frames=frames, latent_height=4, latent_width=4
+            )
+        )
+        memory = read.lower(x, cache, x, x).compile().memory_analysis()
+        temporaries.add((cache.layout.max_spans > 0, memory.temp_size_in_bytes))
+    assert len(temporaries) == 1 and cache.layout.heads == CONFIG.heads
 
 
 def test_bytes_of_a_span_of_the_true_length():
