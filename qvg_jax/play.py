@@ -102,7 +102,7 @@ class _Hall:
         self._url = url
         self._player = Player(walk, self._told, tour_seconds=tour_seconds)
         self._codecs = codec_choices(walk)
-        self._pages: list[Page] = []
+        self._pages: list[Page] = []  # with a browser behind them
         self._loop: asyncio.AbstractEventLoop | None = None
         self._showing: asyncio.Task | None = None
         self._last: tuple[str, str, str | None] | None = None  # what is up
@@ -125,16 +125,22 @@ class _Hall:
     async def enter(self) -> None:
         """Builds the page of a new tab."""
         page = Page(self._player, self._codecs, self._save)
-        self._pages.append(page)
-        page.client.on_disconnect(lambda: self._player.leave(page.client.id))
-        page.client.on_delete(lambda: self._left(page))
+        if self._last is not None:
+            page.show(*self._last)
+        page.client.on_connect(lambda: self._came(page))
+        page.client.on_disconnect(lambda: self._went(page))
+
+    def _came(self, page: Page) -> None:
+        if page not in self._pages:
+            self._pages.append(page)
         if self._last is not None:
             page.show(*self._last)
         self._refresh()
 
-    def _left(self, page: Page) -> None:
+    def _went(self, page: Page) -> None:
         self._player.leave(page.client.id)
-        self._pages.remove(page)
+        if page in self._pages:
+            self._pages.remove(page)
         self._refresh()
 
     def _told(self, seen: Seen | None) -> None:

@@ -62,7 +62,7 @@ class Keys:
 
 
 class Point(NamedTuple):
-    """One block in the history of the walk."""
+    """One block in the history of the walk; two for a block after which the codec was changed."""
 
     number: int
     codec: str
@@ -136,7 +136,14 @@ class Player:
 
     def switch(self, codec: str) -> Future:
         """`Walk.switch` between two blocks, and the keys after it."""
-        return self._ask(f"changing to {codec} ...", lambda walk: walk.switch(codec))
+
+        def switch(walk):
+            meter = walk.switch(codec)
+            if self.points:  # the same block, in other codes
+                self.points.append(self.points[-1]._replace(codec=codec, meter=meter))
+            return meter
+
+        return self._ask(f"changing to {codec} ...", switch)
 
     def restart(self, seed: int) -> Future:
         """`Walk.restart` between two blocks; what was pressed is forgotten."""

@@ -66,6 +66,7 @@ class SlowWalk:
         if codec == "zip":
             raise ValueError("codec='zip' is not known")
         self.codec = codec
+        return Meter(20_000_000, 40_000_000, 8.0, 4 * self.blocks, 0, 100)
 
     def frames(self):
         return list(range(self.blocks))
@@ -151,6 +152,7 @@ def test_requests_come_between_blocks_and_errors_go_to_who_asked(playing):
     done.result(timeout=20)
     listener.wait(lambda: walk.taken[-1] == "w")
     listener.wait(lambda: player.phase == "ready")
+    assert [p.codec for p in player.points if p.meter.span_bits == 8] == ["qvg"]
     assert walk.codec == "qvg" and ("busy" in [phase for _, phase in listener.told])
 
 
@@ -203,8 +205,10 @@ def test_drawings(playing):
     player.switch("qvg").result(timeout=20)
     player.press("me", "w")
     walk.go.release(1)
-    listener.wait(lambda: len(player.points) == 3)
+    listener.wait(lambda: len(player.points) == 4)
     bf16, now = chart(player.points)["series"]
     assert (bf16["data"][-1], now["data"][-1]) == ([3, 40.0], [3, 10.0])
-    assert [m["label"]["formatter"] for m in now["markLine"]["data"]] == ["qvg"]
+    assert now["data"][1:3] == [[2, 10.0], [2, 20.0]]
+    marks = [(m["xAxis"], m["label"]["formatter"]) for m in now["markLine"]["data"]]
+    assert marks == [(2, "qvg")]
     assert svg_map([]).startswith("<svg") and svg_map(player.points).count("<polyline") == 2
