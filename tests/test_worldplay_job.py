@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from models.common.weights import Weights
 from models.umt5 import Tokenizer
 from models.worldplay import job
 from qvg_jax import cli
@@ -32,6 +33,7 @@ def process(tmp_path_factory):
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(job, "released_sizes", tiny.sizes)
+        patch.setattr(Weights, "random", tiny.drawn)
         patch.setattr(
             Tokenizer, "from_file", lambda path, length: tiny_self_forcing.letters(length)
         )

@@ -1,10 +1,15 @@
 """A WorldPlay of a few thousand parameters, with the VAE and text encoder of a tiny Self-Forcing."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from models.common.parts import Sizes
+from models.common.weights import Weights
 from models.worldplay import WorldPlayConfig
 from tests import tiny_self_forcing
 
@@ -21,3 +26,12 @@ def sizes() -> Sizes:
         dtype=jnp.float32,
     )  # fmt: skip
     return dataclasses.replace(tiny, dit=dit)
+
+
+@functools.cache
+def drawn(weights: Weights, config, seed: int = 0) -> nnx.Module:
+    """In the place of `Weights.random`, whose initialisers take seconds to compile."""
+    graphdef, state = nnx.split(weights.skeleton(config))
+    rng = np.random.default_rng(seed)
+    draw = lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, x.dtype)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(draw, state))
