@@ -61,5 +61,5 @@ def lora(rank: int = 128) -> dict[str, np.ndarray]:
         at = "lora___lorahyphen___" + f"blocks.{i}.attn.proj".replace(".", "___lorahyphen___")
         found[at + ".lora_down.weight"] = draw.normal(size=(rank, c.width)).astype(np.float32) / 32
         found[at + ".lora_up.weight"] = draw.normal(size=(c.width, rank)).astype(np.float32) / 32
-        found[at + ".alpha_scale"] = np.float32(0.5).reshape(())
+        found[at + ".alpha_scale"] = np.full((), 0.5, np.float32)
     return found
