@@ -173,7 +173,7 @@ class LongCatDiT(nnx.Module):
         if self.config.latent_channels != Z:
             raise ValueError(f"x_BFZYX has {Z} channels; accepted: {self.config.latent_channels}")
         x_BTM = self.tokens(x_BFZYX)
-        c_BFC = silu(self.embed_time(t, B, F))
+        c_BFC = whole(silu(self.embed_time(t, B, F)))
         silent = silent_frames * x_BTM.shape[1] // F
         graphdef, stacked = nnx.split(self.blocks)
         bias_BU = None if text_kv is None else text_kv.bias_BU
