@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from models.longcat import LongCat, LongCatConfig, Prompt, load_dit, random_dit, standard
+from models.longcat import (
+    LongCat,
+    LongCatConfig,
+    Prompt,
+    load_dit,
+    merge_lora,
+    random_dit,
+    standard,
+)
 from models.longcat.sampler import StepInput, cached_step
 from models.longcat.sharding import AXIS, heads_mesh, placement, spread
 from qvg_jax import presets
+from tests import tiny_longcat
 from tests.test_longcat_params import released_shapes
 
 CONFIG = LongCatConfig(
@@ -77,6 +86,11 @@ def test_a_checkpoint_is_loaded_to_where_it_belongs(mesh, tmp_path):
     assert kernel.addressable_shards[3].data.shape == (2, 96, 3, 12)
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(apart), strict=True):
         np.testing.assert_array_equal(x, y)
+    save_file(tiny_longcat.lora(3, CONFIG), tmp_path / "lora.safetensors")
+    one, apart = (merge_lora(m, tmp_path / "lora.safetensors") for m in (one, apart))
+    kernels = [m.blocks.self_attn.out.kernel[...] for m in (one, apart)]
+    np.testing.assert_allclose(*kernels, rtol=0, atol=1e-6)
+    assert kernels[1].addressable_shards[3].data.shape == (2, 12, 96)
 
 
 def test_the_condition_cache_is_the_same_and_lies_with_its_heads():

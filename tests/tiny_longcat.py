@@ -54,9 +54,9 @@ def weights_folder(folder: Path) -> Path:
     return folder
 
 
-def lora(rank: int = 128) -> dict[str, np.ndarray]:
+def lora(rank: int = 128, config: LongCatConfig | None = None) -> dict[str, np.ndarray]:
     """A LoRA of one matrix of every layer."""
-    c, draw, found = sizes().dit, np.random.default_rng(1), {}
+    c, draw, found = config or sizes().dit, np.random.default_rng(1), {}
     for i in range(c.layers):
         at = "lora___lorahyphen___" + f"blocks.{i}.attn.proj".replace(".", "___lorahyphen___")
         found[at + ".lora_down.weight"] = draw.normal(size=(rank, c.width)).astype(np.float32) / 32

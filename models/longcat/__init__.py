@@ -9,6 +9,7 @@ from models.longcat.passes import cached_forward, clip_forward
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.schedule import Schedule, continuation, distilled, refinement, standard
 from models.longcat.segments import Segments, first_clip, long_video
+from models.longcat.sharding import heads_mesh, placement, spread
 from models.longcat.text import kept_rows, read_text
 
 __all__ = [
@@ -27,14 +28,17 @@ __all__ = [
     "continuation",
     "distilled",
     "first_clip",
+    "heads_mesh",
     "kept_rows",
     "load_dit",
     "long_video",
     "merge_lora",
+    "placement",
     "random_dit",
     "read_text",
     "refinement",
     "skeleton",
+    "spread",
     "standard",
     "view_condition",
 ]
