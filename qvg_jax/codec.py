@@ -21,14 +21,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from qvg_jax.devices import is_hopper
+
 __all__ = [
     "Codec",
     "EmptyState",
+    "Fused",
     "IdentityPacked",
     "Packed",
     "Shape",
     "Smoothing",
     "State",
+    "Written",
     "chain",
     "check_span",
     "identity",
@@ -60,6 +64,7 @@ class Codec(NamedTuple):
             eight times the bytes of `packed`'s buffers divided by the number of elements.
         name: what reports call it.
         nbytes: `nbytes(shape) -> int`, the bytes of `packed` for that span.
+        written: `Written` if the GPU kernels can write the codec's bytes.
     """
 
     init: Callable[..., State]
@@ -68,6 +73,7 @@ class Codec(NamedTuple):
     bits_per_element: Callable[[Shape], float]
     name: str
     nbytes: Callable[[Shape], int]
+    written: Any = None
 
 
 class Smoothing(NamedTuple):
@@ -80,6 +86,8 @@ class Smoothing(NamedTuple):
         decode: `decode(node, residual_BHTD) -> x_BHTD`, float32, the inverse of `encode`.
         nbytes: `nbytes(shape) -> int`, the bytes of `node`.
         name: what reports call it.
+        fuse: `fuse(codec) -> Fused`, for GPU kernels that do the encoding of this smoothing and
+            the codec behind it at once; None if there are none.
     """
 
     init: Callable[..., State]
@@ -87,6 +95,32 @@ class Smoothing(NamedTuple):
     decode: Callable[..., Array]
     nbytes: Callable[[Shape], int]
     name: str
+    fuse: Any = None
+
+
+class Written(NamedTuple):
+    """How GPU kernels write what a quantizer stores.
+
+    Attributes:
+        form: what they compute, see `pallas_kernels.quantize_pack`.
+        collect: `collect(codes_BHTC, scales) -> packed`, with scales as `assign_and_pack` gives them.
+    """
+
+    form: Any
+    collect: Callable[[Array, Array], Packed]
+
+
+class Fused(NamedTuple):
+    """A smoothing and a codec whose encoding GPU kernels can do at once.
+
+    Attributes:
+        unsupported: `unsupported(x_BHTD) -> str | None`, why the kernels cannot encode x, or None.
+        encode: `encode(x_BHTD, state, otherwise) -> (packed, state)` of the chain of both;
+            `otherwise(x_BHTD, state)` does the same without kernels.
+    """
+
+    unsupported: Callable[[Array], str | None]
+    encode: Callable[..., tuple[Packed, State]]
 
 
 class IdentityPacked(NamedTuple):
@@ -170,10 +204,14 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
             be a chain).
 
     Returns:
-        A codec whose `packed` and `state` are tuples with one entry per transform.
+        A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
+        takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, for one
+        `kmeans_smoothing` before integers or a mid-rise grid; None is "xla".
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
+            On use: a state of another codec, or an unknown implementation.
+        NotImplementedError: on use, a named implementation cannot encode this; it says why.
     """
     accepted = "any number of smoothings, then one codec, e.g. chain(kmeans_smoothing(256), "
     accepted += "residual_quantize(bits=2, group=64))"
@@ -192,13 +230,27 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
         check_span(shape, dtype)
         return tuple(t.init(shape, dtype) for t in transforms)
 
-    def encode(x_BHTD: Array, state: State, *, key: PRNGKeyArray | None = None):
+    first = smoothings[0] if len(smoothings) == 1 else None
+    fused = first.fuse(last) if first and first.fuse else None
+
+    def encode(
+        x_BHTD: Array,
+        state: State,
+        *,
+        key: PRNGKeyArray | None = None,
+        implementation: str | None = None,
+    ):
         check_span(x_BHTD.shape, x_BHTD.dtype)
         if not isinstance(state, tuple) or len(state) != len(transforms):
             raise ValueError(
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
+        if _implementation(implementation, fused, x_BHTD) == "mosaic":
+            return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key))
+        return by_xla(x_BHTD, state, key)
+
+    def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
         keys = [None if key is None else jax.random.fold_in(key, i) for i in range(len(state))]
         residual_BHTD, nodes, states = x_BHTD, [], []
         for t, s, k in zip(smoothings, state[:-1], keys[:-1], strict=True):
@@ -222,3 +274,18 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
 
     name = " > ".join(t.name for t in transforms)
     return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+
+
+def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
+    """What encodes x; a named implementation is never replaced by another."""
+    if name not in (None, "xla", "mosaic"):
+        raise ValueError(f"implementation={name!r} is not accepted: give 'xla' or 'mosaic'")
+    if name in (None, "xla"):
+        return "xla"
+    if fused is None:
+        missing = "the kernels know one kmeans_smoothing before integers or a mid-rise grid"
+    elif (missing := fused.unsupported(x_BHTD)) is None and not is_hopper():
+        missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
+    if missing is None:
+        return "mosaic"
+    raise NotImplementedError(f"implementation='mosaic': {missing}; 'xla' serves it")

@@ -19,6 +19,7 @@ from pallas_kernels.dequant_attention import finish, prepare, splits_for, visit
 from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.codec import Codec
+from qvg_jax.devices import is_hopper, on_several_devices
 from qvg_jax.kernel_formats import E4M3, encoded, halves, pairing_of, scheme_of
 from qvg_jax.layout import Layout
 from qvg_jax.rope import Encodings, Rope
@@ -26,14 +27,6 @@ from qvg_jax.slots import read_slot
 from qvg_jax.view import CacheView
 
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
-
-
-def is_hopper() -> bool:
-    """Whether computations go to a GPU of compute capability 9."""
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if isinstance(device, str):
-        return False
-    return device.platform == "gpu" and str(device.compute_capability).startswith("9.")
 
 
 def unsupported(view: CacheView, q_BTHD: Array, narrow: bool) -> str | None:
@@ -44,9 +37,8 @@ def unsupported(view: CacheView, q_BTHD: Array, narrow: bool) -> str | None:
     for name, x in (("q", q_BTHD), ("the dense buffer", view.cache.dense_k)):
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}; the kernels read bfloat16"
-    mesh = jax.typeof(q_BTHD).sharding.mesh
-    if not (mesh.empty or mesh.are_all_axes_manual):
-        return "arrays on several devices; inside of shard_map they can be read"
+    if (why := on_several_devices(q_BTHD)) is not None:
+        return why
     for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
         if narrow and lay.max_spans and scheme_of(codec, lay.head_dim) is None:
             return f"{name} codec {codec.name}: e4m3 attention needs a bound that codes give"

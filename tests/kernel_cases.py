@@ -22,6 +22,18 @@ HALF, INTERLEAVED = (
 )
 MIDRISE = chain(kmeans_smoothing(64), grid_quantize())
 
+# Codecs whose encoding the kernels can do.
+ENCODERS = {
+    "qvg": lambda: presets.get("qvg", num_centroids=64),
+    "qvg-pro": lambda: presets.get("qvg-pro", num_centroids=32, stages=2, iters=3, cold_iters=3),
+    "plain, 4 bits": lambda: presets.get(
+        "qvg", num_centroids=64, bits=4, reseed=False, warm_start=False, cold_iters=2
+    ),
+    "midrise keys": lambda: presets.pair("midrise", num_centroids=64)[0],
+    "midrise values": lambda: presets.pair("midrise", num_centroids=64)[1],
+    "1 bit keys": lambda: presets.pair("midrise-k1v3", num_centroids=64)[0],
+}
+
 # name: scheme, and extra fields of the rows
 FORMATS = {
     "qvg": (Scheme(bits=2, group=64, offset=1, stages=1), ()),
@@ -136,3 +148,20 @@ def clustered(rows: int, tokens: int, clusters: int):
     x = x + 0.3 * rng.standard_normal((rows, tokens, 128))
     c = centres + 0.1 * rng.standard_normal(centres.shape)
     return jnp.asarray(x, jnp.bfloat16), jnp.asarray(c, jnp.bfloat16)
+
+
+def encoded_twice(codec: Codec, implementation: str | None, tokens: int = 300):
+    """Two spans in a row: [(span, packed, state), ...]."""
+    x = clustered(2, 2 * tokens, 64)[0][None]
+    state, out = codec.init((1, 2, tokens, 128), x.dtype), []
+    encode = jax.jit(functools.partial(codec.encode, implementation=implementation))
+    for span in (x[:, :, :tokens], x[:, :, tokens:]):
+        packed, state = encode(span, state)
+        out.append((span, packed, state))
+    return out
+
+
+def round_trip_error(codec: Codec, case) -> float:
+    span, packed, *_ = case
+    decoded = codec.decode(packed, jnp.float32)
+    return float(jnp.linalg.norm(decoded - span) / jnp.linalg.norm(span.astype(jnp.float32)))

@@ -4,17 +4,26 @@ The interpreter has no products with an operand in registers: `multiply_into` is
 same product written down. Numbers on a GPU are in test_kernels_encode_gpu.py.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import kmeans, quantize_pack
 from pallas_kernels.kmeans import kmeans_sums, mosaic_gpu
 from pallas_kernels.kmeans.api import parts_for
 from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
-from tests.kernel_cases import clustered
+from qvg_jax import codec as codec_module
+from qvg_jax import presets
+from qvg_jax.codec import chain
+from qvg_jax.quantize.grid import grid_quantize
+from qvg_jax.quantize.integer import residual_quantize
+from qvg_jax.smoothing import kmeans_smoothing
+from tests.kernel_cases import ENCODERS, clustered, encoded_twice, round_trip_error
 
 
 @pytest.fixture
@@ -128,3 +137,92 @@ def test_bad_input_is_named(change, error, message):
     args = dict(x=x, c=c, form=Integers(2, 64), implementation="mosaic") | change
     with pytest.raises(error, match=message):
         assign_and_pack(args["x"], args["c"], args["form"], implementation=args["implementation"])
+
+
+# -- the codec
+
+
+@pytest.fixture
+def references(monkeypatch):
+    """Codecs encode as on a Hopper GPU, with every kernel replaced by its reference."""
+    monkeypatch.setattr(codec_module, "is_hopper", lambda: True)
+    for module, name in (
+        (kmeans, "kmeans_sums"),
+        (quantize_pack, "assign_and_pack"),
+        (quantize_pack, "assign_and_subtract"),
+    ):
+        reference = functools.partial(getattr(module, name), implementation="xla")
+        monkeypatch.setattr(module, name, reference)
+
+
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "1 bit keys"])
+def test_codecs_encode_as_well_on_the_kernels(references, name):
+    """Two spans, the second one warm: the same arrays, and as small an error."""
+    codec = ENCODERS[name]()
+    ours, right = (encoded_twice(codec, implementation) for implementation in ("mosaic", "xla"))
+    # A difference in rounding may lead a second span to another local optimum.
+    for a, b, most in zip(ours, right, (1.002, 1.03), strict=True):
+        forms = [jax.tree.map(lambda y: (y.shape, y.dtype), x) for x in (a[1:], b[1:])]
+        assert forms[0] == forms[1] and jax.tree.structure(a) == jax.tree.structure(b)
+        assert round_trip_error(codec, a) < most * round_trip_error(codec, b)
+
+
+def test_a_bad_token_is_encoded_without_kernels(references):
+    codec = ENCODERS["qvg"]()
+    x = clustered(2, 300, 64)[0][None].at[0, 1, 3, 4].set(jnp.inf)
+    state = codec.init(x.shape, x.dtype)
+    ours, right = (codec.encode(x, state, implementation=i) for i in ("mosaic", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, ours, right)
+
+
+def test_spare_centroids_move_to_badly_served_tokens(references):
+    """Content that changed: the old centroids attract little, and restart."""
+    x, _ = clustered(1, 600, 64)
+    spans = x[None, :, :300], x[None, :, 300:] * 3 + 5
+    errors = {}
+    for reseed in (True, False):
+        codec = chain(kmeans_smoothing(64, reseed=reseed), residual_quantize())
+        state = codec.init(spans[0].shape, x.dtype)
+        encode = jax.jit(functools.partial(codec.encode, implementation="mosaic"))
+        for span in spans:
+            packed, state = encode(span, state)
+        errors[reseed] = round_trip_error(codec, (spans[1], packed))
+    assert errors[True] < 0.9 * errors[False]
+
+
+def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
+    x = clustered(1, 64, 8)[0][None]
+
+    def encode(codec, implementation="mosaic", x=x):
+        return codec.encode(x, codec.init(x.shape, x.dtype), implementation=implementation)
+
+    with pytest.raises(ValueError, match="implementation='cuda'"):
+        encode(presets.get("qvg", num_centroids=8), "cuda")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="Hopper.*'xla' serves it"):
+            encode(presets.get("qvg", num_centroids=8))
+    monkeypatch.setattr(codec_module, "is_hopper", lambda: True)
+    smoothing = kmeans_smoothing(8)
+    for codec, message in (
+        (chain(smoothing, grid_quantize(grid="lloyd_max")), "neither symmetric"),
+        (chain(smoothing, residual_quantize(mode="asymmetric")), "neither symmetric"),
+        (chain(smoothing, residual_quantize(bits=3)), "bits=3"),
+        (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "float32"),
+        (chain(smoothing, smoothing, residual_quantize()), "one kmeans_smoothing"),
+        (chain(residual_quantize()), "one kmeans_smoothing"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            encode(codec)
+        jax.eval_shape(lambda c=codec: encode(c, None))  # XLA serves it
+    with pytest.raises(NotImplementedError, match="float32"):
+        encode(chain(smoothing, residual_quantize()), x=x.astype(jnp.float32))
+
+
+def test_a_span_compiles_to_kernels(monkeypatch):
+    """Warm or cold is data; heads may be mapped over layers."""
+    monkeypatch.setattr(codec_module, "is_hopper", lambda: True)
+    codec = ENCODERS["midrise values"]()
+    x = jax.ShapeDtypeStruct((3, 1, 2, 300, 128), jnp.bfloat16)
+    state = jax.eval_shape(jax.vmap(lambda x: codec.init(x.shape, x.dtype)), x)
+    encode = functools.partial(codec.encode, implementation="mosaic")
+    assert "mosaic_gpu" in _lowered(jax.vmap(encode), x, state)

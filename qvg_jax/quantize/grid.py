@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from qvg_jax.codec import Codec, EmptyState, Shape, check_span, per_element
+from pallas_kernels.quantize_pack import Midrise
+from qvg_jax.codec import Codec, EmptyState, Shape, Written, check_span, per_element
 from qvg_jax.quantize.levels import best_ratio, lloyd_max_levels, midrise_levels
 from qvg_jax.quantize.radix import LEVEL_COUNTS, pack_levels, packed_levels_width, unpack_levels
 from qvg_jax.quantize.scales import (
@@ -172,10 +173,30 @@ def grid_quantize(
         exponents = b * h if dtype.itemsize == 1 else 0
         return b * h * t * (packed_levels_width(d, n) + g * dtype.itemsize) + exponents
 
+    def collect(codes_BHTC: Array, stats_BH3T: Array) -> GridPacked:
+        lsq_BHT, match_BHT, largest_BHT = (stats_BH3T[:, :, i] for i in range(3))
+        scale_BHT = lsq_BHT ** (1 - gain_power) * match_BHT**gain_power if gain_power else lsq_BHT
+        exponent_BH = span_exponent(largest_BHT)
+        scale_BHT1 = times_power_of_two(scale_BHT, -exponent_BH)[..., None]
+        stored_BHT1, exponents_BH, _ = store_scale(scale_BHT1, exponent_BH, dtype)
+        return GridPacked(
+            codes_BHTC, stored_BHT1, exponents_BH, codes_BHTC.shape[-1] * 8 // (n.bit_length() - 1)
+        )
+
+    written = None
+    if (
+        uniform
+        and group is None
+        and gain_power is not None
+        and dtype.itemsize == 1
+        and n & (n - 1) == 0
+    ):
+        form = Midrise(n.bit_length() - 1, ratio, refine, recode=not gain_power)
+        written = Written(form, collect)
     short = {None: "none", 0.0: "lsq", 1.0: "match"}.get(gain_power, f"gain{gain_power}")
     what = grid if isinstance(grid, str) else "levels"
     name = f"{what}{n}-g{group or 'all'}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written)
 
 
 def nearest_level(x: Array, levels: tuple[float, ...], uniform: bool) -> UInt8[Array, "..."]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from qvg_jax.codec import Codec, EmptyState, Shape, check_span, per_element
+from pallas_kernels.quantize_pack import Integers
+from qvg_jax.codec import Codec, EmptyState, Shape, Written, check_span, per_element
 from qvg_jax.quantize.packing import BITS, pack, packed_width, unpack
 
 __all__ = ["IntegerPacked", "residual_quantize"]
@@ -146,9 +147,14 @@ def residual_quantize(
         scales = d // group * dtype.itemsize * (1 if symmetric else 2)
         return math.prod(lead) * (packed_width(d, bits) + scales)
 
+    def collect(codes_BHTC: Array, scales_BHTG: Array) -> IntegerPacked:
+        scales_BHTG = lax.bitcast_convert_type(scales_BHTG, jnp.float8_e4m3fn)
+        return IntegerPacked(codes_BHTC, scales_BHTG, None)
+
+    written = Written(Integers(bits, group), collect) if symmetric and rounds_first else None
     short = next(name for name, known in _SCALE_DTYPES.items() if known == dtype)
     name = f"int{bits}-{'sym' if symmetric else 'asym'}-g{group}-{short}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written)
 
 
 def _scale_dtype(scale_dtype: Any) -> jnp.dtype:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qvg_jax.codec import Shape
 
-__all__ = ["assign", "lloyd", "rows"]
+__all__ = ["assign", "lloyd", "restarted", "rows"]
 
 # Distances are made for this many (token, centroid) pairs at a time. On a CPU 4 MiB of them stay
 # in the cache (12 x 1536 x 256: 16 ms instead of 52); an accelerator wants fewer, larger steps.
@@ -161,18 +161,8 @@ def lloyd(
         new_BHKD = jnp.where(count_BHK[..., None] > 0, mean_BHKD, c_BHKD)
         if reseed is False:
             return new_BHKD
-        # The n-th of N spare centroids takes the token at rank n * step by distance: evenly over
-        # the farthest quarter, as the very farthest ones are often all alike.
         spare_BHK = (count_BHK <= 1) & reseed
-        quarter = x_BHTD.shape[2] // 4
-        # Not lax.top_k: with heads on several devices it would gather them all.
-        far_BHT = jnp.argsort(distance_BHT, axis=-1, descending=True, stable=True)
-        spares_BH1 = jnp.sum(spare_BHK, axis=-1, keepdims=True, dtype=jnp.int32)
-        step_BH1 = jnp.maximum(quarter // jnp.maximum(spares_BH1, 1), 1)
-        nth_BHK = jnp.maximum(jnp.cumsum(spare_BHK, axis=-1, dtype=jnp.int32) - 1, 0)
-        far_BHK = jnp.take_along_axis(far_BHT, nth_BHK * step_BH1, axis=-1)
-        far_BHKD = rows(x_BHTD, far_BHK).astype(jnp.float32)
-        return jnp.where(spare_BHK[..., None], far_BHKD, new_BHKD)
+        return restarted(x_BHTD, new_BHKD, spare_BHK, distance_BHT)
 
     c_BHKD = c_BHKD.astype(jnp.float32)
     done = 0
@@ -180,6 +170,24 @@ def lloyd(
         c_BHKD = step(c_BHKD, jnp.asarray(iters) > 1)
         done = 1
     return lax.fori_loop(done, iters, lambda _, c: step(c, False), c_BHKD)
+
+
+def restarted(
+    x_BHTD: Array, c_BHKD: Array, spare_BHK: Array, distance_BHT: Array
+) -> Float[Array, "B H K D"]:
+    """Centroids with the spare ones moved to tokens far from theirs.
+
+    The n-th of N spare centroids takes the token at rank n * step by distance: evenly over the
+    farthest quarter, as the very farthest ones are often all alike.
+    """
+    quarter = x_BHTD.shape[2] // 4
+    # Not lax.top_k: with heads on several devices it would gather them all.
+    far_BHT = jnp.argsort(distance_BHT, axis=-1, descending=True, stable=True)
+    spares_BH1 = jnp.sum(spare_BHK, axis=-1, keepdims=True, dtype=jnp.int32)
+    step_BH1 = jnp.maximum(quarter // jnp.maximum(spares_BH1, 1), 1)
+    nth_BHK = jnp.maximum(jnp.cumsum(spare_BHK, axis=-1, dtype=jnp.int32) - 1, 0)
+    far_BHK = jnp.take_along_axis(far_BHT, nth_BHK * step_BH1, axis=-1)
+    return jnp.where(spare_BHK[..., None], rows(x_BHTD, far_BHK).astype(jnp.float32), c_BHKD)
 
 
 def rows(
