@@ -8,6 +8,7 @@ never exists: at 480 x 832 and 73 given frames it would take 23 GB. Without comp
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from models.longcat.config import LongCatConfig
 from models.longcat.modeling import LongCatDiT
 from models.longcat.passes import clip_forward
 from models.longcat.rope import clip_positions, model_rope
-from models.longcat.sharding import AXIS, spread_out
+from models.longcat.sharding import AXIS, devices, spread_out
 from qvg_jax.attention import DENSE_CHUNK_TOKENS
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import Codec, identity
@@ -54,12 +55,16 @@ def build_condition(
         ValueError: a codec that refuses the span (more centroids than tokens, a group that does
             not divide head_dim).
     """
-    shape = given_BFZYX.shape
-    one, positions_BTP = _one_layer(model.config, shape, key_codec, value_codec)
+    shape, codecs = given_BFZYX.shape, (key_codec, value_codec)
+    one, positions_BTP = _one_layer(model.config, shape, *codecs)
     t = jnp.zeros((1, 1), jnp.float32)
+    key = jax.random.key(0) if key is None else key
+    encode = functools.partial(_encoded, one)
+    if spread_out():
+        encode = _by_heads(one, functools.partial(_one_layer, model.config, shape, *codecs))
 
     def keep(k_BTHD, v_BTHD, layer):
-        return _encoded(one, k_BTHD, v_BTHD, positions_BTP, layer, key)
+        return encode(k_BTHD, v_BTHD, positions_BTP, layer, key)
 
     kept = clip_forward(model, given_BFZYX, t, None, keep=keep).kept
     cache = _stacked(one, positions_BTP, kept)
@@ -67,6 +72,25 @@ def build_condition(
         places = head_shardings(cache, jax.sharding.get_abstract_mesh(), AXIS)
         cache = jax.lax.with_sharding_constraint(cache, places)
     return cache
+
+
+def _by_heads(one: KVCache, make: Callable[..., tuple]) -> Callable[..., tuple]:
+    """`_encoded`, by each device for the heads that it has: codecs know no other."""
+    places = head_shardings(one, jax.sharding.get_abstract_mesh(), AXIS)
+    spans = jax.tree.map(lambda place: place.spec, (places.span_k, places.span_v))
+    apart, everywhere, n = jax.P(None, None, AXIS), jax.P(), devices()
+
+    def encode(*inputs):
+        local, _ = make(share=n)
+        span_k, span_v, bad = _encoded(local, *inputs)
+        return span_k, span_v, jax.lax.psum(bad, AXIS)
+
+    return jax.shard_map(
+        encode,
+        in_specs=(apart, apart, everywhere, everywhere, everywhere),
+        out_specs=(*spans, everywhere),
+        check_vma=False,  # kernels do not say on which axes their results vary
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "key_codec", "value_codec"))
@@ -93,6 +117,7 @@ def condition_of(
     def keep(kv):
         return _encoded(one, kv[0], kv[1], positions_BTP, kv[2], key)
 
+    key = jax.random.key(0) if key is None else key
     kept = jax.lax.map(keep, (k_LBTHD, v_LBTHD, jnp.arange(config.layers)))
     return _stacked(one, positions_BTP, kept)
 
@@ -119,13 +144,14 @@ def view_condition(config: LongCatConfig, cache: KVCache, shape: tuple[int, ...]
     return cache.view(positions_BTP, model_rope(config))
 
 
-def _one_layer(config: LongCatConfig, shape: tuple[int, ...], key_codec, value_codec):
-    """An empty cache of one layer with room for one span, and the positions of its tokens."""
+def _one_layer(config: LongCatConfig, shape: tuple[int, ...], key_codec, value_codec, share=1):
+    """An empty cache of one layer with room for one span, and the positions of its tokens; with a
+    share of the heads."""
     positions_BTP = clip_positions(config, 0, shape)
     plain = _plain(jnp.dtype(config.dtype))
     cache = KVCache.create(
         batch=shape[0],
-        heads=config.heads,
+        heads=config.heads // share,
         head_dim=config.head_dim,
         block_tokens=positions_BTP.shape[1],
         sink_blocks=0,
@@ -142,8 +168,8 @@ def _one_layer(config: LongCatConfig, shape: tuple[int, ...], key_codec, value_c
 
 def _encoded(one: KVCache, k_BTHD, v_BTHD, positions_BTP, layer, key) -> tuple:
     """One layer's packed K and V in the form of cache slots, and its count of bad values."""
-    key = jax.random.fold_in(jax.random.key(0) if key is None else key, layer)
-    cache = compress(append(one, k_BTHD, v_BTHD, positions_BTP), key)
+    cache = append(one, k_BTHD, v_BTHD, positions_BTP)
+    cache = compress(cache, jax.random.fold_in(key, layer))
     return cache.span_k, cache.span_v, cache.nonfinite
 
 

@@ -75,7 +75,12 @@ def spread(model: nnx.Module, mesh: Mesh) -> nnx.Module:
 
 def spread_out() -> bool:
     """Whether the program that is being traced runs on such a mesh."""
-    return AXIS in jax.sharding.get_abstract_mesh().axis_names
+    return devices() > 1
+
+
+def devices() -> int:
+    """How many devices share the heads in the program that is being traced."""
+    return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
 def whole(x: Array) -> Array:
