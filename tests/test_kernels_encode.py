@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import kmeans, quantize_pack
@@ -34,6 +35,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "multiply_into", product)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
+        assert not interpret_pallas_call.get_races().races_found
 
 
 def _lowered(f, *args) -> str:
