@@ -12,7 +12,8 @@ Prints a table and writes DIR/worldplay.json; DIR/log.txt says what is going on:
     single  one compressed k and v a head      packed  both encodings of each compressed, as published
     cudnn   both encodings in bf16, attended by cuDNN: no library of ours, what a JAX user would run
     bf16    the same through qvg_jax.attend
-- limit: a whole walk with --limit bytes of device memory, in a process of its own.
+- limit: a whole walk with --limit bytes of device memory, in a process of its own; with --decode
+  to pictures, by Wan2.2's VAE, as the command makes it.
 
 Weights are bfloat16 in all of it. Most of a first run is compilation; DIR/compiled keeps it.
 """
@@ -65,6 +66,7 @@ def _arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=1, help="pairs of blocks that are timed")
     add("--limit", type=float, default=24e9, help="bytes of device memory")
     add("--limit-arm", default="single")
+    add("--decode", action="store_true", help="decode the latents of limit, too")
     add("--height", type=int, default=704)
     add("--width", type=int, default=1280)
     add("--layers", type=int, default=30)
@@ -302,14 +304,17 @@ def _opponent(config: Any, sampler: Any) -> Any:
 
 def limited(setup: Setup, result: dict[str, Any]) -> None:
     """A whole walk, block by block."""
+    import jax
     import numpy as np
 
+    from models.common import player
     from models.worldplay import WorldPlay
     from qvg_jax.health import cache_bytes
 
     args, arm = setup.args, setup.args.limit_arm
     result |= {"arm": arm, "frames": args.frames, "limit_bytes": args.limit, "weights": "bfloat16"}
     pipeline, seconds, size = WorldPlay(setup.model, history=setup.history(arm)), [], []
+    vae, past, decoding = _vae(setup) if args.decode else None, None, []
 
     def look(_done, _total, state):
         size[:] = [cache_bytes(state.cache)]
@@ -318,11 +323,32 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
     for latents in pipeline.stream(setup.request, progress=look):
         finite &= bool(np.isfinite(np.asarray(latents, np.float32)).all())
         seconds.append(round(time.perf_counter() - begin, 3))
-        log.info("block %d: %.3f s", len(seconds), seconds[-1])
+        begin = time.perf_counter()
+        if vae is not None:
+            video, past = jax.block_until_ready(player.decode(vae, latents, past))
+            decoding.append(round(time.perf_counter() - begin, 3))
+        log.info("block %d: %.3f s, decoded in %s", len(seconds), seconds[-1], decoding[-1:])
         begin = time.perf_counter()
     result |= {"block_seconds": seconds, "finite": finite, "peak_bytes": peak()}
+    result["decode_seconds"] = decoding
     result |= {"cache_bytes": size[0].in_use.total, "allocated": size[0].allocated.total}
     result["ok"] = len(seconds) * setup.config.frames_per_block == args.frames
+
+
+def _vae(setup: Setup) -> Any:
+    """Wan2.2's VAE with random weights."""
+    import jax
+
+    from models.wan_vae import WanVAEConfig
+    from models.wan_vae.params import WEIGHTS
+
+    config = WanVAEConfig.wan_2_2()
+    if setup.args.tiny:
+        z = setup.config.latent_channels
+        sizes = dict(width=4, decoder_width=4, multipliers=(1, 1, 1, 1), res_blocks=1)
+        sizes |= dict(latent_channels=z, mean=config.mean[:z], std=config.std[:z])
+        config = dataclasses.replace(config, **sizes)
+    return jax.block_until_ready(WEIGHTS.random(config))
 
 
 # --- the table ------------------------------------------------------------------------------
@@ -342,7 +368,8 @@ def _table(results: dict[str, Any]) -> str:
             lines.append(
                 f"  {r['arm']}, {r['frames']} latent frames, {r['weights']} weights: "
                 f"{sum(r['block_seconds'][1:]):.1f} s and a first block of "
-                f"{r['block_seconds'][0]:.1f} s; peak {gb(r['peak_bytes'])} of "
+                f"{r['block_seconds'][0]:.1f} s, decoding {sum(r['decode_seconds'][2:]):.1f} s after "
+                f"the first two; peak {gb(r['peak_bytes'])} of "
                 f"{gb(r['device']['bytes_limit'])}; "
                 f"memory {gb(r['cache_bytes'])}, allocated {gb(r['allocated'])}"
             )
