@@ -12,6 +12,7 @@ from qvg_jax.codec import Codec, chain, identity
 from qvg_jax.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
+from qvg_jax.recode import recode
 from qvg_jax.rollout import rollout, stream
 from qvg_jax.rope import Rope, axial_rope, frequency_ladder
 from qvg_jax.smoothing.kmeans import kmeans_smoothing
@@ -40,6 +41,7 @@ __all__ = [
     "packed_bytes",
     "presets",
     "raise_if_bad",
+    "recode",
     "residual_quantize",
     "rollout",
     "stream",

@@ -29,11 +29,11 @@ def chart(points: Sequence[Point]) -> dict[str, Any]:
         "silent": True,
         "symbol": "none",
         "lineStyle": {"color": DIM, "type": "dashed"},
-        "label": {"color": INK, "fontSize": 10},
+        "label": {"color": INK, "fontSize": 10, "position": "insideEndTop"},
         "data": switches,
     }
     axis = {
-        "axisLabel": {"color": DIM, "fontSize": 10},
+        "axisLabel": {"color": DIM, "fontSize": 10, "hideOverlap": True},
         "axisLine": {"lineStyle": {"color": LINE}},
         "splitLine": {"lineStyle": {"color": LINE}},
     }

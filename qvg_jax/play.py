@@ -62,22 +62,18 @@ def codec_choices(walk: Walk) -> dict[str, str]:
     return choices
 
 
-def serve(walk: Walk, sock: socket.socket, *, show: bool = True, tour_seconds: float = 0.25) -> int:
+def serve(walk: Walk, sock: socket.socket, *, show: bool = True) -> None:
     """Serves the page until Ctrl-C.
 
     Args:
         walk: the walk; nothing of it is compiled yet.
         sock: from `listen`; closed at the end.
         show: whether to open a browser.
-        tour_seconds: as for `Player`.
-
-    Returns:
-        The number of blocks that were made.
     """
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    hall = _Hall(walk, url, tour_seconds)
+    hall = _Hall(walk, url)
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.page("/", title=f"qvg play: {walk.world.model}", dark=True)(hall.enter)
     pages_app.on_startup(hall.open)
@@ -92,15 +88,14 @@ def serve(walk: Walk, sock: socket.socket, *, show: bool = True, tour_seconds: f
     finally:
         hall.close()
         sock.close()
-    return walk.blocks
 
 
 class _Hall:
     """The tabs that are open, and the player that they watch."""
 
-    def __init__(self, walk: Walk, url: str, tour_seconds: float):
+    def __init__(self, walk: Walk, url: str):
         self._url = url
-        self._player = Player(walk, self._told, tour_seconds=tour_seconds)
+        self._player = Player(walk, self._told)
         self._codecs = codec_choices(walk)
         self._pages: list[Page] = []  # with a browser behind them
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -98,7 +98,6 @@ class Player:
         self.seen: Seen | None = None
         self.truth: UInt8[np.ndarray, "F H W 3"] | None = None
         self.points: collections.deque[Point] = collections.deque(maxlen=ROWS)
-        self.want_truth = True
         self._tell, self._tour_seconds = tell, tour_seconds
         self._keys, self._requests = Keys(), collections.deque()
         self._changed = threading.Condition()
@@ -212,7 +211,7 @@ class Player:
         try:
             seen = next(walk.tour()) if action is None else walk.step(action)
             self.truth = None
-            if self.want_truth and walk.world.truth:
+            if walk.world.truth:
                 self.truth = walk.world.truth(walk.seed, seen.x)
         except Exception as error:
             # A state that was given to a step that failed is gone: only a new world helps.

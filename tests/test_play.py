@@ -1,6 +1,8 @@
 """`qvg play` in a real browser, over real sockets; and what it says when it cannot start."""
 
+import base64
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -11,7 +13,9 @@ import sys
 import urllib.request
 
 import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from qvg_jax import cli
 from tests.conftest import REPO
@@ -137,6 +141,16 @@ def tab(browser, server):
 
 def megabytes(text):
     return float(text.removesuffix(" MB"))
+
+
+def test_small_frames_are_lossless_and_large_ones_small():
+    page = pytest.importorskip("qvg_jax.page", reason="NiceGUI is not installed")
+    frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    for image, kind in ((frame, "png"), (frame.repeat(10, 0).repeat(10, 1), "jpeg")):
+        head, data = page.picture(image).split(",")
+        assert head == f"data:image/{kind};base64"
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        assert np.abs(shown.astype(int) - image).mean() <= (0 if kind == "png" else 10)
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):

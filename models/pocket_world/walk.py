@@ -88,6 +88,7 @@ def _inputs(tour: int, n: int, seed: int, actions: Iterator[str]) -> Iterator[pi
     """Blocks of the tour with their frames, then a block for each action."""
     tour_F3 = job.tour_path(seed, tour)
     last_3 = tour_F3[0]
+    _follow(last_3, np.zeros(n, np.int32))  # compiled here, and not when the first key is waiting
     nothing = np.zeros((1, n, world.HEIGHT, world.WIDTH, 3), np.float32)
     for number in itertools.count():
         first = number * n
