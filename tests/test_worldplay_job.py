@@ -19,11 +19,13 @@ from qvg_jax.plan import shape_bytes
 from qvg_jax.video import Mp4
 from tests import tiny_self_forcing
 from tests import tiny_worldplay as tiny
+from tests.test_wan_vae_22 import case, save_weights
 from tests.test_worldplay_params import stored_shapes
 from tests.tiny_world import as_in_its_own_process
 
 WALK, LATENTS = "w-4,right-3,s-4", 12  # six blocks: spans of two before the third and the fifth
 FRAMES = 1 + 4 * (LATENTS - 1)
+CHANNELS = tiny.sizes().dit.latent_channels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +72,7 @@ def decoded(path):
 
 def latents(folder, arm):
     file = next(f for f in (folder / "latents").glob("*.bin") if f.name.startswith(arm))
-    return np.fromfile(file, np.float32).reshape(-1, 16, 4, 6)
+    return np.fromfile(file, np.float32).reshape(-1, CHANNELS, 4, 6)
 
 
 def test_a_picture_and_a_walk_become_a_video_for_each_memory(whole):
@@ -138,7 +140,9 @@ def test_an_interrupted_walk_goes_on_bit_for_bit(whole, picture, tmp_path, monke
 def test_weights_from_a_folder(tmp_path, picture):
     c, draw = tiny.sizes(), np.random.default_rng(0)
     folder = tiny_self_forcing.weights_folder(tmp_path)
-    (folder / "self_forcing_dmd.safetensors").unlink()
+    for name in ("self_forcing_dmd", "Wan2.1_VAE"):
+        (folder / f"{name}.safetensors").unlink()
+    save_weights(case("wan_vae_22")["stored"], folder / "Wan2.2_VAE.safetensors")
     arrays = {
         f"model.{name}": (draw.normal(size=shape) / 4).astype(np.float32)
         for name, shape in stored_shapes(c.dit).items()
@@ -160,7 +164,7 @@ def test_weights_from_a_folder(tmp_path, picture):
         (["--actions", "w-25"], ["frames=26", "RoPE table of 24"]),
         (["--frames", "14"], ["frames=14", "12 cameras", "11 steps"]),
         (["--frames", "5"], ["frames=5", "4 and 6"]),
-        (["--height", "40"], ["height=40", "multiple of 16"]),
+        (["--height", "40"], ["height=40", "multiple of 32"]),
         (["--image", "BROKEN"], ["not readable as an image"]),
         (["--image", "none.png"], ["none.png"]),
         (["--image", "TALL"], ["10 x 90", "would show", "accepted: a picture"]),

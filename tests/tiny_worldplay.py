@@ -1,4 +1,4 @@
-"""A WorldPlay of a few thousand parameters, with the VAE and text encoder of a tiny Self-Forcing."""
+"""A WorldPlay of a few thousand parameters, its VAE of Wan2.2's kind."""
 
 import dataclasses
 import functools
@@ -12,20 +12,22 @@ from models.common.parts import Sizes
 from models.common.weights import Weights
 from models.worldplay import WorldPlayConfig
 from tests import tiny_self_forcing
+from tests.test_wan_vae_22 import case, case_config
 
-HEIGHT, WIDTH = 32, 48
+HEIGHT, WIDTH = 64, 96
 CODEC = "qvg:num_centroids=4:group=16:storage=single"
 
 
 def sizes() -> Sizes:
-    """The VAE has the structure of Wan2.1's: what the job asks of one does not depend on it."""
-    tiny = tiny_self_forcing.sizes()
+    """All three networks; real structure, hardly any width."""
+    vae = case_config(case("wan_vae_22")["stored"])
     dit = WorldPlayConfig(
-        layers=2, width=32, heads=2, ffn_width=40, latent_channels=16, out_channels=16,
+        layers=2, width=32, heads=2, ffn_width=40, latent_channels=vae.latent_channels,
+        out_channels=vae.latent_channels,
         time_width=8, text_width=12, text_slots=7, rope_frames=24, frames_per_block=2,
         dtype=jnp.float32,
     )  # fmt: skip
-    return dataclasses.replace(tiny, dit=dit)
+    return dataclasses.replace(tiny_self_forcing.sizes(), dit=dit, vae=vae)
 
 
 @functools.cache
