@@ -77,6 +77,8 @@ def test_not_finite_tokens_show_in_the_sums():
 def test_blocks_fill_the_gpu():
     assert parts_for(32, 29_640) == 4 and parts_for(12, 37_440) == 11
     assert parts_for(1, 1) == 1 and parts_for(400, 128) == 1
+    with pytest.raises(ValueError, match="parts=4; accepted: 1 to 3"):
+        kmeans_sums(*clustered(1, 300, 8), parts=4)
 
 
 # -- the last pass

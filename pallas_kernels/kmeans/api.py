@@ -73,9 +73,13 @@ def whole_eights(x_RTD: Array) -> Array:
     return jnp.pad(x_RTD, ((0, 0), (0, -x_RTD.shape[1] % 8), (0, 0)))
 
 
-def parts_for(rows: int, tokens: int) -> int:
-    """Into how many ranges the tokens of a row are split: the least that fills the GPU best."""
+def parts_for(rows: int, tokens: int, named: int | None = None) -> int:
+    """Into how many ranges the tokens of a row are split: as named, or what fills the GPU best."""
     tiles = -(-tokens // TILE)
+    if named is not None:
+        if not 1 <= named <= tiles:  # a block without tokens would wait for them
+            raise ValueError(f"parts={named}; accepted: 1 to {tiles}, the tiles of {tokens} tokens")
+        return named
 
     def steps(parts: int) -> float:
         # Writing a block's sums and adding them costs about as much as half a tile.
@@ -112,7 +116,8 @@ def kmeans_sums(
 
     Raises:
         NotImplementedError: the kernel cannot cluster this; the message says why.
-        ValueError: shapes that do not belong together, or an unknown implementation.
+        ValueError: shapes that do not belong together, too many parts, or an unknown
+            implementation.
     """
     check(x_RTD, c_RKD, implementation)
     if implementation == "xla":
@@ -123,7 +128,7 @@ def kmeans_sums(
         whole_eights(x_RTD),
         *padded_table(c_RKD),
         tokens=tokens,
-        parts=parts_for(rows, tokens) if parts is None else parts,
+        parts=parts_for(rows, tokens, parts),
         scores=scores,
         tuning=Tuning() if tuning is None else tuning,
     )

@@ -49,7 +49,8 @@ def assign_and_pack(
 
     Raises:
         NotImplementedError: the kernel cannot do this; the message says why.
-        ValueError: shapes that do not belong together, or an unknown implementation.
+        ValueError: shapes that do not belong together, too many parts, or an unknown
+            implementation.
     """
     check(x_RTD, c_RKD, implementation)
     integers = isinstance(form, Integers)
@@ -81,7 +82,7 @@ def assign_and_subtract(
 
 def _finish(x_RTD, c_RKD, form, parts, tuning):
     (rows, tokens, _), (c_RKD, bias_RK) = x_RTD.shape, padded_table(c_RKD)
-    parts = parts_for(rows, tokens) if parts is None else parts
+    parts = parts_for(rows, tokens, parts)
     tuning = Tuning() if tuning is None else tuning
     ids_RT, main_RT, *scales = mosaic_gpu.finish(
         whole_eights(x_RTD), c_RKD, bias_RK, form, tokens=tokens, parts=parts, tuning=tuning
