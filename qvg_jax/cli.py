@@ -110,7 +110,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _play(args: argparse.Namespace) -> int:
     if args.model not in WALKS:
-        what = "has no actions to walk by" if args.model in MODELS else "is not known"
+        what = "cannot be walked in yet" if args.model in MODELS else "is not known"
         raise BadInput(f"model={args.model!r} {what}; accepted: {', '.join(WALKS)}")
     try:
         from qvg_jax import play

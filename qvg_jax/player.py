@@ -24,7 +24,7 @@ from qvg_jax.walk import Meter, Seen, Walk
 
 __all__ = ["Keys", "Player", "Point"]
 
-ROWS = 2000  # blocks of the curve and the map; the oldest go first
+ROWS = 600  # blocks of the curve and the map; the oldest go first
 
 log = logging.getLogger(__name__)
 

@@ -191,12 +191,10 @@ def _prompt(request: compare.Request, settings: Settings, parts: Parts | None) -
         said = each[0].said
     for warning in said:
         log.warning(warning)
-    text_BUE = np.asarray(text_BUE)
-    first, second = slice(0, 1), slice(1, 2) if len(texts) > 1 else None
-    negative = {}
-    if second:
-        negative = dict(negative_BUE=text_BUE[second], negative_mask_BU=mask_BU[second])
-    return Prompt(text_BUE=text_BUE[first], mask_BU=mask_BU[first], **negative)
+    text_BUE, negative = np.asarray(text_BUE), {}
+    if len(texts) > 1:
+        negative = dict(negative_BUE=text_BUE[1:], negative_mask_BU=mask_BU[1:])
+    return Prompt(text_BUE=text_BUE[:1], mask_BU=mask_BU[:1], **negative)
 
 
 def _report(request, settings: Settings, identity, arms, tour, mesh) -> dict[str, Any]:
