@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequant_attention import mosaic_gpu
 from pallas_kernels.dequant_attention.mosaic_gpu import BLOCK, Tuning
+from pallas_kernels.dequantize.types import PAD
+from pallas_kernels.triton_launch import missing
 
 __all__ = ["Queries", "finish", "prepare", "splits_for", "visit"]
 
@@ -81,8 +83,9 @@ def visit(
     state: Any = None,
     splits: int = 1,
     tuning: Tuning | None = None,
+    implementation: str = "mosaic",
 ) -> tuple[Array, Array, Array] | None:
-    """Merges one segment into the running softmax; see `mosaic_gpu.segment`.
+    """Merges one segment into the running softmax; see `segment` of `mosaic_gpu` and `triton`.
 
     Args:
         queries: from `prepare`.
@@ -91,11 +94,17 @@ def visit(
         k_unit_n, v_unit_n: units they were decoded with; None is one.
         state: jax references to update, or None for a first segment.
         splits: P, the same for all segments of a state.
-        tuning: None takes the measured one.
+        tuning: of "mosaic"; None takes the measured one.
+        implementation: "mosaic" (Hopper; head_dim 128), or "triton" (bfloat16; 64, 128, 256).
 
     Raises:
-        ValueError: dtypes or shapes that do not belong together.
+        NotImplementedError: "triton" with e4m3, with another head_dim, or not installed.
+        ValueError: dtypes or shapes that do not belong together, or an unknown implementation.
     """
+    if implementation == "triton":
+        return _visit_by_triton(queries, k_nTD, v, valid, k_unit_n, v_unit_n, state, splits)
+    if implementation != "mosaic":
+        raise ValueError(f"implementation={implementation!r}; accepted: 'mosaic', 'triton'")
     q_nQD = queries.q_nQD
     if not q_nQD.dtype == k_nTD.dtype == v.dtype or q_nQD.dtype.name not in _TUNING:
         raise ValueError(
@@ -128,6 +137,33 @@ def visit(
         splits=splits,
         tuning=tuning,
     )
+
+
+def _visit_by_triton(queries, k_nTD, v_nTD, valid, k_unit_n, v_unit_n, state, splits):
+    q_nQD, (n, tokens, d) = queries.q_nQD, k_nTD.shape
+    if q_nQD.shape[0] != n or q_nQD.shape[2] != d or v_nTD.shape != k_nTD.shape:
+        raise ValueError(
+            f"shapes {q_nQD.shape=}, {k_nTD.shape=}, {v_nTD.shape=}; accepted: (n, Q, D) and "
+            "twice (n, T, D)"
+        )
+    types = {x.dtype.name for x in (q_nQD, k_nTD, v_nTD)}
+    if types != {"bfloat16"} or d not in (64, 128, 256):
+        raise NotImplementedError(
+            f"implementation='triton': dtypes {sorted(types)}, head_dim={d}; the kernel reads "
+            "bfloat16 with head_dim 64, 128 or 256"
+        )
+    if tokens % PAD or q_nQD.shape[1] % BLOCK:
+        raise ValueError(
+            f"T={tokens} and Q={q_nQD.shape[1]}; accepted: multiples of {PAD}, {BLOCK}"
+        )
+    if (why := missing()) is not None:
+        raise NotImplementedError(f"implementation='triton': {why}")
+    from pallas_kernels.dequant_attention import triton
+
+    ones = jnp.ones((n,), jnp.float32)
+    units = [ones if u is None else u for u in (k_unit_n, v_unit_n)]
+    control = jnp.asarray(valid, jnp.int32).reshape(1)
+    return triton.segment(*queries, k_nTD, v_nTD, control, *units, state, splits=splits)
 
 
 def finish(state: Any, queries: int) -> Float[Array, "n Q D"]:

@@ -11,14 +11,19 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequantize import mosaic_gpu, reference
 from pallas_kernels.dequantize.types import Encoded, Scheme
+from pallas_kernels.triton_launch import missing
 
 __all__ = ["decode_keys", "decode_values", "supported"]
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn))
 
 
-def supported(source: Encoded | Array, scheme: Scheme | None) -> str | None:
-    """Why the Mosaic kernel cannot decode this, or None if it can."""
+def supported(
+    source: Encoded | Array, scheme: Scheme | None, implementation: str = "mosaic"
+) -> str | None:
+    """Why the kernel of an implementation cannot decode this, or None if it can."""
+    if implementation == "triton":
+        return _supported_by_triton(source, scheme)
     if not isinstance(source, Encoded):
         if source.dtype != jnp.bfloat16:
             return f"dtype={source.dtype}; the kernel reads bfloat16"
@@ -37,13 +42,52 @@ def supported(source: Encoded | Array, scheme: Scheme | None) -> str | None:
     return None
 
 
+def _supported_by_triton(source: Encoded | Array, scheme: Scheme | None) -> str | None:
+    packed = isinstance(source, Encoded)
+    width = source.codes_RTC.shape[2] * 8 // scheme.bits if packed else source.shape[2]
+    if width not in (64, 128, 256):
+        return f"head_dim={width}; it must be 64, 128 or 256"
+    if not packed:
+        return None if source.dtype == jnp.bfloat16 else f"dtype={source.dtype}; it reads bfloat16"
+    if scheme.bits not in (1, 2, 3, 4, 8):
+        return f"bits={scheme.bits}; the kernel reads 1, 2, 3, 4 or 8"
+    if scheme.group % 8 or width % scheme.group:
+        return f"group={scheme.group}; it must be a multiple of 8 that divides {width}"
+    if (2 * scheme.offset) % 1:
+        return f"offset={scheme.offset}; it must be a multiple of a half"
+    if scheme.stages and source.ids_RST.dtype != jnp.uint8:
+        return f"ids of {source.ids_RST.dtype}; the kernel reads uint8 (at most 256 centroids)"
+    return None
+
+
+def _kernels(implementation: str) -> Any:
+    """The module that decodes; Triton's needs what is not always installed."""
+    if implementation == "triton":
+        if (why := missing()) is not None:
+            raise NotImplementedError(f"implementation='triton': {why}")
+        from pallas_kernels.dequantize import triton
+
+        return triton
+    return mosaic_gpu if implementation == "mosaic" else reference
+
+
 def _checked(source, scheme, dtype, implementation):
-    if implementation not in ("reference", "mosaic"):
-        raise ValueError(f"implementation={implementation!r}; accepted: 'reference', 'mosaic'")
+    if implementation not in ("reference", "mosaic", "triton"):
+        raise ValueError(
+            f"implementation={implementation!r}; accepted: 'reference', 'mosaic', 'triton'"
+        )
     if jnp.dtype(dtype) not in _DTYPES:
         raise NotImplementedError(f"dtype={dtype}: the workspace is bfloat16 or float8_e4m3fn")
-    if implementation == "mosaic" and (why := supported(source, scheme)) is not None:
-        raise NotImplementedError(f"implementation='mosaic': {why}; 'reference' serves it")
+    if implementation == "reference":
+        return
+    if implementation == "triton" and jnp.dtype(dtype) != jnp.bfloat16:
+        raise NotImplementedError(
+            f"implementation='triton': dtype={jnp.dtype(dtype)}; the kernel writes bfloat16"
+        )
+    if (why := supported(source, scheme, implementation)) is not None:
+        raise NotImplementedError(
+            f"implementation={implementation!r}: {why}; 'reference' serves it"
+        )
 
 
 def decode_keys(
@@ -78,18 +122,18 @@ def decode_keys(
         first_table: which leading index of the tables is the first batch row's.
         batch: batch rows among `rows`; each has a table.
         pairing: "half" turns channel j with j + D / 2, "interleaved" 2 j with 2 j + 1.
-        implementation: "mosaic" or "reference".
+        implementation: "mosaic", "triton" (bfloat16; head_dim 64, 128, 256) or "reference".
 
     Raises:
-        NotImplementedError: the kernel cannot read this format.
+        NotImplementedError: the kernel cannot read this format, or jax_triton is not installed.
         ValueError: an unknown implementation.
     """
     _checked(source, scheme, dtype, implementation)
     first_row, valid, first_table = (
         jnp.asarray(i, jnp.int32) for i in (first_row, valid, first_table)
     )
-    if implementation == "mosaic":
-        return mosaic_gpu.decode_keys(
+    if implementation != "reference":
+        return _kernels(implementation).decode_keys(
             source,
             scheme,
             first_row,
@@ -127,5 +171,6 @@ def decode_values(
     """
     _checked(source, scheme, dtype, implementation)
     first_row, valid = (jnp.asarray(i, jnp.int32) for i in (first_row, valid))
-    module = mosaic_gpu if implementation == "mosaic" else reference
-    return module.decode_values(source, scheme, first_row, rows, valid, dtype, unit_n)
+    return _kernels(implementation).decode_values(
+        source, scheme, first_row, rows, valid, dtype, unit_n
+    )

@@ -1,0 +1,71 @@
+"""Calling Triton kernels from JAX: what a launch consists of, and what it needs.
+
+Triton compiles for the GPU it finds, Ampere and later; jax_triton makes a call in an XLA program of
+it. Neither is a dependency of this package: they are asked for when a Triton kernel is named.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Launch", "missing"]
+
+
+@functools.cache
+def missing() -> str | None:
+    """What Triton kernels need and is not installed, or None."""
+    absent = [n for n in ("triton", "jax_triton") if importlib.util.find_spec(n) is None]
+    if not absent:
+        return None
+    return f"{' and '.join(absent)} cannot be imported; pip install 'qvg-jax[gpu]' brings them"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel with everything but its arrays.
+
+    Attributes:
+        kernel: a `triton.jit` function of pointers, inputs before outputs, and of constants.
+        grid: programs along each axis.
+        constants: values of its `tl.constexpr` arguments.
+        warps: warps of a program.
+        stages: tiles in flight in loops that load.
+
+    Products and sums are fused (fma), which Triton from 3.10 on no longer does unasked.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    constants: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+
+    def __call__(self, *operands: Any, out: Any) -> Any:
+        """Runs it.
+
+        Args:
+            operands: arrays, or jax references, which the kernel may write.
+            out: pytree of shapes and dtypes of the outputs.
+
+        Raises:
+            NotImplementedError: jax_triton is not installed.
+        """
+        if (why := missing()) is not None:
+            raise NotImplementedError(f"implementation='triton': {why}")
+        from jax_triton import triton_call
+
+        return triton_call(
+            *operands,
+            kernel=self.kernel,
+            out_type=out,
+            grid=self.grid,
+            backend_options=self.options,
+            **self.constants,
+        )
