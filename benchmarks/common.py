@@ -15,6 +15,12 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def split_arm(arm: str) -> tuple[str, str | None]:
+    """(codec, implementation of attention) of an arm CODEC or CODEC@IMPLEMENTATION."""
+    codec, _, way = arm.partition("@")
+    return codec, way or None
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers with commas; none if there is no text."""
     return tuple(int(n) for n in text.split(",")) if text else ()

@@ -3,6 +3,7 @@
 Decoding of spans against a copy, and attention to a compressed cache (decoding, rotation and merge
 included) against cuDNN's bf16 attention to the same keys, uncompressed and already rotated. A
 number is the median of `--repeats` timings of several calls each; the spread is half their range.
+`--profile` adds what the GPU does meanwhile: the time of each kernel, and of none.
 """
 
 import argparse
@@ -10,13 +11,14 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.device_time import table, traced
 from benchmarks.kernel_cases import DECODE, READS, ROWS, inputs, noise
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
 
@@ -30,30 +32,47 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", nargs="*", help="names of attention shapes; default: all")
     parser.add_argument("--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS)}")
+    parser.add_argument("--no-decode", action="store_true", help="only the attention table")
+    parser.add_argument("--profile", action="store_true", help="device time of every kernel")
     args = parser.parse_args(argv)
     device = jax.devices()[0]
     result = {"device": device.device_kind, "jax": jax.__version__}
     print(f"{device.device_kind}, jax {jax.__version__}")
-    result["decode"] = decode_table(args.repeats)
-    result["attention"] = attention_table(args.repeats, args.rows, args.reads)
+    if not args.no_decode:
+        result["decode"] = decode_table(args.repeats, args.profile)
+    result["attention"] = attention_table(args.repeats, args.rows, args.reads, args.profile)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
     return result
 
 
-def compiled(jobs: dict[str, tuple[Callable, tuple]]) -> dict[str, Callable[[], Any]]:
-    """Compiles all jobs at the same time; a job that does not compile is left out, and said."""
-    lowered = {name: (jax.jit(f).lower(*x), x) for name, (f, x) in jobs.items()}
+def compiled(
+    jobs: dict[str, tuple[Callable, tuple]], **options: Any
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, call) of one job after the other, each as soon as it is compiled.
+
+    The next ones compile meanwhile. A job that does not compile is left out, and said.
+
+    Args:
+        jobs: functions and their arguments.
+        options: of XLA's compiler.
+    """
+
+    def one(f: Callable, x: tuple) -> Callable[[], Any]:
+        return functools.partial(jax.jit(f).lower(*x).compile(compiler_options=options), *x)
+
     with ThreadPoolExecutor(8) as pool:
-        futures = {name: (pool.submit(low.compile), x) for name, (low, x) in lowered.items()}
-    out = {}
-    for name, (future, x) in futures.items():
-        if future.exception() is None:
-            out[name] = functools.partial(future.result(), *x)
-        else:
-            print(f"{name}: {future.exception()}")
-    return out
+        futures = {name: pool.submit(one, f, x) for name, (f, x) in jobs.items()}
+        for name, future in futures.items():
+            if future.exception() is None:
+                yield name, future.result()
+            else:
+                print(f"{name}: {_first_line(future.exception())}", flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
 
 def milliseconds(call: Callable[[], Any], repeats: int, at_least: float = 20.0) -> dict[str, float]:
@@ -77,8 +96,11 @@ def _bytes(shape: tuple[int, ...], seed: int) -> jax.Array:
     return (noise(shape, seed, jnp.float32) * 40 + 128).astype(jnp.uint8)
 
 
-def decode_table(repeats: int) -> list[dict[str, Any]]:
-    """Decoding one span of one layer, and the bandwidth of a copy of the same output."""
+def decode_table(repeats: int, profile: bool = False) -> list[dict[str, Any]]:
+    """Decoding one span of one layer, and the bandwidth of a copy of the same output.
+
+    With `profile`, times are the device's: those of the host are longer than a small kernel's.
+    """
     print(f"{'decode':40} {'ms':>8} {'TB/s':>6} {'of copy':>8}")
     rows = []
     for heads, tokens in DECODE:
@@ -111,8 +133,10 @@ def decode_table(repeats: int) -> list[dict[str, Any]]:
                     )
                     read = sum(a.nbytes for a in jax.tree.leaves(source))
                     traffic[label] = read + x.size * jnp.dtype(dtype).itemsize
-        for name, call in compiled(jobs).items():
+        for name, call in compiled(jobs):
             row = dict(heads=heads, tokens=tokens, what=name, **milliseconds(call, repeats))
+            if profile and (seen := profiled(name, call)) is not None:
+                row |= dict(host_ms=row["ms"], ms=seen["busy_ms"])
             row["tb_per_s"] = traffic[name] / row["ms"] / 1e9
             rows.append(row)
             share = row["tb_per_s"] / next(
@@ -123,8 +147,20 @@ def decode_table(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def profiled(name: str, call: Callable[[], Any], show: bool = False) -> dict[str, Any] | None:
+    """A call's device times, printed if `show`; None and a line of text if there are none."""
+    try:
+        profile = traced(call)
+    except RuntimeError as error:
+        print(f"{name}: {_first_line(error)}", flush=True)
+        return None
+    if show:
+        print(table(profile), flush=True)
+    return dict(busy_ms=profile.busy_ms, gaps_ms=profile.gaps_ms, kernels=profile.kernels)
+
+
 def attention_table(
-    repeats: int, names: list[str] | None, reads: list[str]
+    repeats: int, names: list[str] | None, reads: list[str], profile: bool = False
 ) -> list[dict[str, Any]]:
     """All reads of every shape, with the ratio to cuDNN bf16 and the difference from "xla"."""
     print(f"{'attention':32} {'ms':>8} {'TFLOP/s':>8} {'/ cuDNN':>8} {'/ xla - 1':>10}")
@@ -134,30 +170,41 @@ def attention_table(
             continue
         q, view, k, v = inputs(row)
         whole = [noise((1, row.keys, row.heads, 128), 60 + i) for i in range(2)]
-        jobs = {name: (READS[name], (q, view, k, v)) for name in reads}
-        jobs["cudnn bf16"] = (
-            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"),
-            (q, *whole),
-        )
-        calls = compiled(jobs)
-        right = jnp.asarray(calls["xla"](), jnp.float32) if "xla" in calls else None
-        base = milliseconds(calls["cudnn bf16"], repeats)["ms"]
-        for name, call in calls.items():
+        # Rivals first: the others are compared with them.
+        jobs = {
+            "cudnn bf16": (
+                lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"),
+                (q, *whole),
+            )
+        }
+        for name in sorted(reads, key=lambda name: name != "xla"):
+            jobs[name] = (READS[name], (q, view, k, v))
+        base, right = None, None
+        for name, call in compiled(jobs):
             entry = dict(row=row.name, heads=row.heads, queries=row.queries, keys=row.keys)
-            entry |= dict(read=name, **milliseconds(call, repeats), cudnn_ms=base)
-            entry["ratio"] = entry["ms"] / base
-            error = ""
-            if right is not None and name not in ("xla", "cudnn bf16"):
-                got = jnp.asarray(call(), jnp.float32)
+            label = f"{row.name}, {name}"
+            try:
+                entry |= dict(read=name, **milliseconds(call, repeats))
+                got = jnp.asarray(call(), jnp.float32) if name != "cudnn bf16" else None
+            except jax.errors.JaxRuntimeError as error:
+                print(f"{label}: {_first_line(error)}", flush=True)
+                continue
+            if name == "cudnn bf16":
+                base = entry["ms"]
+            if name == "xla":
+                right = got
+            ratio = error = ""
+            if base is not None:
+                entry |= dict(cudnn_ms=base, ratio=entry["ms"] / base)
+                ratio = f"{entry['ratio']:8.3f}"
+            if right is not None and got is not None and name != "xla":
                 entry["difference"] = float(jnp.linalg.norm(got - right) / jnp.linalg.norm(right))
                 error = f"{entry['difference']:10.1e}"
             rows.append(entry)
             speed = row.flops / entry["ms"] / 1e9
-            label = f"{row.name}, {name}"
-            print(
-                f"{label:32} {entry['ms']:8.3f} {speed:8.0f} {entry['ratio']:8.3f} {error}",
-                flush=True,
-            )
+            print(f"{label:32} {entry['ms']:8.3f} {speed:8.0f} {ratio:8} {error}", flush=True)
+            if profile and "mosaic" in name:
+                entry["profile"] = profiled(name, call, show=True)
     return rows
 
 

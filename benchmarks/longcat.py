@@ -125,14 +125,6 @@ class Setup:
         with self.pipeline.on_devices():
             self.text_kv, self.guidance_B = self.pipeline._start(*inputs)
 
-    def with_attention(self, way: str | None) -> Any:
-        """The same weights, with another implementation of attention to the cache."""
-        from flax import nnx
-
-        model = nnx.merge(*nnx.split(self.model))
-        model.config = dataclasses.replace(self.config, attention=way)
-        return model
-
 
 def segment(setup: Setup, result: dict[str, Any]) -> None:
     """A cache and a few denoising evaluations for each arm."""
@@ -166,6 +158,7 @@ def _codec_arm(setup: Setup, codec: str, arms: dict[str, Any], outs: dict[str, A
     import numpy as np
 
     from models.common.asked import codec_pair
+    from models.common.attention import with_attention
     from models.longcat.condition import build_condition
     from models.longcat.sampler import cached_step
     from qvg_jax.health import cache_bytes, raise_if_bad
@@ -193,7 +186,7 @@ def _codec_arm(setup: Setup, codec: str, arms: dict[str, Any], outs: dict[str, A
     }
     log.info("%s: %s", codec, found)
     for way in setup.args.implementation:
-        model, name = setup.with_attention(way or None), f"{codec} {way}".strip()
+        model, name = with_attention(setup.model, way or None), f"{codec} {way}".strip()
         step = jax.jit(cached_step)
         arms[name] = dict(found)
         run = functools.partial(
@@ -286,11 +279,9 @@ def _plain_step(setup: Setup, name: str) -> Any:
     )
 
     def concat(q, k, v, k_old, v_old):
-        more = (
-            lambda old, new: jnp.concatenate(  # noqa: E731
-                [jnp.broadcast_to(old, (new.shape[0], *old.shape[1:])), new], 1
-            )
-        )
+        def more(old, new):
+            return jnp.concatenate([jnp.broadcast_to(old, (len(new), *old.shape[1:])), new], 1)
+
         return average(q, more(k_old, k), more(v_old, v))
 
     def merge(q, k, v, k_old, v_old):

@@ -1,6 +1,6 @@
 """Self-Forcing at its true size with random weights: bf16 against compressed caches, on one GPU.
 
-    python -m benchmarks.self_forcing --out DIR                 # 63 frames, two arms, all parts
+    python -m benchmarks.self_forcing --out DIR                 # 63 frames, three arms, all parts
     python -m benchmarks.self_forcing --out DIR --parts arms --frames 180 --budget 600
 
 Prints a table and writes DIR/self_forcing.json; DIR/log.txt says what is going on:
@@ -10,8 +10,8 @@ Prints a table and writes DIR/self_forcing.json; DIR/log.txt says what is going 
   is filled in rather than generated, single blocks at each of --histories. Arms come in the order
   given: with the smallest cache first, the peak so far is the arm's own.
 - forward: one pass of the transformer over a block (4,680 queries) that sees 32,760 tokens.
-- limit: the end of a video of --limit-frames under --limit bytes of device memory, in a process of
-  its own: history filled in, with a compression. Its arrays have the shapes of the whole run.
+- limit: a whole video of --limit-frames under --limit bytes of device memory, decoded on the way, in
+  a process of its own.
 
 Most of a first run is compilation; DIR/compiled keeps it for the next one.
 """
@@ -26,9 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device, gb, names, numbers, peak, seconds, spawn
+from benchmarks.common import device, gb, names, numbers, peak, seconds, spawn, split_arm
 
 PARTS = ("arms", "forward", "limit")
+ARMS_HELP = "CODEC or CODEC@IMPLEMENTATION of attention, smallest cache first"
 log = logging.getLogger("benchmark")
 
 
@@ -59,14 +60,16 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True)
     add("--parts", type=names, default=PARTS, help=",".join(PARTS))
-    add("--arms", type=names, default=("qvg", "bf16"), help="codecs, smallest cache first")
+    add("--arms", type=names, default=("qvg@mosaic_fp8", "qvg", "bf16"), help=ARMS_HELP)
     add("--frames", type=int, default=63, help="latent frames of a whole video")
     add("--budget", type=float, default=20, help="seconds for the blocks of an arm's video")
     add("--histories", type=numbers, default=(0, 60), help="latent frames before a block")
     add("--repeats", type=int, default=2, help="blocks timed at each history, passes for forward")
     add("--limit", type=float, default=24e9, help="bytes of device memory")
     add("--limit-frames", type=int, default=180)
-    add("--limit-arm", default="qvg")
+    add("--limit-budget", type=float, default=float("inf"), help="seconds of its blocks")
+    add("--limit-arm", default="qvg@mosaic_fp8")
+    add("--capacity", type=int, help="frames that caches of arms are made for (as many as needed)")
     add("--height", type=int, default=480)
     add("--width", type=int, default=832)
     add("--layers", type=int, default=30)
@@ -107,7 +110,9 @@ class Setup:
         dit = dataclasses.replace(sizes.dit, layers=args.layers)
         self.sizes = dataclasses.replace(sizes, dit=dit)
         self.request = compare.Request(
-            codecs=("bf16", *args.arms, args.limit_arm), height=args.height, width=args.width
+            codecs=("bf16", *(split_arm(a)[0] for a in (*args.arms, args.limit_arm))),
+            height=args.height,
+            width=args.width,
         )
         begin = time.perf_counter()
         self.model = jax.block_until_ready(WEIGHTS.random(dit, args.seed))
@@ -121,6 +126,7 @@ class Setup:
         import jax
         import numpy as np
 
+        from models.common.attention import with_attention
         from models.self_forcing import Request, SelfForcing
         from models.self_forcing.settings import settle
 
@@ -137,7 +143,8 @@ class Setup:
             # As the command runs it, which can be interrupted and go on.
             done_BFZYX=np.zeros((1, 0, self.sizes.dit.latent_channels, y, x), self.sizes.dit.dtype),
         )
-        return SelfForcing(self.model, history=plan.histories[arm]), request
+        codec, way = split_arm(arm)
+        return SelfForcing(with_attention(self.model, way), history=plan.histories[codec]), request
 
 
 def forward(setup: Setup, result: dict[str, Any]) -> None:
@@ -198,58 +205,69 @@ def arms(setup: Setup, result: dict[str, Any]) -> None:
     for arm in args.arms:
         found = result["arms"][arm] = {}
         if args.frames:
-            _video(setup, arm, found)
+            _video(
+                setup, arm, found, frames=args.frames, capacity=_capacity(setup), budget=args.budget
+            )
         for history in args.histories:
             _block_at(setup, arm, history, found)
         found["peak_bytes_so_far"] = peak()
 
 
 def limit(setup: Setup, result: dict[str, Any]) -> None:
-    """The last block but one of a long video, its compression included, with little memory."""
+    """A whole long video with little memory."""
     args = setup.args
-    n = setup.sizes.dit.frames_per_block
-    history = args.limit_frames - 2 * n
-    history -= history % 24  # a span is due
     result |= {"frames": args.limit_frames, "arm": args.limit_arm, "limit_bytes": args.limit}
-    found: dict[str, Any] = {}
-    _block_at(setup, args.limit_arm, history, found, frames=args.limit_frames, decoded=True)
-    result |= found | {"peak_bytes": peak(), "ok": True}
+    _video(setup, args.limit_arm, result, frames=args.limit_frames, budget=args.limit_budget)
+    result["ok"] = result["latent_frames"] == args.limit_frames
 
 
-def _video(setup: Setup, arm: str, found: dict[str, Any]) -> None:
+def _video(
+    setup: Setup,
+    arm: str,
+    found: dict[str, Any],
+    *,
+    frames: int,
+    capacity: int | None = None,
+    budget: float = float("inf"),
+) -> None:
+    """Blocks of a video as the command makes them; what was measured before an error is kept."""
     import jax
 
     from models.common import player
     from qvg_jax.health import cache_bytes
 
-    pipeline, request = setup.pipeline(arm, setup.args.frames, _capacity(setup))
-    size, past, blocks = [], None, []
+    pipeline, request = setup.pipeline(arm, frames, capacity)
+    size, past = [], None
+    made, decoded = (
+        found.setdefault("block_generate_seconds", []),
+        found.setdefault("block_decode_seconds", []),
+    )
 
     def look(done, total, state):
         size[:] = [cache_bytes(state.cache)]
 
     begin = time.perf_counter()
     for latents in pipeline.stream(request, progress=look):
-        made = time.perf_counter()
+        middle = time.perf_counter()
         video, past = player.decode(setup.vae, latents, past)
         jax.block_until_ready(video)
         end = time.perf_counter()
-        blocks.append((made - begin, end - made))
-        log.info("%s block %d: %.3f + %.3f s", arm, len(blocks), *blocks[-1])
+        made.append(round(middle - begin, 4))
+        decoded.append(round(end - middle, 4))
+        log.info("%s block %d: %.3f + %.3f s", arm, len(made), made[-1], decoded[-1])
+        found |= {
+            "latent_frames": len(made) * setup.sizes.dit.frames_per_block,
+            "peak_bytes": peak(),
+            "cache_bytes": {
+                "in_use": size[0].in_use.total,
+                "spans_in_use": size[0].in_use.spans,
+                "allocated": size[0].allocated.total,
+                "bf16_of_the_same_tokens": size[0].bf16,
+            },
+        }
         begin = time.perf_counter()
-        if sum(map(sum, blocks[1:])) > setup.args.budget:
+        if sum(made[1:]) + sum(decoded[1:]) > budget:
             break
-    found |= {
-        "block_generate_seconds": [round(a, 4) for a, _ in blocks],
-        "block_decode_seconds": [round(b, 4) for _, b in blocks],
-        "latent_frames": len(blocks) * setup.sizes.dit.frames_per_block,
-        "cache_bytes": {
-            "in_use": size[0].in_use.total,
-            "spans_in_use": size[0].in_use.spans,
-            "allocated": size[0].allocated.total,
-            "bf16_of_the_same_tokens": size[0].bf16,
-        },
-    }
 
 
 def _block_at(
@@ -257,38 +275,32 @@ def _block_at(
     arm: str,
     history: int,
     found: dict[str, Any],
-    *,
-    frames: int | None = None,
-    decoded: bool = False,
 ) -> None:
     """Seconds of a block after so many frames that were filled in."""
     import jax
     import numpy as np
 
-    from models.common import player
     from models.self_forcing.block import Known
     from models.self_forcing.pipeline import generating_step
     from qvg_jax.health import cache_bytes
     from qvg_jax.rollout import stream
 
     n = setup.sizes.dit.frames_per_block
-    frames = _capacity(setup) if frames is None else frames
+    frames = _capacity(setup)
     pipeline, request = setup.pipeline(arm, frames)
     state = pipeline.start(request)
     state = dataclasses.replace(state, cache=_filled(state.cache, history))
     shape = (1, n, request.latent_height, request.latent_width)
-    step = jax.tree_util.Partial(generating_step(pipeline.sampler, shape, True), setup.model)
+    step = jax.tree_util.Partial(generating_step(pipeline.sampler, shape, True), pipeline.model)
     unknown = Known(np.bool_(False), np.zeros((1, n, *request.done_BFZYX.shape[2:]), "bfloat16"))
     keys = jax.random.split(jax.random.key(1), min(1 + setup.args.repeats, (frames - history) // n))
-    times, past = [], None
+    times = []
     blocks = stream(step, state, [(key, unknown) for key in keys])
     del state
     for _ in keys:
         begin = time.perf_counter()
-        latents = next(blocks)
+        next(blocks)
         times.append(time.perf_counter() - begin)
-        if decoded:
-            past = jax.block_until_ready(player.decode(setup.vae, latents, past))[1]
     size = cache_bytes(blocks.state.cache)
     after = [round(t, 4) for t in times[1:]]
     found.setdefault("filled", {})[str(history)] = {
@@ -303,7 +315,9 @@ def _block_at(
 def _capacity(setup: Setup) -> int:
     """Frames that all caches of the arms are made for: one program for all of an arm."""
     args, n = setup.args, setup.sizes.dit.frames_per_block
-    return max(args.frames, max(args.histories, default=0) + n * (1 + args.repeats))
+    return args.capacity or max(
+        args.frames, max(args.histories, default=0) + n * (1 + args.repeats)
+    )
 
 
 def _filled(cache: Any, frames: int) -> Any:
@@ -368,10 +382,11 @@ def _table(results: dict[str, Any]) -> str:
                     )
         if part == "arms":
             lines += _arm_lines(r.get("arms", {}))
-        if part == "limit" and r.get("ok"):
+        if part == "limit" and r.get("latent_frames"):
+            lines += _arm_lines({r["arm"]: r})
             lines.append(
                 f"  {r['arm']}, {r['frames']} latent frames: peak {gb(r['peak_bytes'])} of "
-                f"{gb(r['device']['bytes_limit'])}; {r['filled']}"
+                f"{gb(r['device']['bytes_limit'])}"
             )
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device, gb, names, peak, spawn
+from benchmarks.common import device, gb, names, peak, spawn, split_arm
 
 PARTS, ARMS = ("blocks", "limit"), ("single", "packed", "cudnn", "bf16")
 WALK = "w-8,s-8,a-8,d-8,up-8,down-8"
@@ -60,7 +60,6 @@ def _arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True)
     add("--parts", type=names, default=PARTS, help=",".join(PARTS))
     add("--arms", type=names, default=ARMS[:3], help=",".join(ARMS))
-    add("--implementation", help="of attend: xla, mosaic or mosaic_fp8 (what attend chooses)")
     add("--codec", default="qvg", help="of single and packed")
     add("--frames", type=int, default=48, help="latent frames of the walk")
     add("--repeats", type=int, default=1, help="pairs of blocks that are timed")
@@ -103,9 +102,7 @@ class Setup:
         if args.tiny:
             sizes = dict(width=64, heads=2, ffn_width=64, latent_channels=4, out_channels=4)
             config = dataclasses.replace(config, **sizes, text_width=16, text_slots=8)
-        config = dataclasses.replace(
-            config, layers=args.layers, attention=args.implementation or None
-        )
+        config = dataclasses.replace(config, layers=args.layers)
         self.args, self.config = args, config
         begin = time.perf_counter()
         self.model = jax.block_until_ready(random_dit(config, args.seed))
@@ -121,12 +118,19 @@ class Setup:
             noise=jax.random.key(args.seed),
         )
 
+    def reader(self, arm: str) -> Any:
+        """The network with an arm's attention."""
+        from models.common.attention import with_attention
+
+        return with_attention(self.model, split_arm(arm)[1])
+
     def history(self, arm: str) -> Any:
-        """What an arm remembers."""
+        """What an arm STORAGE or STORAGE@IMPLEMENTATION remembers."""
         from models.worldplay import History
         from qvg_jax import presets
         from qvg_jax.recipes import parse_recipe
 
+        arm, _ = split_arm(arm)
         if arm in ("bf16", "cudnn"):
             return History()
         name, settings = parse_recipe(self.args.codec)
@@ -151,13 +155,14 @@ def blocks(setup: Setup, result: dict[str, Any]) -> None:
         xs = list(block_inputs(config, history, setup.request))[-2:]
         given = [x._replace(is_given_F=np.ones(n, bool)) for x in xs]  # nothing to denoise
         step, state = _arm(setup, arm, history)
+        model = setup.reader(arm)
         place = _counters(state)
         times: dict[str, list[float]] = {"block": [], "context": []}
         for what, inputs in (("first", xs), *[("block", xs)] * args.repeats, ("context", given)):
             state = _at(state, place)
             for x in inputs:
                 begin = time.perf_counter()
-                state, latents = jax.block_until_ready(step(setup.model, state, x))
+                state, latents = jax.block_until_ready(step(model, state, x))
                 times.setdefault(what, []).append(time.perf_counter() - begin)
         log.info("%s: %s", arm, times)
         found |= {f"{what}_seconds": [round(t, 4) for t in ts] for what, ts in times.items()}
@@ -313,7 +318,7 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
 
     args, arm = setup.args, setup.args.limit_arm
     result |= {"arm": arm, "frames": args.frames, "limit_bytes": args.limit, "weights": "bfloat16"}
-    pipeline, seconds, size = WorldPlay(setup.model, history=setup.history(arm)), [], []
+    pipeline, seconds, size = WorldPlay(setup.reader(arm), history=setup.history(arm)), [], []
     vae, past, decoding = _vae(setup) if args.decode else None, None, []
 
     def look(_done, _total, state):

@@ -90,9 +90,10 @@ def _generate(args: argparse.Namespace) -> int:
             job = module.prepare(request)
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
+        told = (NonFiniteError, CacheFullError, OSError, NotImplementedError)
         what = f"{job.frames} generated" if real else f"{job.frames} frames"
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
-        with _blamed_on_input(NonFiniteError, CacheFullError, OSError, **advice), Bars(job) as bars:
+        with _blamed_on_input(*told, **advice), Bars(job) as bars:
             outcome = generate(
                 job, args.out, fps=args.fps, growing=args.stream, progress=bars.update
             )

@@ -49,6 +49,7 @@ class Request:
     video: str | None = None
     cond_frames: int | None = None
     lora: str | None = None
+    attention: str | None = None
     out: str | None = None  # where the run's files go, for jobs that keep more than the report
     resume: bool = False
 

@@ -52,6 +52,11 @@ def arm_names(request: Request) -> list[str]:
     return sorted(dict.fromkeys(request.codecs), key=lambda name: name != BASELINE)  # stable
 
 
+def attention_of(arm: str, request: Request) -> str | None:
+    """How an arm reads its cache: as asked, but the baseline never with less than its precision."""
+    return None if arm == BASELINE else request.attention
+
+
 def codec_pair(recipe: str) -> tuple[Codec | None, Codec | None]:
     """Codecs of K and V; None for the baseline, which keeps the model's dtype."""
     if recipe == BASELINE:

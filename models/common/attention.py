@@ -1,14 +1,29 @@
 """Attention over all tokens at once, without a cache: in pieces that fit, or by a fused kernel."""
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 # Float32 logits that exist at once. 37,440 tokens and 64 heads would take 359 GB of them.
 LOGITS_BYTES = 2**29
+
+
+def with_attention(model: Any, way: str | None) -> Any:
+    """A model of the same arrays whose attention to the cache is done another way.
+
+    Args:
+        model: with a frozen `config` that has a field `attention`.
+        way: implementation, see `qvg_jax.attend`.
+    """
+    other = nnx.merge(*nnx.split(model))
+    other.config = dataclasses.replace(model.config, attention=way)
+    return other
 
 
 def dense_attention(

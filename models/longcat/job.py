@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.asked import RANDOM, check_needed, file_digest, plain_config
+from models.common.asked import RANDOM, attention_of, check_needed, file_digest, plain_config
+from models.common.attention import with_attention
 from models.common.kept import Kept
 from models.common.parts import Parts, find_parts
 from models.common.pictures import as_video, pictures
@@ -112,9 +113,10 @@ def prepare(request: compare.Request) -> Job:
 
     def played(arm, xs):
         key_codec, value_codec = settings.codecs[arm.name]
+        reader = with_attention(model, attention_of(arm.name, request))
         source = Source(
             arm=arm.name,
-            pipeline=LongCat(model, key_codec=key_codec, value_codec=value_codec, mesh=mesh),
+            pipeline=LongCat(reader, key_codec=key_codec, value_codec=value_codec, mesh=mesh),
             vae=vae,
             prompt=prompt,
             settings=settings,
@@ -235,6 +237,7 @@ def _identity(request: compare.Request, settings: Settings, parts: Parts | None)
         "lora": lora and {lora.name: lora.stat().st_size if lora.is_file() else None},
         "prompt": request.prompt,
         "seed": request.seed,
+        "attention": request.attention,
         "height": settings.height,
         "width": settings.width,
         "steps": request.steps,

@@ -46,7 +46,7 @@ def prepare(request: Request) -> Job:
         ValueError: a value that is not accepted, named with what would be.
     """
     request.refuse(MODEL, "prompt", "height", "width", "layers", "window", "sink")
-    request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora")
+    request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora", "attention")
     sampler = pipeline.Sampler(steps=STEPS if request.steps is None else request.steps)
     check_seed(request.seed)
     actions = None if request.actions is None else camera.parse_actions(request.actions)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from models.common import player
-from models.common.asked import RANDOM, check_needed, file_digest, plain_config
+from models.common.asked import RANDOM, attention_of, check_needed, file_digest, plain_config
+from models.common.attention import with_attention
 from models.common.kept import Kept
 from models.common.parts import Parts, find_parts
 from models.common.prompts import embed_prompts, stand_in_embedding
@@ -113,7 +114,8 @@ def _job(request, settings, parts, done, model, vae, text_BUE, initial) -> Job:
 
     def play(arm, xs):
         history, size = settings.histories[arm.name], []
-        pipeline = SelfForcing(model, sampler=settings.sampler, history=history)
+        reader = with_attention(model, attention_of(arm.name, request))
+        pipeline = SelfForcing(reader, sampler=settings.sampler, history=history)
         stored = done.read(arm.name)[:, : settings.frames - given]
 
         def look(_done, _total, state):
@@ -150,6 +152,7 @@ def _report(request, settings, parts, blocks: tuple[Block, ...], arms, tour) -> 
             "span_frames": lay.span_blocks if lay.max_spans else 0,
             "spans": lay.max_spans,
             "window_frames": lay.window_blocks,
+            "attention": attention_of(arm.name, request) or "chosen by attend",
             "tokens_of_a_frame": lay.block_tokens,
         }
 
@@ -193,6 +196,7 @@ def _identity(request: compare.Request, settings: Settings, parts: Parts | None)
         "model": plain_config(settings.sizes.dit),
         "prompt": request.prompt,
         "seed": request.seed,
+        "attention": request.attention,
         "height": settings.height,
         "width": settings.width,
         "steps": list(settings.sampler.steps),

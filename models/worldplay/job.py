@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from models.common import player
-from models.common.asked import RANDOM, check_needed, file_digest, plain_config
+from models.common.asked import RANDOM, attention_of, check_needed, file_digest, plain_config
+from models.common.attention import with_attention
 from models.common.kept import Kept
 from models.common.parts import Parts, find_parts
 from models.common.prompts import embed_prompts, stand_in_embedding
@@ -117,7 +118,8 @@ def _job(request, settings: Settings, parts, done: Kept, model, vae, text_BUE, i
 
     def play(arm, xs):
         history, size = settings.histories[arm.name], []
-        pipeline = WorldPlay(model, sampler=settings.sampler, history=history)
+        reader = with_attention(model, attention_of(arm.name, request))
+        pipeline = WorldPlay(reader, sampler=settings.sampler, history=history)
         stored = done.read(arm.name)[:, : settings.frames]
 
         def look(_done, _total, state):
@@ -152,6 +154,7 @@ def _report(request, settings: Settings, parts, blocks: int, arms: list[Arm]) ->
             "span_frames": lay.span_blocks * n if lay.max_spans else 0,
             "spans": lay.max_spans,
             "window_frames": lay.window_blocks * n,
+            "attention": attention_of(arm.name, request) or "chosen by attend",
             "tokens_of_a_frame": lay.block_tokens // n,
         }
 
@@ -182,6 +185,7 @@ def _identity(request: compare.Request, settings: Settings, parts: Parts | None)
         "prompt": request.prompt,
         "actions": request.actions,
         "seed": request.seed,
+        "attention": request.attention,
         "height": settings.height,
         "width": settings.width,
         "steps": list(settings.sampler.steps),
