@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.cache_state import KVCache
+from qvg_jax.devices import row_major
 from qvg_jax.layout import Layout
 from qvg_jax.slots import write_slot
 from qvg_jax.view import checked_positions
@@ -65,7 +66,8 @@ def append(
     def write(buffer: Array, new: Array, axis: int) -> Array:
         # Reads back what is there when the block is refused: no branch, and in place if donated.
         old = lax.dynamic_slice_in_dim(buffer, at, lay.block_tokens, axis)
-        return lax.dynamic_update_slice_in_dim(buffer, jnp.where(store, new, old), at, axis)
+        new = row_major(jnp.where(store, new, old))
+        return lax.dynamic_update_slice_in_dim(buffer, new, at, axis)
 
     bad = sum((~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in (k, v))
     first = jnp.where((cache.first_bad_block < 0) & (bad > 0), cache.seen_blocks, -1)
