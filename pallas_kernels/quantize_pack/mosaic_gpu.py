@@ -24,6 +24,10 @@ __all__ = ["finish"]
 
 _W = plgpu.Layout.WGMMA
 _LARGE = 3e38
+# Rows of at least so many bytes lie swizzled in shared memory, and their copies end with a row of the
+# output. Of narrower ones Mosaic makes plain copies of consecutive bytes, which end with the array: a
+# partial last tile would run into the codes of the next row, so those outputs have whole tiles.
+_SWIZZLED = 32
 _EVEN, _AWAY = lax.RoundingMethod.TO_NEAREST_EVEN, lax.RoundingMethod.AWAY_FROM_ZERO
 
 
@@ -135,7 +139,7 @@ def finish(
 
     Returns:
         ids (uint8) of the tokens rounded up to tiles, and
-        codes (R, T, C) with, for integers, bytes of scales (R, G, rounded), for mid-rise grids
+        codes (R, T or more, C) with, for integers, bytes of scales (R, G, rounded), for mid-rise grids
         float32 (R, 3, rounded): least-squares scale, matching scale, largest entry;
         or without `form` the residual (R, T, D) in bf16.
     """
@@ -216,7 +220,8 @@ def finish(
     else:
         integers = isinstance(form, Integers)
         count = D // form.group if integers else 3
-        shapes.append(((rows, x_RTD.shape[1], width), jnp.uint8))
+        written = x_RTD.shape[1] if width >= _SWIZZLED else padded
+        shapes.append(((rows, written, width), jnp.uint8))
         shapes.append(((rows, count, padded), jnp.uint8 if integers else jnp.float32))
         scratch = dict(w_s=swizzled(width, D), codes_s=plgpu.SMEM((2, ROWS, width), jnp.uint8))
         arrays += (jnp.asarray(packer(form.bits), jnp.bfloat16),)
