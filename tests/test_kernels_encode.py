@@ -111,18 +111,12 @@ def test_packing_equals_the_reference(interpreted, form):
 def test_codes_of_one_bit_are_written_in_whole_tiles():
     """Their copies end with the array and not with a row: there must be room for a last tile."""
     x, c = clustered(2, 140, 256)
+    x, bias = jnp.pad(x, ((0, 0), (0, 4), (0, 0))), c[..., 0].astype(jnp.float32)
     for bits, tokens in ((1, 256), (2, 144)):
-        _, codes, _ = jax.eval_shape(
-            lambda form=Midrise(bits, 1.0, 2, recode=False): quantize_pack.mosaic_gpu.finish(
-                jnp.pad(x, ((0, 0), (0, 4), (0, 0))),
-                c,
-                c[..., 0].astype(jnp.float32),
-                form,
-                tokens=140,
-                parts=1,
-                tuning=Tuning(),
-            )  # fmt: skip
-        )
+        form = Midrise(bits, 1.0, 2, recode=False)
+        here = dict(tokens=140, parts=1, tuning=Tuning())
+        finish = functools.partial(quantize_pack.mosaic_gpu.finish, form=form, **here)
+        codes = jax.eval_shape(finish, x, c, bias)[1]
         assert codes.shape == (2, tokens, 16 * bits)
 
 
