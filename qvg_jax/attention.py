@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.cache import KVCache
+from qvg_jax.capability import no_triton
 from qvg_jax.layout import Layout
 from qvg_jax.mosaic import attend_kernels, is_hopper, unsupported
 from qvg_jax.rope import Encodings, Rope
@@ -25,7 +26,7 @@ from qvg_jax.view import CacheView
 
 __all__ = ["IMPLEMENTATIONS", "attend"]
 
-IMPLEMENTATIONS = ("xla", "mosaic", "mosaic_fp8")
+IMPLEMENTATIONS = ("xla", "mosaic", "mosaic_fp8", "triton")
 
 # Tokens of sink and window that are read together. Small enough to skip most of an empty window,
 # large enough for one matrix product to be worth its call.
@@ -81,8 +82,9 @@ def attend(
         scale: factor of the logits; None is 1 / sqrt(D).
         implementation: "xla", anywhere; "mosaic", kernels for Hopper GPUs that decode a span into
             a bf16 workspace; "mosaic_fp8", the same with spans in e4m3, and products of them too:
-            faster, for an error small beside that of 2-bit codes. None is "mosaic" where that
-            serves the call, else "xla".
+            faster, for an error small beside that of 2-bit codes; "triton", bf16 kernels for NVIDIA
+            GPUs from Ampere on, which need jax_triton. None is "mosaic" on Hopper, "triton" on the
+            others if it is installed, where that serves the call, else "xla".
 
     Returns:
         The attention output in q's dtype.
@@ -109,12 +111,17 @@ def attend(
 def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
     """The implementation that serves this call; a named one is never replaced by another."""
     if name is None:
-        return "mosaic" if is_hopper() and unsupported(view, q_BTHD, False) is None else "xla"
+        best = "mosaic" if is_hopper() else "triton"
+        ready = best == "mosaic" or no_triton() is None
+        return best if ready and unsupported(view, q_BTHD, False, best) is None else "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {IMPLEMENTATIONS}")
     if name != "xla":
-        missing = unsupported(view, q_BTHD, name == "mosaic_fp8")
-        if not is_hopper():
+        family = "triton" if name == "triton" else "mosaic"
+        missing = unsupported(view, q_BTHD, name == "mosaic_fp8", family)
+        if family == "triton":
+            missing = no_triton() or missing
+        elif not is_hopper():
             missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
         if missing is not None:
             raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")
@@ -133,7 +140,10 @@ def _attend(
 ) -> Array:
     if implementation != "xla":
         narrow = implementation == "mosaic_fp8"
-        return attend_kernels(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, narrow=narrow)
+        family = "triton" if implementation == "triton" else "mosaic"
+        return attend_kernels(
+            q_BTHD, view, k_BTHD, v_BTHD, layer, scale, narrow=narrow, implementation=family
+        )
     batch = view.cache.layout.batch
     if q_BTHD.shape[0] == batch:
         return _attend_xla(q_BTHD, view, k_BTHD, v_BTHD, layer, scale)

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from pallas_kernels.dequant_attention import finish, prepare, splits_for, visit
 from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.types import padded
+from qvg_jax.capability import processors
 from qvg_jax.codec import Codec
 from qvg_jax.devices import is_hopper, on_several_devices
 from qvg_jax.kernel_formats import E4M3, encoded, halves, pairing_of, scheme_of
@@ -29,11 +30,17 @@ from qvg_jax.view import CacheView
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
 
 
-def unsupported(view: CacheView, q_BTHD: Array, narrow: bool) -> str | None:
+_HEAD_DIMS = {"mosaic": (128,), "triton": (64, 128, 256)}
+
+
+def unsupported(
+    view: CacheView, q_BTHD: Array, narrow: bool, implementation: str = "mosaic"
+) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
     lay: Layout = view.cache.layout
-    if lay.head_dim != 128:
-        return f"head_dim={lay.head_dim}; the kernels read 128"
+    accepted = _HEAD_DIMS[implementation]
+    if lay.head_dim not in accepted:
+        return f"head_dim={lay.head_dim}; the kernels read {', '.join(map(str, accepted))}"
     for name, x in (("q", q_BTHD), ("the dense buffer", view.cache.dense_k)):
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}; the kernels read bfloat16"
@@ -55,9 +62,9 @@ class _Spans:
 
 
 def _spans(
-    slots: Any, codec: Codec, lay: Layout, layer: Array, turned: bool, narrow: bool
+    slots: Any, codec: Codec, lay: Layout, layer: Array, turned: bool, narrow: bool, by: str
 ) -> _Spans:
-    source, scheme = encoded(slots), scheme_of(codec, lay.head_dim)
+    source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1, by)
     rows = lay.max_spans * lay.batch * lay.heads
     if not narrow:
         return _Spans(source, scheme, jnp.ones((rows,), jnp.float32))
@@ -79,11 +86,12 @@ def _unit(bound: Array) -> Array:
     return jnp.exp2(jnp.ceil(jnp.log2(jnp.where(bound > 0, bound, 1))))
 
 
-def _by_kernels(view: CacheView) -> bool:
+def _by_kernels(view: CacheView, implementation: str) -> bool:
     """Whether the kernels turn stored bytes into what attention reads, and XLA nothing of it."""
     lay: Layout = view.cache.layout
     codecs = (lay.key_codec, lay.value_codec) if lay.max_spans else ()
-    known = not any(isinstance(scheme_of(c, lay.head_dim), str) for c in codecs)
+    schemes = [scheme_of(c, lay.head_dim, 1, implementation) for c in codecs]
+    known = not any(isinstance(s, str) for s in schemes)
     return known and _turned_by_kernels(view)
 
 
@@ -121,8 +129,9 @@ def attend_kernels(
     scale: Array,
     *,
     narrow: bool,
+    implementation: str = "mosaic",
 ) -> Array:
-    """`attend` for what is not `unsupported`.
+    """`attend` for what is not `unsupported`, by the kernels of `implementation`.
 
     Spans are decoded one at a time into a workspace and merged into one running softmax. If
     `narrow`, they and the new block are attended in e4m3; sink and window always in bf16, as
@@ -140,12 +149,15 @@ def attend_kernels(
     asked = prepare(q_nQD, scale, E4M3) if narrow else wide
     dtype = asked.q_nQD.dtype
     typical = lay.span_tokens if lay.max_spans else k.shape[2]
-    splits = splits_for(rows, queries, typical, max(1, lay.max_spans), narrow)
+    splits = splits_for(rows, queries, typical, max(1, lay.max_spans), narrow, processors())
+    by = dict(splits=splits, implementation=implementation)
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-    units, k_new, v_new = _workspace(flat(k), flat(v.astype(bf16)), k.shape[2], dtype)
+    units, k_new, v_new = _workspace(
+        flat(k), flat(v.astype(bf16)), k.shape[2], dtype, implementation
+    )
     state = visit(
         asked if branches == 1 else prepare(own_mQD, scale, dtype),
-        k_new, v_new, k.shape[2], k_unit_n=units[0], v_unit_n=units[1], splits=splits,
+        k_new, v_new, k.shape[2], k_unit_n=units[0], v_unit_n=units[1], **by,
     )  # fmt: skip
     if branches > 1:  # each had a block of its own; all read the same cache
         state = [_joined(x[:, :, : own_mQD.shape[1]], branches, 1) for x in state]
@@ -154,17 +166,18 @@ def attend_kernels(
     refs = [jax.new_ref(x) for x in state]
 
     valid = cache.dense_blocks * lay.block_tokens
-    k_dense, v_dense = _dense(view, layer, valid)
-    visit(wide, k_dense, v_dense, valid, state=refs, splits=splits)
+    k_dense, v_dense = _dense(view, layer, valid, implementation)
+    visit(wide, k_dense, v_dense, valid, state=refs, **by)
 
     if lay.max_spans:
-        read = (_span_reader if _by_kernels(view) else _xla_span_reader)(view, layer, dtype)
+        reader = _span_reader if _by_kernels(view, implementation) else _xla_span_reader
+        read = reader(view, layer, dtype, implementation)
 
         def span(i, done):
             units, k_span, v_span = read((cache.first_span + i) % lay.max_spans)
             visit(
                 asked, k_span, v_span, lay.span_tokens, k_unit_n=units[0], v_unit_n=units[1],
-                state=refs, splits=splits,
+                state=refs, **by,
             )  # fmt: skip
             return done
 
@@ -183,24 +196,26 @@ def _joined(x: Array, branches: int, axis: int = 0) -> Array:
     return jnp.swapaxes(apart, axis, axis + 1).reshape(*before, rows, -1, *x.shape[axis + 2 :])
 
 
-def _workspace(k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any) -> tuple[Any, Array, Array]:
+def _workspace(
+    k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
+) -> tuple[Any, Array, Array]:
     """((unit of keys, of values), keys, values) of bf16 ones; units are 1 in bf16."""
     narrow, rows = dtype != jnp.bfloat16, k_nTD.shape[0]
     units = [
         _unit(jnp.abs(x).max(axis=(1, 2))) if narrow else jnp.ones((rows,), jnp.float32)
         for x in (k_nTD, v_nTD)
     ]
-    here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype)
+    here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype, implementation=implementation)
     k = decode_keys(k_nTD, None, **here, unit_n=units[0])
     return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
 
 
-def _dense(view: CacheView, layer: Array, valid: Array) -> tuple[Array, Array]:
+def _dense(view: CacheView, layer: Array, valid: Array, implementation: str) -> tuple[Array, Array]:
     """Workspaces of sink and window, in bf16."""
     cache, lay = view.cache, view.cache.layout
     rows = lay.batch * lay.heads
     here = dict(first_row=layer * rows, rows=rows, valid=valid, dtype=jnp.bfloat16)
-    here |= dict(unit_n=jnp.ones((rows,), jnp.float32))
+    here |= dict(unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation)
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
     table = view.dense_table(0, cache.dense_pos.shape[1])
     turned = _turned_by_kernels(view)
@@ -214,15 +229,18 @@ def _dense(view: CacheView, layer: Array, valid: Array) -> tuple[Array, Array]:
     return k_nWD, _through_xla(view.values, heads(v_nWD), table)
 
 
-def _span_reader(view: CacheView, layer: Array, dtype: Any) -> Callable[[Array], Any]:
+def _span_reader(
+    view: CacheView, layer: Array, dtype: Any, implementation: str
+) -> Callable[[Array], Any]:
     """read(slot): units and workspaces of a span, decoded and rotated by the kernels."""
     cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
     rows, turned = lay.batch * lay.heads, view.rope is not None
-    keys = _spans(cache.span_k, lay.key_codec, lay, layer, turned, narrow)
-    values = _spans(cache.span_v, lay.value_codec, lay, layer, False, narrow)
+    about = (narrow, implementation)
+    keys = _spans(cache.span_k, lay.key_codec, lay, layer, turned, *about)
+    values = _spans(cache.span_v, lay.value_codec, lay, layer, False, *about)
 
     def read(slot):
-        here = dict(rows=rows, valid=lay.span_tokens, dtype=dtype)
+        here = dict(rows=rows, valid=lay.span_tokens, dtype=dtype, implementation=implementation)
         here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
         units = [lax.dynamic_slice_in_dim(x.unit_R, slot * rows, rows) for x in (keys, values)]
         tables, first = None, 0
@@ -240,23 +258,26 @@ def _span_reader(view: CacheView, layer: Array, dtype: Any) -> Callable[[Array],
     return read
 
 
-def _xla_span_reader(view: CacheView, layer: Array, dtype: Any) -> Callable[[Array], Any]:
+def _xla_span_reader(
+    view: CacheView, layer: Array, dtype: Any, implementation: str
+) -> Callable[[Array], Any]:
     """The same for other codecs and encodings: what the kernels cannot do, XLA does."""
     cache, lay = view.cache, view.cache.layout
     rows = lay.batch * lay.heads
 
     def stored(codec, slots, decode, slot):
-        scheme, first = scheme_of(codec, lay.head_dim), (layer * lay.max_spans + slot) * rows
+        of = lambda joined: scheme_of(codec, lay.head_dim, joined, implementation)  # noqa: E731
+        scheme, first = of(1), (layer * lay.max_spans + slot) * rows
         if not isinstance(scheme, str):
             source = encoded(slots)
         else:
-            packed, scheme = read_slot(slots, layer, slot), scheme_of(codec, lay.head_dim, 2)
+            packed, scheme = read_slot(slots, layer, slot), of(2)
             if isinstance(scheme, str):
                 return codec.decode(packed, jnp.bfloat16)
             source, first = halves(packed), 0
         x_nWD = decode(
             source, scheme, first_row=first, rows=rows, valid=lay.span_tokens, dtype=jnp.bfloat16,
-            unit_n=jnp.ones((rows,), jnp.float32),
+            unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation,
         )  # fmt: skip
         return x_nWD.reshape(lay.batch, lay.heads, *x_nWD.shape[1:])
 
@@ -269,7 +290,7 @@ def _xla_span_reader(view: CacheView, layer: Array, dtype: Any) -> Callable[[Arr
         k_nWD = _through_xla(view.keys, k_BHTD, table)
         v_nWD = _through_xla(view.values, v_BHTD, table)
         if dtype != jnp.bfloat16:
-            return _workspace(k_nWD, v_nWD, lay.span_tokens, dtype)
+            return _workspace(k_nWD, v_nWD, lay.span_tokens, dtype, implementation)
         ones = jnp.ones((k_nWD.shape[0],), jnp.float32)
         return (ones, ones), k_nWD, v_nWD
 

@@ -4,8 +4,6 @@ Pallas cannot interpret inline GPU code, of which decoding consists, nor product
 registers, so numbers of the kernels themselves are in test_kernels_gpu.py.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,7 +257,7 @@ def test_attend_compiles_inside_a_scan_over_layers_and_copies_no_codes(narrow, p
 
 
 def _visit_by_reference(
-    queries, k, v, valid, *, k_unit_n=None, v_unit_n=None, state=None, splits=1
+    queries, k, v, valid, *, k_unit_n=None, v_unit_n=None, state=None, splits=1, implementation
 ):
     ones = jnp.ones(k.shape[0])
     units = [ones if u is None else u for u in (k_unit_n, v_unit_n)]
@@ -275,8 +273,11 @@ def _visit_by_reference(
 def references(monkeypatch):
     """attend_kernels with every kernel replaced by its reference: runs anywhere."""
     for name in ("decode_keys", "decode_values"):
-        kernel = functools.partial(getattr(mosaic, name), implementation="reference")
-        monkeypatch.setattr(mosaic, name, kernel)
+        kernel = getattr(mosaic, name)
+        by_reference = lambda *args, implementation, kernel=kernel, **more: kernel(  # noqa: E731
+            *args, implementation="reference", **more
+        )
+        monkeypatch.setattr(mosaic, name, by_reference)
     monkeypatch.setattr(mosaic, "visit", _visit_by_reference)
 
 

@@ -49,7 +49,14 @@ def prepare(q_nQD: Float[Array, "n Q D"], scale: Float[Array, ""], dtype: Any) -
     return Queries((q_nQD / unit_nQ[..., None]).astype(dtype), factor_nQ * unit_nQ)
 
 
-def splits_for(rows: int, queries: int, tokens: int, segments: int, narrow: bool) -> int:
+def splits_for(
+    rows: int,
+    queries: int,
+    tokens: int,
+    segments: int,
+    narrow: bool,
+    processors: int = _PROCESSORS,
+) -> int:
     """Into how many parts a segment's keys are split.
 
     More parts fill the last wave of blocks better, but each has a state that every segment reads
@@ -60,11 +67,12 @@ def splits_for(rows: int, queries: int, tokens: int, segments: int, narrow: bool
         tokens: keys of a typical segment.
         segments: how many segments there are.
         narrow: whether keys are in e4m3.
+        processors: multiprocessors of the GPU.
     """
     blocks = rows * -(-queries // BLOCK)
 
     def nanoseconds(parts: int) -> float:
-        waves = -(-blocks * parts // _PROCESSORS)
+        waves = -(-blocks * parts // processors)
         state = blocks * BLOCK * mosaic_gpu.D * 4 * parts
         busy = waves * tokens / parts * _NS_PER_KEY[narrow]
         return segments * busy + 2 * (segments + 1) * state / _BYTES_PER_NS

@@ -5,6 +5,7 @@ Axes: R rows, n of them decoded; T tokens, W tokens of the workspace, D head dim
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -31,10 +32,13 @@ def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, ro
     if not isinstance(source, Encoded):
         return pick(source).astype(jnp.float32)
     codes_nTC, scales_nTG = pick(source.codes_RTC), pick(source.scales_RTG)
-    per_byte = 8 // scheme.bits
-    shift = jnp.arange(per_byte - 1, -1, -1, dtype=jnp.uint8) * scheme.bits
-    codes = (codes_nTC[..., None] >> shift[None, None, None]) & (2**scheme.bits - 1)
-    n, t = codes.shape[:2]
+    n, t, c = codes_nTC.shape
+    bit = np.arange(8 * c // scheme.bits) * scheme.bits
+    byte, inside = bit // 8, jnp.asarray(bit % 8, jnp.uint16)[None, None]
+    # Codes of 3 bits may begin in one byte and end in the next.
+    wide = codes_nTC.astype(jnp.uint16)
+    word = (wide[..., byte] << 8) | wide[..., np.minimum(byte + 1, c - 1)]
+    codes = (word >> (16 - scheme.bits - inside)) & (2**scheme.bits - 1)
     scales = lax.bitcast_convert_type(scales_nTG, jnp.float8_e4m3fn).astype(jnp.float32)
     if source.exponents_R is not None:
         scales *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))[:, None, None]

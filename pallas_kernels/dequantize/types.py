@@ -27,7 +27,7 @@ class Scheme:
     """How codes become numbers: x = (code - offset) scale 2^exponent + sum of the centroids.
 
     Attributes:
-        bits: 2 or 4, packed with consecutive channels together, the first one highest.
+        bits: 1, 2, 3, 4 or 8, packed with consecutive channels together, the first one highest.
         group: channels that share a scale.
         offset: code of zero; half integers are the grids without a zero (mid-rise).
         stages: centroids per token; 0 for none.
