@@ -1,18 +1,16 @@
 """Triton kernels without a GPU: compiled for any GPU, or interpreted on NumPy arrays."""
 
 import contextlib
-import functools
-import importlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 # Compute capability: bytes of shared memory that a program may have (CUDA programming guide,
 # technical specifications per compute capability).
@@ -105,6 +103,8 @@ def run_interpreted(launch: Any, *operands: Any, out: Any) -> Any:
 
     References among the operands are updated as on a GPU.
     """
+    from triton.runtime.interpreter import InterpretedFunction
+
     refs = [isinstance(x, jax.Ref) for x in operands]
     arrays = [np.array(x[...] if is_ref else x) for x, is_ref in zip(operands, refs, strict=True)]
     # Every output starts as NaN or 255, so that what is not written shows.
@@ -113,7 +113,7 @@ def run_interpreted(launch: Any, *operands: Any, out: Any) -> Any:
         out,
     )
     tensors = [_Tensor(x) for x in (*arrays, *jax.tree.leaves(outs))]
-    launch.kernel[launch.grid](*tensors, **launch.constants)
+    InterpretedFunction(launch.kernel.fn)[launch.grid](*tensors, **launch.constants)
     for x, array, is_ref in zip(operands, arrays, refs, strict=True):
         if is_ref:
             x[...] = array
@@ -121,30 +121,22 @@ def run_interpreted(launch: Any, *operands: Any, out: Any) -> Any:
 
 
 @contextlib.contextmanager
-def interpreted_modules(*names: str) -> Iterator[list[Any]]:
-    """Fresh copies of modules whose kernels are interpreted; Triton decides when they are defined."""
-    saved = {n: m for n, m in sys.modules.items() if n in names}
-    for n in saved:
-        del sys.modules[n]
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        modules = [importlib.import_module(n) for n in names]
-        for m in modules:
-            launch = m.Launch
-            m.Launch = functools.partial(_InterpretedLaunch, launch)
-        yield modules
-    finally:
-        os.environ.pop("TRITON_INTERPRET")
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-        for n in names:
-            sys.modules.pop(n, None)
-        sys.modules.update(saved)
+def interpreted(*modules: Any) -> Iterator[None]:
+    """Kernels of these modules are interpreted, and need not be compiled."""
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    from triton.runtime.jit import JITFunction
 
+    def call(function: Any, *args: Any, **named: Any) -> Any:
+        """One kernel calls another; unlike Triton's own, it leaves the language as it was."""
+        scope = _patch_lang(function.fn)
+        try:
+            return InterpretedFunction(function.fn).rewrite()(*args, **named)
+        finally:
+            scope.restore()
 
-def _InterpretedLaunch(launch: type, **fields: Any) -> Any:
-    class Interpreted(launch):
-        __call__ = run_interpreted
-
-    return Interpreted(**fields)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "__call__", call)
+        for module in modules:
+            own = type("Interpreted", (module.Launch,), {"__call__": run_interpreted})
+            patch.setattr(module, "Launch", own)
+        yield
