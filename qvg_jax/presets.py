@@ -185,6 +185,7 @@ PAIRS: dict[str, Callable[..., tuple[Codec, Codec]]] = {
     "klt": candidates.klt,
     "klt-kmeans": candidates.klt_kmeans,
     "klt-tiny": candidates.klt_tiny,
+    "trellis": candidates.trellis,
 }
 
 

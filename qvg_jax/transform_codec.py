@@ -13,10 +13,6 @@ from qvg_jax.smoothing.kmeans import kmeans_smoothing
 
 __all__ = ["transform_codec"]
 
-# Tokens that pay for one more stored axis. Measured on captured K and V at 1.6 and 2.33 bits: 64
-# axes are best for 768 tokens, all of them from about 1,500 on.
-_TOKENS_PER_AXIS = 12
-
 
 def transform_codec(
     budget: float = 2.33,
@@ -24,6 +20,7 @@ def transform_codec(
     num_centroids: int = 0,
     iters: int = 5,
     rank: int | None = None,
+    tokens_per_axis: int = 12,
     vector_bits: int = 6,
     max_bits: int = 8,
     min_bits: int = 0,
@@ -34,9 +31,11 @@ def transform_codec(
 ) -> Codec:
     """`klt_rotation` then `allocated_quantize`, with as many code bits as a budget leaves.
 
-    For spans of T tokens: R = min(D - 1, T // 12) axes, and the largest number of code bytes per
+    For spans of T tokens: R = min(D, T // 12) axes, and the largest number of code bytes per
     token such that codes, scales, axes, means, steps and bit counts together stay within `budget`
     bits per element. Short spans spend more of it on their axes, long ones nearly all on codes.
+    Measured on captured K and V: at 1.6 and 2.33 bits 64 axes are best for 768 tokens, all of them from
+    about 1,500 on; at 0.9 bits an axis wants four times the tokens (`tokens_per_axis=48`).
 
     `num_centroids` puts k-means (int8 centroids, every span by itself) in front, for tokens whose
     kinds do not lie along straight axes. It pays from about 3,000 tokens on: on captured K and V
@@ -50,6 +49,7 @@ def transform_codec(
         num_centroids: clusters in front; 0 for none.
         iters: k-means iterations.
         rank: R, instead of the rule above.
+        tokens_per_axis: tokens that pay for one more axis, in that rule.
         vector_bits: bits of an entry of a stored axis.
         max_bits, min_bits, scale_dtype, gain, gain_axis, refine: as in `allocated_quantize`.
 
@@ -69,6 +69,9 @@ def transform_codec(
         )
         clusters = [smoothing]
 
+    if tokens_per_axis < 1:
+        raise ValueError(f"tokens_per_axis={tokens_per_axis} is not accepted: give 1 or more")
+
     def parts(rank: int | None, bits: float) -> Codec:
         quantize = allocated_quantize(
             bits,
@@ -83,7 +86,7 @@ def transform_codec(
 
     @functools.cache
     def fitted(t: int, d: int) -> Codec:
-        r = min(d, max(1, t // _TOKENS_PER_AXIS)) if rank is None else rank
+        r = min(d, max(1, t // tokens_per_axis)) if rank is None else rank
         one = (1, 1, t, d)
         largest = max_bits * d // 8  # code bytes of a token
         overhead = parts(r, 8 * largest / d).nbytes(one) - t * largest

@@ -24,7 +24,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 SHAPE = (1, 2, 64, 128)
 CENTROIDS = dict(num_centroids=4)
-# QVG's own recipes are in test_codec; the ones left out differ in a number only.
+# QVG's own recipes are in test_codec; the ones left out differ in a number only (so does trellis K).
 NAMES = [
     "quarot",
     "turboquant",
@@ -35,14 +35,15 @@ NAMES = [
     "kmeans-e8",
     "klt",
     "klt-kmeans",
+    "trellis",
 ]
-SMALL = {name: CENTROIDS for name in NAMES if name.startswith(("midrise", "kmeans"))}
+SMALL = {name: CENTROIDS for name in NAMES if name.startswith(("midrise", "kmeans", "trellis"))}
 SMALL["klt-kmeans"] = CENTROIDS
 CODECS = {
     f"{name} {part}": codec
     for name in NAMES
     for part, codec in zip(("K", "V"), presets.pair(name, **SMALL.get(name, {})), strict=True)
-    if part == "K" or name in ("kivi", "midrise", "kmeans-e8")
+    if part == ("V" if name == "trellis" else "K") or name in ("kivi", "midrise", "kmeans-e8")
 }
 every_codec = pytest.mark.parametrize("name", CODECS)
 

@@ -1,21 +1,26 @@
 """Quantizers: codecs that store what the smoothings leave, in a few bits per channel."""
 
 from qvg_jax.quantize.allocated import AllocatedPacked, allocated_quantize
+from qvg_jax.quantize.by_energy import ByEnergyPacked, by_energy
 from qvg_jax.quantize.grid import GridPacked, grid_quantize
 from qvg_jax.quantize.integer import IntegerPacked, residual_quantize
 from qvg_jax.quantize.lattice import LatticePacked, lattice_quantize
 from qvg_jax.quantize.minmax import MinMaxPacked, minmax_quantize
 from qvg_jax.quantize.nvfp4 import NVFP4Packed, nvfp4_quantize
 from qvg_jax.quantize.packing import pack, packed_width, unpack
+from qvg_jax.quantize.trellis import TrellisPacked, trellis_quantize
 
 __all__ = [
     "AllocatedPacked",
+    "ByEnergyPacked",
     "GridPacked",
     "IntegerPacked",
     "LatticePacked",
     "MinMaxPacked",
     "NVFP4Packed",
+    "TrellisPacked",
     "allocated_quantize",
+    "by_energy",
     "grid_quantize",
     "lattice_quantize",
     "minmax_quantize",
@@ -23,5 +28,6 @@ __all__ = [
     "pack",
     "packed_width",
     "residual_quantize",
+    "trellis_quantize",
     "unpack",
 ]

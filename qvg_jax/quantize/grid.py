@@ -106,7 +106,7 @@ def grid_quantize(
     n, uniform = len(levels_n), grid == "midrise"
     ratio = best_ratio(levels_n)
     dtype = scale_format(scale_dtype)
-    gain_power = _gain_power(gain)
+    gain_power = power_of_gain(gain)
     if group is not None and group < 1:
         raise ValueError(f"group={group} is not accepted: give 1 or more channels, or None")
     if refine < 1:
@@ -249,7 +249,7 @@ def _levels(bits: int | None, grid: Any, count: int | None) -> tuple[float, ...]
     return midrise_levels(count) if grid == "midrise" else lloyd_max_levels(count)
 
 
-def _gain_power(gain: Any) -> float | None:
+def power_of_gain(gain: Any) -> float | None:
     """None for no refinement, else p of lsq^(1 - p) match^p."""
     if isinstance(gain, str) and gain in ("none", *_GAINS):
         return _GAINS.get(gain)
