@@ -137,18 +137,18 @@ def load(address: Lane, nbytes: int) -> tuple[Lane, ...]:
     return tuple(Lane(w) for w in words)
 
 
-def store(address: Lane, words: list[Lane]) -> None:
-    """Writes 1, 2 or 4 words of 32 bits."""
+def store(address: Lane, words: list[Lane], where: Lane | None = None) -> None:
+    """Writes 1, 2 or 4 words of 32 bits; with a condition only where it holds, without a branch."""
     n = len(words)
     vector = f".v{n}" if n > 1 else ""
     regs = ", ".join(f"${i + 1}" for i in range(n))
     regs = f"{{{regs}}}" if n > 1 else regs
-    utils.inline_ptx(
-        f"st.global{vector}.b32 [$0], {regs};",
-        address.value,
-        *(w.value for w in words),
-        has_side_effects=True,
-    )
+    asm, operands = f"st.global{vector}.b32 [$0], {regs};", [address.value]
+    operands += [w.value for w in words]
+    if where is not None:
+        asm = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; @p {asm} }}"
+        operands.append(arith.extui(_type("i32"), where.value))
+    utils.inline_ptx(asm, *operands, has_side_effects=True)
 
 
 def shared_load(address: Lane) -> Lane:
@@ -162,11 +162,14 @@ def shared_store(address: Lane, word: Lane) -> None:
     utils.inline_ptx(asm, address.value, word.value, has_side_effects=True)
 
 
-def permute_bytes(a: Lane, b: Lane, selector: int) -> Lane:
+def permute_bytes(a: Lane, b: Lane, selector: Lane | int) -> Lane:
     """The word whose byte i is byte `selector >> 4 i & 7` of b:a."""
     i32 = _type("i32")
-    asm = f"prmt.b32 $0, $1, $2, {selector};"
-    return Lane(utils.inline_ptx(asm, a.value, b.value, result_types=i32))
+    if isinstance(selector, Lane):
+        asm, more = "prmt.b32 $0, $1, $2, $3;", (selector.value,)
+    else:
+        asm, more = f"prmt.b32 $0, $1, $2, {selector};", ()
+    return Lane(utils.inline_ptx(asm, a.value, b.value, *more, result_types=i32))
 
 
 def bf16_pair(low: Lane, high: Lane) -> Lane:

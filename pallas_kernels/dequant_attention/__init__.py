@@ -1,5 +1,8 @@
 """Attention over a history that is decoded segment by segment."""
 
 from pallas_kernels.dequant_attention.api import Queries, finish, prepare, splits_for, visit
+from pallas_kernels.dequant_attention.schedule import Schedule, join, schedule_for
 
-__all__ = ["Queries", "finish", "prepare", "splits_for", "visit"]
+__all__ = [
+    "Queries", "Schedule", "finish", "join", "prepare", "schedule_for", "splits_for", "visit",
+]  # fmt: skip

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequant_attention import mosaic_gpu
 from pallas_kernels.dequant_attention.mosaic_gpu import BLOCK, Tuning
+from pallas_kernels.dequant_attention.schedule import Schedule
 from pallas_kernels.dequantize.types import PAD
 from pallas_kernels.triton_launch import missing
 
@@ -89,7 +90,7 @@ def visit(
     k_unit_n: Array | None = None,
     v_unit_n: Array | None = None,
     state: Any = None,
-    splits: int = 1,
+    splits: int | Schedule = 1,
     tuning: Tuning | None = None,
     implementation: str = "mosaic",
 ) -> tuple[Array, Array, Array] | None:
@@ -101,7 +102,7 @@ def visit(
         valid: tokens that count; may be traced, may be zero.
         k_unit_n, v_unit_n: units they were decoded with; None is one.
         state: jax references to update, or None for a first segment.
-        splits: P, the same for all segments of a state.
+        splits: P, or for "mosaic" a `Schedule`; the same for all segments of a state.
         tuning: of "mosaic"; None takes the measured one.
         implementation: "mosaic" (Hopper; head_dim 128), or "triton" (bfloat16; 64, 128, 256).
 
@@ -110,6 +111,8 @@ def visit(
         ValueError: dtypes or shapes that do not belong together, or an unknown implementation.
     """
     if implementation == "triton":
+        if isinstance(splits, Schedule):
+            raise NotImplementedError(f"implementation='triton': {splits=}; it reads a number")
         return _visit_by_triton(queries, k_nTD, v, valid, k_unit_n, v_unit_n, state, splits)
     if implementation != "mosaic":
         raise ValueError(f"implementation={implementation!r}; accepted: 'mosaic', 'triton'")
@@ -127,6 +130,9 @@ def visit(
             f"shapes {q_nQD.shape=}, {k_nTD.shape=}, {v.shape=}; accepted: (n, Q, 128), "
             f"(n, T, 128) and {'(n, 128, T)' if narrow else '(n, T, 128)'}"
         )
+    blocks = n * q_nQD.shape[1] // BLOCK
+    if isinstance(splits, Schedule) and splits.blocks != blocks:
+        raise ValueError(f"{splits=}; accepted: one of {blocks} blocks of {BLOCK} queries")
     tuning = _TUNING[q_nQD.dtype.name] if tuning is None else tuning
     if tokens % tuning.tile or q_nQD.shape[1] % BLOCK:
         raise ValueError(

@@ -37,6 +37,7 @@ from pallas_kernels.dequant_attention.registers import (
     over_columns,
     product,
 )
+from pallas_kernels.dequant_attention.schedule import Schedule
 
 __all__ = ["Tuning", "segment"]
 
@@ -73,7 +74,7 @@ def segment(
     v_unit_m: Array,
     state: tuple[Any, Any, Any] | None,
     *,
-    splits: int,
+    splits: int | Schedule,
     tuning: Tuning,
 ) -> tuple[Array, Array, Array] | None:
     """Visits the first `control[0]` keys of a workspace.
@@ -85,16 +86,17 @@ def segment(
         v: values as `decode_values` gives them.
         control: int32 [1], valid keys.
         k_unit_m, v_unit_m: units of the rows of k and v.
-        state: running weighted values (P, n, Q, D), maximum and sum (P, n, Q) of P splits, as
-            jax references that are updated; None for a first segment.
-        splits: P.
+        state: running weighted values (P, n, Q, D), maximum and sum (P, n, Q) of P splits, or
+            (pieces, BLOCK, D) and (pieces, BLOCK) of a schedule, as jax references that are
+            updated; None for a first segment.
+        splits: P, or a schedule of all blocks of queries.
         tuning: sizes.
 
     Returns:
         The state after a first segment; otherwise nothing.
     """
     n, queries, _ = q_nQD.shape
-    narrow = q_nQD.dtype != jnp.bfloat16
+    narrow, scheduled = q_nQD.dtype != jnp.bfloat16, isinstance(splits, Schedule)
     tile, stages = tuning.tile, tuning.stages
     shift = 8.0 if narrow else 0.0
     swizzle = plgpu.SwizzleTransform(128)
@@ -103,11 +105,18 @@ def segment(
 
     def body(*refs, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, turn):
         q_g, factor_g, k_g, v_g, control_g, ku_g, vu_g, acc_g, max_g, sum_g = refs
-        part, head, block = (lax.axis_index(a) for a in ("part", "head", "block"))
         wg = lax.axis_index("wg")
+        if scheduled:
+            piece = lax.axis_index("piece")
+            block, part, parts = splits.place(piece)
+            head, block = lax.div(block, queries // BLOCK), lax.rem(block, queries // BLOCK)
+            own = (piece, pl.ds(wg * ROWS, ROWS))  # in the state
+        else:
+            part, head, block = (lax.axis_index(a) for a in ("part", "head", "block"))
+            own, parts = (part, head, pl.ds(block * BLOCK + wg * ROWS, ROWS)), splits
         valid = control_g[0]
         tiles = (valid + (tile - 1)) // tile
-        first, last = part * tiles // splits, (part + 1) * tiles // splits
+        first, last = part * tiles // parts, (part + 1) * tiles // parts
         count = last - first
         mine = pl.ds(block * BLOCK + wg * ROWS, ROWS)
         row = lambda ref: plgpu.load(ref, layout=_W.reduce(1), optimized=False)  # noqa: E731
@@ -198,17 +207,17 @@ def segment(
             return acc, top, total.sum(axis=1)
 
         def store(acc, top, total):
-            acc_g.at[part, head, mine][...] = acc
-            max_g.at[part, head, mine][...] = top
-            sum_g.at[part, head, mine][...] = total
+            acc_g.at[own][...] = acc
+            max_g.at[own][...] = top
+            sum_g.at[own][...] = total
 
         def finish(acc, top, total):
             if state is not None:
-                old_top = row(max_g.at[part, head, mine])
+                old_top = row(max_g.at[own])
                 new_top = jnp.maximum(old_top, top)
                 old, new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
-                total = total * new + row(sum_g.at[part, head, mine]) * old
-                before = plgpu.load(acc_g.at[part, head, mine], layout=_W, optimized=False)
+                total = total * new + row(sum_g.at[own]) * old
+                before = plgpu.load(acc_g.at[own], layout=_W, optimized=False)
                 acc = acc * over_columns(new, acc.shape) + before * over_columns(old, acc.shape)
                 top = new_top
             store(acc, top, total)
@@ -256,12 +265,13 @@ def segment(
                 plgpu.copy_gmem_to_smem(v_at, v_s.at[slot], v_full.at[slot])
 
     f32 = jnp.float32
-    form = ((splits, n, queries, D), (splits, n, queries), (splits, n, queries))
+    form = (splits.pieces, BLOCK) if scheduled else (splits, n, queries)
+    form = ((*form, D), form, form)
     kernel = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(s, f32) for s in form] if state is None else (),
-        grid=(splits, n, queries // BLOCK),
-        grid_names=("part", "head", "block"),
+        grid=(splits.pieces,) if scheduled else (splits, n, queries // BLOCK),
+        grid_names=("piece",) if scheduled else ("part", "head", "block"),
         num_threads=3,
         thread_name="wg",
         scratch_types=dict(

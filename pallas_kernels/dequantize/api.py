@@ -31,8 +31,8 @@ def supported(
     width = source.codes_RTC.shape[2] * 8 // scheme.bits
     if width != 128:
         return f"head_dim={width}; it must be 128"
-    if scheme.bits not in (2, 4):
-        return f"bits={scheme.bits}; the kernel reads 2 or 4"
+    if scheme.bits not in (1, 2, 3, 4):
+        return f"bits={scheme.bits}; the kernel reads 1, 2, 3 or 4"
     if scheme.group % 8:
         return f"group={scheme.group}; it must be a multiple of 8"
     if (2 * scheme.offset) % 1:
@@ -90,49 +90,72 @@ def _checked(source, scheme, dtype, implementation):
         )
 
 
+def _checked_spans(source: Any, first_row: Array, window: Any, implementation: str) -> None:
+    packed = isinstance(source, Encoded)
+    if first_row.ndim > 1:
+        raise ValueError(f"{first_row.shape=}; accepted: one first row, or one for every span")
+    if window is not None and (packed or first_row.ndim):
+        raise ValueError("window: it belongs to plain tokens of one span")
+    tokens = (source.codes_RTC if packed else source).shape[1]
+    if first_row.ndim and tokens % 16:
+        raise ValueError(f"spans of {tokens} tokens; several at once must have a multiple of 16")
+    if implementation == "triton" and (first_row.ndim or window is not None):
+        raise NotImplementedError("implementation='triton': it decodes whole spans one at a time")
+
+
 def decode_keys(
     source: Encoded | Float[Array, "R T D"],
     scheme: Scheme | None,
     *,
-    first_row: Int[Array, ""],
+    first_row: Int[Array, ""] | Int[Array, "N"],
     rows: int,
     valid: Int[Array, ""],
     dtype: Any,
     unit_n: Float[Array, "n"],
     tables: tuple[Float[Array, "S T D/2"], Float[Array, "S T D/2"]] | None = None,
-    first_table: Int[Array, ""] | int = 0,
+    first_table: Int[Array, ""] | Int[Array, "N"] | int = 0,
     batch: int = 1,
     pairing: str = "half",
+    window: tuple[Int[Array, ""], int] | None = None,
     implementation: str = "mosaic",
+    tuning: mosaic_gpu.Tuning | None = None,
 ) -> Float[Array, "n W D"]:
     """Rows of packed or plain keys, rotated, in bf16 or e4m3.
 
     x_t = R(position_t) k_t, zero for t >= valid. In e4m3 the result is x / unit, and within every 16
     tokens the order is that of `reference.key_row_of_token`.
 
+    Several spans are laid one behind the other, and `valid` counts from the first token of the first.
+
     Args:
         source: packed keys, or bf16 keys as they are.
         scheme: how codes become numbers; None with plain keys.
-        first_row: first row that is decoded; may be traced.
+        first_row: first row that is decoded, or that of each of several spans; may be traced.
         rows: how many.
         valid: tokens that count.
         dtype: bfloat16 or float8_e4m3fn.
         unit_n: for e4m3, the value of each row that becomes 1.
         tables: cosine and sine of every token, float32; None for no rotation.
-        first_table: which leading index of the tables is the first batch row's.
+        first_table: which leading index of the tables is the first batch row's, of each span.
         batch: batch rows among `rows`; each has a table.
         pairing: "half" turns channel j with j + D / 2, "interleaved" 2 j with 2 j + 1.
+        window: of plain tokens, where to begin and how many to take; None for all. It may reach
+            beyond the last one.
         implementation: "mosaic", "triton" (bfloat16; head_dim 64, 128, 256) or "reference".
+        tuning: of "mosaic"; None takes the measured one.
 
     Raises:
         NotImplementedError: the kernel cannot read this format, or jax_triton is not installed.
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation; several spans whose tokens are not a multiple of 16;
+            a window of packed tokens.
     """
     _checked(source, scheme, dtype, implementation)
     first_row, valid, first_table = (
         jnp.asarray(i, jnp.int32) for i in (first_row, valid, first_table)
     )
+    _checked_spans(source, first_row, window, implementation)
     if implementation != "reference":
+        more = dict(window=window, tuning=tuning) if implementation == "mosaic" else {}
         return _kernels(implementation).decode_keys(
             source,
             scheme,
@@ -145,11 +168,14 @@ def decode_keys(
             first_table,
             batch,
             pairing,
+            **more,
         )
     if tables is not None:
         tables = reference.table_rows(tables, first_table, batch)
+    if window is not None:
+        source, *tables = (reference.cut(x, window) for x in (source, *(tables or ())))
     return reference.decode_keys(
-        source, scheme, first_row, rows, valid, dtype, unit_n, tables, pairing
+        source, scheme, first_row, rows, valid, dtype, unit_n, tables or None, pairing
     )
 
 
@@ -157,11 +183,12 @@ def decode_values(
     source: Encoded | Float[Array, "R T D"],
     scheme: Scheme | None,
     *,
-    first_row: Int[Array, ""],
+    first_row: Int[Array, ""] | Int[Array, "N"],
     rows: int,
     valid: Int[Array, ""],
     dtype: Any,
     unit_n: Float[Array, "n"],
+    window: tuple[Int[Array, ""], int] | None = None,
     implementation: str = "mosaic",
 ) -> Float[Array, "n W D"] | Float[Array, "n D W"]:
     """Rows of packed or plain values: bf16 (n, W, D), or e4m3 / unit, transposed to (n, D, W).
@@ -171,6 +198,10 @@ def decode_values(
     """
     _checked(source, scheme, dtype, implementation)
     first_row, valid = (jnp.asarray(i, jnp.int32) for i in (first_row, valid))
+    _checked_spans(source, first_row, window, implementation)
+    more = dict(window=window) if implementation == "mosaic" else {}
+    if window is not None and implementation == "reference":
+        source = reference.cut(source, window)
     return _kernels(implementation).decode_values(
-        source, scheme, first_row, rows, valid, dtype, unit_n
+        source, scheme, first_row, rows, valid, dtype, unit_n, **more
     )

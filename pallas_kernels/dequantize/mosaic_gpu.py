@@ -9,18 +9,19 @@ Source of the idea to write values transposed: Shah et al., FlashAttention-3 (ar
 section 3.3, which transposes inside attention; here the decoder does it.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.dequantize.place import blocks_of, control_of, place_of
 from pallas_kernels.dequantize.rows import HEAD_DIM as D
 from pallas_kernels.dequantize.rows import DenseRow, EncodedRow, past
-from pallas_kernels.dequantize.types import PAD, Encoded, Scheme, padded
+from pallas_kernels.dequantize.types import Encoded, Scheme, padded, picked
 from pallas_kernels.lanes import (
     Halves,
     Lane,
@@ -40,14 +41,28 @@ from pallas_kernels.lanes import (
     thread,
 )
 
-__all__ = ["decode_keys", "decode_values"]
+__all__ = ["Tuning", "decode_keys", "decode_values"]
 
 _HALF = D // 2
 _LANES = 8  # threads per token
 _AT_ONCE = 16  # tokens that a warpgroup holds at once
-_KEY_TOKENS, _VALUE_TOKENS = 64, 128  # tokens of a block
+_VALUE_TOKENS = 128  # tokens of a block that transposes
 
 _PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Sizes that do not change the result.
+
+    Attributes:
+        tokens: of a block; a multiple of 16.
+        heads: of a block, which share the sines; the largest of 1, 2, 4 up to it that divides the
+            heads.
+    """
+
+    tokens: int = 64
+    heads: int = 2
 
 
 def _rotate(x: list[Lane], turn: list[list[Lane]], pairing: str) -> list[Lane]:
@@ -86,13 +101,17 @@ def _prepared(
     """The arrays a kernel reads, the factor of every row's scales, and who reads them.
 
     The few centroids of the decoded rows are cut out. For e4m3 they become float16 times the rows'
-    share: half the instructions, and eleven bits are plenty under e4m3's four.
+    share: half the instructions, and eleven bits are plenty under e4m3's four. All this is for
+    the rows of one span, or of one span after the other.
     """
     share = jnp.ones((rows,), jnp.float32) if share_n is None else share_n
     if not isinstance(source, Encoded):
         return (source,), share, DenseRow
+    if first_row.ndim:
+        share = jnp.tile(share, first_row.shape[0])
+        share_n = None if share_n is None else share
     arrays = [source.codes_RTC, source.scales_RTG]
-    pick = lambda x: lax.dynamic_slice_in_dim(x, first_row, rows, 0)  # noqa: E731
+    pick = lambda x: picked(x, first_row, rows)  # noqa: E731
     if source.exponents_R is not None:
         share *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
     if scheme.stages:
@@ -103,11 +122,6 @@ def _prepared(
             tables = (tables * share_n[:, None, None, None]).astype(jnp.float16)
         arrays += [source.ids_RST, tables]
     return tuple(arrays), share, EncodedRow
-
-
-def _needed(first: Lane, valid: Lane) -> Any:
-    """Whether any tile of attention reads the tokens from `first` on."""
-    return (first < ((valid + (PAD - 1)) & -PAD)).value
 
 
 def decode_keys(
@@ -122,16 +136,22 @@ def decode_keys(
     first_table: Array,
     batch: int,
     pairing: str,
+    window: tuple[Array, int] | None = None,
+    tuning: Tuning | None = None,
 ) -> Array:
     """See `api.decode_keys`."""
+    tuning = Tuning() if tuning is None else tuning
     narrow, share_n = dtype != jnp.bfloat16, 1 / unit_n
     arrays, share_n, reader = _prepared(
         source, scheme, first_row, rows, share_n if narrow else None
     )
-    shapes, tokens = [x.shape for x in arrays], arrays[0].shape[1]
+    shapes, stored = [x.shape for x in arrays], arrays[0].shape[1]
+    start, tokens = (None, stored) if window is None else window
+    spans = first_row.size
+    size = padded(spans * tokens)
     heads = rows // batch
-    pair = 2 if heads % 2 == 0 else 1  # heads of one block: they share their sines
-    control = jnp.stack([first_row, first_table, valid]).astype(jnp.int32)
+    pair = max(p for p in (1, 2, 4) if p <= tuning.heads and heads % p == 0)
+    control = control_of(first_row, valid, first_table, start)
     extra = tuple(tables) if tables is not None else ()
 
     def body(*refs):
@@ -140,28 +160,27 @@ def decode_keys(
             del ctx
             control, unit, *rest, out = refs
             packed, tables = rest[: len(arrays)], rest[len(arrays) :]
-            first_row, first_table, valid = (
-                load(past(global_address(control), 4 * i), 4)[0] for i in range(3)
-            )
-            head = block("y") * pair
+            place = place_of(control, spans, tokens, rows, pair, window is not None)
+            head, valid = place.head, place.valid
             lane, mine = thread() % _LANES, thread() // _LANES
             readers, units, outs = [], [], []
             for h in range(pair):
-                row = first_row + head + h
-                readers.append(reader(packed, shapes, scheme, row, head + h))
-                (word,) = load(global_address(unit) + ((head + h) * 4).wide(), 4)
+                row = place.row + head + h
+                readers.append(reader(packed, shapes, scheme, row, place.cut + h))
+                at = (place.cut if isinstance(source, Encoded) else head) + h
+                (word,) = load(global_address(unit) + (at * 4).wide(), 4)
                 units.append(word.as_float())
                 width = D * (1 if narrow else 2)
-                outs.append(global_address(out) + (head + h).wide() * (padded(tokens) * width))
+                outs.append(global_address(out) + (head + h).wide() * (size * width))
             if tables:
-                row = first_table + head // heads
-                starts = [global_address(t) + row.wide() * (tokens * _HALF * 4) for t in tables]
+                row = place.table + head // heads
+                starts = [global_address(t) + row.wide() * (stored * _HALF * 4) for t in tables]
 
-            with utils.when(_needed(block("x") * _KEY_TOKENS, valid)):
-                for step in range(_KEY_TOKENS // _AT_ONCE):
-                    token = block("x") * _KEY_TOKENS + mine + step * _AT_ONCE
+            with utils.when(place.needed(block("x") * tuning.tokens)):
+                for step in range(tuning.tokens // _AT_ONCE):
+                    token = block("x") * tuning.tokens + mine + step * _AT_ONCE
                     there = token < valid
-                    safe = select(there, token, integer(0))
+                    safe = place.read(select(there, token, integer(0)))
                     turn = []
                     for start in starts if tables else ():
                         start = start + (safe * (_HALF * 4)).wide()
@@ -181,21 +200,22 @@ def decode_keys(
                             words = e4m3_words(_rotate_halves(x, turn, pairing) if turn else x)
                             # See reference.key_row_of_token.
                             inside = ((token & 2) << 2) | ((token >> 1) & 6) | (token & 1)
-                            to = ((token & -16) | inside) * D + lane * 8
+                            to = place.to((token & -16) | inside) * D + lane * 8
                         else:
                             x = readers[h].floats(safe, lane, units[h])
                             x = _rotate(x, turn, pairing) if turn else x
                             words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
-                            to = token * (2 * D) + lane * 16
+                            to = place.to(token) * (2 * D) + lane * 16
                         words = [select(there, w, integer(0)) for w in words]
                         to, n = outs[h] + to.wide(), len(words) // 2
-                        store(to, words[:n])
-                        store(past(to, D * n // 4), words[n:])
+                        written = place.written(token)
+                        store(to, words[:n], written)
+                        store(past(to, D * n // 4), words[n:], written)
 
         run(*refs)
 
-    out = jax.ShapeDtypeStruct((rows, padded(tokens), D), dtype)
-    grid = (rows // pair, padded(tokens) // _KEY_TOKENS)
+    out = jax.ShapeDtypeStruct((rows, size, D), dtype)
+    grid = (spans * rows // pair, blocks_of(spans, tokens, tuning.tokens))
     return plgpu.kernel(
         body,
         out_type=out,
@@ -214,30 +234,36 @@ def decode_values(
     valid: Array,
     dtype: Any,
     unit_n: Array,
+    window: tuple[Array, int] | None = None,
+    tuning: Tuning | None = None,
 ) -> Array:
     """See `api.decode_values`."""
+    first_table = jnp.zeros_like(valid)
     if dtype == jnp.bfloat16:
-        first_table = jnp.zeros_like(valid)
         return decode_keys(
-            source, scheme, first_row, rows, valid, dtype, unit_n, None, first_table, 1, "half"
-        )
+            source, scheme, first_row, rows, valid, dtype, unit_n, None, first_table, 1, "half",
+            window, tuning,
+        )  # fmt: skip
     arrays, share_n, reader = _prepared(source, scheme, first_row, rows, 1 / unit_n)
-    shapes, tokens = [x.shape for x in arrays], arrays[0].shape[1]
-    control = jnp.stack([first_row, valid]).astype(jnp.int32)
-    size = padded(tokens)
+    shapes = [x.shape for x in arrays]
+    start, tokens = (None, arrays[0].shape[1]) if window is None else window
+    spans = first_row.size
+    size = padded(spans * tokens)
+    control = control_of(first_row, valid, first_table, start)
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def run(ctx, *refs):
             del ctx
             control, unit, *packed, out, tile = refs
-            first_row, valid = (load(past(global_address(control), 4 * i), 4)[0] for i in range(2))
-            head, lane, mine = block("y"), thread() % _LANES, thread() // _LANES
-            row = reader(packed, shapes, scheme, first_row + head, head)
-            (word,) = load(global_address(unit) + (head * 4).wide(), 4)
+            place = place_of(control, spans, tokens, rows, 1, window is not None)
+            head, lane, mine = place.head, thread() % _LANES, thread() // _LANES
+            row = reader(packed, shapes, scheme, place.row + head, place.cut)
+            at = place.cut if isinstance(source, Encoded) else head
+            (word,) = load(global_address(unit) + (at * 4).wide(), 4)
             unit, tile = word.as_float(), shared_address(tile)
             first = block("x") * _VALUE_TOKENS
-            with utils.when(_needed(first, valid)):
+            with utils.when(place.needed(first)):
                 # Word w of token t lies at w ^ (t / 4): a column of words, read below, then touches
                 # all 32 banks. The tokens of a warp are dealt so that writing conflicts at most twice.
                 quad0 = (mine & 1) + ((mine >> 2) << 1) + (((mine >> 1) & 1) << 4)
@@ -245,22 +271,24 @@ def decode_values(
                     quad = quad0 + 8 * (step % 2)
                     inside = quad * 4 + step // 2
                     token = first + inside
-                    there = token < valid
-                    words = e4m3_words(row.halves(select(there, token, integer(0)), lane, unit))
+                    there = token < place.valid
+                    safe = place.read(select(there, token, integer(0)))
+                    words = e4m3_words(row.halves(safe, lane, unit))
                     for i, word in enumerate(words):
                         column = lane * 2 + (16 * (i // 2) + i % 2)
                         word = select(there, word, integer(0))
                         shared_store(tile + inside * D + ((column ^ quad) << 2), word)
                 utils.warpgroup_barrier()
                 warp, quad = thread() // 32, thread() % 32
-                to = global_address(out) + head.wide() * (D * size) + (first + quad * 4).wide()
+                token = first + quad * 4
+                to = global_address(out) + head.wide() * (D * size) + place.to(token).wide()
                 for step in range(D // 4 // 4):
                     column = warp * (D // 4 // 4) + step
                     at = tile + quad * (4 * D) + ((column ^ quad) << 2)
                     for c, word in enumerate(
                         _transposed([shared_load(at + D * i) for i in range(4)])
                     ):
-                        store(to + ((column * 4 + c) * size).wide(), [word])
+                        store(to + ((column * 4 + c) * size).wide(), [word], place.written(token))
 
         run(*refs)
 
@@ -268,7 +296,7 @@ def decode_values(
         body,
         out_type=jax.ShapeDtypeStruct((rows, D, size), dtype),
         scratch_types=[plgpu.SMEM((_VALUE_TOKENS * D // 4,), jnp.int32)],
-        grid=(rows, size // _VALUE_TOKENS),
+        grid=(spans * rows, blocks_of(spans, tokens, _VALUE_TOKENS)),
         grid_names=("head", "tile"),
         compiler_params=_PARAMS,
         kernel_name="decode_values",

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.types import Encoded, Scheme, padded
 
-__all__ = ["decode_keys", "decode_values", "decoded", "key_row_of_token", "table_rows"]
+__all__ = ["cut", "decode_keys", "decode_values", "decoded", "key_row_of_token", "table_rows"]
 
 
 def key_row_of_token(tokens: int) -> Array:
@@ -27,7 +27,9 @@ def key_row_of_token(tokens: int) -> Array:
 
 
 def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, rows: int) -> Array:
-    """float32 values (n, T, D) of `rows` rows from `first_row` on."""
+    """float32 values (n, T, D) of `rows` rows from `first_row` on; spans behind each other."""
+    if first_row.ndim:
+        return jnp.concatenate([decoded(source, scheme, r, rows) for r in first_row], axis=1)
     pick = lambda x: lax.dynamic_slice_in_dim(x, first_row, rows, 0)  # noqa: E731
     if not isinstance(source, Encoded):
         return pick(source).astype(jnp.float32)
@@ -51,8 +53,18 @@ def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, ro
     return x_nTD
 
 
+def cut(x_RTD: Array, window: tuple[Array, int]) -> Array:
+    """Some tokens of x; beyond the last one, the last one again."""
+    start, tokens = window
+    token_T = start + jnp.arange(tokens)
+    return jnp.take(x_RTD, jnp.minimum(token_T, x_RTD.shape[1] - 1), axis=1)
+
+
 def table_rows(tables: tuple[Array, Array], first: Array, batch: int) -> tuple[Array, Array]:
-    """The tables of `batch` rows from `first` on."""
+    """The tables of `batch` rows from `first` on; those of several spans behind each other."""
+    if first.ndim:
+        parts = [table_rows(tables, f, batch) for f in first]
+        return tuple(jnp.concatenate(p, axis=1) for p in zip(*parts, strict=True))
     return tuple(lax.dynamic_slice_in_dim(t, first, batch, 0) for t in tables)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.dequantize.types import Scheme
-from pallas_kernels.lanes import Halves, Lane, global_address, halves, integer, load
+from pallas_kernels.lanes import Halves, Lane, global_address, halves, integer, load, permute_bytes
 
 __all__ = ["HEAD_DIM", "DenseRow", "EncodedRow", "past"]
 
@@ -29,10 +29,22 @@ def _levels(words: tuple[Lane, ...], scheme: Scheme) -> list[Lane]:
     for i in range(8):
         bit = i * scheme.bits
         shift = bit // 8 * 8 + 8 - scheme.bits - bit % 8
+        if scheme.bits == 3:  # one number of 24 bits
+            shift = 21 - bit
         field = (words[0] >> (shift - 1) if shift else words[0] << 1) & (2**scheme.bits - 1 << 1)
         # 2 ** 23 + 2 code as float32: no integer conversion, which runs at a quarter of the rate.
         out.append((field | 0x4B000000).as_float() - (2.0**23 + 2 * scheme.offset))
     return out
+
+
+def _three_bytes(row: Lane, lane: Lane) -> Lane:
+    """Bytes 3 i .. 3 i + 2 of a row, i the lane, as one number of which the first is the highest.
+
+    From the words that the first and the last of them lie in; the highest byte is garbage.
+    """
+    byte = lane * 3
+    first, last = (load(row + (b & -4).wide(), 4)[0] for b in (byte, byte + 2))
+    return permute_bytes(first, last, (byte & 3) * 0x111 + 0x012)
 
 
 def _both(x: float) -> Halves:
@@ -44,12 +56,14 @@ def _both(x: float) -> Halves:
 def _level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, int]]:
     """weight (code - offset) of eight channels in pairs, and the weight of each pair."""
     bits, out = scheme.bits, []
-    mask, places = 2**bits - 1, 4 // bits  # pairs in a byte
-    for byte in range(bits):
-        b = (words[0] >> (8 * byte)) & 255
+    # Parts that hold whole pairs: bytes, or a quarter of the 24 bits of eight codes of three.
+    size, starts = (6, (18, 12, 6, 0)) if bits == 3 else (8, range(0, 8 * bits, 8))
+    mask, places = 2**bits - 1, size // (2 * bits)
+    for start in starts:
+        b = (words[0] >> start) & (2**size - 1)
         spread = b * (1 + (1 << (16 + bits)))  # the second channel of each pair under the first
         for pair in range(places):
-            shift = 8 - bits - 2 * bits * pair
+            shift = size - bits - 2 * bits * pair
             field = (spread & (mask << shift) * 0x10001) | 0x64006400  # 1024 + weight code
             weight = 2**shift
             out.append((Halves(field) - _both(1024 + weight * scheme.offset), weight))
@@ -87,7 +101,8 @@ class EncodedRow:
     ) -> Iterator[tuple[tuple[Lane, ...], Lane, list[tuple[Lane, ...]]]]:
         """For each eight channels: code words, scale, centroid words of every stage."""
         scheme, wide = self.scheme, self.scheme.bits  # eight codes take as many bytes as bits
-        codes = self.codes + (token * self.code_bytes + lane * wide).wide()
+        place = token * self.code_bytes + (0 if wide == 3 else lane * wide)
+        codes = self.codes + place.wide()
         scales = self.scales + (token * self.groups).wide()
         starts = []
         for s in range(scheme.stages):
@@ -96,7 +111,10 @@ class EncodedRow:
             starts.append(self.tables + place.wide())
         scale = None
         for half in range(2):
-            words = load(past(codes, half * _HALF * scheme.bits // 8), wide)
+            if wide == 3:
+                words = (_three_bytes(past(codes, half * _HALF * 3 // 8), lane),)
+            else:
+                words = load(past(codes, half * _HALF * wide // 8), wide)
             if scale is None or scheme.group < D:
                 group = (lane * 8 + half * _HALF) // scheme.group
                 scale = _scale(load(scales + group.wide(), 1)[0])

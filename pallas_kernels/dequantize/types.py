@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt8
 
-__all__ = ["PAD", "Encoded", "Scheme", "padded"]
+__all__ = ["PAD", "Encoded", "Scheme", "padded", "picked"]
 
 # Workspaces hold a multiple of this many tokens, zeros behind the valid ones: a tile of attention.
 PAD = 256
@@ -20,6 +20,14 @@ PAD = 256
 def padded(tokens: int) -> int:
     """Tokens of a workspace that holds `tokens`."""
     return -(-tokens // PAD) * PAD
+
+
+def picked(x: Array, first_row: Array, rows: int) -> Array:
+    """`rows` rows of x from `first_row` on, or from each of several first rows."""
+    if first_row.ndim == 0:
+        return lax.dynamic_slice_in_dim(x, first_row, rows, 0)
+    row = (first_row[:, None] + jnp.arange(rows)[None]).reshape(-1)
+    return x.at[row].get(mode="promise_in_bounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +66,8 @@ class Encoded:
     steps_RS: Float[Array, "R S D"] | Int8[Array, "R S"] | None = None
 
     def tables(self, first_row: Array, rows: int) -> Float[Array, "n S K D"]:
-        """Centroids of some rows as float32 numbers."""
-        pick = lambda x: lax.dynamic_slice_in_dim(x, first_row, rows, 0)  # noqa: E731
+        """Centroids of some rows as float32 numbers; of several groups of rows if there are."""
+        pick = lambda x: picked(x, jnp.asarray(first_row), rows)  # noqa: E731
         x = pick(self.centroids_RSKD)
         if x.dtype == jnp.uint8:
             x = lax.bitcast_convert_type(x, jnp.float8_e4m3fn)

@@ -1,0 +1,95 @@
+"""Which tokens of which rows a block of a decoding kernel has to do with.
+
+Usually one span is decoded into a workspace. Several can be laid behind each other into one, so
+that attention visits them at once, and of plain tokens a window can be cut out.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.dequantize.rows import past
+from pallas_kernels.dequantize.types import PAD, padded
+from pallas_kernels.lanes import Lane, block, global_address, integer, load, select
+
+__all__ = ["Place", "blocks_of", "control_of", "place_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a block decodes: some tokens of a head (or of the first of two) in one of the spans.
+
+    Attributes:
+        row: of the stored arrays.
+        table: first row of the rope tables.
+        head: among the decoded rows.
+        cut: the same among the rows of all spans, for what was cut out of the arrays.
+        first: token of the arrays at which the span begins; None is 0.
+        before: token of the workspace at which it begins; None is 0.
+        valid: tokens of the span that count.
+        end: tokens of the span that are written, the last of them zeros; None if it is known that
+            all tokens of a block are.
+    """
+
+    row: Lane
+    table: Lane
+    head: Lane
+    cut: Lane
+    first: Lane | None
+    before: Lane | None
+    valid: Lane
+    end: Lane | None
+
+    def needed(self, token: Lane) -> Any:
+        """Whether any tile of attention reads the tokens from `token` on."""
+        end = (self.valid + (PAD - 1)) & -PAD if self.end is None else self.end
+        return (token < end).value
+
+    def written(self, token: Lane) -> Lane | None:
+        return None if self.end is None else token < self.end
+
+    def read(self, token: Lane) -> Lane:
+        return token if self.first is None else token + self.first
+
+    def to(self, token: Lane) -> Lane:
+        return token if self.before is None else token + self.before
+
+
+def control_of(first_row: Array, valid: Array, first_table: Array, start: Array | None) -> Array:
+    """int32 numbers that `place_of` reads: valid tokens, first token, first rows, first tables."""
+    start = jnp.int32(0) if start is None else jnp.asarray(start, jnp.int32)
+    rows = jnp.atleast_1d(first_row)
+    tables = jnp.broadcast_to(first_table, rows.shape)
+    return jnp.concatenate([jnp.stack([valid, start]), rows, tables]).astype(jnp.int32)
+
+
+def place_of(control: Any, spans: int, tokens: int, rows: int, pair: int, windowed: bool) -> Place:
+    """Where this block works: on `pair` heads of `spans` spans of `rows` rows and `tokens` tokens."""
+
+    def number(i: Lane | int) -> Lane:
+        start = global_address(control)
+        at = past(start, 4 * i) if isinstance(i, int) else start + (i * 4).wide()
+        return load(at, 4)[0]
+
+    valid, y = number(0), block("y")
+    first = number(1) if windowed else None
+    if spans == 1:
+        head = y * pair
+        return Place(number(2), number(3), head, head, first, None, valid, None)
+    span, head = y // (rows // pair), y % (rows // pair) * pair
+    before = span * tokens
+    left = valid - before
+    mine = select(left < tokens, left, integer(tokens))
+    # Only the last span has zeros behind it; behind another one is the next.
+    end = select(left < tokens + 1, ((valid + (PAD - 1)) & -PAD) - before, mine)
+    return Place(
+        number(span + 2), number(span + (2 + spans)), head, span * rows + head, first, before,
+        mine, select(left < 1, integer(0), end),
+    )  # fmt: skip
+
+
+def blocks_of(spans: int, tokens: int, size: int) -> int:
+    """Blocks of `size` tokens that cover a span, and the zeros behind it."""
+    return padded(tokens) // size if spans == 1 else -(-(tokens + PAD - 1) // size)
