@@ -1,9 +1,8 @@
 """Decoding in Triton, for GPUs from Ampere on: one pass, bounded by memory.
 
 A program decodes a tile of tokens of a few rows (heads), which share the cosines and sines it read.
-Numbers in e4m3 come as bytes and are read with integer arithmetic, as GPUs before Ada have no
-instruction for them. Where channels j and j + D / 2 are turned together, both halves of a token are decoded
-apart; neighbouring channels are split and joined in registers.
+Where channels j and j + D / 2 are turned together, both halves of a token are decoded apart;
+neighbouring channels are split and joined in registers.
 
 Source of the language: Tillet, Kung and Cox, Triton (MAPL 2019).
 """
@@ -19,19 +18,12 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.types import PAD, Encoded, Scheme, padded
 from pallas_kernels.triton_launch import Launch
+from pallas_kernels.triton_words import e4m3_float
 
 __all__ = ["decode_keys", "decode_values", "launch_for"]
 
 _TILE = 32  # tokens of a program
 _PAD = tl.constexpr(PAD)
-
-
-@triton.jit
-def _e4m3(byte):
-    """A positive e4m3 number as float32; exponents are 7 and 127 at one, subnormals are n 2^-9."""
-    bits = byte.to(tl.int32)
-    normal = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    return tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, normal)
 
 
 @triton.jit
@@ -59,11 +51,11 @@ def _packed(
     start = scales + row * (TOKENS * GROUPS)
     factor = tl.load(share + head)
     if GROUP >= WIDTH:
-        scale = _e4m3(tl.load(start + token * GROUPS + FIRST // GROUP)) * factor
+        scale = e4m3_float(tl.load(start + token * GROUPS + FIRST // GROUP)) * factor
         x *= scale[:, None]
     else:
         group = FIRST // GROUP + tl.arange(0, WIDTH // GROUP)
-        scale = _e4m3(tl.load(start + token[:, None] * GROUPS + group[None, :])) * factor
+        scale = e4m3_float(tl.load(start + token[:, None] * GROUPS + group[None, :])) * factor
         x = tl.reshape(x, (TILE, WIDTH // GROUP, GROUP)) * scale[:, :, None]
         x = tl.reshape(x, (TILE, WIDTH))
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kmeans import mosaic_gpu, reference
 from pallas_kernels.kmeans.mosaic_gpu import TILE, Tuning
+from pallas_kernels.triton_launch import missing
 
 __all__ = ["Sums", "check", "kmeans_sums", "padded_table", "parts_for", "supported", "whole_eights"]
 
@@ -30,19 +31,20 @@ class Sums(NamedTuple):
     score_RT: Float[Array, "R T"] | None
 
 
-def supported(x_RTD: Array, clusters: int) -> str | None:
-    """Why the Mosaic kernels cannot cluster this, or None if they can."""
+def supported(x_RTD: Array, clusters: int, implementation: str = "mosaic") -> str | None:
+    """Why the kernels of an implementation cannot cluster this, or None if they can."""
     if x_RTD.dtype != jnp.bfloat16:
         return f"dtype={x_RTD.dtype}; the kernel reads bfloat16"
-    if x_RTD.shape[-1] != mosaic_gpu.D:
-        return f"head_dim={x_RTD.shape[-1]}; it must be {mosaic_gpu.D}"
+    accepted = (64, 128, 256) if implementation == "triton" else (mosaic_gpu.D,)
+    if x_RTD.shape[-1] not in accepted:
+        return f"head_dim={x_RTD.shape[-1]}; it must be {' or '.join(map(str, accepted))}"
     return None if clusters <= _MOST else f"{clusters} centroids; the kernel has at most {_MOST}"
 
 
 def check(x_RTD: Array, c_RKD: Array, implementation: str) -> None:
     """Raises what the functions of `kmeans` and `quantize_pack` document."""
-    if implementation not in ("xla", "mosaic"):
-        raise ValueError(f"implementation={implementation!r}; accepted: 'xla', 'mosaic'")
+    if implementation not in ("xla", "mosaic", "triton"):
+        raise ValueError(f"implementation={implementation!r}; accepted: 'xla', 'mosaic', 'triton'")
     shapes = [x_RTD.shape, c_RKD.shape]
     if (
         [len(s) for s in shapes] != [3, 3]
@@ -50,8 +52,13 @@ def check(x_RTD: Array, c_RKD: Array, implementation: str) -> None:
         or 0 in shapes[0] + shapes[1]
     ):
         raise ValueError(f"{x_RTD.shape=}, {c_RKD.shape=}; accepted: (R, T, D) and (R, K, D)")
-    if implementation == "mosaic" and (why := supported(x_RTD, c_RKD.shape[1])) is not None:
-        raise NotImplementedError(f"implementation='mosaic': {why}; 'xla' serves it")
+    if implementation == "xla":
+        return
+    why = supported(x_RTD, c_RKD.shape[1], implementation)
+    if implementation == "triton":
+        why = why or missing()
+    if why is not None:
+        raise NotImplementedError(f"implementation={implementation!r}: {why}; 'xla' serves it")
 
 
 def padded_table(c_RKD: Array) -> tuple[Array, Array]:
@@ -110,9 +117,10 @@ def kmeans_sums(
         x_RTD: tokens.
         c_RKD: centroids, finite.
         scores: whether ids and scores of the tokens are returned.
-        implementation: "mosaic" (Hopper; bfloat16, D = 128, K <= 256) or "xla".
+        implementation: "mosaic" (Hopper; bfloat16, D = 128, K <= 256), "triton" (Ampere and later;
+            D 64, 128 or 256 besides) or "xla".
         parts: blocks per row; None chooses.
-        tuning: None takes the measured one.
+        tuning: of "mosaic"; None takes the measured one.
 
     Raises:
         NotImplementedError: the kernel cannot cluster this; the message says why.
@@ -124,6 +132,14 @@ def kmeans_sums(
         total_RKD, number_RK, *more = reference.kmeans_sums(x_RTD, c_RKD.astype(jnp.bfloat16))
         return Sums(total_RKD, number_RK, *(more if scores else (None, None)))
     (rows, tokens, _), clusters = x_RTD.shape, c_RKD.shape[1]
+    if implementation == "triton":
+        from pallas_kernels.kmeans import triton
+
+        table_RKD, bias_RK = padded_table(c_RKD)
+        ids_RT, score_RT = triton.assign(x_RTD, table_RKD, bias_RK, jnp.int32)
+        sums = triton.sums(x_RTD, ids_RT, table_RKD.shape[1], parts_for(rows, tokens, parts))
+        total_RKD, number_RK = (x.sum(axis=1)[:, :clusters] for x in sums)
+        return Sums(total_RKD, number_RK, *((ids_RT, score_RT) if scores else (None, None)))
     total_RPKD, number_RPK, *more = mosaic_gpu.sums(
         whole_eights(x_RTD),
         *padded_table(c_RKD),

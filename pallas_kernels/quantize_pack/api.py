@@ -14,13 +14,13 @@ from pallas_kernels.quantize_pack.types import Integers, Midrise
 __all__ = ["assign_and_pack", "assign_and_subtract", "supported"]
 
 
-def supported(form: Integers | Midrise) -> str | None:
-    """Why the Mosaic kernel cannot write this format, or None if it can."""
+def supported(form: Integers | Midrise, head_dim: int = D) -> str | None:
+    """Why the kernels cannot write this format, or None if they can."""
     accepted = (2, 4) if isinstance(form, Integers) else (1, 2, 4)
     if form.bits not in accepted:
         return f"bits={form.bits}; the kernel writes {', '.join(map(str, accepted))}"
-    if isinstance(form, Integers) and (form.group % 8 or D % form.group):
-        return f"group={form.group}; it must be a multiple of 8 that divides {D}"
+    if isinstance(form, Integers) and (form.group % 8 or head_dim % form.group):
+        return f"group={form.group}; it must be a multiple of 8 that divides {head_dim}"
     return None
 
 
@@ -39,9 +39,10 @@ def assign_and_pack(
         x_RTD: tokens, finite.
         c_RKD: centroids, finite; at most 256.
         form: `Integers` or `Midrise`, which say what is computed.
-        implementation: "mosaic" (Hopper; bfloat16, D = 128) or "xla".
-        parts: blocks per row; None chooses.
-        tuning: None takes the measured one.
+        implementation: "mosaic" (Hopper; bfloat16, D = 128), "triton" (Ampere and later; D 64, 128
+            or 256) or "xla".
+        parts: of "mosaic", blocks per row; None chooses.
+        tuning: of "mosaic"; None takes the measured one.
 
     Returns:
         ids, codes, and the bytes of e4m3 scales (R, T, G) for integers; or for mid-rise grids
@@ -57,8 +58,10 @@ def assign_and_pack(
     if implementation == "xla":
         ids_RT, r_RTD = reference.residual(x_RTD, c_RKD.astype(jnp.bfloat16))
         return ids_RT, *(reference.integers if integers else reference.midrise)(r_RTD, form)
-    if (why := supported(form)) is not None:
-        raise NotImplementedError(f"implementation='mosaic': {why}; 'xla' serves it")
+    if (why := supported(form, x_RTD.shape[2])) is not None:
+        raise NotImplementedError(f"implementation={implementation!r}: {why}; 'xla' serves it")
+    if implementation == "triton":
+        return _finish_by_triton(x_RTD, c_RKD, form)
     ids_RT, codes_RTC, scales = _finish(x_RTD, c_RKD, form, parts, tuning)
     scales = scales[:, :, : x_RTD.shape[1]]
     return ids_RT, codes_RTC, jnp.swapaxes(scales, 1, 2) if integers else scales
@@ -77,7 +80,18 @@ def assign_and_subtract(
     if implementation == "xla":
         ids_RT, r_RTD = reference.residual(x_RTD, c_RKD.astype(jnp.bfloat16))
         return ids_RT, r_RTD.astype(jnp.bfloat16)
+    if implementation == "triton":
+        return _finish_by_triton(x_RTD, c_RKD, None)
     return _finish(x_RTD, c_RKD, None, parts, tuning)
+
+
+def _finish_by_triton(x_RTD, c_RKD, form):
+    from pallas_kernels.kmeans.triton import assign
+    from pallas_kernels.quantize_pack import triton
+
+    c_RKD, bias_RK = padded_table(c_RKD)
+    ids_RT, _ = assign(x_RTD, c_RKD, bias_RK, jnp.uint8)
+    return ids_RT, *triton.finish(x_RTD, c_RKD, ids_RT, form)
 
 
 def _finish(x_RTD, c_RKD, form, parts, tuning):

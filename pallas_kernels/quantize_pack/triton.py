@@ -1,0 +1,163 @@
+"""The last pass of encoding in Triton: residual, scales and codes of tokens whose centroids are known.
+
+A program takes 32 tokens. Everything between reading a token and storing its bytes stays in
+registers; scales in e4m3 are rounded with integer arithmetic and codes come from the rounded ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array
+
+from pallas_kernels.quantize_pack.types import Integers, Midrise
+from pallas_kernels.triton_launch import Launch
+from pallas_kernels.triton_words import e4m3_byte, e4m3_float
+
+__all__ = ["finish", "launch_for"]
+
+_TILE = 32  # tokens of a program
+
+
+@triton.jit
+def _bytes(code, TILE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """Codes of consecutive channels in one byte, the first one highest."""
+    EACH: tl.constexpr = 8 // BITS
+    shift = (EACH - 1 - tl.arange(0, EACH)) * BITS
+    apart = tl.reshape(code, (TILE, D // EACH, EACH)) << shift[None, None, :]
+    return tl.sum(apart, 2)
+
+
+@triton.jit
+def _integers(
+    r, TILE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Codes and bytes of scales; see `reference.integers`."""
+    GROUPS: tl.constexpr = D // GROUP
+    q: tl.constexpr = 2 ** (BITS - 1) - 1
+    groups = tl.reshape(r, (TILE, GROUPS, GROUP))
+    largest = tl.max(tl.abs(groups), 2)
+    scale = e4m3_byte(tl.minimum(tl.maximum(largest * (1.0 / q), 1e-10), 448.0))
+    step = e4m3_float(scale)
+    whole = tl.where(step > 0, step, 1.0)[:, :, None] + tl.zeros_like(groups)
+    ratio = tl.math.div_rn(groups, whole)
+    size = tl.minimum(tl.floor(tl.abs(ratio) + 0.5), q)  # half away from zero
+    level = tl.where((ratio < 0) | (step == 0)[:, :, None], -size, size)
+    level = tl.where((step > 0)[:, :, None], level, 0.0)
+    return tl.reshape(level + q, (TILE, D)).to(tl.int32), scale
+
+
+@triton.jit
+def _level(r, scale, BITS: tl.constexpr):
+    """Codes 0 .. 2^BITS - 1 of the half-integer levels nearest to r / scale, as float32."""
+    inverse = 1.0 / tl.where(scale > 0, scale, 1.0)
+    code = tl.floor(r * inverse[:, None] + 2 ** (BITS - 1))
+    return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1)
+
+
+@triton.jit
+def _midrise(
+    r, D: tl.constexpr, BITS: tl.constexpr, RATIO: tl.constexpr, REFINE: tl.constexpr,
+    RECODE: tl.constexpr,
+):  # fmt: skip
+    """Codes, least-squares scale and matching scale; see `reference.midrise`."""
+    energy = tl.sum(r * r, 1)
+    scale = tl.sqrt(energy / D) * RATIO
+    code = _level(r, scale, BITS)
+    along = tl.zeros_like(scale)
+    for i in tl.static_range(REFINE):
+        if i > 0:
+            code = _level(r, scale, BITS)
+        level = code - (2**BITS - 1) / 2
+        along = tl.sum(r * level, 1)
+        scale = tl.where(along > 0, along / tl.sum(level * level, 1), scale)
+    match = tl.where(along > 0, energy / tl.where(along > 0, along, 1.0), scale)
+    if RECODE:
+        bits = scale.to(tl.int32, bitcast=True)  # four significant bits, as e4m3 has
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        code = _level(r, bits.to(tl.float32, bitcast=True), BITS)
+    return code.to(tl.int32), scale, match
+
+
+@triton.jit
+def _finish(
+    x, c, ids, main, scales,
+    TOKENS: tl.constexpr, D: tl.constexpr, CENTROIDS: tl.constexpr, FORM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, RATIO: tl.constexpr, REFINE: tl.constexpr,
+    RECODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens of a row; FORM says whether `main` gets codes or the residual."""
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    there = token < TOKENS
+    safe = tl.where(there, token, 0)
+    channel = tl.arange(0, D)
+    which = tl.load(ids + row * TOKENS + safe).to(tl.int32)
+    place = (row * CENTROIDS + which) * D
+    r = tl.load(x + row * (TOKENS * D) + safe[:, None] * D + channel[None, :]).to(tl.float32)
+    r -= tl.load(c + place[:, None] + channel[None, :]).to(tl.float32)
+    if FORM == "residual":
+        to = main + row * (TOKENS * D) + token[:, None] * D + channel[None, :]
+        tl.store(to, r.to(main.dtype.element_ty), mask=there[:, None])
+    else:
+        WIDTH: tl.constexpr = D * BITS // 8
+        if FORM == "integers":
+            code, scale = _integers(r, TILE, D, BITS, GROUP)
+            group = tl.arange(0, D // GROUP)
+            to = scales + row * (TOKENS * (D // GROUP)) + token[:, None] * (D // GROUP)
+            tl.store(to + group[None, :], scale.to(tl.uint8), mask=there[:, None])
+        else:
+            code, scale, match = _midrise(r, D, BITS, RATIO, REFINE, RECODE)
+            to = scales + row * (3 * TOKENS) + token
+            tl.store(to, scale, mask=there)
+            tl.store(to + TOKENS, match, mask=there)
+            tl.store(to + 2 * TOKENS, tl.max(tl.abs(r), 1), mask=there)
+        to = main + row * (TOKENS * WIDTH) + token[:, None] * WIDTH
+        to += tl.arange(0, WIDTH)[None, :]
+        tl.store(to, _bytes(code, TILE, D, BITS).to(tl.uint8), mask=there[:, None])
+
+
+def launch_for(
+    x_RTD: Array, c_RKD: Array, form: Integers | Midrise | None
+) -> tuple[Launch, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The kernel and its outputs: codes and scales, or the residual and nothing."""
+    rows, tokens, d = x_RTD.shape
+    about = dict(FORM="residual", BITS=8, GROUP=d, RATIO=0.0, REFINE=0, RECODE=False)
+    main, scales = ((rows, tokens, d), jnp.bfloat16), ((1,), jnp.uint8)
+    if form is not None:
+        main = (rows, tokens, d * form.bits // 8), jnp.uint8
+    if isinstance(form, Integers):
+        about |= dict(FORM="integers", BITS=form.bits, GROUP=form.group)
+        scales = (rows, tokens, d // form.group), jnp.uint8
+    elif isinstance(form, Midrise):
+        about |= dict(
+            FORM="midrise", BITS=form.bits, RATIO=float(form.ratio), REFINE=form.refine,
+            RECODE=form.recode,
+        )  # fmt: skip
+        scales = (rows, 3, tokens), jnp.float32
+    launch = Launch(
+        kernel=_finish,
+        grid=(-(-tokens // _TILE), rows),
+        constants=about | dict(TOKENS=tokens, D=d, CENTROIDS=c_RKD.shape[1], TILE=_TILE),
+    )
+    return launch, tuple(jax.ShapeDtypeStruct(*s) for s in (main, scales))
+
+
+def finish(
+    x_RTD: Array, c_RKD: Array, ids_RT: Array, form: Integers | Midrise | None
+) -> tuple[Array, ...]:
+    """What is left of tokens without their centroids.
+
+    Args:
+        x_RTD: tokens, bf16.
+        c_RKD: centroids, bf16.
+        ids_RT: centroid of each token, integers.
+        form: how the rest becomes codes; None leaves it.
+
+    Returns:
+        Codes (R, T, C) and scales: bytes (R, T, G), or float32 (R, 3, T) as `assign_and_pack` has
+        them; or the residual (R, T, D) in bf16 alone.
+    """
+    launch, out = launch_for(x_RTD, c_RKD, form)
+    main, scales = launch(x_RTD, c_RKD, ids_RT, out=out)
+    return (main,) if form is None else (main, scales)
