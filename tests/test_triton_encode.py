@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
+pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 pytest.importorskip("jax_triton", reason="Triton is for Linux on x86-64")
 
+import triton
 import triton.language as tl
 
 from pallas_kernels.kmeans import api as kmeans_api
