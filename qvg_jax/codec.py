@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from qvg_jax.capability import no_triton
 from qvg_jax.devices import is_hopper
 
 __all__ = [
@@ -114,12 +115,13 @@ class Fused(NamedTuple):
     """A smoothing and a codec whose encoding GPU kernels can do at once.
 
     Attributes:
-        unsupported: `unsupported(x_BHTD) -> str | None`, why the kernels cannot encode x, or None.
-        encode: `encode(x_BHTD, state, otherwise) -> (packed, state)` of the chain of both;
+        unsupported: `unsupported(x_BHTD, kernels) -> str | None`, why these kernels, "mosaic" or
+            "triton", cannot encode x, or None.
+        encode: `encode(x_BHTD, state, otherwise, kernels) -> (packed, state)` of the chain of both;
             `otherwise(x_BHTD, state)` does the same without kernels.
     """
 
-    unsupported: Callable[[Array], str | None]
+    unsupported: Callable[[Array, str], str | None]
     encode: Callable[..., tuple[Packed, State]]
 
 
@@ -205,8 +207,10 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
 
     Returns:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
-        takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, for one
-        `kmeans_smoothing` before integers or a mid-rise grid; None is "xla".
+        takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
+        those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
+        mid-rise grid; None is "mosaic" where that serves
+        the call, else "xla".
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
@@ -246,8 +250,9 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
-        if _implementation(implementation, fused, x_BHTD) == "mosaic":
-            return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key))
+        chosen = _implementation(implementation, fused, x_BHTD)
+        if chosen != "xla":
+            return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key), chosen)
         return by_xla(x_BHTD, state, key)
 
     def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
@@ -278,14 +283,21 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
 
 def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
     """What encodes x; a named implementation is never replaced by another."""
-    if name not in (None, "xla", "mosaic"):
-        raise ValueError(f"implementation={name!r} is not accepted: give 'xla' or 'mosaic'")
-    if name in (None, "xla"):
-        return "xla"
+    if name not in (None, "xla", "mosaic", "triton"):
+        accepted = "'xla', 'mosaic' or 'triton'"
+        raise ValueError(f"implementation={name!r} is not accepted: give {accepted}")
+    if name == "xla":
+        return name
+    kernels = name or ("mosaic" if is_hopper() else "triton")
     if fused is None:
         missing = "the kernels know one kmeans_smoothing before integers or a mid-rise grid"
-    elif (missing := fused.unsupported(x_BHTD)) is None and not is_hopper():
-        missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
+    elif (missing := fused.unsupported(x_BHTD, kernels)) is None:
+        if kernels == "triton":
+            missing = no_triton()
+        elif not is_hopper():
+            missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
     if missing is None:
-        return "mosaic"
-    raise NotImplementedError(f"implementation='mosaic': {missing}; 'xla' serves it")
+        return kernels
+    if name is None:
+        return "xla"
+    raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")

@@ -167,8 +167,11 @@ def references(monkeypatch):
         (quantize_pack, "assign_and_pack"),
         (quantize_pack, "assign_and_subtract"),
     ):
-        reference = functools.partial(getattr(module, name), implementation="xla")
-        monkeypatch.setattr(module, name, reference)
+        kernel = getattr(module, name)
+        by_reference = lambda *args, implementation, kernel=kernel, **more: kernel(  # noqa: E731
+            *args, implementation="xla", **more
+        )
+        monkeypatch.setattr(module, name, by_reference)
 
 
 @pytest.mark.parametrize("name", [n for n in ENCODERS if n != "1 bit keys"])

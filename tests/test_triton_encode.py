@@ -21,7 +21,8 @@ from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, ass
 from pallas_kernels.quantize_pack import triton as pack
 from pallas_kernels.triton_launch import Launch
 from pallas_kernels.triton_words import e4m3_byte, e4m3_float
-from tests.kernel_cases import clustered
+from qvg_jax import codec as codec_module
+from tests.kernel_cases import ENCODERS, clustered, round_trip_error
 from tests.triton_cases import SHARED, compiled, interpreted, run_interpreted, usage
 
 FORMS = [
@@ -151,3 +152,34 @@ def test_bad_input_is_named(monkeypatch, change, error, message):
     monkeypatch.setattr(kmeans_api, "missing", lambda: args["installed"])
     with pytest.raises(error, match=message):
         assign_and_pack(args["x"], args["c"], args["form"], implementation="triton")
+
+
+@pytest.mark.parametrize("name", ["qvg", "qvg-pro", "midrise values", "1 bit keys"])
+def test_a_codec_encodes_as_well_on_the_kernels(ours, monkeypatch, name):
+    """Two spans, the second one warm: the same arrays, and as small an error."""
+    monkeypatch.setattr(codec_module, "no_triton", lambda: None)
+    codec = ENCODERS[name]()
+    x = clustered(1, 400, 64)[0][None]
+    for implementation in ("triton", "xla", None):
+        state, errors = codec.init((1, 1, 200, 128), x.dtype), []
+        for span in (x[:, :, :200], x[:, :, 200:]):
+            with jax.disable_jit(implementation != "xla"):
+                packed, state = codec.encode(span, state, implementation=implementation)
+            errors.append(round_trip_error(codec, (span, packed)))
+        form = jax.tree.map(lambda y: (y.shape, y.dtype), (packed, state))
+        if implementation == "triton":
+            mine, mine_form = errors, form
+        elif implementation == "xla":
+            assert form == mine_form
+            # A difference in rounding may lead a second span to another local optimum.
+            assert mine[0] < 1.005 * errors[0] and mine[1] < 1.03 * errors[1]
+        else:  # what is taken when nothing is named
+            assert errors == mine
+
+
+def test_what_a_codec_lacks_is_named():
+    x = clustered(1, 64, 8)[0][None]
+    codec = ENCODERS["qvg"]()
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="'triton': .* cpu; .*'xla' serves it"):
+            codec.encode(x, codec.init(x.shape, x.dtype), implementation="triton")

@@ -188,7 +188,7 @@ def kmeans_smoothing(
     clustering = Clustering(num_centroids, iters, cold_iters, stages, form, warm_start, reseed)
 
     def fuse(last: Codec) -> Fused:
-        def encode_both(x_BHTD: Array, states: Any, otherwise: Any) -> Any:
+        def encode_both(x_BHTD: Array, states: Any, otherwise: Any, kernels: str) -> Any:
             check(x_BHTD.shape, x_BHTD.dtype)
             start = start_tokens(x_BHTD.shape[2], num_centroids)
             c_BHSKD, warm = states[0] if warm_start else (None, None)
@@ -199,10 +199,13 @@ def kmeans_smoothing(
 
             return encode_kernels(
                 x_BHTD, start, c_BHSKD, warm, clustering, last.written, result,
-                lambda: otherwise(x_BHTD, states),
+                lambda: otherwise(x_BHTD, states), kernels,
             )  # fmt: skip
 
-        return Fused(lambda x_BHTD: unsupported(x_BHTD, clustering, last.written), encode_both)
+        return Fused(
+            lambda x_BHTD, kernels: unsupported(x_BHTD, clustering, last.written, kernels),
+            encode_both,
+        )
 
     name = f"kmeans{num_centroids}" + (f"x{stages}" if stages > 1 else "")
     return Smoothing(init, encode, decode, nbytes, name, fuse)

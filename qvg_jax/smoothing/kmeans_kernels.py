@@ -47,15 +47,17 @@ class Clustering:
     reseed: bool
 
 
-def unsupported(x_BHTD: Array, clustering: Clustering, written: Written | None) -> str | None:
-    """Why the kernels cannot encode x, or None if they can."""
+def unsupported(
+    x_BHTD: Array, clustering: Clustering, written: Written | None, kernels: str
+) -> str | None:
+    """Why the kernels, "mosaic" or "triton", cannot encode x, or None if they can."""
     if written is None:
         return "the quantizer is neither symmetric integers nor a mid-rise grid, with e4m3 scales"
     if clustering.table in ("float16", "float32"):
         return f"centroid_dtype={clustering.table}; the kernels read bfloat16, int8 or e4m3"
     return (
-        kmeans.supported(x_BHTD, clustering.num_centroids)
-        or quantize_pack.supported(written.form)
+        kmeans.supported(x_BHTD, clustering.num_centroids, kernels)
+        or quantize_pack.supported(written.form, x_BHTD.shape[3])
         or on_several_devices(x_BHTD)
     )
 
@@ -69,6 +71,7 @@ def encode_kernels(
     written: Written,
     result: Callable[..., Any],
     otherwise: Callable[[], Any],
+    kernels: str,
 ) -> Any:
     """Encodes a span that is not `unsupported`.
 
@@ -81,6 +84,7 @@ def encode_kernels(
         result: `result(ids_BHST, (centroids, steps), learned_BHSKD, packed)` makes what is returned.
         otherwise: what is returned, computed without kernels, if a token is not finite or too
             large. It shows in the sums of the first iteration, so that no pass looks for it.
+        kernels: "mosaic" or "triton".
     """
     b, h, t, d = x_BHTD.shape
     flat = lambda x: x.reshape(b * h, *x.shape[2:])  # noqa: E731
@@ -88,7 +92,7 @@ def encode_kernels(
     reseed = clustering.reseed
 
     def sums(x_BHTD: Array, c_BHKD: Array, scores: bool) -> kmeans.Sums:
-        out = kmeans.kmeans_sums(flat(x_BHTD), flat(c_BHKD), scores=scores)
+        out = kmeans.kmeans_sums(flat(x_BHTD), flat(c_BHKD), scores=scores, implementation=kernels)
         return kmeans.Sums(*(y if y is None else heads(y) for y in out))
 
     def moved(s: kmeans.Sums, c_BHKD: Array) -> Array:
@@ -137,10 +141,12 @@ def encode_kernels(
             codes_BHKD, steps, c_BHKD = store_table(c_BHKD, clustering.table)
             args = flat(r_BHTD), flat(c_BHKD)
             if stage < clustering.stages - 1:
-                ids_RT, r_RTD = quantize_pack.assign_and_subtract(*args)
+                ids_RT, r_RTD = quantize_pack.assign_and_subtract(*args, implementation=kernels)
                 r_BHTD = heads(r_RTD)
             else:
-                ids_RT, *rest = quantize_pack.assign_and_pack(*args, written.form)
+                ids_RT, *rest = quantize_pack.assign_and_pack(
+                    *args, written.form, implementation=kernels
+                )
             ids.append(heads(ids_RT))
             tables.append((codes_BHKD, steps))
             learned.append(c_BHKD)
