@@ -1,5 +1,6 @@
 """What only a GPU can show: run by hand with `python -m pytest -n 0 -m gpu tests/test_gpu.py`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.self_forcing.params import WEIGHTS
+from models.self_forcing.plan import _step
+from models.self_forcing.settings import released_sizes, settle
 from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import identity
+from qvg_jax.compare import Request
+from qvg_jax.rollout import run_chunk
 from qvg_jax.rope import axial_rope, frequency_ladder
 
 pytestmark = [
@@ -110,3 +116,21 @@ def test_reading_three_long_spans_takes_the_memory_of_one():
     assert bool(jnp.isfinite(out.astype(jnp.float32)).all())
     print(f"temporaries {temporary / 2**20:.0f} MiB, one decoded span {one_span / 2**20:.0f} MiB")
     assert temporary < 5 * one_span
+
+
+def test_a_model_that_appends_neither_copies_nor_transposes_its_cache():
+    """XLA for GPUs once turned the whole bf16 buffer, twice a block; XLA for CPUs never did."""
+    request = Request(frames=54, codecs=("qvg:num_centroids=16",), height=64, width=96)
+    sizes = released_sizes()
+    small = dict(layers=2, width=256, heads=2, ffn_width=64)
+    sizes = dataclasses.replace(sizes, dit=dataclasses.replace(sizes.dit, **small))
+    settings = settle(request, sizes)
+    cache = settings.cache(request.codecs[0])
+    arguments = _step(settings, WEIGHTS.skeleton(sizes.dit), cache)
+    program = run_chunk.lower(*arguments).compile().as_text()
+    layers, batch, heads, tokens, d = cache.dense_k.shape
+    whole = f"bf16[{layers},{batch},{heads},{tokens},{d}]"
+    turned = f"bf16[{layers},{batch},{tokens},{heads},{d}]"
+    assert whole in program and turned not in program
+    made = [line.split("=", 1)[1] for line in program.splitlines() if f"= {whole}" in line]
+    assert made and not [m for m in made if " transpose(" in m or " copy(" in m]
