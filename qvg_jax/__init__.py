@@ -10,6 +10,7 @@ from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress, evict
 from qvg_jax.codec import Codec, chain, identity
 from qvg_jax.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
+from qvg_jax.key_bias import KeyBias
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.recode import recode
@@ -23,6 +24,7 @@ __all__ = [
     "CacheFullError",
     "Codec",
     "KVCache",
+    "KeyBias",
     "NonFiniteError",
     "Rope",
     "append",

@@ -4,7 +4,8 @@ For a query q and keys k_t with values v_t in regions R_1, R_2, ... the output i
     o = sum_t exp(s_t - m) v_t / sum_t exp(s_t - m),   s_t = scale q . k_t,   m = max_t s_t.
 Regions are visited one after another with running (m, sum, weighted values) in float32, which
 is the same softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135). So one
-span is decoded at a time, and never the whole history at once.
+span is decoded at a time, and never the whole history at once. A cache with a `key_bias` adds it to the
+logits of its spans.
 """
 
 import functools
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qvg_jax.cache import KVCache
 from qvg_jax.capability import no_triton
+from qvg_jax.key_bias import LogitBias, logit_bias
 from qvg_jax.layout import Layout
 from qvg_jax.mosaic import attend_kernels, is_hopper, unsupported
 from qvg_jax.rope import Encodings, Rope
@@ -110,6 +112,14 @@ def attend(
 
 def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
     """The implementation that serves this call; a named one is never replaced by another."""
+    bias = view.cache.layout.key_bias
+    if bias is not None and bias.factor and isinstance(view.rope, Encodings):
+        raise NotImplementedError(
+            f"key_bias factor={bias.factor}: Encodings change the norms of queries and keys; "
+            "accepted: factor=0, with any offset"
+        )
+    if bias is not None and name is None:
+        return "xla"
     if name is None:
         best = "mosaic" if is_hopper() else "triton"
         ready = best == "mosaic" or no_triton() is None
@@ -123,6 +133,8 @@ def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
             missing = no_triton() or missing
         elif not is_hopper():
             missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
+        if bias is not None:
+            missing = "the cache has a key_bias, which the kernels do not add"
         if missing is not None:
             raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")
     return name
@@ -208,10 +220,17 @@ def _visit(
     v_BHTD: Array,
     scale: Array,
     visible_T: Array | None = None,
+    bias: LogitBias | None = None,
+    first: Array | int = 0,
 ) -> _Running:
-    """Merges one more set of keys into the running softmax; `visible_T` masks some of them."""
+    """Merges one more set of keys into the running softmax; `visible_T` masks some of them.
+
+    The keys are those from `first` on of the span that `bias` belongs to.
+    """
     f32 = jnp.float32
     s_BHQT = jnp.einsum("bhqd,bhtd->bhqt", q_BHQD, k_BHTD, preferred_element_type=f32) * scale
+    if bias is not None:
+        s_BHQT = bias.added(s_BHQT, first)
     if visible_T is not None:
         s_BHQT = jnp.where(visible_T[None, None, None, :], s_BHQT, -jnp.inf)
     new_max = jnp.maximum(run.max_BHQ, s_BHQT.max(-1))
@@ -268,19 +287,25 @@ def _visit_spans(
             k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
             if view.heads > lay.heads:
                 v_BHTD = view.values(lax.optimization_barrier(v_BHTD), table)
-        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, scale)
+        bias = logit_bias(lay.key_bias, lay.key_codec, packed_k, q_BHQD, scale)
+        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, scale, bias)
 
     return lax.fori_loop(0, cache.num_spans, span, run)
 
 
 def _visit_long(
-    run: _Running, q_BHQD: Array, k_BHTD: Array, v_BHTD: Array, scale: Array
+    run: _Running,
+    q_BHQD: Array,
+    k_BHTD: Array,
+    v_BHTD: Array,
+    scale: Array,
+    bias: LogitBias | None = None,
 ) -> _Running:
     """`_visit` in pieces of at most `SPAN_CHUNK_TOKENS` keys."""
     total = k_BHTD.shape[2]
     pieces = -(-total // SPAN_CHUNK_TOKENS)
     if pieces == 1:
-        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale)
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, bias=bias)
     size = -(-total // pieces)
 
     def piece(i, run):
@@ -288,6 +313,6 @@ def _visit_long(
         start = jnp.minimum(i * size, total - size)
         k, v = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k_BHTD, v_BHTD))
         visible = None if total % size == 0 else start + jnp.arange(size) >= i * size
-        return _visit(run, q_BHQD, k, v, scale, visible)
+        return _visit(run, q_BHQD, k, v, scale, visible, bias, start)
 
     return lax.fori_loop(0, pieces, piece, run)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.codec import Codec, identity
+from qvg_jax.key_bias import KeyBias
 from qvg_jax.layout import Layout
 from qvg_jax.rope import Encodings, Rope
 from qvg_jax.slots import empty_slots
@@ -70,6 +71,7 @@ class KVCache:
         pos_dims: int = 3,
         key_codec: Codec | None = None,
         value_codec: Codec | None = None,
+        key_bias: KeyBias | None = None,
         overflow: str = "error",
         dtype: Any = jnp.bfloat16,
     ) -> "KVCache":
@@ -88,6 +90,7 @@ class KVCache:
             pos_dims: components of a token's position; 0 for a model without RoPE.
             key_codec, value_codec: compressors of K and V; None is `identity(dtype)`, the plain
                 cache. Make a codec once and reuse it: jit keys on its functions.
+            key_bias: what attention adds to the logits of compressed keys; None for nothing.
             overflow: what happens when a block finds no room. "error": it is not stored, counted
                 in `rejected_blocks`, and `raise_if_bad` raises. "drop": bounded context; the
                 oldest span is replaced or, without slots, the oldest block of the window.
@@ -121,6 +124,7 @@ class KVCache:
             overflow=overflow,
             key_codec=plain if key_codec is None else key_codec,
             value_codec=plain if value_codec is None else value_codec,
+            key_bias=key_bias,
         )
         tokens = lay.dense_blocks * lay.block_tokens
         dense_shape = (layers, batch, heads, tokens, head_dim)

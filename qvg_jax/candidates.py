@@ -191,7 +191,7 @@ def trellis(
     num_centroids: int = 16,
     *,
     tokens_per_axis: int = 48,
-    key_gain: float = 0.5,
+    key_gain: float = 1.0,
     value_gain: str | float = "match",
     iters: int = 2,
     cold_iters: int = 5,

@@ -66,6 +66,9 @@ class Codec(NamedTuple):
         name: what reports call it.
         nbytes: `nbytes(shape) -> int`, the bytes of `packed` for that span.
         written: `Written` if the GPU kernels can write the codec's bytes.
+        deficit: `deficit(packed) -> (B, H, T)`, per token the variance of an element of what is
+            encoded less that of what is decoded, by the codec's model of its error (`key_bias`);
+            None if it has none.
     """
 
     init: Callable[..., State]
@@ -75,6 +78,7 @@ class Codec(NamedTuple):
     name: str
     nbytes: Callable[[Shape], int]
     written: Any = None
+    deficit: Any = None
 
 
 class Smoothing(NamedTuple):
@@ -89,6 +93,8 @@ class Smoothing(NamedTuple):
         name: what reports call it.
         fuse: `fuse(codec) -> Fused`, for GPU kernels that do the encoding of this smoothing and
             the codec behind it at once; None if there are none.
+        isometric: whether the residual's differences are those of the span, so that the deficit of
+            what follows is the deficit of the whole.
     """
 
     init: Callable[..., State]
@@ -97,6 +103,7 @@ class Smoothing(NamedTuple):
     nbytes: Callable[[Shape], int]
     name: str
     fuse: Any = None
+    isometric: bool = True
 
 
 class Written(NamedTuple):
@@ -191,7 +198,11 @@ def _identity(dtype: Any) -> Codec:
         return math.prod(shape) * dtype.itemsize
 
     name = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(dtype.name, dtype.name)
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+
+    def deficit(packed: IdentityPacked) -> Array:
+        return jnp.zeros(packed.values_BHTD.shape[:3], jnp.float32)
+
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
 
 
 def chain(*transforms: Smoothing | Codec) -> Codec:
@@ -278,7 +289,9 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
         return sum(t.nbytes(shape) for t in transforms)
 
     name = " > ".join(t.name for t in transforms)
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    told = last.deficit is not None and all(t.isometric for t in smoothings)
+    deficit = (lambda packed: last.deficit(packed[-1])) if told else None
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
 
 
 def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:

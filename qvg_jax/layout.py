@@ -5,6 +5,7 @@ from numbers import Integral
 
 from qvg_jax.accounting import pair_bits
 from qvg_jax.codec import Codec
+from qvg_jax.key_bias import KeyBias
 
 __all__ = ["Layout", "OVERFLOW"]
 
@@ -38,6 +39,7 @@ class Layout:
     overflow: str
     key_codec: Codec
     value_codec: Codec
+    key_bias: KeyBias | None = None
 
     def __post_init__(self):
         least = dict(layers=1, batch=1, heads=1, head_dim=1, block_tokens=1, window_blocks=1)
@@ -52,6 +54,10 @@ class Layout:
         for name in ("key_codec", "value_codec"):
             if not isinstance(getattr(self, name), Codec):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a qvg_jax Codec")
+        if self.key_bias is not None:
+            if not isinstance(self.key_bias, KeyBias):
+                raise ValueError(f"key_bias={self.key_bias!r} is not accepted: give a KeyBias")
+            self.key_bias.check(self.key_codec)
         if self.max_spans and self.window_blocks < self.span_blocks + self.keep_recent:
             raise ValueError(
                 f"window_blocks={self.window_blocks} is not accepted: a span is compressed when "

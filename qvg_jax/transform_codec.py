@@ -121,4 +121,6 @@ def transform_codec(
     any_parts = parts(rank, float(max_bits))
     first = f"kmeans{num_centroids} > " if num_centroids else ""
     name = f"{first}transform{budget:g}" + (f"-gain{gain:g}" if gain else "")
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    return Codec(
+        init, encode, decode, per_element(nbytes), name, nbytes, deficit=any_parts.deficit
+    )

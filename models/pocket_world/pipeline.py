@@ -20,6 +20,7 @@ from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import Codec
+from qvg_jax.key_bias import KeyBias
 from qvg_jax.recipes import parse_recipe
 
 
@@ -118,6 +119,7 @@ def make_cache(
     batch: int = 1,
     span_blocks: int = 8,
     keep_recent: int = 2,
+    key_bias: KeyBias | None = None,
     overflow: str = "error",
     dtype=jnp.bfloat16,
 ) -> KVCache:
@@ -126,7 +128,7 @@ def make_cache(
     Args:
         codec: for K and V, or one for each.
         frames: tour and generated frames together.
-        span_blocks, keep_recent, overflow: as in `KVCache.create`.
+        span_blocks, keep_recent, key_bias, overflow: as in `KVCache.create`.
     """
     key_codec, value_codec = codec if not isinstance(codec, Codec) else (codec, codec)
     blocks = -(-frames // cfg.block_frames)
@@ -139,6 +141,7 @@ def make_cache(
         keep_recent=keep_recent,
         key_codec=key_codec,
         value_codec=value_codec,
+        key_bias=key_bias,
         overflow=overflow,
         dtype=dtype,
     )

@@ -5,7 +5,8 @@ tours of each, all in one batch. Each arm is compared with the world itself and 
 frame, and with `--against` by paired sign tests over the tours. Arms write DIR/<n>.npz and may run as
 separate processes; `--table` only makes the table, trial.json and trial.png, of what is there.
 
-A codec is NAME or NAME:SETTING=VALUE:..., as for the command; KEYS/VALUES takes one for each.
+A codec is NAME or NAME:SETTING=VALUE:..., as for the command; KEYS/VALUES takes one for each, and
+CODEC@FACTOR@OFFSET adds the `key_bias` of that factor and offset to the logits of compressed keys.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from models.pocket_world.evaluate import FIRST_WORLD, run_arm, tours
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.pipeline import Sampler
 from qvg_jax.files import replacing
+from qvg_jax.key_bias import KeyBias
 from qvg_jax.metrics import PSNR_CAP, ssim, to_uint8
 
 EARLY = 8  # frames of the early window: before the arm's own frames have become its history
@@ -36,12 +38,14 @@ def run(model, recipe: str, args) -> dict:
     walk = tours(jax.random.key(args.key), count, args.tour, args.half_width)
     path = jnp.concatenate([walk, walk[:, : args.frames]], 1)
     worlds = FIRST_WORLD + 5000 + jnp.tile(jnp.arange(args.worlds), args.seeds)
+    codec, *bias = recipe.split("@")
     cache = pipeline.make_cache(
         model.cfg,
-        pipeline.world_recipe(recipe),
+        pipeline.world_recipe(codec),
         total,
         batch=count,
         span_blocks=args.span_blocks,
+        key_bias=KeyBias(*map(float, bias)) if bias else None,
     )
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.tour)
     start = time.monotonic()

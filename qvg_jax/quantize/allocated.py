@@ -134,7 +134,7 @@ def allocated_quantize(
     if refine < 1:
         raise ValueError(f"refine={refine} is not accepted: give 1 or more")
     dtype = scale_format(scale_dtype)
-    ratios, _ = _table(max_bits)
+    ratios, errors = _table(max_bits)
 
     def total_bits(shape: Shape, x_dtype: Any = jnp.float32) -> int:
         check_span(shape, x_dtype)
@@ -198,9 +198,21 @@ def allocated_quantize(
         b, h, t, d = shape
         return math.prod((b, h)) * (t * (total // 8 + dtype.itemsize) + 3 * d)
 
+    def deficit(packed: AllocatedPacked) -> Array:
+        """v - v_hat of `key_bias`, for normal channels; of those without bits nothing is known."""
+        bits_BHD = packed.bits_BHD.astype(jnp.int32)
+        ratio_BHD = jnp.asarray(ratios, jnp.float32)[bits_BHD]
+        rho_BHD = 1 - jnp.asarray(errors, jnp.float32)[bits_BHD]
+        some = ratio_BHD > 0
+        unit_BHD = packed.step_BHD.astype(jnp.float32) / jnp.where(some, ratio_BHD, 1)
+        rho_BHD = jnp.where(some, rho_BHD, 1)
+        variance_BHD = jnp.square(unit_BHD) * rho_BHD ** (2 * gain)
+        share_BH = jnp.mean(variance_BHD * (1 - rho_BHD ** (1 - 2 * gain)), axis=2)
+        return jnp.square(packed.scales_BHT.astype(jnp.float32)) * share_BH[..., None]
+
     least = f"-min{min_bits}" if min_bits else ""
     name = f"allocated{bits:g}{least}" + (f"-gain{gain:g}{gain_axis}" if gain else "")
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
 
 
 def _steps(x_BHDT: Array, scale_BHT: Array, bits_BHD: Array, ratios: tuple[float, ...]) -> Array:

@@ -92,13 +92,24 @@ def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
     def decode(packed: ByEnergyPacked, dtype: Any = jnp.bfloat16) -> Array:
         both = ((large, packed.large), (small, packed.small))
         found = [c.decode(node, dtype) for c, node in both if node is not None]
-        n = 0 if packed.large is None else found[0].shape[2]
+        row_BHT = rows(packed, found)
         x_BHTD = jnp.concatenate(found, axis=2)
-        large_BHT = unpack_bits(packed.large_BHC, 1, x_BHTD.shape[2]).astype(jnp.int32)
-        before_BHT = jnp.cumsum(large_BHT, axis=2) - large_BHT
-        token_T = jnp.arange(x_BHTD.shape[2], dtype=jnp.int32)[None, None]
-        row_BHT = jnp.where(large_BHT == 1, before_BHT, n + token_T - before_BHT)
         return jnp.take_along_axis(x_BHTD, row_BHT[..., None], axis=2, mode="promise_in_bounds")
+
+    def rows(packed: ByEnergyPacked, found: list[Array]) -> Array:
+        """Where among the large and then the small ones each token is."""
+        n = 0 if packed.large is None else found[0].shape[2]
+        total = sum(x.shape[2] for x in found)
+        large_BHT = unpack_bits(packed.large_BHC, 1, total).astype(jnp.int32)
+        before_BHT = jnp.cumsum(large_BHT, axis=2) - large_BHT
+        token_T = jnp.arange(total, dtype=jnp.int32)[None, None]
+        return jnp.where(large_BHT == 1, before_BHT, n + token_T - before_BHT)
+
+    def deficit(packed: ByEnergyPacked) -> Array:
+        both = ((large, packed.large), (small, packed.small))
+        found = [c.deficit(node) for c, node in both if node is not None]
+        row_BHT = rows(packed, found)
+        return jnp.take_along_axis(jnp.concatenate(found, axis=2), row_BHT, axis=2)
 
     def nbytes(shape: Shape) -> int:
         b, h, t, _ = shape
@@ -106,4 +117,6 @@ def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
         return sum(c.nbytes(s) for c, s in filter(None, both)) + b * h * packed_bits_width(t, 1)
 
     name = f"{large.name} | {small.name}" + ("" if share == 0.5 else f" {share:g}")
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    told = large.deficit is not None and small.deficit is not None
+    more = dict(deficit=deficit if told else None)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, **more)

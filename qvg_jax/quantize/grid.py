@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from pallas_kernels.quantize_pack import Midrise
 from qvg_jax.codec import Codec, EmptyState, Shape, Written, check_span, per_element
-from qvg_jax.quantize.levels import best_ratio, lloyd_max_levels, midrise_levels
+from qvg_jax.quantize.levels import best_ratio, lloyd_max_levels, midrise_levels, normal_error
 from qvg_jax.quantize.radix import LEVEL_COUNTS, pack_levels, packed_levels_width, unpack_levels
 from qvg_jax.quantize.scales import (
     format_name,
@@ -193,10 +193,18 @@ def grid_quantize(
     ):
         form = Midrise(n.bit_length() - 1, ratio, refine, recode=not gain_power)
         written = Written(form, collect)
+    lost = normal_error(levels_n, ratio)  # share of the energy, at least squares
+
+    def deficit(packed: GridPacked) -> Array:
+        """v - v_hat of `key_bias`, for normal channels: the mean over the groups of a token."""
+        p, scale_BHTG = gain_power or 0.0, load_scale(packed.scales_BHTG, packed.exponents_BH)
+        variance_BHTG = jnp.square(scale_BHTG / ratio) * (1 - lost) ** (2 * p)
+        return jnp.mean(variance_BHTG, axis=3) * (1 - (1 - lost) ** (1 - 2 * p))
+
     short = {None: "none", 0.0: "lsq", 1.0: "match"}.get(gain_power, f"gain{gain_power}")
     what = grid if isinstance(grid, str) else "levels"
     name = f"{what}{n}-g{group or 'all'}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written, deficit)
 
 
 def nearest_level(x: Array, levels: tuple[float, ...], uniform: bool) -> UInt8[Array, "..."]:

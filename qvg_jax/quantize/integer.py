@@ -151,10 +151,14 @@ def residual_quantize(
         scales_BHTG = lax.bitcast_convert_type(scales_BHTG, jnp.float8_e4m3fn)
         return IntegerPacked(codes_BHTC, scales_BHTG, None)
 
+    def deficit(packed: IntegerPacked) -> Array:
+        """v - v_hat of `key_bias` for rounding to a fine grid: -step^2 / 12, mean over the groups."""
+        return -jnp.mean(jnp.square(packed.scales_BHTG.astype(jnp.float32)), axis=3) / 12
+
     written = Written(Integers(bits, group), collect) if symmetric and rounds_first else None
     short = next(name for name, known in _SCALE_DTYPES.items() if known == dtype)
     name = f"int{bits}-{'sym' if symmetric else 'asym'}-g{group}-{short}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written, deficit)
 
 
 def _scale_dtype(scale_dtype: Any) -> jnp.dtype:

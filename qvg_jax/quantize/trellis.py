@@ -137,9 +137,14 @@ def trellis_quantize(
         b, h, t, _ = shape
         return b * h * (t * (width(shape) + dtype.itemsize) + (dtype.itemsize == 1))
 
+    def deficit(packed: TrellisPacked) -> Array:
+        """v - v_hat of `key_bias`, for normal channels."""
+        scale_BHT = load_scale(packed.scales_BHT, packed.exponents_BH)
+        return jnp.square(scale_BHT) * (1 - (1 - ERRORS[bits]) ** (1 - 2 * power))
+
     short = {0.0: "lsq", 1.0: "match"}.get(power, f"gain{power:g}")
     name = f"trellis{bits}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
 
 
 def _paths(z_ND: Array, bits: int) -> Array:

@@ -63,7 +63,7 @@ def channel_scale() -> Smoothing:
         b, h, _, d = shape
         return b * h * d
 
-    return Smoothing(init, encode, decode, nbytes, "channelscale")
+    return Smoothing(init, encode, decode, nbytes, "channelscale", isometric=False)
 
 
 def _power(exponent_BHD: Array) -> Array:
