@@ -74,7 +74,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         parts.append((_codec_jobs("xla"), {}))
     for jobs, options in parts:
         for shape in args.shapes:
-            rows += _measured(shape, jobs(*SHAPES[shape], args), options, copies, args.repeats)
+            some = jobs(*SHAPES[shape], args)
+            # Codecs one by one: each is printed before the next is compiled.
+            for part in [some] if jobs is _kernel_jobs else [{n: j} for n, j in some.items()]:
+                rows += _measured(shape, part, options, copies, args.repeats)
     result = {"device": device.device_kind, "jax": jax.__version__, "encode": rows}
     if args.json:
         with open(args.json, "w") as file:

@@ -10,10 +10,12 @@ from jax import lax
 from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache
+from qvg_jax.kernel_plan import BATCHED, Plan
+from qvg_jax.mosaic import attend_kernels
 from qvg_jax.rope import axial_rope, frequency_ladder
 from qvg_jax.slots import read_slot
 
-__all__ = ["DECODE", "READS", "ROPE", "ROWS", "Row", "inputs", "noise"]
+__all__ = ["DECODE", "PLANS", "READS", "ROPE", "ROWS", "Row", "inputs", "noise"]
 
 ROPE = axial_rope([frequency_ladder(44), frequency_ladder(42), frequency_ladder(42)])
 
@@ -113,6 +115,14 @@ def _with(implementation: str) -> Any:
     return lambda q, view, k, v: attend(q, view, k, v, implementation=implementation)
 
 
+def _planned(narrow: bool, plan: Plan) -> Any:
+    """attend under another plan than its own."""
+    scale = jnp.float32(128**-0.5)
+    return lambda q, view, k, v: attend_kernels(
+        q, view, k, v, jnp.int32(0), scale, narrow=narrow, plan=plan
+    )
+
+
 def _whole_history(q, view, k, v):
     """Keys rotated and values of everything, (B, T, H, D), as an uncompressed cache has them."""
     cache, lay = view.cache, view.cache.layout
@@ -142,4 +152,14 @@ READS = {
     "mosaic": _with("mosaic"),
     "xla": _with("xla"),
     "official style": _official,
+    "fp8, batched": _planned(True, BATCHED),
+    "bf16, batched": _planned(False, BATCHED),
+}
+# One change at a time, and more of the last one.
+PLANS = {
+    "fp8, even": _planned(True, Plan(even=True)),
+    "fp8, straight": _planned(True, Plan(unrolled=8)),
+    "fp8, even, straight": _planned(True, Plan(even=True, unrolled=8)),
+    "fp8, half a GB": _planned(True, dataclasses.replace(BATCHED, workspace=2**29)),
+    "bf16, half a GB": _planned(False, dataclasses.replace(BATCHED, workspace=2**29)),
 }

@@ -19,10 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.device_time import table, traced
-from benchmarks.kernel_cases import DECODE, READS, ROWS, inputs, noise
+from benchmarks.kernel_cases import DECODE, PLANS, READS, ROWS, inputs, noise
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize.mosaic_gpu import Tuning
 
 E4M3 = jnp.float8_e4m3fn
+DECODE_SIZES = {
+    f", {heads} heads, {tokens} tokens": Tuning(heads=heads, tokens=tokens)
+    for heads, tokens in ((1, 64), (4, 64), (1, 128), (2, 32), (4, 32))
+}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -31,7 +36,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", nargs="*", help="names of attention shapes; default: all")
-    parser.add_argument("--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS)}")
+    parser.add_argument(
+        "--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS | PLANS)}"
+    )
+    parser.add_argument("--variants", action="store_true", help="other sizes of blocks")
     parser.add_argument("--no-decode", action="store_true", help="only the attention table")
     parser.add_argument("--profile", action="store_true", help="device time of every kernel")
     args = parser.parse_args(argv)
@@ -39,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {"device": device.device_kind, "jax": jax.__version__}
     print(f"{device.device_kind}, jax {jax.__version__}")
     if not args.no_decode:
-        result["decode"] = decode_table(args.repeats, args.profile)
+        result["decode"] = decode_table(args.repeats, args.profile, args.variants)
     result["attention"] = attention_table(args.repeats, args.rows, args.reads, args.profile)
     if args.json:
         with open(args.json, "w") as file:
@@ -50,9 +58,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def compiled(
     jobs: dict[str, tuple[Callable, tuple]], **options: Any
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, call) of one job after the other, each as soon as it is compiled.
+    """(name, call) of all jobs, compiled at the same time.
 
-    The next ones compile meanwhile. A job that does not compile is left out, and said.
+    All before the first is given out: compiling searches for fast kernels on the GPU that is measured.
+    A job that does not compile is left out, and said.
 
     Args:
         jobs: functions and their arguments.
@@ -64,11 +73,11 @@ def compiled(
 
     with ThreadPoolExecutor(8) as pool:
         futures = {name: pool.submit(one, f, x) for name, (f, x) in jobs.items()}
-        for name, future in futures.items():
-            if future.exception() is None:
-                yield name, future.result()
-            else:
-                print(f"{name}: {_first_line(future.exception())}", flush=True)
+    for name, future in futures.items():
+        if future.exception() is None:
+            yield name, future.result()
+        else:
+            print(f"{name}: {_first_line(future.exception())}", flush=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -96,13 +105,16 @@ def _bytes(shape: tuple[int, ...], seed: int) -> jax.Array:
     return (noise(shape, seed, jnp.float32) * 40 + 128).astype(jnp.uint8)
 
 
-def decode_table(repeats: int, profile: bool = False) -> list[dict[str, Any]]:
+def decode_table(
+    repeats: int, profile: bool = False, variants: bool = False
+) -> list[dict[str, Any]]:
     """Decoding one span of one layer, and the bandwidth of a copy of the same output.
 
     With `profile`, times are the device's: those of the host are longer than a small kernel's.
     """
-    print(f"{'decode':40} {'ms':>8} {'TB/s':>6} {'of copy':>8}")
+    print(f"{'decode':48} {'ms':>8} {'TB/s':>6} {'of copy':>8}")
     rows = []
+    sizes = {"": None} | (DECODE_SIZES if variants else {})
     for heads, tokens in DECODE:
         jobs, traffic = {}, {}
         unit = jnp.ones((heads,), jnp.float32)
@@ -125,14 +137,16 @@ def decode_table(repeats: int, profile: bool = False) -> list[dict[str, Any]]:
                     ("keys, rotated", decode_keys, dict(tables=tables)),
                 ):
                     label = f"{what} to {name}, group {group}"
-                    jobs[label] = (
-                        lambda s, f=decode, c=scheme, d=dtype, t=turn, h=here: f(
-                            s, c, dtype=d, **h, **t
-                        ),
-                        (source,),
-                    )
-                    read = sum(a.nbytes for a in jax.tree.leaves(source))
-                    traffic[label] = read + x.size * jnp.dtype(dtype).itemsize
+                    for size, tuning in (sizes if turn else {"": None}).items():
+                        more = turn | dict(tuning=tuning) if tuning else turn
+                        jobs[label + size] = (
+                            lambda s, f=decode, c=scheme, d=dtype, m=more, h=here: f(
+                                s, c, dtype=d, **h, **m
+                            ),
+                            (source,),
+                        )
+                        read = sum(a.nbytes for a in jax.tree.leaves(source))
+                        traffic[label + size] = read + x.size * jnp.dtype(dtype).itemsize
         for name, call in compiled(jobs):
             row = dict(heads=heads, tokens=tokens, what=name, **milliseconds(call, repeats))
             if profile and (seen := profiled(name, call)) is not None:
@@ -143,7 +157,7 @@ def decode_table(repeats: int, profile: bool = False) -> list[dict[str, Any]]:
                 r["tb_per_s"] for r in rows if r["heads"] == heads and r["what"] == "copy bf16"
             )
             label = f"{heads} x {tokens} {name}"
-            print(f"{label:40} {row['ms']:8.4f} {row['tb_per_s']:6.2f} {share:8.2f}", flush=True)
+            print(f"{label:48} {row['ms']:8.4f} {row['tb_per_s']:6.2f} {share:8.2f}", flush=True)
     return rows
 
 
@@ -178,7 +192,7 @@ def attention_table(
             )
         }
         for name in sorted(reads, key=lambda name: name != "xla"):
-            jobs[name] = (READS[name], (q, view, k, v))
+            jobs[name] = ((READS | PLANS)[name], (q, view, k, v))
         base, right = None, None
         for name, call in compiled(jobs):
             entry = dict(row=row.name, heads=row.heads, queries=row.queries, keys=row.keys)
@@ -203,7 +217,7 @@ def attention_table(
             rows.append(entry)
             speed = row.flops / entry["ms"] / 1e9
             print(f"{label:32} {entry['ms']:8.3f} {speed:8.0f} {ratio:8} {error}", flush=True)
-            if profile and "mosaic" in name:
+            if profile and name not in ("xla", "cudnn bf16", "official style"):
                 entry["profile"] = profiled(name, call, show=True)
     return rows
 

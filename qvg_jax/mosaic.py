@@ -1,13 +1,8 @@
-"""attend on the GPU kernels: from caches, codecs and ropes to the arrays that kernels know.
+"""attend on the GPU kernels: from a cache view and a new block to one running softmax over all keys.
 
-Spans are decoded one at a time into a workspace, which one kernel attends to. Bytes that the
-kernels know (`kernel_formats`) they decode, and rotate on the way; what else there is, other codecs
-and `Encodings` of stored K and V, XLA brings into the workspace.
+Spans are decoded one or a few at a time into a workspace (`workspaces`), which one kernel attends to.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,17 +10,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.dequant_attention import finish, prepare, splits_for, visit
-from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
-from pallas_kernels.dequantize.types import padded
+from pallas_kernels.dequant_attention import (
+    Schedule,
+    finish,
+    join,
+    prepare,
+    schedule_for,
+    splits_for,
+    visit,
+)
 from qvg_jax.capability import processors
-from qvg_jax.codec import Codec
 from qvg_jax.devices import is_hopper, on_several_devices
-from qvg_jax.kernel_formats import E4M3, encoded, halves, pairing_of, scheme_of
+from qvg_jax.kernel_formats import E4M3, scheme_of
+from qvg_jax.kernel_plan import MEASURED, Plan
 from qvg_jax.layout import Layout
-from qvg_jax.rope import Encodings, Rope
-from qvg_jax.slots import read_slot
 from qvg_jax.view import CacheView
+from qvg_jax.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla, of_tokens
 
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
 
@@ -52,74 +52,6 @@ def unsupported(
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spans:
-    """Keys or values of all spans, and of one layer the units of its rows in e4m3."""
-
-    source: Any
-    scheme: Scheme | None
-    unit_R: Array
-
-
-def _spans(
-    slots: Any, codec: Codec, lay: Layout, layer: Array, turned: bool, narrow: bool, by: str
-) -> _Spans:
-    source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1, by)
-    rows = lay.max_spans * lay.batch * lay.heads
-    if not narrow:
-        return _Spans(source, scheme, jnp.ones((rows,), jnp.float32))
-    pick = lambda x: lax.dynamic_slice_in_dim(x, layer * rows, rows, 0)  # noqa: E731
-    # Positive e4m3 numbers are ordered as their bytes.
-    largest = pick(source.scales_RTG).max(axis=(1, 2))
-    bound = lax.bitcast_convert_type(largest, E4M3).astype(jnp.float32)
-    if source.exponents_R is not None:
-        bound *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
-    bound *= max(scheme.offset, 2**scheme.bits - 1 - scheme.offset)
-    if scheme.stages:
-        bound += jnp.abs(source.tables(layer * rows, rows)).max(axis=(2, 3)).sum(1)
-    return _Spans(source, scheme, _unit(bound * (math.sqrt(2) if turned else 1)))
-
-
-def _unit(bound: Array) -> Array:
-    """The least power of two by which values up to `bound` may be divided for e4m3."""
-    bound = bound.astype(jnp.float32) / 448
-    return jnp.exp2(jnp.ceil(jnp.log2(jnp.where(bound > 0, bound, 1))))
-
-
-def _by_kernels(view: CacheView, implementation: str) -> bool:
-    """Whether the kernels turn stored bytes into what attention reads, and XLA nothing of it."""
-    lay: Layout = view.cache.layout
-    codecs = (lay.key_codec, lay.value_codec) if lay.max_spans else ()
-    schemes = [scheme_of(c, lay.head_dim, 1, implementation) for c in codecs]
-    known = not any(isinstance(s, str) for s in schemes)
-    return known and _turned_by_kernels(view)
-
-
-def _turned_by_kernels(view: CacheView) -> bool:
-    if isinstance(view.rope, Encodings):
-        return False
-    return view.rope is None or _pairing(view) is not None
-
-
-def _pairing(view: CacheView) -> str | None:
-    lay: Layout = view.cache.layout
-    if not isinstance(view.rope, Rope):
-        return "half"
-    return pairing_of(view.rope, lay.head_dim, lay.pos_dims)
-
-
-def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: Any) -> Array:
-    """Keys or values, padded to a workspace, through an encoding: rows of all its heads."""
-    more = padded(x_BHTD.shape[2]) - x_BHTD.shape[2]
-    x_BHTD = jnp.pad(x_BHTD, ((0, 0), (0, 0), (0, more), (0, 0)))
-
-    def pad(t):
-        return jnp.pad(t, ((0, 0), (0, x_BHTD.shape[2] - t.shape[1])) + ((0, 0),) * (t.ndim - 2))
-
-    y_BCTD = encode(x_BHTD, jax.tree.map(pad, table))
-    return y_BCTD.reshape(-1, *y_BCTD.shape[2:])
-
-
 def attend_kernels(
     q_BTHD: Array,
     view: CacheView,
@@ -130,13 +62,15 @@ def attend_kernels(
     *,
     narrow: bool,
     implementation: str = "mosaic",
+    plan: Plan = MEASURED,
 ) -> Array:
     """`attend` for what is not `unsupported`, by the kernels of `implementation`.
 
-    Spans are decoded one at a time into a workspace and merged into one running softmax. If
-    `narrow`, they and the new block are attended in e4m3; sink and window always in bf16, as
-    nothing bounds their values but a pass over them.
+    Spans are decoded into a workspace and merged into one running softmax. If `narrow`, they and
+    the new block are attended in e4m3; sink and window always in bf16, as nothing bounds their
+    values but a pass over them. `plan` is for "mosaic".
     """
+    plan = plan if implementation == "mosaic" else MEASURED
     cache, lay = view.cache, view.cache.layout
     rows, bf16 = lay.batch * view.heads, jnp.bfloat16
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
@@ -148,11 +82,20 @@ def attend_kernels(
     wide = prepare(q_nQD, scale, bf16)
     asked = prepare(q_nQD, scale, E4M3) if narrow else wide
     dtype = asked.q_nQD.dtype
-    typical = lay.span_tokens if lay.max_spans else k.shape[2]
-    splits = splits_for(rows, queries, typical, max(1, lay.max_spans), narrow, processors())
+
+    kernels_read = by_kernels(view, implementation)
+    at_once = plan.spans_at_once(lay, view.heads, dtype) if kernels_read else 1
+    groups = -(-lay.max_spans // at_once)
+    typical = at_once * lay.span_tokens if lay.max_spans else k.shape[2]
+    about = (typical, max(1, groups), narrow, processors())
+    if plan.even and branches == 1:
+        splits = schedule_for(rows * asked.q_nQD.shape[1] // 128, *about)
+    else:
+        splits = splits_for(rows, queries, *about)
     by = dict(splits=splits, implementation=implementation)
+
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-    units, k_new, v_new = _workspace(
+    units, k_new, v_new = of_tokens(
         flat(k), flat(v.astype(bf16)), k.shape[2], dtype, implementation
     )
     state = visit(
@@ -166,26 +109,61 @@ def attend_kernels(
     refs = [jax.new_ref(x) for x in state]
 
     valid = cache.dense_blocks * lay.block_tokens
-    k_dense, v_dense = _dense(view, layer, valid, implementation)
-    visit(wide, k_dense, v_dense, valid, state=refs, **by)
+    for part in plan.dense_parts(lay, view.heads, dtype):
+        here = jnp.clip(valid - part[0], 0, part[1])
+        k_dense, v_dense = of_dense(view, layer, here, part, implementation)
+        visit(wide, k_dense, v_dense, here, state=refs, **by)
 
     if lay.max_spans:
-        reader = _span_reader if _by_kernels(view, implementation) else _xla_span_reader
-        read = reader(view, layer, dtype, implementation)
+        read = (of_spans if kernels_read else of_spans_by_xla)(view, layer, dtype, implementation)
 
-        def span(i, done):
-            units, k_span, v_span = read((cache.first_span + i) % lay.max_spans)
+        def some(slot: Array, valid: Any) -> None:
+            units, k_spans, v_spans = read(slot, valid)
             visit(
-                asked, k_span, v_span, lay.span_tokens, k_unit_n=units[0], v_unit_n=units[1],
-                state=refs, **by,
+                asked, k_spans, v_spans, valid, k_unit_n=units[0], v_unit_n=units[1], state=refs,
+                **by,
             )  # fmt: skip
-            return done
 
-        lax.fori_loop(0, cache.num_spans, span, jnp.int32(0))
-    out_nQD = finish([r[...] for r in refs], queries)
+        straight = kernels_read and groups <= plan.unrolled
+        if at_once == 1 and not straight:
+
+            def one(i: Array, done: Array) -> Array:
+                some((cache.first_span + i) % lay.max_spans, lay.span_tokens)
+                return done
+
+            lax.fori_loop(0, cache.num_spans, one, jnp.int32(0))
+        else:
+
+            def several(i: Any, done: Any) -> Any:
+                first = i * at_once + (_zero_after(refs) if straight else 0)
+                count = jnp.clip(cache.num_spans - first, 0, at_once)
+                slot = (cache.first_span + first + jnp.arange(at_once)) % lay.max_spans
+                some(slot if at_once > 1 else slot[0], count * lay.span_tokens)
+                return done
+
+            if straight:
+                for i in range(groups):
+                    several(i, None)
+            else:
+                lax.fori_loop(0, -(-cache.num_spans // at_once), several, jnp.int32(0))
+    left = [r[...] for r in refs]
+    if isinstance(splits, Schedule):
+        out_nQD = join(left, splits, rows, queries)
+    else:
+        out_nQD = finish(left, queries)
     out = out_nQD.reshape(lay.batch, view.heads, branches, group, -1, lay.head_dim)
     out_BTHD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
     return out_BTHD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+
+
+def _zero_after(refs: list[Any]) -> Array:
+    """Zero, known only when the visits so far are done.
+
+    What is decoded next depends on it. Otherwise XLA may decode several groups of spans before it
+    visits the first, and keep them all.
+    """
+    top = refs[1][(0,) * refs[1].ndim]
+    return (top > 1e37).astype(jnp.int32)
 
 
 def _joined(x: Array, branches: int, axis: int = 0) -> Array:
@@ -194,104 +172,3 @@ def _joined(x: Array, branches: int, axis: int = 0) -> Array:
     apart = x.reshape(*before, branches, -1, queries, *x.shape[axis + 2 :])
     rows = apart.shape[axis + 1]
     return jnp.swapaxes(apart, axis, axis + 1).reshape(*before, rows, -1, *x.shape[axis + 2 :])
-
-
-def _workspace(
-    k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
-) -> tuple[Any, Array, Array]:
-    """((unit of keys, of values), keys, values) of bf16 ones; units are 1 in bf16."""
-    narrow, rows = dtype != jnp.bfloat16, k_nTD.shape[0]
-    units = [
-        _unit(jnp.abs(x).max(axis=(1, 2))) if narrow else jnp.ones((rows,), jnp.float32)
-        for x in (k_nTD, v_nTD)
-    ]
-    here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype, implementation=implementation)
-    k = decode_keys(k_nTD, None, **here, unit_n=units[0])
-    return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
-
-
-def _dense(view: CacheView, layer: Array, valid: Array, implementation: str) -> tuple[Array, Array]:
-    """Workspaces of sink and window, in bf16."""
-    cache, lay = view.cache, view.cache.layout
-    rows = lay.batch * lay.heads
-    here = dict(first_row=layer * rows, rows=rows, valid=valid, dtype=jnp.bfloat16)
-    here |= dict(unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation)
-    flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-    table = view.dense_table(0, cache.dense_pos.shape[1])
-    turned = _turned_by_kernels(view)
-    tables = dict(tables=table, pairing=_pairing(view)) if turned else {}
-    k_nWD = decode_keys(flat(cache.dense_k), None, **here, **tables, batch=lay.batch)
-    v_nWD = decode_values(flat(cache.dense_v), None, **here)
-    if turned:
-        return k_nWD, v_nWD
-    heads = lambda x: x.reshape(lay.batch, lay.heads, *x.shape[1:])  # noqa: E731
-    k_nWD = _through_xla(view.keys, heads(k_nWD), table)
-    return k_nWD, _through_xla(view.values, heads(v_nWD), table)
-
-
-def _span_reader(
-    view: CacheView, layer: Array, dtype: Any, implementation: str
-) -> Callable[[Array], Any]:
-    """read(slot): units and workspaces of a span, decoded and rotated by the kernels."""
-    cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
-    rows, turned = lay.batch * lay.heads, view.rope is not None
-    about = (narrow, implementation)
-    keys = _spans(cache.span_k, lay.key_codec, lay, layer, turned, *about)
-    values = _spans(cache.span_v, lay.value_codec, lay, layer, False, *about)
-
-    def read(slot):
-        here = dict(rows=rows, valid=lay.span_tokens, dtype=dtype, implementation=implementation)
-        here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
-        units = [lax.dynamic_slice_in_dim(x.unit_R, slot * rows, rows) for x in (keys, values)]
-        tables, first = None, 0
-        if turned and view.table_spans is None:
-            tables = view.span_table(slot)
-        elif turned:
-            flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-            tables, first = jax.tree.map(flat, view.table_spans), slot * lay.batch
-        k_span = decode_keys(
-            keys.source, keys.scheme, **here, unit_n=units[0], tables=tables,
-            first_table=first, batch=lay.batch, pairing=_pairing(view),
-        )  # fmt: skip
-        return units, k_span, decode_values(values.source, values.scheme, **here, unit_n=units[1])
-
-    return read
-
-
-def _xla_span_reader(
-    view: CacheView, layer: Array, dtype: Any, implementation: str
-) -> Callable[[Array], Any]:
-    """The same for other codecs and encodings: what the kernels cannot do, XLA does."""
-    cache, lay = view.cache, view.cache.layout
-    rows = lay.batch * lay.heads
-
-    def stored(codec, slots, decode, slot):
-        of = lambda joined: scheme_of(codec, lay.head_dim, joined, implementation)  # noqa: E731
-        scheme, first = of(1), (layer * lay.max_spans + slot) * rows
-        if not isinstance(scheme, str):
-            source = encoded(slots)
-        else:
-            packed, scheme = read_slot(slots, layer, slot), of(2)
-            if isinstance(scheme, str):
-                return codec.decode(packed, jnp.bfloat16)
-            source, first = halves(packed), 0
-        x_nWD = decode(
-            source, scheme, first_row=first, rows=rows, valid=lay.span_tokens, dtype=jnp.bfloat16,
-            unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation,
-        )  # fmt: skip
-        return x_nWD.reshape(lay.batch, lay.heads, *x_nWD.shape[1:])
-
-    def read(slot):
-        table = view.span_table(slot)
-        k_BHTD = stored(lay.key_codec, cache.span_k, decode_keys, slot)
-        v_BHTD = stored(lay.value_codec, cache.span_v, decode_values, slot)
-        # An encoding reads each channel more than once; without the barrier XLA decodes it again.
-        k_BHTD, v_BHTD = lax.optimization_barrier((k_BHTD, v_BHTD))
-        k_nWD = _through_xla(view.keys, k_BHTD, table)
-        v_nWD = _through_xla(view.values, v_BHTD, table)
-        if dtype != jnp.bfloat16:
-            return _workspace(k_nWD, v_nWD, lay.span_tokens, dtype, implementation)
-        ones = jnp.ones((k_nWD.shape[0],), jnp.float32)
-        return (ones, ones), k_nWD, v_nWD
-
-    return read

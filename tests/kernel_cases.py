@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_kernels.dequantize import Encoded, Scheme
 from qvg_jax import presets
-from qvg_jax.cache import KVCache, append, compress
+from qvg_jax.cache import KVCache
 from qvg_jax.codec import Codec, chain
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.rope import Encodings, axial_rope, frequency_ladder
@@ -40,6 +40,9 @@ FORMATS = {
     "qvg-pro": (Scheme(bits=2, group=16, offset=1, stages=4), ()),
     "rtn, 4 bits": (Scheme(bits=4, group=16, offset=7, stages=0), ()),
     "midrise": (Scheme(bits=2, group=128, offset=1.5, stages=1), ("exponents", "int8")),
+    "1 bit, two stages": (Scheme(bits=1, group=128, offset=0.5, stages=2), ("exponents", "int8")),
+    "3 bits": (Scheme(bits=3, group=128, offset=3.5, stages=1), ("exponents", "int8")),
+    "3 bits, integers": (Scheme(bits=3, group=16, offset=3, stages=0), ()),
     "midrise, e4m3 tables": (Scheme(bits=4, group=128, offset=7.5, stages=2), ("e4m3",)),
 }
 
@@ -75,7 +78,10 @@ def turns(seed: int, rows: int, tokens: int) -> tuple[jax.Array, jax.Array]:
 
 
 def filled_cache(codec, *, layers=2, heads=2, block=96, blocks=7, **settings) -> KVCache:
-    """A cache after `blocks` appended blocks: sink, two spans of two blocks, and a window."""
+    """A cache as after `blocks` blocks: sink, two spans of two blocks, and a window.
+
+    Spans hold random bytes that could have been encoded: compiling k-means takes longer than the tests.
+    """
     if isinstance(codec, Codec):
         codec = (codec, codec)
     settings = dict(sink_blocks=1, span_blocks=2, max_spans=3, keep_recent=1) | settings
@@ -83,18 +89,60 @@ def filled_cache(codec, *, layers=2, heads=2, block=96, blocks=7, **settings) ->
         layers=layers, heads=heads, head_dim=128, block_tokens=block, pos_dims=3,
         key_codec=codec[0], value_codec=codec[1], **settings,
     )  # fmt: skip
-    add = jax.jit(lambda c, k, v, p: compress(append(c, k, v, p)))
-    rng = np.random.default_rng(1)
-    centres = rng.standard_normal((40, 128))
-    for i in range(blocks):
-        shape = (layers, 1, block, heads)
-        k, v = (
-            jnp.asarray(centres[rng.integers(0, 40, shape)], jnp.bfloat16)
-            + jnp.asarray(rng.standard_normal((*shape, 128)) * 0.3, jnp.bfloat16)
-            for _ in range(2)
-        )
-        cache = add(cache, k, v, positions(i, block))
-    return cache
+    lay, rng = cache.layout, np.random.default_rng(1)
+    spans = max(0, (blocks - lay.sink_blocks - lay.keep_recent) // lay.span_blocks)
+    spans = min(spans, lay.max_spans)
+    dense = blocks - spans * lay.span_blocks
+    k, v = (_random_dense(x, dense * block, rng) for x in (cache.dense_k, cache.dense_v))
+    # As in a video: the sink is oldest, the window newest.
+    old = [lay.sink_blocks + i for i in range(spans * lay.span_blocks)]
+    new = [i for i in range(blocks) if i not in old]
+    dense_pos, span_pos = (np.zeros(x.shape, np.float32) for x in (cache.dense_pos, cache.span_pos))
+    dense_pos[:, : dense * block] = np.concatenate([positions(i, block) for i in new], 1)
+    for slot in range(spans):
+        here = old[slot * lay.span_blocks : (slot + 1) * lay.span_blocks]
+        span_pos[slot] = np.concatenate([positions(i, block) for i in here], 1)
+    return dataclasses.replace(
+        cache, dense_k=k, dense_v=v, dense_pos=jnp.asarray(dense_pos),
+        span_k=_random_packed(cache.span_k, rng), span_v=_random_packed(cache.span_v, rng),
+        span_pos=jnp.asarray(span_pos), dense_blocks=jnp.int32(dense), num_spans=jnp.int32(spans),
+        seen_blocks=jnp.int32(blocks),
+    )  # fmt: skip
+
+
+def _random_dense(like, tokens, rng) -> jax.Array:
+    x = np.zeros(like.shape, jnp.bfloat16)
+    x[..., :tokens, :] = rng.standard_normal(x[..., :tokens, :].shape)
+    return jnp.asarray(x)
+
+
+def _random_packed(slots, rng):
+    """The packed spans of a codec that knows codes, e4m3 scales and centroids, with random bytes."""
+    leaves, form = jax.tree_util.tree_flatten_with_path(slots)
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    clusters = {x.shape[-2] for n, (_, x) in zip(names, leaves, strict=True) if "centroids" in n}
+
+    def fill(name, x):
+        if ".ids_" in name:
+            return rng.integers(0, max(clusters), x.shape)
+        if "bytes_x" in name:  # e4m3
+            signed = rng.standard_normal(x.shape) * 0.7 if "centroids" in name else None
+            value = rng.uniform(0.1, 0.5, x.shape) if signed is None else signed
+            return np.asarray(value, np.float32).astype(E4M3).view(np.uint8)
+        if "steps" in name and x.dtype != jnp.int8:
+            return rng.uniform(0.005, 0.01, x.shape)
+        if x.dtype == jnp.int8:
+            low, high = (-127, 128) if "centroids" in name else (-2, 2)
+            return rng.integers(low, high, x.shape)
+        if x.dtype == jnp.uint8:
+            return rng.integers(0, 256, x.shape)
+        return rng.standard_normal(x.shape)
+
+    filled = [
+        jnp.asarray(np.asarray(fill(name, x)).astype(x.dtype))
+        for name, (_, x) in zip(names, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(form, filled)
 
 
 def positions(i: int, block: int) -> jax.Array:
@@ -124,6 +172,8 @@ def codecs() -> dict:
         "rtn": presets.get("rtn"),
         "midrise": MIDRISE,
         "midrise, int8 tables": presets.pair("midrise", num_centroids=64),
+        "midrise-k1v3": presets.pair("midrise-k1v3", num_centroids=64),
+        "midrise-1bit": presets.pair("midrise-1bit", num_centroids=64),
         "bf16": presets.get("bf16"),
     }
 

@@ -4,6 +4,8 @@ Pallas cannot interpret inline GPU code, of which decoding consists, nor product
 registers, so numbers of the kernels themselves are in test_kernels_gpu.py.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +13,24 @@ import pytest
 from jax import lax
 
 from models.worldplay.history import side_by_side
-from pallas_kernels.dequant_attention import finish, prepare, splits_for, visit
+from pallas_kernels.dequant_attention import (
+    Schedule,
+    finish,
+    join,
+    prepare,
+    schedule_for,
+    splits_for,
+    visit,
+)
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.reference import key_row_of_token
-from qvg_jax import mosaic, presets
+from qvg_jax import kernel_plan, mosaic, presets, workspaces
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, evict
 from qvg_jax.kernel_formats import encoded as encoded_of
 from qvg_jax.kernel_formats import halves, pairing_of, scheme_of
+from qvg_jax.kernel_plan import Plan
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.rope import Rope
 from tests.kernel_cases import (
@@ -87,7 +98,7 @@ def test_keys_in_e4m3_lie_in_a_permutation_of_every_sixteen():
 
 def test_units_make_e4m3_of_any_magnitude():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 128)), jnp.float32) * 1e-4
-    unit = mosaic._unit(jnp.abs(x).max(axis=(1, 2)))
+    unit = workspaces._unit(jnp.abs(x).max(axis=(1, 2)))
     here = dict(first_row=0, rows=2, valid=64, dtype=E4M3, implementation="reference")
     y = decode_values(x, None, unit_n=unit, **here).astype(jnp.float32) * unit[:, None, None]
     y = y.swapaxes(1, 2)[:, :64]
@@ -97,7 +108,8 @@ def test_units_make_e4m3_of_any_magnitude():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(scheme=Scheme(bits=3, group=64, offset=3, stages=1)), "head_dim|bits=3"),
+        (dict(scheme=Scheme(bits=3, group=64, offset=3, stages=1)), "head_dim=85"),
+        (dict(scheme=Scheme(bits=8, group=64, offset=3, stages=1)), "head_dim=32"),
         (dict(scheme=Scheme(bits=2, group=4, offset=1, stages=1)), "group=4"),
         (dict(scheme=Scheme(bits=2, group=64, offset=1.2, stages=1)), "offset=1.2"),
         (dict(dtype=jnp.float32), "float32"),
@@ -190,6 +202,43 @@ def test_splits_fill_the_chip_but_not_at_the_price_of_their_state():
     assert splits_for(1, 64, 512, 1, True) == 1  # too few keys to share
 
 
+@pytest.mark.parametrize("blocks, whole, parts", [(444, 396, 5), (24, 0, 11), (7, 7, 3), (9, 4, 2)])
+def test_pieces_of_a_schedule_cover_every_block_once(blocks, whole, parts):
+    schedule = Schedule(blocks, whole, parts)
+    block, part, of = (
+        np.broadcast_to(x, (schedule.pieces,)) for x in schedule.place(jnp.arange(schedule.pieces))
+    )
+    assert sorted(block[:blocks]) == list(range(blocks))  # one of each comes first
+    want = {(b, p, n) for b in range(blocks) for n in [1 if b < whole else parts] for p in range(n)}
+    assert set(zip(block.tolist(), part.tolist(), of.tolist(), strict=True)) == want
+    assert len(want) == schedule.pieces
+
+
+def test_only_the_last_wave_is_shared():
+    assert schedule_for(444, 37_440, 3, True) == Schedule(444, 396, 5)
+    assert schedule_for(672, 42_240, 1, True) == Schedule(672, 660, 11)
+    assert schedule_for(24, 32_768, 4, True).whole == 0
+    assert schedule_for(264, 37_440, 1, True).pieces == 264  # two full waves
+
+
+def test_pieces_are_joined_to_one_softmax():
+    rng = np.random.default_rng(1)
+    schedule = Schedule(4, 2, 3)
+    acc, top, total = (
+        jnp.asarray(rng.uniform(0.5, 2, (schedule.pieces, 128, *more)), jnp.float32)
+        for more in ((8,), (), ())
+    )
+    out = np.asarray(join((acc, top, total), schedule, 2, 200)).reshape(2, 200, 8)
+    for block in range(4):
+        mine = [block] if block < 2 else [block + 2 * i for i in range(3)]
+        weight = 2.0 ** np.asarray(top)[mine]
+        right = (weight[..., None] * np.asarray(acc)[mine]).sum(0)
+        right /= (weight * np.asarray(total)[mine]).sum(0)[..., None]
+        here = slice(128 * (block % 2), min(128 * (block % 2) + 128, 200))
+        got = out[block // 2, here]
+        np.testing.assert_allclose(got, right[: len(got)], rtol=1e-5)
+
+
 # -- attend on the kernels
 
 
@@ -204,6 +253,9 @@ def test_formats_are_recognised_by_what_decode_gives():
         assert scheme_of(codecs()[name], 128) == scheme
     for codec in codecs()["midrise, int8 tables"]:
         assert scheme_of(codec, 128) == want["midrise"]
+    bits = {n: [scheme_of(c, 128) for c in codecs()[n]] for n in ("midrise-k1v3", "midrise-1bit")}
+    assert [(s.bits, s.offset) for s in bits["midrise-k1v3"]] == [(1, 0.5), (3, 3.5)]
+    assert [(s.bits, s.stages) for s in bits["midrise-1bit"]] == [(1, 2)] * 2
     for codec in (grid_quantize(grid="lloyd_max"), presets.get("rtn", mode="asymmetric")):
         assert isinstance(scheme_of(codec, 128), str)
     assert "kmeans" not in scheme_of(presets.get("rtn", scale_dtype="bf16"), 128)
@@ -259,12 +311,27 @@ def test_attend_compiles_inside_a_scan_over_layers_and_copies_no_codes(narrow, p
 def _visit_by_reference(
     queries, k, v, valid, *, k_unit_n=None, v_unit_n=None, state=None, splits=1, implementation
 ):
+    """By the reference, which knows splits and puts all into the first one.
+
+    Of a schedule those are the pieces that come first: one of every block of queries.
+    """
     ones = jnp.ones(k.shape[0])
     units = [ones if u is None else u for u in (k_unit_n, v_unit_n)]
+    n, padded_queries, d = queries.q_nQD.shape
+    pieces = isinstance(splits, Schedule)
     if state is None:
-        empty = attention_reference.empty(splits, *queries.q_nQD.shape)
-        return attention_reference.segment(*queries, k, v, valid, *units, empty)
-    new = attention_reference.segment(*queries, k, v, valid, *units, [r[...] for r in state])
+        old = attention_reference.empty(1 if pieces else splits, n, padded_queries, d)
+    elif pieces:
+        old = [r[...][: splits.blocks].reshape(1, n, padded_queries, *r.shape[2:]) for r in state]
+    else:
+        old = [r[...] for r in state]
+    new = attention_reference.segment(*queries, k, v, valid, *units, old)
+    if pieces:
+        rest = attention_reference.empty(1, splits.pieces - splits.blocks, 128, d)
+        new = [x.reshape(-1, 128, *x.shape[3:]) for x in new]
+        new = [jnp.concatenate([x, y[0]]) for x, y in zip(new, rest, strict=True)]
+    if state is None:
+        return tuple(new)
     for ref, x in zip(state, new, strict=True):
         ref[...] = x
 
@@ -273,11 +340,11 @@ def _visit_by_reference(
 def references(monkeypatch):
     """attend_kernels with every kernel replaced by its reference: runs anywhere."""
     for name in ("decode_keys", "decode_values"):
-        kernel = getattr(mosaic, name)
+        kernel = getattr(workspaces, name)
         by_reference = lambda *args, implementation, kernel=kernel, **more: kernel(  # noqa: E731
             *args, implementation="reference", **more
         )
-        monkeypatch.setattr(mosaic, name, by_reference)
+        monkeypatch.setattr(workspaces, name, by_reference)
     monkeypatch.setattr(mosaic, "visit", _visit_by_reference)
 
 
@@ -289,6 +356,8 @@ def references(monkeypatch):
         ("midrise", True, INTERLEAVED, True),
         ("midrise, int8 tables", True, HALF, False),
         ("bf16", False, INTERLEAVED, False),
+        ("midrise-k1v3", True, HALF, True),
+        ("midrise-1bit", True, INTERLEAVED, False),
     ],
 )
 def test_the_way_from_cache_to_kernels_is_right(references, name, narrow, rope, precompute):
@@ -343,9 +412,43 @@ def test_branches_share_a_cache_and_keep_their_own_block(references, narrow):
         attend(q, view, k[:2], v[:2], layer=1)
 
 
-def _agrees_with_xla(view, q, k, v, narrow):
+PLANS = {
+    "looped": Plan(even=True, workspace=2 * 2 * 2 * 128 * 128 * 2),  # two bf16 spans of 128 tokens
+    "straight": Plan(even=True, workspace=2**20, unrolled=2, cut=True),
+    "straight, one by one": Plan(unrolled=4),
+}
+
+
+@pytest.mark.parametrize(
+    "name, narrow, plan, precompute",
+    [
+        ("qvg", False, "looped", True),
+        ("midrise", True, "looped", False),
+        ("midrise, int8 tables", True, "straight", True),
+        ("bf16", False, "straight", False),
+        ("qvg", True, "straight, one by one", True),
+    ],
+)
+def test_plans_change_nothing_but_rounding(references, monkeypatch, name, narrow, plan, precompute):
+    """Spans behind each other, the last group not full, a slot that is not valid; cut windows."""
+    monkeypatch.setattr(kernel_plan, "_LEAST_BYTES", 1)
+    cache = filled_cache(codecs()[name], blocks=9, block=64, max_spans=4)
+    cache = with_window_garbage(evict(cache, spans=1))
+    assert int(cache.first_span) == 1 and int(cache.num_spans) == 2
+    view = cache.view(positions(9, 64), HALF, precompute=precompute)
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((1, 64, 4, 128)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
+    parts = PLANS[plan].dense_parts(cache.layout, 2, E4M3 if narrow else jnp.bfloat16)
+    assert (len(parts) > 1) == (plan == "straight")
+    _agrees_with_xla(view, q, k, v, narrow, PLANS[plan])
+
+
+def _agrees_with_xla(view, q, k, v, narrow, plan=kernel_plan.MEASURED):
     right = attend(q, view, k, v, layer=1, implementation="xla")
-    ours = mosaic.attend_kernels(q, view, k, v, jnp.int32(1), jnp.float32(128**-0.5), narrow=narrow)
+    ours = jax.jit(functools.partial(mosaic.attend_kernels, narrow=narrow, plan=plan))(
+        q, view, k, v, jnp.int32(1), jnp.float32(128**-0.5)
+    )
     assert ours.shape == right.shape and ours.dtype == right.dtype
     error = jnp.linalg.norm((ours - right).astype(jnp.float32))
     bound = 6e-2 if narrow else 1e-2
