@@ -40,8 +40,11 @@ FORMATS = {
     "qvg-pro": (Scheme(bits=2, group=16, offset=1, stages=4), ()),
     "rtn, 4 bits": (Scheme(bits=4, group=16, offset=7, stages=0), ()),
     "midrise": (Scheme(bits=2, group=128, offset=1.5, stages=1), ("exponents", "int8")),
-    "1 bit, two stages": (Scheme(bits=1, group=128, offset=0.5, stages=2), ("exponents", "int8")),
-    "3 bits": (Scheme(bits=3, group=128, offset=3.5, stages=1), ("exponents", "int8")),
+    "midrise, 1 bit, two stages": (
+        Scheme(bits=1, group=128, offset=0.5, stages=2),
+        ("exponents", "int8"),
+    ),
+    "midrise, 3 bits": (Scheme(bits=3, group=128, offset=3.5, stages=1), ("exponents", "int8")),
     "3 bits, integers": (Scheme(bits=3, group=16, offset=3, stages=0), ()),
     "midrise, e4m3 tables": (Scheme(bits=4, group=128, offset=7.5, stages=2), ("e4m3",)),
 }
@@ -69,6 +72,13 @@ def encoded(name: str, rows: int, tokens: int, seed: int = 0) -> tuple[Encoded, 
         exponents_R=exponents,
         steps_RS=steps,
     ), scheme
+
+
+def on_cpu(f, *args):
+    """f(*args) computed on the CPU, where a reference compiles in a fraction of a GPU's time."""
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        return f(*jax.device_put(args, cpu))
 
 
 def turns(seed: int, rows: int, tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: run by hand with `python -m pytest -n 0 -m gpu tests/test_gpu.py`."""
+"""What only a GPU can show: run by hand with `python -m pytest -m gpu tests/test_gpu.py`."""
 
 import dataclasses
 import functools
@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _clustered(key, shape, centres=64):
     """Tokens around a few centres, bf16: what k-means is for."""
     k_centre, k_pick, k_noise = jax.random.split(key, 3)
