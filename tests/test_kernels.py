@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from benchmarks import sanitize
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import (
     Schedule,
@@ -184,6 +185,16 @@ def test_attention_compiles_and_updates_its_state_in_place(dtype):
     assert text.count("output_operand_alias<") == 3
 
 
+def test_what_the_sanitizer_runs_compiles():
+    """Spans behind each other, windows, schedules; the rest has tests of its own."""
+    names = {name: (f, args) for name, f, args in sanitize.calls()}
+    some = [n for n in names if "three spans" in n or "plain" in n or "Schedule" in n]
+    assert len(some) == 10
+    for name in some:
+        f, args = names[name]
+        assert "mosaic_gpu" in _lowered(f, *args)
+
+
 def test_attention_refuses_what_does_not_belong_together():
     queries = prepare(jnp.zeros((2, 128, 128)), jnp.float32(1), jnp.bfloat16)
     good = jnp.zeros((2, 256, 128), jnp.bfloat16)
@@ -193,6 +204,17 @@ def test_attention_refuses_what_does_not_belong_together():
         visit(queries, good, good.swapaxes(1, 2), 256)
     with pytest.raises(ValueError, match="T=200"):
         visit(queries, good[:, :200], good[:, :200], 200)
+    with pytest.raises(ValueError, match="one of 2 blocks"):
+        visit(queries, good, good, 256, splits=Schedule(3, 0, 1))
+
+
+def test_several_spans_must_have_whole_sixteens_and_windows_are_of_plain_tokens():
+    source, scheme = encoded("qvg", 4, 200)
+    here = dict(rows=2, valid=64, dtype=E4M3, unit_n=jnp.ones(2))
+    with pytest.raises(ValueError, match="spans of 200 tokens"):
+        decode_keys(source, scheme, first_row=jnp.asarray([0, 2]), **here)
+    with pytest.raises(ValueError, match="window"):
+        decode_values(source, scheme, first_row=0, window=(0, 64), **here)
 
 
 def test_splits_fill_the_chip_but_not_at_the_price_of_their_state():

@@ -1,0 +1,130 @@
+"""One small call of every Mosaic kernel, for compute-sanitizer on a Hopper GPU:
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.sanitize
+
+Partial tiles, formats of 1 to 4 bits, spans behind each other, windows, empty segments. Prints a line
+for each call, and fails if one does. `--tool racecheck` and `--tool synccheck` take it too.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+# The tool watches allocations; a pool would hide what runs past one of them.
+os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.dequant_attention import Schedule, prepare, visit
+from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
+from pallas_kernels.kmeans import kmeans_sums
+from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+
+E4M3 = jnp.float8_e4m3fn
+_TOKENS = 304
+
+
+def _noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(jnp.bfloat16)
+
+
+def _packed(rows: int, bits: int, group: int, stages: int) -> tuple[Encoded, Scheme]:
+    rng = np.random.default_rng(bits)
+    whole = lambda most, *shape: rng.integers(0, most, shape).astype(np.uint8)  # noqa: E731
+    return Encoded(
+        codes_RTC=whole(256, rows, _TOKENS, 16 * bits),
+        scales_RTG=whole(0x40, rows, _TOKENS, 128 // group),
+        ids_RST=whole(100, rows, stages, _TOKENS) if stages else None,
+        centroids_RSKD=_noise(rows, stages, 100, 128) if stages else None,
+    ), Scheme(bits, group, (2**bits - 1) / 2, stages)
+
+
+def calls() -> Iterator[tuple[str, Callable, tuple]]:
+    """(name, function, its arguments) of every call."""
+    table = np.ones((3, _TOKENS, 64), np.float32)
+    for dtype in (jnp.bfloat16, E4M3):
+        name = jnp.dtype(dtype).name
+        here = dict(rows=2, valid=_TOKENS, dtype=dtype, unit_n=np.ones(2, np.float32))
+        for bits, group, stages in ((1, 128, 2), (2, 64, 1), (3, 128, 1), (4, 16, 0)):
+            source, scheme = _packed(6, bits, group, stages)
+            more = here | dict(first_row=4)
+            yield (
+                f"keys of {bits} bits to {name}",
+                lambda s, t, c=scheme, h=more: decode_keys(s, c, tables=(t, t), first_table=2, **h),
+                (source, table),
+            )
+            yield (
+                f"values of {bits} bits to {name}",
+                lambda s, c=scheme, h=more: decode_values(s, c, **h),
+                (source,),
+            )
+        source, scheme = _packed(6, 2, 64, 1)
+        more = here | dict(first_row=np.asarray([4, 0, 2]), valid=2 * _TOKENS)
+        yield (
+            f"keys of three spans to {name}",
+            lambda s, t, c=scheme, h=more: decode_keys(
+                s, c, tables=(t, t), first_table=np.arange(3), **h
+            ),
+            (source, table),
+        )
+        yield (
+            f"values of three spans to {name}",
+            lambda s, c=scheme, h=more: decode_values(s, c, **h),
+            (source,),
+        )
+        window = here | dict(first_row=1, valid=44, window=(260, 44))
+        for decode in (decode_keys, decode_values):
+            yield (
+                f"{decode.__name__}, the end of plain tokens, to {name}",
+                lambda x, f=decode, h=window: f(x, None, **h),
+                (_noise(3, _TOKENS, 128),),
+            )
+        yield from _attention(dtype, name)
+    x, c = _noise(2, 1000, 128), _noise(2, 200, 128)
+    yield "k-means sums", lambda x, c: kmeans_sums(x, c, scores=True, parts=3), (x, c)
+    yield "subtract", assign_and_subtract, (x, c)
+    for form in (Integers(2, 64), Midrise(1, 1.5958, 1, recode=False), Midrise(2, 1.0, 1, True)):
+        yield f"pack, {form}", lambda x, c, f=form: assign_and_pack(x, c, f), (x, c)
+
+
+def _attention(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, tuple]]:
+    k = _noise(2, 512, 128).astype(dtype)
+    v = np.ascontiguousarray(k.swapaxes(1, 2)) if dtype == E4M3 else k
+    for splits in (2, Schedule(4, 3, 2)):
+
+        def run(q, k, v, valid, splits=splits):
+            queries = prepare(q, jnp.float32(0.1), dtype)
+            refs = [jax.new_ref(x) for x in visit(queries, k, v, valid, splits=splits)]
+            for n in (0, valid):
+                visit(queries, k, v, n, state=refs, splits=splits)
+            return [r[...] for r in refs]
+
+        yield f"attention in {name}, {splits}", run, (_noise(2, 200, 128), k, v, np.int32(400))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs all calls; the number of those that failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="calls whose name contains this")
+    args = parser.parse_args(argv)
+    failed = 0
+    for name, function, arguments in calls():
+        if args.only not in name:
+            continue
+        start = time.perf_counter()
+        try:
+            jax.block_until_ready(jax.jit(function)(*arguments))
+            said = "ran"
+        except Exception as error:  # one line for each call, whatever is wrong with it
+            said, failed = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}", failed + 1
+        print(f"{name:60} {time.perf_counter() - start:6.1f} s  {said}", flush=True)
+    print(f"{failed} failed")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
