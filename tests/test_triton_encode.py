@@ -77,6 +77,7 @@ def test_sums_equal_the_reference(ours, tokens, clusters, parts):
     np.testing.assert_allclose(mine.score_RT, right.score_RT, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN")
 def test_of_two_equal_centroids_the_first_is_taken_and_a_bad_token_shows(ours):
     x, c = clustered(1, 70, 200)
     c = c.at[0, 150].set(c[0, 20]).at[0, 21].set(c[0, 20])
