@@ -80,7 +80,7 @@ def _generate(args: argparse.Namespace) -> int:
     from qvg_jax.report import table
 
     module = importlib.import_module(model)
-    args.codec = args.codec or module.DEFAULT_CODEC
+    args.codec = _or_default(args.codec, module)
     request = _request(args, codecs=_codec_names(args), out=str(args.out))
     advice = {}
     if hasattr(module, "memory_advice"):
@@ -124,7 +124,7 @@ def _play(args: argparse.Namespace) -> int:
     from qvg_jax.walk import Walk
 
     module = importlib.import_module(WALKS[args.model])
-    codec = args.codec or module.DEFAULT_CODEC
+    codec = _or_default(args.codec, module)
     with _blamed_on_input(ValueError, memory_advice="accepted: less --memory"):
         world = module.walk(_request(args, codecs=(codec,)), args.memory)
         walk = Walk(world, seed=args.seed, codec=codec)
@@ -214,6 +214,11 @@ def _model(name: str) -> str:
 def _codec_names(args: argparse.Namespace) -> tuple[str, ...]:
     more = (name.strip() for name in args.compare.split(",")) if args.compare else ()
     return (args.codec, *more)
+
+
+def _or_default(codec: str | None, module: Any) -> str:
+    """The codec, or what `presets.recommended` says of the module's model, in its own words."""
+    return module.DEFAULT_CODEC if codec in (None, "", "auto") else codec
 
 
 @contextlib.contextmanager

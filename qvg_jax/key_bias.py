@@ -10,8 +10,8 @@ so a compressed key gets exp(-s^2 |q|^2 (v - v_hat) / 2) times its weight, and a
 to its logit undoes that on average. With E the share of energy that least squares loses, 1 - E = rho:
 
 1. Noise that knows nothing of the key, k_hat = k + e: v_hat - v is the error's variance, step^2 / 12
-   for rounding to a fine uniform grid (Sheppard's correction). b is negative: compressed keys steal attention. This is the
-   case, and with a second-order Taylor expansion in place of the exponential the correction, of
+   for rounding to a fine uniform grid (Sheppard's correction). b is negative: compressed keys steal
+   attention. This is the case, and with a second-order Taylor expansion in place of the exponential the correction, of
    Tuncer, Becker & Pfeil, "Quantized Keys Steal Attention: Bias Correction for KV-Cache Compression in
    Video Diffusion" (arXiv 2605.26266). Here: `residual_quantize`, so QVG and RTN, whose three levels at two bits are no
    fine grid: for normal values in groups of 64 the model says about twice what is true.

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--codec",
         metavar="NAME",
-        help="of the cache (midrise-k1v3, midrise*/***); see `qvg codecs`",
+        help="of the cache (auto: trellis, midrise*/**/***); see `qvg codecs`",
     )
     add("--compare", default="", metavar="NAMES", help="more codecs, such as rtn,qvg-pro")
     add("--steps", type=_count, metavar="N", help="denoising steps per block (4, 50***)")
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     play = commands.add_parser("play", help="walk through a generated world in a browser")
     add = play.add_argument
     add("--model", default="pocket-world", metavar="NAME", help=", ".join(WALKS))
-    add("--codec", metavar="NAME", help="to begin with (midrise-k1v3); see `qvg codecs`")
+    add("--codec", metavar="NAME", help="to begin with (auto: trellis); see `qvg codecs`")
     add("--seed", type=_whole, default=0, metavar="N", help="world, tour and noise (0)")
     add("--steps", type=_count, metavar="N", help="denoising steps per block (4)")
     add("--tour", type=_whole, metavar="N", help="real frames to begin with (64)")

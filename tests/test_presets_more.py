@@ -1,6 +1,7 @@
 """Every recipe: bytes, one program, determinism, edges; and what they do to KV-like tokens."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from qvg_jax import presets
 from qvg_jax.accounting import packed_bytes
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
+from qvg_jax.options import MODELS
 from qvg_jax.smoothing import kmeans_smoothing
 from qvg_jax.synthetic import kv_like
 from qvg_jax.transform_codec import transform_codec
@@ -314,3 +316,22 @@ def test_a_cache_attends_to_spans_of_two_codecs(name):
     want = np.einsum("bhqt,bthd->bqhd", p / p.sum(-1, keepdims=True), all_v)
     # Two programs: an e4m3 scale or a code may round the other way.
     assert np.linalg.norm(np.asarray(got) - want) < 0.02 * np.linalg.norm(want)
+
+
+def test_auto_is_the_cautious_recipe_unless_a_models_loop_says_otherwise():
+    assert presets.recommended() == presets.recommended("worldplay") == "midrise"
+    assert presets.recommended("pocket-world") == "trellis"
+    shape = (1, 1, 1024, 128)
+    for asked, name in ((dict(), "midrise"), (dict(model="pocket-world"), "trellis")):
+        ours, theirs = presets.pair("auto", **asked), presets.pair(name)
+        assert [c.nbytes(shape) for c in ours] == [c.nbytes(shape) for c in theirs]
+        assert {c.name for c in ours} == {"auto"}
+    assert presets.auto(num_centroids=8)[1].nbytes(shape) < presets.auto()[1].nbytes(shape)
+    with pytest.raises(ValueError, match="codec='midrise' does not accept"):
+        presets.auto(mood=1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_models_default_is_what_auto_recommends(model):
+    job = importlib.import_module(MODELS[model])
+    assert job.DEFAULT_CODEC.partition(":")[0] == presets.recommended(model)

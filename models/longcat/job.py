@@ -32,12 +32,12 @@ from models.longcat.settings import (
 from models.longcat.sharding import heads_mesh, placement
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax import compare
+from qvg_jax import compare, presets
 from qvg_jax.compare import Arm, Job
 from qvg_jax.plan import Plan
 
 MODEL = "longcat"
-DEFAULT_CODEC = "midrise"
+DEFAULT_CODEC = presets.recommended("longcat")
 FPS = 15
 NAMES = ("dit", "LongCat*", "longcat*", "transformer", "diffusion_pytorch_model*")
 LORA_RANK = 128  # of the released ones

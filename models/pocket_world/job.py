@@ -20,13 +20,14 @@ from models.common.asked import check_seed
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
+from qvg_jax import presets
 from qvg_jax.capture import Captured
 from qvg_jax.codec import Codec
 from qvg_jax.compare import BASELINE, Arm, Block, Job, Request
 from qvg_jax.metrics import to_uint8
 
 MODEL = "pocket-world"
-DEFAULT_CODEC = "midrise-k1v3"  # the best in the loop, see BENCHMARKS.md
+DEFAULT_CODEC = presets.recommended("pocket-world")
 TOUR, FRAMES, STEPS = 128, 240, 4
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths

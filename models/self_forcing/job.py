@@ -21,13 +21,13 @@ from models.self_forcing.schedule import Block, plan_blocks
 from models.self_forcing.settings import FRAMES, Settings, chosen_sizes, released_sizes, settle
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax import compare
+from qvg_jax import compare, presets
 from qvg_jax.compare import Arm, Job
 from qvg_jax.health import cache_bytes
 from qvg_jax.plan import Plan
 
 MODEL = "self-forcing"
-DEFAULT_CODEC = "midrise"
+DEFAULT_CODEC = presets.recommended("self-forcing")
 FPS = 16
 # In order of preference: Wan's own transformer, without Self-Forcing's training, comes last.
 NAMES = ("self_forcing*", "*dmd*", "*generator*", "transformer", "diffusion_pytorch_model*")

@@ -20,13 +20,13 @@ from models.worldplay.pipeline import WorldPlay
 from models.worldplay.plan import make_plan
 from models.worldplay.request import Request
 from models.worldplay.settings import ACTIONS, Settings, released_sizes, settle
-from qvg_jax import compare
+from qvg_jax import compare, presets
 from qvg_jax.compare import Arm, Job
 from qvg_jax.health import cache_bytes
 from qvg_jax.plan import Plan
 
 MODEL = "worldplay"
-DEFAULT_CODEC = "midrise:storage=single"
+DEFAULT_CODEC = f"{presets.recommended('worldplay')}:storage=single"
 FPS = 16
 # In order of preference: Wan's own transformer, which knows no actions, is refused by its names.
 NAMES = ("*worldplay*", "*generator*", "*distill*", "transformer", "diffusion_pytorch_model*")
