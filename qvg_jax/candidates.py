@@ -8,6 +8,7 @@ from typing import Any
 from qvg_jax.codec import Codec, chain
 from qvg_jax.quantize.by_energy import by_energy
 from qvg_jax.quantize.grid import grid_quantize
+from qvg_jax.quantize.heads import heads_as_tokens
 from qvg_jax.quantize.lattice import lattice_quantize
 from qvg_jax.quantize.trellis import trellis_quantize
 from qvg_jax.smoothing.kmeans import kmeans_smoothing
@@ -186,11 +187,13 @@ def klt_kmeans(num_centroids: int = 64, **settings: Any) -> tuple[Codec, Codec]:
 
 
 def trellis(
-    key_budget: float = 0.93,
+    key_budget: float = 0.84,
     value_bits: float = 3.5,
-    num_centroids: int = 16,
+    num_centroids: int = 32,
     *,
-    tokens_per_axis: int = 48,
+    tokens_per_axis: int = 24,
+    vector_bits: int = 5,
+    across_heads: bool = True,
     key_gain: float = 1.0,
     value_gain: str | float = "match",
     iters: int = 2,
@@ -199,8 +202,9 @@ def trellis(
 ) -> tuple[Codec, Codec]:
     """Values: k-means, signs per token, trellis codes of 2 to 5 bits by energy; keys: `klt` below 1 bit.
 
-    2.33 bits in a span of 1,536 tokens, 2.29 in one of 37,440: 0.93 for keys, the rest for values.
-    For models like pocket world, where values are what hurts; see BENCHMARKS.md.
+    2.33 bits in a span of 1,536 tokens, 2.24 in one of 37,440: 0.84 for keys, the rest for values, which
+    all heads of a layer share (`heads_as_channels`, `heads_as_tokens`). For models like pocket world,
+    where values are what hurts; see BENCHMARKS.md.
 
     Decode of V, per element: shift, mask, a read of a table of 256 bytes, a multiplication, log2 D
     additions of the Hadamard transform, a sign, an addition of the centroid; a row index per token.
@@ -211,7 +215,8 @@ def trellis(
         value_bits: bits of V's codes: a whole number k for `trellis_quantize(k)`, or k + 1/2 for four
             classes of tokens `by_energy` with k + 2, k + 1, k and k - 1 bits: 1 to 5 bits each.
         num_centroids: of V, at most the tokens of a span.
-        tokens_per_axis: of K, as in `transform_codec`.
+        tokens_per_axis, vector_bits: of K, as in `transform_codec`.
+        across_heads: False gives every head its own budget, for caches divided by heads.
         key_gain: `gain` of `allocated_quantize` for K.
         value_gain: `gain` of `trellis_quantize` for V.
         iters, cold_iters: as in `presets.qvg`; unused centroids always restart.
@@ -235,8 +240,16 @@ def trellis(
             trellis_quantize(n, gain=value_gain) for n in (low + 2, low + 1, low, low - 1)
         )
         quantizer = by_energy(by_energy(most, more), by_energy(less, least))
+    if across_heads:
+        quantizer = heads_as_tokens(quantizer)
     smoothing = kmeans_smoothing(
         num_centroids, iters, cold_iters=cold_iters, centroid_dtype="int8", reseed=True
     )
-    key_codec = transform_codec(key_budget, tokens_per_axis=tokens_per_axis, gain=key_gain)
+    key_codec = transform_codec(
+        key_budget,
+        tokens_per_axis=tokens_per_axis,
+        vector_bits=vector_bits,
+        gain=key_gain,
+        across_heads=across_heads,
+    )
     return key_codec, chain(smoothing, rotation(seed=seed, signs="token"), quantizer)

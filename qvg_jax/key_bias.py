@@ -19,8 +19,8 @@ to its logit undoes that on average. With E the share of energy that least squar
    v - v_hat = E v. By Jensen E[exp(s q.k) | k_hat] > exp(s q.k_hat): compressed keys *lose*
    attention, and b is positive. Here: gain "lsq", as in the keys of `midrise`; centroids alone.
 3. Gain p in between, x_hat = rho^-p x_lsq: v_hat = rho^(1 - 2p) v. Gain 1 ("match") has the sign of 1,
-   with v (1 / rho - 1), as the keys of `trellis`; gain 1/2 keeps the energy, v_hat = v: nothing to
-   correct, as the keys of `midrise-k1v3`.
+   with v (1 / rho - 1); gain 1/2 keeps the energy, v_hat = v: nothing to correct, as the keys of
+   `midrise-k1v3`.
 
 The quantity v - v_hat, one number per token, is what a codec's `deficit(packed)` computes from the
 scales it stores anyway. It is a model: channels are not normal, queries do not point everywhere

@@ -89,6 +89,14 @@ def attend_by_heads(
         ValueError, NotImplementedError: as `attend` and `head_shardings`.
     """
     lay = view.cache.layout
+    for name, spans in (("key", view.cache.span_k), ("value", view.cache.span_v)):
+        together = [x.shape for x in jax.tree.leaves(spans) if x.shape[3] != lay.heads]
+        if together:
+            codec = getattr(lay, f"{name}_codec").name
+            raise NotImplementedError(
+                f"{name} codec {codec} keeps heads together, so none can be read alone; accepted: a "
+                "codec that keeps them apart, such as trellis:across_heads=0"
+            )
     kernels = "mosaic" if is_hopper() else "triton"
     if is_hopper() or no_triton() is None:
         # Formats are recognised by trying them: once, and not inside of shard_map.

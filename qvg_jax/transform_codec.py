@@ -8,6 +8,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.codec import Codec, Packed, Shape, State, chain, check_span, per_element
 from qvg_jax.quantize.allocated import allocated_quantize
+from qvg_jax.quantize.heads import heads_as_channels
 from qvg_jax.smoothing.klt import klt_rotation
 from qvg_jax.smoothing.kmeans import kmeans_smoothing
 
@@ -28,6 +29,7 @@ def transform_codec(
     gain: float = 0.0,
     gain_axis: str = "channel",
     refine: int = 2,
+    across_heads: bool = False,
 ) -> Codec:
     """`klt_rotation` then `allocated_quantize`, with as many code bits as a budget leaves.
 
@@ -51,10 +53,12 @@ def transform_codec(
         rank: R, instead of the rule above.
         tokens_per_axis: tokens that pay for one more axis, in that rule.
         vector_bits: bits of an entry of a stored axis.
+        across_heads: one budget for all heads (`heads_as_channels`), whose channels compete for it; such
+            a cache cannot be divided by heads between devices.
         max_bits, min_bits, scale_dtype, gain, gain_axis, refine: as in `allocated_quantize`.
 
     Returns:
-        A stateless codec; `bits_per_element` is at most `budget`, by less than 8 / D.
+        A stateless codec; `bits_per_element` is at most `budget`, by less than 8 / D (8 / (H D) across heads).
 
     Raises:
         ValueError: an argument outside its range; on use, a span too small for the budget.
@@ -82,27 +86,30 @@ def transform_codec(
             gain_axis=gain_axis,
             refine=refine,
         )
+        if across_heads:
+            quantize = heads_as_channels(quantize)
         return chain(*clusters, klt_rotation(rank, vector_bits), quantize)
 
     @functools.cache
-    def fitted(t: int, d: int) -> Codec:
+    def fitted(h: int, t: int, d: int) -> Codec:
         r = min(d, max(1, t // tokens_per_axis)) if rank is None else rank
-        one = (1, 1, t, d)
-        largest = max_bits * d // 8  # code bytes of a token
-        overhead = parts(r, 8 * largest / d).nbytes(one) - t * largest
-        code_bytes = min(int(budget * d * t / 8 - overhead) // t, largest)
-        fewest = max(1, -(-min_bits * d // 8))
+        c = h * d if across_heads else d  # channels that share a budget
+        one = (1, c // d, t, d)
+        largest = max_bits * c // 8  # code bytes of a token
+        overhead = parts(r, 8 * largest / c).nbytes(one) - t * largest
+        code_bytes = min(int(budget * c * t / 8 - overhead) // t, largest)
+        fewest = max(1, -(-min_bits * c // 8))
         if code_bytes < fewest:
-            least = 8 * (overhead + t * fewest) / (t * d)
+            least = 8 * (overhead + t * fewest) / (t * c)
             raise ValueError(
                 f"budget={budget} bits leaves too few code bits for a span of {t} tokens x {d} "
                 f"channels; accepted: {least:.3f} or more, or longer spans"
             )
-        return parts(r, 8 * code_bytes / d)
+        return parts(r, 8 * code_bytes / c)
 
     def codec_for(shape: Shape, dtype: Any = jnp.float32) -> Codec:
         check_span(shape, dtype)
-        return fitted(shape[2], shape[3])
+        return fitted(shape[1] if across_heads else 1, shape[2], shape[3])
 
     def init(shape: Shape, dtype: Any = jnp.bfloat16) -> State:
         return codec_for(shape, dtype).init(shape, dtype)
@@ -121,6 +128,5 @@ def transform_codec(
     any_parts = parts(rank, float(max_bits))
     first = f"kmeans{num_centroids} > " if num_centroids else ""
     name = f"{first}transform{budget:g}" + (f"-gain{gain:g}" if gain else "")
-    return Codec(
-        init, encode, decode, per_element(nbytes), name, nbytes, deficit=any_parts.deficit
-    )
+    name += "-heads" if across_heads else ""
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=any_parts.deficit)

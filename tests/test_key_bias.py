@@ -18,6 +18,7 @@ from qvg_jax.quantize import (
     allocated_quantize,
     by_energy,
     grid_quantize,
+    heads_as_tokens,
     lattice_quantize,
     residual_quantize,
     trellis_quantize,
@@ -117,6 +118,7 @@ CODECS = [
     grid_quantize(2, gain="none"),
     trellis_quantize(2, gain="match"),
     by_energy(grid_quantize(2, gain="lsq"), grid_quantize(1, gain="lsq")),
+    heads_as_tokens(grid_quantize(2, gain="lsq")),
     allocated_quantize(2.0, min_bits=1, gain=1.0),
     chain(rotation(), grid_quantize(2, gain="match")),
 ]
@@ -201,8 +203,8 @@ def test_kernels_and_encodings_say_that_they_do_not_add_it():
 
 def test_every_preset_tells_or_refuses():
     told = {n for n in (*presets.PRESETS, *presets.PAIRS) if presets.pair(n)[0].deficit is not None}
-    assert {"qvg", "rtn", "midrise", "midrise-k1v3", "klt", "trellis", "bf16"} <= told
-    assert not {"kivi", "kmeans-e8", "nvfp4"} & told
+    assert {"qvg", "rtn", "midrise", "midrise-k1v3", "klt", "bf16"} <= told
+    assert not {"kivi", "kmeans-e8", "nvfp4", "trellis"} & told
 
 
 def test_the_trial_reads_it_from_the_recipe(monkeypatch):

@@ -10,14 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qvg_jax import presets
 from qvg_jax.accounting import packed_bytes
+from qvg_jax.cache import KVCache
 from qvg_jax.codec import chain, identity
-from qvg_jax.quantize import by_energy, grid_quantize, trellis_quantize
+from qvg_jax.quantize import (
+    by_energy,
+    grid_quantize,
+    heads_as_channels,
+    heads_as_tokens,
+    trellis_quantize,
+)
 from qvg_jax.quantize.trellis import _windows
 from qvg_jax.quantize.trellis_levels import ERRORS, trellis_levels
 from qvg_jax.quantize.viterbi import cheapest_path, closed_path
+from qvg_jax.sharding import attend_by_heads
 from qvg_jax.smoothing import rotation
 from qvg_jax.smoothing.rotation import token_signs
+from qvg_jax.transform_codec import transform_codec
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -220,6 +230,60 @@ def test_any_number_of_tokens_and_any_share(count, share):
     assert packed_bytes(packed) == codec.nbytes(x.shape)
     parts = [p.values_BHTD.shape[2] for p in (packed.large, packed.small) if p is not None]
     assert sum(parts) == count
+
+
+# Heads together.
+
+
+def test_heads_are_tokens_or_channels_of_one():
+    x = tokens(9, (2, 3, 10, 16))
+    packed, hat = code(heads_as_tokens(grid_quantize(2, group=4)), x)
+    assert packed.heads == 3 and packed.packed.codes_BHTC.shape == (2, 1, 30, 4)
+    want = code(grid_quantize(2, group=4), x.reshape(2, 1, 30, 16))[1]
+    np.testing.assert_array_equal(hat, want.reshape(x.shape))
+    packed, hat = code(heads_as_channels(grid_quantize(2)), x)
+    assert packed.packed.scales_BHTG.shape == (2, 1, 10, 1)  # one scale for all heads of a token
+    joined = jnp.swapaxes(x, 1, 2).reshape(2, 1, 10, 48)
+    want = np.asarray(code(grid_quantize(2), joined)[1]).reshape(2, 10, 3, 16)
+    np.testing.assert_array_equal(hat, np.swapaxes(want, 1, 2))
+
+
+def test_a_common_budget_gives_more_to_the_larger_head():
+    x = tokens(10, (1, 2, 128, 64)) * jnp.asarray([1.0, 8.0])[None, :, None, None]
+    apart = by_energy(trellis_quantize(4, gain="lsq"), trellis_quantize(2, gain="lsq"))
+    together = heads_as_tokens(apart)
+    assert together.bits_per_element(x.shape) <= apart.bits_per_element(x.shape)
+    errors = [energy(x - code(c, x)[1]) for c in (apart, together)]
+    assert errors[1] < 0.5 * errors[0]
+    keys = [
+        transform_codec(2.0, rank=4, across_heads=across, scale_dtype="bf16")
+        for across in (False, True)
+    ]
+    for c in keys:
+        assert 2.0 - 8 / 64 < c.bits_per_element(x.shape) <= 2.0
+    errors = [energy(x - code_klt(c, x)) for c in keys]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def code_klt(codec, x):
+    packed, _ = jit(codec.encode)(x, codec.init(x.shape, x.dtype))
+    assert packed_bytes(packed) == codec.nbytes(x.shape)
+    return np.asarray(codec.decode(packed, jnp.float32))
+
+
+def test_heads_that_are_together_cannot_be_divided():
+    pair = presets.pair("trellis", num_centroids=2, key_budget=2.0)
+    cache = KVCache.create(
+        heads=2, head_dim=128, block_tokens=64, span_blocks=1, max_spans=1, pos_dims=0,
+        key_codec=pair[0], value_codec=pair[1],
+    )  # fmt: skip
+    q = jnp.zeros((1, 4, 2, 128), jnp.bfloat16)
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match="key codec trellis keeps heads together"),
+    ):
+        attend_by_heads(q, cache.view(), q, q, axis="heads")
 
 
 # Bad input.

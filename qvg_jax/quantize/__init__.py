@@ -3,6 +3,7 @@
 from qvg_jax.quantize.allocated import AllocatedPacked, allocated_quantize
 from qvg_jax.quantize.by_energy import ByEnergyPacked, by_energy
 from qvg_jax.quantize.grid import GridPacked, grid_quantize
+from qvg_jax.quantize.heads import HeadsPacked, heads_as_channels, heads_as_tokens
 from qvg_jax.quantize.integer import IntegerPacked, residual_quantize
 from qvg_jax.quantize.lattice import LatticePacked, lattice_quantize
 from qvg_jax.quantize.minmax import MinMaxPacked, minmax_quantize
@@ -14,6 +15,7 @@ __all__ = [
     "AllocatedPacked",
     "ByEnergyPacked",
     "GridPacked",
+    "HeadsPacked",
     "IntegerPacked",
     "LatticePacked",
     "MinMaxPacked",
@@ -22,6 +24,8 @@ __all__ = [
     "allocated_quantize",
     "by_energy",
     "grid_quantize",
+    "heads_as_channels",
+    "heads_as_tokens",
     "lattice_quantize",
     "minmax_quantize",
     "nvfp4_quantize",

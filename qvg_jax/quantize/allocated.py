@@ -138,12 +138,13 @@ def allocated_quantize(
 
     def total_bits(shape: Shape, x_dtype: Any = jnp.float32) -> int:
         check_span(shape, x_dtype)
-        total = bits * shape[3]
-        if total % 8:
+        total = round(bits * shape[3])
+        if total % 8 or abs(total - bits * shape[3]) > 1e-6:
             raise ValueError(
-                f"bits={bits} times head_dim={shape[3]} is {total}; accepted: a multiple of 8"
+                f"bits={bits} times head_dim={shape[3]} is {bits * shape[3]}; accepted: a multiple "
+                "of 8"
             )
-        return int(total)
+        return total
 
     def init(shape: Shape, x_dtype: Any = jnp.bfloat16) -> EmptyState:
         total_bits(shape, x_dtype)
