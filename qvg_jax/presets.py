@@ -48,6 +48,7 @@ def qvg(
     centroid_dtype: Any = jnp.bfloat16,
     warm_start: bool = True,
     reseed: bool = True,
+    normalize: bool = False,
 ) -> Codec:
     """Quant VideoGen: one k-means stage, then symmetric integers, an e4m3 scale per 64 channels.
 
@@ -68,6 +69,7 @@ def qvg(
         centroid_dtype: storage dtype of the centroids.
         warm_start: start k-means from the previous span's centroids.
         reseed: restart unused centroids at badly served tokens.
+        normalize: as in `residual_quantize`: for residuals that do not fit e4m3, at a byte a span.
 
     Returns:
         The codec.
@@ -90,7 +92,7 @@ def qvg(
             warm_start=warm_start,
             reseed=reseed,
         ),
-        residual_quantize(bits, group, mode, scale_dtype),
+        residual_quantize(bits, group, mode, scale_dtype, normalize=normalize),
     )
 
 

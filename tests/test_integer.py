@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qvg_jax.accounting import packed_bytes
 from qvg_jax.codec import EmptyState
 from qvg_jax.quantize import pack, packed_width, residual_quantize, unpack
 
@@ -239,3 +240,32 @@ def test_bad_input(options, shape, message):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="dtype=int32"):
         residual_quantize().encode(jnp.zeros((1, 1, 4, 64), jnp.int32), EmptyState())
+
+
+@pytest.mark.parametrize("mode", ["symmetric", "asymmetric"])
+@given(power=st.integers(-90, 100), seed=st.integers(0, 999))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_normalized_spans_may_have_any_size(mode, power, seed):
+    """What e4m3 would clip at 448 or lose below 2^-9 is as good as at any other size."""
+    x = tokens(seed, spread=0.3)
+    codec = residual_quantize(4, 16, mode, normalize=True)
+    one, _ = codec.encode(x, EmptyState())
+    other, _ = codec.encode(x * jnp.float32(2.0**power), EmptyState())
+    np.testing.assert_array_equal(one.codes_BHTC, other.codes_BHTC)
+    decoded = codec.decode(one, jnp.float32)
+    assert jnp.linalg.norm((decoded - x).ravel()) < 0.15 * jnp.linalg.norm(x.ravel())
+    scaled = np.asarray(codec.decode(other, jnp.float32))
+    np.testing.assert_array_equal(scaled, np.asarray(decoded) * np.float32(2.0**power))
+    assert packed_bytes(one) == codec.nbytes(x.shape)
+
+
+def test_values_of_700_are_clipped_in_the_published_format_and_kept_when_normalized():
+    x = jnp.asarray([700.0, -650.0, 300.0, 0.0], jnp.float32).reshape(1, 1, 1, 4)
+    error = {}
+    for normalize in (False, True):
+        codec = residual_quantize(2, 4, normalize=normalize)
+        packed, _ = codec.encode(x, EmptyState())
+        error[normalize] = float(jnp.abs(codec.decode(packed, jnp.float32) - x).max())
+        assert codec.nbytes(x.shape) == packed_bytes(packed) == 2 + normalize
+    assert error[False] == 700 - 448 and error[True] <= 300
+    assert float(codec.decode(packed, jnp.float32)[0, 0, 0, 0]) == pytest.approx(700, rel=1 / 16)

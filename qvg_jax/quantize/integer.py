@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from pallas_kernels.quantize_pack import Integers
 from qvg_jax.codec import Codec, EmptyState, Shape, Written, check_span, per_element
 from qvg_jax.quantize.packing import BITS, pack, packed_width, unpack
+from qvg_jax.quantize.scales import span_exponent, times_power_of_two
 
 __all__ = ["IntegerPacked", "residual_quantize"]
 
@@ -22,15 +23,20 @@ _SCALE_DTYPES = {
     "bf16": jnp.dtype(jnp.bfloat16),
     "f32": jnp.dtype(jnp.float32),
 }
+_SHIFT = 6  # a normalized span reaches up to 2^6: of e4m3's 2^-9 .. 448 most lies below
 _FLOOR = 1e-10  # least scale, as in the official kernels; zero once rounded to e4m3
 
 
 class IntegerPacked(NamedTuple):
-    """What integer quantization stores. `zeros_BHTG` is None in symmetric mode."""
+    """What integer quantization stores.
+
+    `zeros_BHTG` is None in symmetric mode, `exponents_BH` unless the span is normalized.
+    """
 
     codes_BHTC: UInt8[Array, "B H T C"]
     scales_BHTG: Float[Array, "B H T G"]
     zeros_BHTG: Float[Array, "B H T G"] | None
+    exponents_BH: Int8[Array, "B H"] | None = None
 
 
 def residual_quantize(
@@ -38,6 +44,8 @@ def residual_quantize(
     group: int = 64,
     mode: str = "symmetric",
     scale_dtype: Any = "e4m3",
+    *,
+    normalize: bool = False,
 ) -> Codec:
     """Rounds each group of channels to integers with one scale (and zero point) per group.
 
@@ -49,7 +57,9 @@ def residual_quantize(
     Ties round away from zero. The scale has a floor of 1e-10. With e4m3, scale and zero are rounded
     to e4m3 *before* the codes are computed; with bf16 the codes use the unrounded ones. An e4m3
     scale of zero (a group below about 1e-3 q) gives zero codes, so an all-zero group decodes to
-    zero; e4m3 saturates at 448, so larger groups are clipped to 448 q.
+    zero; e4m3 saturates at 448, so larger groups are clipped to 448 q. That is the published format.
+    `normalize` first divides each head's span by a power of two from its largest entry and stores
+    that, so that e4m3 holds any size: values of +-700 and more, and residuals far below one.
 
     What is not finite: a NaN is stored as the code nearest zero, an infinity as the largest or
     smallest code, and neither counts for scale and zero point, so no NaN is ever stored and the
@@ -60,6 +70,7 @@ def residual_quantize(
         group: channels that share a scale; divides the head dim.
         mode: "symmetric" or "asymmetric".
         scale_dtype: "e4m3", "bf16" or "f32" (or the jax dtype): storage of scale and zero point.
+        normalize: whether to keep a power of two per head and span: one byte.
 
     Returns:
         A stateless codec. Per token it stores D * bits / 8 bytes of codes and D / group scales
@@ -104,7 +115,11 @@ def residual_quantize(
         del key  # rounding is deterministic
         check(x_BHTD.shape, x_BHTD.dtype)
         b, h, t, d = x_BHTD.shape
-        x_BHTGg = x_BHTD.astype(jnp.float32).reshape(b, h, t, d // group, group)
+        x_BHTD, exponents_BH = x_BHTD.astype(jnp.float32), None
+        if normalize:
+            exponents_BH = (span_exponent(x_BHTD) - _SHIFT).astype(jnp.int8)
+            x_BHTD = times_power_of_two(x_BHTD, -exponents_BH.astype(jnp.int32))
+        x_BHTGg = x_BHTD.reshape(b, h, t, d // group, group)
         finite_BHTGg = jnp.isfinite(x_BHTGg)
         if symmetric:
             zero_BHTG = jnp.zeros((b, h, t, d // group), jnp.float32)
@@ -128,7 +143,8 @@ def residual_quantize(
         rounded = lax.round(ratio, lax.RoundingMethod.AWAY_FROM_ZERO)
         codes = jnp.clip(rounded, -q if symmetric else 0, q) + (q if symmetric else 0)
         codes_BHTC = pack(codes.astype(jnp.uint8).reshape(b, h, t, d), bits)
-        return IntegerPacked(codes_BHTC, stored_scale, None if symmetric else stored_zero), state
+        stored_zero = None if symmetric else stored_zero
+        return IntegerPacked(codes_BHTC, stored_scale, stored_zero, exponents_BH), state
 
     def decode(packed: IntegerPacked, dtype: Any = jnp.bfloat16) -> Array:
         codes_BHTD = unpack(packed.codes_BHTC, bits).astype(jnp.float32)
@@ -139,13 +155,16 @@ def residual_quantize(
         x_BHTGg = x_BHTGg * packed.scales_BHTG.astype(jnp.float32)[..., None]
         if not symmetric:
             x_BHTGg = x_BHTGg + packed.zeros_BHTG.astype(jnp.float32)[..., None]
-        return x_BHTGg.reshape(b, h, t, d).astype(dtype)
+        x_BHTD = x_BHTGg.reshape(b, h, t, d)
+        if normalize:
+            x_BHTD = times_power_of_two(x_BHTD, packed.exponents_BH)
+        return x_BHTD.astype(dtype)
 
     def nbytes(shape: Shape) -> int:
         check(shape)
         *lead, d = shape
         scales = d // group * dtype.itemsize * (1 if symmetric else 2)
-        return math.prod(lead) * (packed_width(d, bits) + scales)
+        return math.prod(lead) * (packed_width(d, bits) + scales) + normalize * lead[0] * lead[1]
 
     def collect(codes_BHTC: Array, scales_BHTG: Array) -> IntegerPacked:
         scales_BHTG = lax.bitcast_convert_type(scales_BHTG, jnp.float8_e4m3fn)
@@ -153,11 +172,16 @@ def residual_quantize(
 
     def deficit(packed: IntegerPacked) -> Array:
         """v - v_hat of `key_bias` for rounding to a fine grid: -step^2 / 12, mean over the groups."""
-        return -jnp.mean(jnp.square(packed.scales_BHTG.astype(jnp.float32)), axis=3) / 12
+        scale_BHTG = packed.scales_BHTG.astype(jnp.float32)
+        if normalize:
+            scale_BHTG = times_power_of_two(scale_BHTG, packed.exponents_BH)
+        return -jnp.mean(jnp.square(scale_BHTG), axis=3) / 12
 
-    written = Written(Integers(bits, group), collect) if symmetric and rounds_first else None
+    kernels_can = symmetric and rounds_first and not normalize
+    written = Written(Integers(bits, group), collect) if kernels_can else None
     short = next(name for name, known in _SCALE_DTYPES.items() if known == dtype)
     name = f"int{bits}-{'sym' if symmetric else 'asym'}-g{group}-{short}"
+    name += "-normalized" if normalize else ""
     return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written, deficit)
 
 
