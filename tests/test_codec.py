@@ -363,7 +363,7 @@ def test_preset_overrides():
 
 def test_bad_presets():
     accepted = (
-        "qvg, qvg-4bit, qvg-pro, qvg-pro-4bit, qvg-asym, rtn, rtn-4bit, quarot, .*, bf16, kivi"
+        "qvg, qvg-4bit, qvg-pro, qvg-pro-4bit, qvg-asym, rtn, rtn-4bit, quarot, .*, bf16, auto, kivi"
     )
     with pytest.raises(ValueError, match=f"codec='zip' is not known; accepted: {accepted}"):
         presets.get("zip")
@@ -383,7 +383,7 @@ def test_annotations_hold():
         import jax, jax.numpy as jnp
         x = jnp.linspace(-1, 1, 2 * 96 * 128).reshape(1, 2, 96, 128).astype(jnp.bfloat16)
         for name in [*presets.PRESETS, *presets.PAIRS]:
-            clusters = any(word in name for word in ("qvg", "midrise", "kmeans"))
+            clusters = any(word in name for word in ("qvg", "midrise", "kmeans", "auto"))
             small = {"num_centroids": 4} if clusters else {}
             for codec in presets.pair(name, **small):
                 packed, _ = jax.eval_shape(codec.encode, x, codec.init(x.shape, x.dtype))
