@@ -220,7 +220,8 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
         takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
         those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
-        mid-rise grid; None is the one for the GPU where that serves the call, else "xla".
+        mid-rise grid; None is "triton" on GPUs other than Hopper where that serves the call,
+        else "xla".
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
