@@ -25,6 +25,7 @@ __all__ = [
     "midrise_1bit",
     "midrise_k1v3",
     "trellis",
+    "trellis_tiny",
 ]
 
 
@@ -253,3 +254,10 @@ def trellis(
         across_heads=across_heads,
     )
     return key_codec, chain(smoothing, rotation(seed=seed, signs="token"), quantizer)
+
+
+def trellis_tiny(
+    key_budget: float = 0.8, value_bits: float = 2, **settings: Any
+) -> tuple[Codec, Codec]:
+    """`trellis` at a tenth of bf16: 1.55 bits in a span of 1,536 tokens, 1.46 in one of 37,440."""
+    return trellis(key_budget, value_bits, **settings)

@@ -180,10 +180,10 @@ def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
     """The default: what was best in the loop of `model`, the cautious `midrise` for any other.
 
     `midrise` spends as many bits on keys as on values and decodes as cheaply as QVG. Its errors of K
-    and V are about half of QVG's on captured and on made-up tensors alike, and it won every paired
-    test against QVG, KIVI and QVG-Pro in pocket world's loop. `trellis` is 9 dB closer there, but
-    with keys of less than a bit, which is known to be enough for that model only: `qvg capture` and
-    `qvg tune` tell for others.
+    and V are about half of QVG's on captured and on made-up tensors alike, it won every paired test
+    against QVG, KIVI and QVG-Pro in pocket world's loop, the GPU kernels read it, and heads can be
+    divided. `trellis` is 11 dB closer there, but with keys of less than a bit, which is known to be
+    enough for that model only: `qvg capture` and `qvg tune` tell for others.
 
     Args:
         model: as in `recommended`.
@@ -237,6 +237,7 @@ PAIRS: dict[str, Callable[..., tuple[Codec, Codec]]] = {
     "klt-kmeans": candidates.klt_kmeans,
     "klt-tiny": candidates.klt_tiny,
     "trellis": candidates.trellis,
+    "trellis-tiny": candidates.trellis_tiny,
 }
 
 

@@ -31,8 +31,7 @@ def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
     four times the energy should have it (reverse water-filling, over tokens). Two classes get most
     of that and keep every shape fixed; nested ones get more:
         by_energy(by_energy(c5, c4), by_energy(c3, c2))
-    On values of pocket world behind k-means 3 and 4 bits leave the error of 0.1 to 0.2 bits more,
-    and the four classes that of 0.3 more.
+    In pocket world's loop four classes of values instead of two, at the same bits, bring 0.7 dB.
 
     Decode: besides the parts', one row index per token, which is a running count of the bits.
 

@@ -99,7 +99,7 @@ def grid_quantize(
             or whose codes do not fill whole bytes.
 
     Source: the scale |x|^2 / <x, l>: Vargaftik et al., DRIVE (arXiv 2105.08339) and EDEN
-    (arXiv 2108.08842), there after a random rotation, which makes it unbiased. Least-squares
+    (ICML 2022), there after a random rotation, which makes it unbiased. Least-squares
     alternation: Lloyd's for one parameter.
     """
     levels_n = _levels(bits, grid, levels)

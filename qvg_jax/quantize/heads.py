@@ -27,9 +27,9 @@ class HeadsPacked:
 def heads_as_tokens(codec: Codec) -> Codec:
     """The codec on H T tokens of one head: for `by_energy`, whose large tokens then are of any head.
 
-    Heads of a layer differ in energy, values of pocket world up to fourfold behind k-means. A budget
-    for all of them gives the large ones more bits (reverse water-filling over heads), and every
-    shape stays fixed, because only the sum is.
+    Heads of a layer differ in energy, values of pocket world up to fourfold behind k-means. In its loop
+    a budget for all of them brings 2 dB: it gives the large ones more bits (reverse water-filling over
+    heads), and every shape stays fixed, because only the sum is.
 
     Nothing is stored for it and nothing computed. The packed form has one head, so such a cache
     cannot be divided by heads between devices.

@@ -88,7 +88,7 @@ def lattice_quantize(*, scale_dtype: Any = "e4m3", gain: float = 0.0, refine: in
         ValueError: an argument outside its range; on use, a head dim that is not a multiple of 8.
 
     Source: the idea of a 2-bit E8 codebook as patterns, signs and shift: Tseng et al., "QuIP#"
-    (arXiv 2402.04396), section 4.2. Differs: which patterns of norm^2 12 fill the list.
+    (arXiv 2402.04396), its E8P. Differs: which patterns of norm^2 12 fill the list.
     """
     dtype = scale_format(scale_dtype)
     if not 0 <= gain <= 2:

@@ -76,9 +76,8 @@ def minmax_quantize(
         ValueError: an argument outside its set; on use, a head dim that the group does not divide
             (token axis) or whose codes do not fill whole bytes.
 
-    Source: Liu et al., "KIVI" (arXiv 2402.02750), equation 2 and section 3.2 (keys per channel,
-    values per token). Percentile clipping: Hooper et al., "KVQuant" (arXiv 2401.18079), without
-    its separate store of the outliers.
+    Source: Liu et al., "KIVI" (arXiv 2402.02750): keys per channel, values per token. Percentile
+    clipping: Hooper et al., "KVQuant" (arXiv 2401.18079), without its separate store of outliers.
     """
     if bits not in BITS:
         raise ValueError(f"bits={bits} is not accepted: give 2, 3, 4 or 8")

@@ -84,7 +84,7 @@ def trellis_quantize(
     Source: trellis-coded quantization: Marcellin & Fischer, IEEE Trans. Communications 38 (1990);
     levels read from a shift register, so that decoding is parallel, and a ring instead of a start:
     Tseng et al., "QTIP" (arXiv 2406.11235). Differs from QTIP: a register of 8 bits and a trained
-    table of 256 bytes, where it has 16 bits and computes levels or keeps larger tables.
+    table of 256 bytes, where it has larger registers, and levels computed or from larger tables.
     """
     if bits not in ERRORS or isinstance(bits, bool):
         raise ValueError(f"bits={bits} is not accepted: give 1 to 5")
