@@ -113,7 +113,8 @@ def test_a_window_of_plain_tokens_is_that_part(dtype):
     np.testing.assert_array_equal(np.asarray(ours, np.float32)[:, :256], _floats(right)[:, :256])
     ours = decode_values(x, None, **here, window=(360, 300))
     right = decode_values(x[:, 360:660], None, **here)
-    ours, right = (_floats(y)[:, :128] for y in (ours, right))
+    axis = 2 if dtype == E4M3 else 1  # attention reads no further than a tile of 256 tokens
+    ours, right = (_floats(y).take(range(256), axis) for y in (ours, right))
     np.testing.assert_array_equal(ours, right)
 
 
