@@ -28,7 +28,17 @@ from qvg_jax.recipes import parse_recipe
 __all__ = ["Bench", "Score", "candidates", "draw", "pareto", "restored", "tune"]
 
 CLUSTERED = ("qvg", "qvg-pro", "qvg-asym", "midrise", "midrise-k1v3", "midrise2", "midrise-1bit")
-OTHERS = ("rtn", "kivi", "quarot", "turboquant", "pca", "klt", "klt-tiny", "trellis", "trellis-tiny")
+OTHERS = (
+    "rtn",
+    "kivi",
+    "quarot",
+    "turboquant",
+    "pca",
+    "klt",
+    "klt-tiny",
+    "trellis",
+    "trellis-tiny",
+)
 CENTROIDS = (16, 32, 64, 128, 256)
 
 

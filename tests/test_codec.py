@@ -362,9 +362,7 @@ def test_preset_overrides():
 
 
 def test_bad_presets():
-    accepted = (
-        "qvg, qvg-4bit, qvg-pro, qvg-pro-4bit, qvg-asym, rtn, rtn-4bit, quarot, .*, bf16, auto, kivi"
-    )
+    accepted = "qvg, qvg-4bit, qvg-pro, qvg-pro-4bit, qvg-asym, rtn, rtn-4bit, quarot, .*, bf16, auto, kivi"
     with pytest.raises(ValueError, match=f"codec='zip' is not known; accepted: {accepted}"):
         presets.get("zip")
     with pytest.raises(ValueError, match="codec='rtn' does not accept.*num_centroids"):
