@@ -57,7 +57,12 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True)
     add("--arms", type=names, default=("midrise",), help="codecs, smallest cache first")
-    add("--implementation", type=names, default=("",), help="of attend: xla,mosaic,mosaic_fp8")
+    add(
+        "--implementation",
+        type=names,
+        default=("",),
+        help="of attend: xla,mosaic,mosaic_fp8,triton",
+    )
     add("--opponents", type=lambda t: names(t) if t else (), default=OPPONENTS)
     add("--layers", type=int, help="(all 48)")
     add("--devices", type=int, default=1, help="GPUs to spread the heads over")

@@ -85,8 +85,8 @@ def attend(
         implementation: "xla", anywhere; "mosaic", kernels for Hopper GPUs that decode a span into
             a bf16 workspace; "mosaic_fp8", the same with spans in e4m3, and products of them too:
             faster, for an error small beside that of 2-bit codes; "triton", bf16 kernels for NVIDIA
-            GPUs from Ampere on, which need jax_triton. None is "mosaic" on Hopper, "triton" on the
-            others if it is installed, where that serves the call, else "xla".
+            GPUs from Ampere on, which need jax_triton and which no GPU has run yet. None is
+            "mosaic" on Hopper where that serves the call, else "xla".
 
     Returns:
         The attention output in q's dtype.
@@ -121,9 +121,7 @@ def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
     if bias is not None and name is None:
         return "xla"
     if name is None:
-        best = "mosaic" if is_hopper() else "triton"
-        ready = best == "mosaic" or no_triton() is None
-        return best if ready and unsupported(view, q_BTHD, False, best) is None else "xla"
+        return "mosaic" if is_hopper() and unsupported(view, q_BTHD, False) is None else "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {IMPLEMENTATIONS}")
     if name != "xla":

@@ -13,6 +13,7 @@ Arrays carry their axes in their names: B batch, H heads, T tokens of one span, 
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,9 +37,12 @@ __all__ = [
     "Written",
     "chain",
     "check_span",
+    "encoded_by",
     "identity",
     "per_element",
 ]
+
+ENCODERS = ("xla", "mosaic", "triton")
 
 type Shape = tuple[int, ...]
 type Packed = Any  # a pytree of arrays; its shapes depend on the span's shape only
@@ -220,8 +224,7 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
         takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
         those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
-        mid-rise grid; None is "triton" on GPUs other than Hopper where that serves the call,
-        else "xla".
+        mid-rise grid; None is "xla".
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
@@ -294,23 +297,41 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
 
 
+def encoded_by(codec: Codec, implementation: str) -> Codec:
+    """The same codec with `implementation` fixed in its encode: what a cache then compresses with.
+
+    Args:
+        codec: one that `chain` made.
+        implementation: "xla", "mosaic" or "triton", see `chain`.
+
+    Raises:
+        ValueError: another implementation, or a codec whose encode knows none.
+    """
+    _check_encoder(implementation)
+    if "implementation" not in inspect.signature(codec.encode).parameters:
+        raise ValueError(f"codec={codec.name!r} has no encoders to choose from; accepted: a chain")
+    return codec._replace(encode=functools.partial(codec.encode, implementation=implementation))
+
+
+def _check_encoder(name: str) -> None:
+    if name not in ENCODERS:
+        raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
+
+
 def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
     """What encodes x; a named implementation is never replaced by another."""
-    if name not in (None, "xla", "mosaic", "triton"):
-        accepted = "'xla', 'mosaic' or 'triton'"
-        raise ValueError(f"implementation={name!r} is not accepted: give {accepted}")
-    if name == "xla" or (name is None and is_hopper()):
-        return "xla"  # Mosaic's encoders have not passed all of their GPU tests
-    kernels = name or ("mosaic" if is_hopper() else "triton")
+    if name is None:
+        return "xla"  # the kernels have not passed all of their tests on a GPU
+    _check_encoder(name)
+    if name == "xla":
+        return name
     if fused is None:
         missing = "the kernels know one kmeans_smoothing before integers or a mid-rise grid"
-    elif (missing := fused.unsupported(x_BHTD, kernels)) is None:
-        if kernels == "triton":
+    elif (missing := fused.unsupported(x_BHTD, name)) is None:
+        if name == "triton":
             missing = no_triton()
         elif not is_hopper():
             missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
     if missing is None:
-        return kernels
-    if name is None:
-        return "xla"
+        return name
     raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)*")
     add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)*")
     add("--layers", type=_count, metavar="N", help="of a transformer of random weights (30, 48***)")
-    add("--attention", metavar="NAME", help="xla, mosaic, mosaic_fp8; see `qvg_jax.attend` (best)")
+    add("--attention", metavar="NAME", help="xla, mosaic, mosaic_fp8, triton; see `qvg_jax.attend`")
     add("--cond-frames", type=_count, metavar="N", help="that a segment goes on from (73)***")
     add("--lora", metavar="FILE", help="merged into the weights: 16 steps, no guidance***")
     add("--resume", action="store_true", help="go on with an interrupted run in --out")

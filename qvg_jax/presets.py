@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qvg_jax import baselines, candidates
-from qvg_jax.codec import Codec, chain
+from qvg_jax.codec import Codec, chain, encoded_by
 from qvg_jax.codec import identity as _identity
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.smoothing.kmeans import kmeans_smoothing
@@ -250,7 +250,8 @@ def get(name: str, **overrides: Any) -> Codec:
 
     Args:
         name: a key of `PRESETS`.
-        **overrides: keywords of its constructor, e.g. `num_centroids=64`.
+        **overrides: keywords of its constructor, e.g. `num_centroids=64`, and `encoder`: what a
+            chain encodes with, "xla" (the default), "mosaic" or "triton".
 
     Returns:
         The codec; its name is the recipe's.
@@ -270,7 +271,7 @@ def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
 
     Args:
         name: a key of `PRESETS`, whose codec serves both, or of `PAIRS`.
-        **overrides: keywords of its constructor.
+        **overrides: keywords of its constructor, and `encoder`.
 
     Returns:
         (key codec, value codec), the same objects for the same arguments; both have the recipe's
@@ -290,7 +291,14 @@ def _built(name: str, recipes: dict[str, Callable[..., Any]], overrides: dict[st
     if name not in recipes:
         known = ", ".join([*PRESETS, *PAIRS])
         raise ValueError(f"codec={name!r} is not known; accepted: {known}")
+    settings = dict(overrides)
+    encoder = settings.pop("encoder", None)
     try:
-        return recipes[name](**overrides)
+        built = recipes[name](**settings)
     except TypeError as error:
-        raise ValueError(f"codec={name!r} does not accept {overrides}: {error}") from None
+        raise ValueError(f"codec={name!r} does not accept {settings}: {error}") from None
+    if encoder is None:
+        return built
+    if isinstance(built, Codec):
+        return encoded_by(built, encoder)
+    return tuple(encoded_by(codec, encoder) for codec in built)

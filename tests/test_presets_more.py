@@ -198,6 +198,25 @@ def test_bits_of_a_long_span(name, bits):
         assert codec.bits_per_element((1, 1, 37_440, 128)) == pytest.approx(bits, abs=4e-3)
 
 
+def test_a_recipe_can_say_what_encodes_it():
+    x = jax.random.normal(jax.random.key(0), (1, 2, 64, 32), jnp.bfloat16)
+    plain, chosen = (
+        presets.get("qvg", num_centroids=8, group=16, **more) for more in ({}, {"encoder": "xla"})
+    )
+    state = plain.init(x.shape, x.dtype)
+    for a, b in zip(*(jax.tree.leaves(c.encode(x, state)) for c in (plain, chosen)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert presets.get("qvg", num_centroids=8, group=16, encoder="xla") is chosen
+    for codec in presets.pair("midrise-k1v3", num_centroids=8, encoder="triton"):
+        if jax.default_backend() == "cpu":
+            with pytest.raises(NotImplementedError, match="implementation='triton'.*'xla' serves"):
+                codec.encode(x, codec.init(x.shape, x.dtype))
+    with pytest.raises(ValueError, match="implementation='cuda' is not accepted.*mosaic"):
+        presets.get("qvg", encoder="cuda")
+    with pytest.raises(ValueError, match="codec='bf16' has no encoders"):
+        presets.get("bf16", encoder="xla")
+
+
 # Transform coding within a budget.
 
 
