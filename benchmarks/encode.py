@@ -18,7 +18,7 @@ from pallas_kernels.kmeans import kmeans_sums
 from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 from qvg_jax import presets
-from qvg_jax.codec import chain
+from qvg_jax.compose import chain
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.smoothing import kmeans_smoothing

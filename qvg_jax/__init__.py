@@ -8,7 +8,8 @@ from qvg_jax import presets
 from qvg_jax.accounting import bits_per_element, compression_ratio, packed_bytes
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress, evict
-from qvg_jax.codec import Codec, chain, encoded_by, identity
+from qvg_jax.codec import Codec, identity
+from qvg_jax.compose import chain, encoded_by
 from qvg_jax.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
 from qvg_jax.key_bias import KeyBias
 from qvg_jax.quantize.grid import grid_quantize

@@ -4,7 +4,8 @@ Every constructor returns one codec, or a pair (key codec, value codec) where K 
 per element are for head dim 128 and a long span.
 """
 
-from qvg_jax.codec import Codec, chain
+from qvg_jax.codec import Codec
+from qvg_jax.compose import chain
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.quantize.minmax import minmax_quantize

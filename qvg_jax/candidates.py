@@ -5,7 +5,8 @@ Every constructor returns (key codec, value codec). Bits per element are for hea
 
 from typing import Any
 
-from qvg_jax.codec import Codec, chain
+from qvg_jax.codec import Codec
+from qvg_jax.compose import chain
 from qvg_jax.quantize.by_energy import by_energy
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.heads import heads_as_tokens

@@ -13,8 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from qvg_jax import baselines, candidates
-from qvg_jax.codec import Codec, chain, encoded_by
+from qvg_jax.codec import Codec
 from qvg_jax.codec import identity as _identity
+from qvg_jax.compose import chain, encoded_by
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.smoothing.kmeans import kmeans_smoothing
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from qvg_jax.codec import Codec, Packed, Shape, State, chain, check_span, per_element
+from qvg_jax.codec import Codec, Packed, Shape, State, check_span, per_element
+from qvg_jax.compose import chain
 from qvg_jax.quantize.allocated import allocated_quantize
 from qvg_jax.quantize.heads import heads_as_channels
 from qvg_jax.smoothing.klt import klt_rotation

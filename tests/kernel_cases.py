@@ -10,7 +10,8 @@ import numpy as np
 from pallas_kernels.dequantize import Encoded, Scheme
 from qvg_jax import presets
 from qvg_jax.cache import KVCache
-from qvg_jax.codec import Codec, chain
+from qvg_jax.codec import Codec
+from qvg_jax.compose import chain
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.rope import Encodings, axial_rope, frequency_ladder
 from qvg_jax.smoothing import kmeans_smoothing

@@ -7,7 +7,8 @@ import pytest
 
 from qvg_jax import presets
 from qvg_jax.accounting import bits_per_element, compression_ratio, packed_bytes
-from qvg_jax.codec import chain, identity
+from qvg_jax.codec import identity
+from qvg_jax.compose import chain
 from qvg_jax.quantize import residual_quantize
 from qvg_jax.smoothing import kmeans_smoothing
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvg_jax import presets
-from qvg_jax.codec import Codec, EmptyState, IdentityPacked, Smoothing, chain, identity
+from qvg_jax.codec import Codec, EmptyState, IdentityPacked, Smoothing, identity
+from qvg_jax.compose import chain
 from qvg_jax.quantize import residual_quantize
 from qvg_jax.smoothing import kmeans_smoothing
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvg_jax.accounting import packed_bytes
-from qvg_jax.codec import chain
+from qvg_jax.compose import chain
 from qvg_jax.quantize import (
     allocated_quantize,
     by_energy,

@@ -18,9 +18,9 @@ from pallas_kernels.kmeans import kmeans_sums, mosaic_gpu
 from pallas_kernels.kmeans.api import parts_for
 from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
-from qvg_jax import codec as codec_module
+from qvg_jax import compose
 from qvg_jax import presets
-from qvg_jax.codec import chain
+from qvg_jax.compose import chain
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.smoothing import kmeans_smoothing
@@ -161,7 +161,7 @@ def test_bad_input_is_named(change, error, message):
 @pytest.fixture
 def references(monkeypatch):
     """Codecs encode as on a Hopper GPU, with every kernel replaced by its reference."""
-    monkeypatch.setattr(codec_module, "is_hopper", lambda: True)
+    monkeypatch.setattr(compose, "is_hopper", lambda: True)
     for module, name in (
         (kmeans, "kmeans_sums"),
         (quantize_pack, "assign_and_pack"),
@@ -220,7 +220,7 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="Hopper.*'xla' serves it"):
             encode(presets.get("qvg", num_centroids=8))
-    monkeypatch.setattr(codec_module, "is_hopper", lambda: True)
+    monkeypatch.setattr(compose, "is_hopper", lambda: True)
     smoothing = kmeans_smoothing(8)
     for codec, message in (
         (chain(smoothing, grid_quantize(grid="lloyd_max")), "neither symmetric"),
@@ -239,7 +239,7 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
 
 def test_a_span_compiles_to_kernels(monkeypatch):
     """Warm or cold is data; heads may be mapped over layers."""
-    monkeypatch.setattr(codec_module, "is_hopper", lambda: True)
+    monkeypatch.setattr(compose, "is_hopper", lambda: True)
     codec = ENCODERS["midrise values"]()
     x = jax.ShapeDtypeStruct((3, 1, 2, 300, 128), jnp.bfloat16)
     state = jax.eval_shape(jax.vmap(lambda x: codec.init(x.shape, x.dtype)), x)

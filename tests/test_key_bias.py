@@ -12,7 +12,8 @@ from models.pocket_world import trial
 from qvg_jax import attention, presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import chain, identity
+from qvg_jax.codec import identity
+from qvg_jax.compose import chain
 from qvg_jax.key_bias import KeyBias
 from qvg_jax.quantize import (
     allocated_quantize,

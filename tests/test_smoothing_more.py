@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qvg_jax.accounting import packed_bytes
-from qvg_jax.codec import EmptyState, chain, identity
+from qvg_jax.codec import EmptyState, identity
+from qvg_jax.compose import chain
 from qvg_jax.smoothing import (
     channel_scale,
     klt_rotation,

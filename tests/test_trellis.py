@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qvg_jax import presets
 from qvg_jax.accounting import packed_bytes
 from qvg_jax.cache import KVCache
-from qvg_jax.codec import chain, identity
+from qvg_jax.codec import identity
+from qvg_jax.compose import chain
 from qvg_jax.quantize import (
     by_energy,
     grid_quantize,

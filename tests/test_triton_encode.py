@@ -21,7 +21,7 @@ from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, ass
 from pallas_kernels.quantize_pack import triton as pack
 from pallas_kernels.triton_launch import Launch
 from pallas_kernels.triton_words import e4m3_byte, e4m3_float
-from qvg_jax import codec as codec_module
+from qvg_jax import compose
 from tests.kernel_cases import ENCODERS, clustered, round_trip_error
 from tests.triton_cases import SHARED, compiled, interpreted, run_interpreted, usage
 
@@ -158,7 +158,7 @@ def test_bad_input_is_named(monkeypatch, change, error, message):
 @pytest.mark.parametrize("name", ["qvg", "qvg-pro", "midrise values", "1 bit keys"])
 def test_a_codec_encodes_as_well_on_the_kernels(ours, monkeypatch, name):
     """Two spans, the second one warm: the same arrays, and as small an error."""
-    monkeypatch.setattr(codec_module, "no_triton", lambda: None)
+    monkeypatch.setattr(compose, "no_triton", lambda: None)
     codec = ENCODERS[name]()
     x = clustered(1, 400, 64)[0][None]
     for implementation in ("triton", "xla"):

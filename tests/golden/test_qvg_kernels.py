@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qvg_jax.codec import chain
+from qvg_jax.compose import chain
 from qvg_jax.quantize import IntegerPacked, residual_quantize, unpack
 from qvg_jax.smoothing import KMeansPacked, KMeansState, kmeans_smoothing
 from qvg_jax.smoothing import lloyd as lloyd_module
