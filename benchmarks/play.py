@@ -50,7 +50,7 @@ WATCH = """() => {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presses", type=int, default=24, help="of each kind (24)")
-    parser.add_argument("--codec", default="midrise-k1v3", help="(midrise-k1v3)")
+    parser.add_argument("--codec", default="auto", help="(auto)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (4)")
     parser.add_argument("--memory", type=int, default=256, help="frames to remember (256)")
     parser.add_argument("--tours", default="64,320", help="real frames before (64,320)")
