@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     play = commands.add_parser("play", help="walk through a generated world in a browser")
     add = play.add_argument
     add("--model", default="pocket-world", metavar="NAME", help=", ".join(WALKS))
-    add("--codec", metavar="NAME", help="to begin with (auto: trellis); see `qvg codecs`")
+    add("--codec", metavar="NAME", help="to begin with (midrise-k1v3); see `qvg codecs`")
     add("--seed", type=_whole, default=0, metavar="N", help="world, tour and noise (0)")
     add("--steps", type=_count, metavar="N", help="denoising steps per block (4)")
     add("--tour", type=_whole, metavar="N", help="real frames to begin with (64)")

@@ -18,8 +18,7 @@ from pallas_kernels.kmeans import kmeans_sums, mosaic_gpu
 from pallas_kernels.kmeans.api import parts_for
 from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
-from qvg_jax import compose
-from qvg_jax import presets
+from qvg_jax import compose, presets
 from qvg_jax.compose import chain
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
