@@ -183,7 +183,7 @@ def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
     `midrise` spends as many bits on keys as on values and decodes as cheaply as QVG. Its errors of K
     and V are about half of QVG's on captured and on made-up tensors alike, it won every paired test
     against QVG, KIVI and QVG-Pro in pocket world's loop, the GPU kernels read it, and heads can be
-    divided. `trellis` is 11 dB closer there, but with keys of less than a bit, which is known to be
+    divided. `trellis` is 14 dB closer there, but with keys of less than a bit, which is known to be
     enough for that model only: `qvg capture` and `qvg tune` tell for others.
 
     Args:
