@@ -65,6 +65,7 @@ def _arguments() -> argparse.Namespace:
     add("--budget", type=float, default=20, help="seconds for the blocks of an arm's video")
     add("--histories", type=numbers, default=(0, 60), help="latent frames before a block")
     add("--repeats", type=int, default=2, help="blocks timed at each history, passes for forward")
+    add("--span", type=int, help="latent frames compressed together (24)")
     add("--limit", type=float, default=24e9, help="bytes of device memory")
     add("--limit-frames", type=int, default=180)
     add("--limit-budget", type=float, default=float("inf"), help="seconds of its blocks")
@@ -113,6 +114,7 @@ class Setup:
             codecs=("bf16", *(split_arm(a)[0] for a in (*args.arms, args.limit_arm))),
             height=args.height,
             width=args.width,
+            span=args.span,
         )
         begin = time.perf_counter()
         self.model = jax.block_until_ready(WEIGHTS.random(dit, args.seed))

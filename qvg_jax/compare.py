@@ -45,6 +45,8 @@ class Request:
     layers: int | None = None
     window: int | None = None
     sink: int | None = None
+    span: int | None = None
+    recent: int | None = None
     image: str | None = None
     video: str | None = None
     cond_frames: int | None = None

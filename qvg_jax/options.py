@@ -67,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--video", metavar="FILE", help="video to go on from*/***")
     add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)*")
     add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)*")
+    add("--span", type=_count, metavar="N", help="latent frames compressed together (24)*")
+    add("--recent", type=_whole, metavar="N", help="newest latent frames, not compressed (0)*")
     add("--layers", type=_count, metavar="N", help="of a transformer of random weights (30, 48***)")
     add("--attention", metavar="NAME", help="xla, mosaic, mosaic_fp8, triton; see `qvg_jax.attend`")
     add("--cond-frames", type=_count, metavar="N", help="that a segment goes on from (73)***")
@@ -96,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=_count, metavar="N", help="in pixels (832, 1280)")
     add("--window", type=_count, metavar="N", help="latent frames in sight at most (all)")
     add("--sink", type=_whole, metavar="N", help="first latent frames, never compressed (0)")
+    add("--span", type=_count, metavar="N", help="latent frames compressed together (24)")
+    add("--recent", type=_whole, metavar="N", help="newest latent frames, not compressed (0)")
     add("--layers", type=_count, metavar="N", help="of the transformer (30, 48)")
     add("--cond-frames", type=_count, metavar="N", help="of longcat: that a segment reads (73)")
 

@@ -109,6 +109,19 @@ def test_two_arms_share_their_noise_and_stand_side_by_side(whole):
     assert Image.open(whole / "report.png").size[0] == 1650
 
 
+def test_short_spans_and_frames_that_stay_as_they_are(run, tmp_path):
+    """Spans of two blocks, the newest block never in them: by block 4 there is one."""
+    code, _, err = run("--span", "6", "--recent", "3", "--compare", "bf16", frames=15)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    cache, arm = report["config"]["caches"][tiny.CODEC], report["arms"][tiny.CODEC]
+    assert (cache["span_frames"], cache["spans"], cache["window_frames"]) == (6, 1, 11)
+    score = arm["frames"]["psnr_vs_bf16"]
+    assert min(score[:33]) > 75 and 20 < np.mean(score[33:]) < 99
+    code, _, err = run("--resume", "--span", "9", "--recent", "3", "--compare", "bf16", frames=15)
+    assert code == 2 and "span" in error_line(err)
+
+
 def test_latents_are_those_of_the_pipeline(whole):
     """The job adds files and frames, not numbers."""
     request = Request(
@@ -313,6 +326,7 @@ def test_a_folder_that_lacks_parts_says_which_and_how_to_get_them(run, tmp_path)
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),
         (["--codec", "qvg:num_centroids=900"], ["num_centroids=900", "144 tokens"]),
         (["--window", "5", "--sink", "3"], ["window_frames=5", "at least 7"]),
+        (["--span", "2"], ["span_frames=2", "at least 3"]),
         (["--tour", "8"], ["--tour 8", "self-forcing"]),
         (["--actions", "w-8"], ["--actions w-8", "self-forcing"]),
         (["--prompt", ""], ["prompt is missing"]),

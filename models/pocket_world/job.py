@@ -46,7 +46,7 @@ def prepare(request: Request) -> Job:
     Raises:
         ValueError: a value that is not accepted, named with what would be.
     """
-    request.refuse(MODEL, "prompt", "height", "width", "layers", "window", "sink")
+    request.refuse(MODEL, "prompt", "height", "width", "layers", "window", "sink", "span", "recent")
     request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora", "attention")
     sampler = pipeline.Sampler(steps=STEPS if request.steps is None else request.steps)
     check_seed(request.seed)

@@ -100,6 +100,11 @@ def make_cache(
             f"sink_frames={sink}, a block of {n}, and a frame between"
         )
     bounded = bound < frames
+    if history.compressed and history.span_frames < n:
+        raise ValueError(
+            f"span_frames={history.span_frames} must be at least {n}: a block brings {n} frames, "
+            "and compresses one span"
+        )
     # What can wait in the window for its turn to be compressed, with the newest block on top.
     waiting = history.span_frames + history.keep_recent + n - 1
     slots = (

@@ -202,5 +202,7 @@ def _identity(request: compare.Request, settings: Settings, parts: Parts | None)
         "steps": list(settings.sampler.steps),
         "window": request.window,
         "sink": request.sink,
+        "span": request.span,
+        "recent": request.recent,
         "given": given and file_digest(given),
     }

@@ -26,7 +26,7 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
     Compiles the step of each arm and the decoder for the default backend; allocates nothing.
 
     Args:
-        request: codecs, frames, size, window and sink count.
+        request: codecs, frames, size, window, sink and spans count.
         memory: bytes of the device, for the longest video that fits.
         released: sizes of the networks.
 
@@ -67,8 +67,8 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         needs=tuple(needs),
         backend=jax.default_backend(),
         seconds=time.perf_counter() - begin,
-        advice=f"{advice or 'not one block'}; accepted: fewer --frames, a --window, a smaller "
-        "--height and --width, or a codec of fewer bits (`qvg codecs`)",
+        advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
+        "a smaller --height and --width, or a codec of fewer bits (`qvg codecs`)",
     )
 
 
