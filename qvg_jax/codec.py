@@ -1,8 +1,8 @@
-"""What a compressor of K or V is: a frozen tuple of pure functions, and how compressors compose.
+"""What a compressor of K or V is: a frozen tuple of pure functions.
 
 A `Codec` turns a span of tokens into a pytree of small arrays and back. A `Smoothing` takes
-something out of the span, stores it, and leaves a residual. `chain` puts any number of smoothings
-in front of one codec and is again a codec, so chains nest:
+something out of the span, stores it, and leaves a residual. `chain` (`compose`) puts any number of
+smoothings in front of one codec and is again a codec, so chains nest:
 
     codec = chain(kmeans_smoothing(256), residual_quantize(bits=2, group=64))
     state = codec.init(x_BHTD.shape, x_BHTD.dtype)

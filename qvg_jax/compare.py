@@ -22,6 +22,9 @@ from qvg_jax.rollout import stream
 
 __all__ = ["Arm", "Block", "Job", "Made", "Played", "Request", "lockstep"]
 
+# How long a memory is and what of it is compressed, for models that leave it to the user.
+HISTORY_OPTIONS = ("window", "sink", "span", "recent")
+
 BASELINE = "bf16"  # the arm that the others are compared with; if it is there, it comes first
 
 

@@ -23,7 +23,7 @@ from models.pocket_world import capture as capturing
 from qvg_jax import presets
 from qvg_jax.capture import Captured
 from qvg_jax.codec import Codec
-from qvg_jax.compare import BASELINE, Arm, Block, Job, Request
+from qvg_jax.compare import BASELINE, HISTORY_OPTIONS, Arm, Block, Job, Request
 from qvg_jax.metrics import to_uint8
 
 MODEL = "pocket-world"
@@ -46,7 +46,7 @@ def prepare(request: Request) -> Job:
     Raises:
         ValueError: a value that is not accepted, named with what would be.
     """
-    request.refuse(MODEL, "prompt", "height", "width", "layers", "window", "sink", "span", "recent")
+    request.refuse(MODEL, "prompt", "height", "width", "layers", *HISTORY_OPTIONS)
     request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora", "attention")
     sampler = pipeline.Sampler(steps=STEPS if request.steps is None else request.steps)
     check_seed(request.seed)

@@ -126,8 +126,11 @@ def _sampler(steps: int | None) -> SamplerConfig:
 
 def _history(recipe: str, request: Request) -> History:
     key_codec, value_codec = codec_pair(recipe)
-    bounds = dict(window_frames=request.window, sink_frames=request.sink or 0)
-    bounds |= dict(keep_recent=request.recent or 0)
-    if request.span is not None:
-        bounds |= dict(span_frames=request.span)
+    asked = dict(
+        window_frames=request.window,
+        sink_frames=request.sink,
+        span_frames=request.span,
+        keep_recent=request.recent,
+    )
+    bounds = {name: value for name, value in asked.items() if value is not None}
     return History(key_codec=key_codec, value_codec=value_codec, **bounds)

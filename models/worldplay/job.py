@@ -30,7 +30,7 @@ DEFAULT_CODEC = f"{presets.recommended('worldplay')}:storage=single"
 FPS = 16
 # In order of preference: Wan's own transformer, which knows no actions, is refused by its names.
 NAMES = ("*worldplay*", "*generator*", "*distill*", "transformer", "diffusion_pytorch_model*")
-MEANS_NOTHING = ("cond_frames", "lora", "tour", "video", "window", "sink", "span", "recent")
+MEANS_NOTHING = ("cond_frames", "lora", "tour", "video", *compare.HISTORY_OPTIONS)
 
 log = logging.getLogger(__name__)
 
