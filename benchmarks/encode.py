@@ -4,6 +4,10 @@ One layer's span of K or V: the kernels by themselves, with the share of their a
 tensor cores can do, then whole codecs, cold, on the kernels; with `--xla` also on XLA, which
 takes minutes to compile. A copy of the span stands beside them. Every row is printed when it is
 measured. Numbers as in `benchmarks.kernels`.
+
+What no kernel encodes runs on XLA where it is named, pocket world's span of eight blocks here:
+
+    python -m benchmarks.encode --no-kernels --shapes 3x1536 --codecs "trellis, keys" "trellis, values"
 """
 
 import argparse
@@ -36,6 +40,10 @@ CODECS = {
     ),
     "qvg as preset": lambda: presets.get("qvg"),
 }
+ON_XLA = {
+    "trellis, keys": lambda: presets.pair("trellis")[0],
+    "trellis, values": lambda: presets.pair("trellis")[1],
+}
 FORMS = {
     "pack, groups of 64": Integers(2, 64),
     "pack, groups of 16": Integers(2, 16),
@@ -47,7 +55,8 @@ VARIANTS = {
     "columns 64": Tuning(columns=64),
     "columns 256": Tuning(columns=256, late=False),
 }
-SHAPES = {f"{heads}x{tokens}": (heads, tokens) for heads, tokens in DECODE}
+SHAPES = {f"{heads}x{tokens}": (heads, tokens) for heads, tokens in (*DECODE, (3, 1536))}
+LARGE = list(SHAPES)[: len(DECODE)]
 _PRODUCT = 2 * 256 * 128  # operations per token of a product with all centroids
 
 
@@ -56,8 +65,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help=f"of {list(SHAPES)}")
-    parser.add_argument("--codecs", nargs="*", default=list(CODECS), help=f"of {list(CODECS)}")
+    parser.add_argument("--shapes", nargs="*", default=LARGE, help=f"of {list(SHAPES)}")
+    parser.add_argument(
+        "--codecs", nargs="*", default=list(CODECS), help=f"of {list(CODECS | ON_XLA)}"
+    )
+    parser.add_argument("--no-kernels", action="store_true", help="only whole codecs")
     parser.add_argument("--xla", action="store_true", help="the slow opponent too")
     parser.add_argument("--variants", action="store_true", help="other sizes of the kernels too")
     args = parser.parse_args(argv)
@@ -68,10 +80,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     # What runs on the kernels has XLA's way inside, for spans with bad tokens. It is never run
     # here, and searching for the fastest of its matrix products takes longer than all else.
-    parts = [(_kernel_jobs, dict(xla_gpu_autotune_level=0))]
-    parts.append((_codec_jobs("mosaic"), dict(xla_gpu_autotune_level=0)))
-    if args.xla:
-        parts.append((_codec_jobs("xla"), {}))
+    parts = [] if args.no_kernels else [(_kernel_jobs, dict(xla_gpu_autotune_level=0))]
+    parts.append((_codec_jobs("mosaic", CODECS), dict(xla_gpu_autotune_level=0)))
+    parts.append((_codec_jobs("xla", ON_XLA | (CODECS if args.xla else {})), {}))
     for jobs, options in parts:
         for shape in args.shapes:
             some = jobs(*SHAPES[shape], args)
@@ -101,13 +112,14 @@ def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str,
     return jobs
 
 
-def _codec_jobs(implementation: str) -> Any:
+def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:
     def jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
         x_BHTD, out = noise((1, heads, tokens, 128), 1), {}
-        for name in args.codecs:
-            codec = CODECS[name]()
+        for name in (name for name in args.codecs if name in codecs):
+            codec = codecs[name]()
+            named = {} if name in ON_XLA else dict(implementation=implementation)
             out[f"{name}, {implementation}"] = (
-                lambda x, s, c=codec: c.encode(x, s, implementation=implementation),
+                lambda x, s, c=codec, n=named: c.encode(x, s, **n),
                 (x_BHTD, codec.init(x_BHTD.shape, x_BHTD.dtype)),
                 0,
             )

@@ -18,6 +18,7 @@ from models.pocket_world import (
     objective,
     params,
     pipeline,
+    sampling,
     train,
     world,
 )
@@ -115,7 +116,7 @@ def test_own_frames_take_the_place_of_the_newest_blocks():
     )
     model = modeling.PocketWorld(cfg.model, rngs=nnx.Rngs(0))
     batch = train.sample_batch(jax.random.key(0), cfg, shape, 8)
-    tokens, own = objective.own_context(model, jax.random.key(1), batch, shape.blocks)
+    tokens, own = objective.own_context(model, jax.random.key(1), batch, shape.blocks, 2)
     assert bool(own[:, -1].all()) and not bool(own[:, 0].all())
     assert bool((own[:, 1:] >= own[:, :-1]).all())  # from one block on, to the end
     same = jnp.all(tokens == modeling.to_tokens(batch[0], cfg.model.patch), axis=-1)
@@ -195,10 +196,10 @@ def test_the_shipped_weights_are_the_base_model():
 
 
 def test_sampler_levels_and_limits():
-    levels = pipeline.Sampler(steps=3, shift=2.0).levels()
+    levels = sampling.Sampler(steps=3, shift=2.0).levels()
     np.testing.assert_allclose(levels, [1, 0.8, 0.5, 0])
     with pytest.raises(ValueError, match="steps=0"):
-        pipeline.Sampler(steps=0)
+        sampling.Sampler(steps=0)
 
 
 def test_block_inputs_must_be_whole_blocks():
@@ -214,18 +215,18 @@ def test_a_second_order_step_is_exact_where_the_prediction_is_linear_in_the_nois
         return c * s + a - b * s * jnp.log(s)
 
     for now, then in ((1.0, 0.7), (0.7, 0.05)):
-        got = pipeline.second_order_step(exact(now), a + b * now, b, now, then)
+        got = sampling.second_order_step(exact(now), a + b * now, b, now, then)
         np.testing.assert_allclose(got, exact(then), rtol=1e-5)
-    euler = pipeline.second_order_step(exact(0.7), a + b * 0.7, 0.0, 0.7, 0.35)
+    euler = sampling.second_order_step(exact(0.7), a + b * 0.7, 0.0, 0.7, 0.35)
     np.testing.assert_allclose(euler, (exact(0.7) + a + b * 0.7) / 2, rtol=1e-5)
-    np.testing.assert_allclose(pipeline.second_order_step(exact(0.7), a, 0.0, 0.7, 0.0), a)
+    np.testing.assert_allclose(sampling.second_order_step(exact(0.7), a, 0.0, 0.7, 0.0), a)
 
 
 def test_given_blocks_pass_through_and_runs_repeat(trained):
     model = params.load_weights(trained[3])
     path = camera.wander(jax.random.key(0), jnp.zeros(3), 24, 64.0)[None]
     xs = pipeline.block_inputs(model.cfg, jnp.array([5]), path, 16)
-    step = pipeline.make_step(model, pipeline.Sampler(steps=2))
+    step = pipeline.make_step(model, sampling.Sampler(steps=2))
 
     def run(cache):
         return rollout(step, pipeline.WorldState(cache, jax.random.key(3)), xs, chunk=3)

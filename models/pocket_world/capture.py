@@ -8,7 +8,8 @@ from flax import nnx
 from models.pocket_world import camera, pipeline
 from models.pocket_world.evaluate import tours
 from models.pocket_world.modeling import PocketWorld, to_tokens
-from models.pocket_world.pipeline import Sampler, WorldState
+from models.pocket_world.pipeline import WorldState
+from models.pocket_world.sampling import Sampler
 from qvg_jax.attention import attend
 from qvg_jax.capture import Captured, Recorder
 from qvg_jax.rollout import rollout

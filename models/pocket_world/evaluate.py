@@ -21,7 +21,8 @@ import numpy as np
 from models.pocket_world import camera, pipeline
 from models.pocket_world.modeling import PocketWorld
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
-from models.pocket_world.pipeline import Sampler, WorldState
+from models.pocket_world.pipeline import WorldState
+from models.pocket_world.sampling import Sampler
 from qvg_jax.health import cache_bytes
 from qvg_jax.metrics import to_uint8
 from qvg_jax.rollout import rollout

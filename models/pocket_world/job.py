@@ -20,6 +20,7 @@ from models.common.asked import check_seed
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
+from models.pocket_world.sampling import Sampler
 from qvg_jax import presets
 from qvg_jax.capture import Captured
 from qvg_jax.codec import Codec
@@ -48,7 +49,7 @@ def prepare(request: Request) -> Job:
     """
     request.refuse(MODEL, "prompt", "height", "width", "layers", *HISTORY_OPTIONS)
     request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora", "attention")
-    sampler = pipeline.Sampler(steps=STEPS if request.steps is None else request.steps)
+    sampler = Sampler(steps=STEPS if request.steps is None else request.steps)
     check_seed(request.seed)
     actions = None if request.actions is None else camera.parse_actions(request.actions)
     codecs = {name: _codec(name) for name in dict.fromkeys((BASELINE, *request.codecs))}

@@ -15,38 +15,13 @@ from jaxtyping import Array, Float, Int
 from models.pocket_world import camera, world
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld, to_frames, to_tokens
-from models.pocket_world.objective import OWN_FRAME_NOISE
+from models.pocket_world.sampling import Sampler, second_order_step
 from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, append, compress
 from qvg_jax.codec import Codec
 from qvg_jax.key_bias import KeyBias
 from qvg_jax.recipes import parse_recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """How a block is denoised: few steps of second order, see `second_order_step`.
-
-    Attributes:
-        steps: denoising evaluations per block.
-        shift: spacing of the noise levels s(u) = shift u / (1 + (shift - 1) u), u = 1 .. 0. A large
-            one spends the steps where a place never seen takes shape; known places do not care.
-        context_noise: noise level told to the context pass of generated frames.
-    """
-
-    steps: int = 4
-    shift: float = 8.0
-    context_noise: float = OWN_FRAME_NOISE
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}; accepted: a whole number of at least 1")
-
-    def levels(self) -> tuple[float, ...]:
-        """steps + 1 noise levels from 1 to 0."""
-        u = [1 - i / self.steps for i in range(self.steps + 1)]
-        return tuple(self.shift * x / (1 + (self.shift - 1) * x) for x in u)
 
 
 @jax.tree_util.register_dataclass
@@ -234,22 +209,6 @@ def render_path(
         time = first_time + jnp.arange(j, j + pose.shape[1], dtype=jnp.int32)
         parts.append(_render_block(seed_B, pose, time)[:, i - j :])
     return jnp.concatenate(parts, 1) if parts else jnp.zeros((b, 0, world.HEIGHT, world.WIDTH, 3))
-
-
-def second_order_step(x, clean, slope, now, then):
-    """Takes x from noise level `now` to `then` along the flow of a prediction that changes with s.
-
-    The flow dx/ds = (x - c(s)) / s of x = (1 - s) clean + s noise is d(x/s) / d(1/s) = c(s). With
-    c(s) = clean + slope (s - now) the integral is exact:
-        x' / s' = x / s + (clean - slope now) (1/s' - 1/s) + slope log(s / s').
-    Slope 0 is Euler's step. The slope through the last two predictions costs no evaluation
-    (two-step Adams-Bashforth, as in DPM-Solver++(2M), arXiv 2211.01095), and matters where a
-    place is invented: Euler's few steps leave it pale.
-    """
-    ratio = then / now
-    level = clean - slope * now
-    bend = then * jnp.log(1 / jnp.where(then > 0, ratio, 1.0))
-    return x * ratio + level * (1 - ratio) + slope * bend
 
 
 def make_step(model: PocketWorld, sampler: Sampler):

@@ -34,12 +34,14 @@ class Stage:
     Attributes:
         until: share of the whole run at which it ends.
         own_share: share of steps with the model's own frames in the context.
+        own_passes: how often those are made from one another, see `objective.own_context`.
     """
 
     until: float
     batch: int
     shape: data.SequenceShape
     own_share: float = 0.0
+    own_passes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class TrainConfig:
     @classmethod
     def continued(cls) -> "TrainConfig":
         """From finished weights, with the model's own frames in the context of half the steps."""
-        stages = (Stage(1.0, 12, data.SequenceShape(distractors=12), own_share=0.5),)
+        stages = (Stage(1.0, 12, data.SequenceShape(distractors=12), own_share=0.5, own_passes=3),)
         return cls(stages=stages, peak_lr=1e-3, decay=1.0, seed=1)
 
     @classmethod
@@ -77,7 +79,7 @@ class TrainConfig:
         longer = dataclasses.replace(short, distractors=2)
         return cls(
             model=PocketWorldConfig.smoke(),
-            stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer, own_share=0.5)),
+            stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer, own_share=0.5, own_passes=2)),
             warmup=2,
             chunk=2,
         )
@@ -147,7 +149,13 @@ def train_chunk(cfg: TrainConfig, graph, stage: Stage, state, progress, attentio
         batch = sample_batch(k_data, cfg, stage.shape, stage.batch)
         loss, grads = jax.value_and_grad(
             lambda p: objective.loss_fn(
-                nnx.merge(graph, p), k_noise, batch, stage.shape, stage.own_share, attention
+                nnx.merge(graph, p),
+                k_noise,
+                batch,
+                stage.shape,
+                stage.own_share,
+                stage.own_passes,
+                attention,
             )
         )(state["params"])
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
