@@ -10,7 +10,7 @@ from jax import lax
 from qvg_jax import presets
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache
-from qvg_jax.kernel_plan import BATCHED, Plan
+from qvg_jax.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.mosaic import attend_kernels
 from qvg_jax.rope import axial_rope, frequency_ladder
 from qvg_jax.slots import read_slot
@@ -152,14 +152,14 @@ READS = {
     "mosaic": _with("mosaic"),
     "xla": _with("xla"),
     "official style": _official,
-    "fp8, batched": _planned(True, BATCHED),
-    "bf16, batched": _planned(False, BATCHED),
 }
-# One change at a time, and more of the last one.
+# The plan before, one change to it at a time, and more of the last one.
 PLANS = {
+    "fp8, span by span": _planned(True, SPAN_BY_SPAN),
+    "bf16, span by span": _planned(False, SPAN_BY_SPAN),
     "fp8, even": _planned(True, Plan(even=True)),
     "fp8, straight": _planned(True, Plan(unrolled=8)),
     "fp8, even, straight": _planned(True, Plan(even=True, unrolled=8)),
-    "fp8, half a GB": _planned(True, dataclasses.replace(BATCHED, workspace=2**29)),
-    "bf16, half a GB": _planned(False, dataclasses.replace(BATCHED, workspace=2**29)),
+    "fp8, half a GB": _planned(True, dataclasses.replace(MEASURED, workspace=2**29)),
+    "bf16, half a GB": _planned(False, dataclasses.replace(MEASURED, workspace=2**29)),
 }

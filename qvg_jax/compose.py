@@ -36,7 +36,7 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
         takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
         those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
-        mid-rise grid; None is "xla".
+        mid-rise grid; None is "mosaic" where that serves, else "xla".
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
@@ -133,7 +133,8 @@ def _check_encoder(name: str) -> None:
 def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
     """What encodes x; a named implementation is never replaced by another."""
     if name is None:
-        return "xla"  # the kernels have not passed all of their tests on a GPU
+        serves = fused is not None and is_hopper() and fused.unsupported(x_BHTD, "mosaic") is None
+        return "mosaic" if serves else "xla"
     _check_encoder(name)
     if name == "xla":
         return name

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.layout import Layout
 
-__all__ = ["BATCHED", "MEASURED", "Plan"]
+__all__ = ["MEASURED", "SPAN_BY_SPAN", "Plan"]
 
 # Workspaces of this many bytes are always allowed: splitting less into chunks would not pay.
 _LEAST_BYTES = 2**26
@@ -56,6 +56,6 @@ def _bytes(lay: Layout, heads: int, tokens: int, dtype: jnp.dtype) -> int:
     return 2 * lay.batch * heads * tokens * lay.head_dim * jnp.dtype(dtype).itemsize
 
 
-# What has been measured on an H100, and what is expected to be faster.
-MEASURED = Plan()
-BATCHED = Plan(even=True, workspace=2**28, unrolled=8, cut=True)
+# The faster of the two on an H100 (pallas_kernels/README.md), and the one with the least memory.
+MEASURED = Plan(even=True, workspace=2**28, unrolled=8, cut=True)
+SPAN_BY_SPAN = Plan()

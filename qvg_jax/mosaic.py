@@ -22,7 +22,7 @@ from pallas_kernels.dequant_attention import (
 from qvg_jax.capability import processors
 from qvg_jax.devices import is_hopper, on_several_devices
 from qvg_jax.kernel_formats import E4M3, scheme_of
-from qvg_jax.kernel_plan import MEASURED, Plan
+from qvg_jax.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.layout import Layout
 from qvg_jax.view import CacheView
 from qvg_jax.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla, of_tokens
@@ -70,7 +70,7 @@ def attend_kernels(
     the new block are attended in e4m3; sink and window always in bf16, as nothing bounds their
     values but a pass over them. `plan` is for "mosaic".
     """
-    plan = plan if implementation == "mosaic" else MEASURED
+    plan = plan if implementation == "mosaic" else SPAN_BY_SPAN
     cache, lay = view.cache, view.cache.layout
     rows, bf16 = lay.batch * view.heads, jnp.bfloat16
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))

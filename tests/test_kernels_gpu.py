@@ -237,7 +237,7 @@ def test_other_plans_give_the_same(monkeypatch, name, implementation, bound):
     cache = with_window_garbage(filled_cache(codecs()[name]))
     one = 2 * 2 * 192 * 128 * (2 if implementation == "mosaic" else 1)
     right = _layers(cache, HALF, "xla")
-    for plan in (kernel_plan.BATCHED, Plan(even=True, workspace=2 * one, cut=True)):
+    for plan in (kernel_plan.SPAN_BY_SPAN, Plan(even=True, workspace=2 * one, cut=True)):
         assert _difference(_layers(cache, HALF, implementation, plan=plan), right) < bound
 
 

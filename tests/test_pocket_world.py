@@ -107,6 +107,9 @@ def test_noisy_blocks_see_earlier_clean_blocks_and_themselves():
     assert not mask[:5, 5:].any()
     np.testing.assert_array_equal(mask[5], [1, 1, 1, 0, 0, 1, 0])
     np.testing.assert_array_equal(mask[6], [1, 1, 1, 1, 0, 0, 1])
+    late = np.asarray(objective.sequence_mask(shape.blocks, shape.memory, 1, oldest=2))[0, 0]
+    np.testing.assert_array_equal(late[1], [0, 1, 0, 0, 0, 0, 0])  # out of sight, but for itself
+    np.testing.assert_array_equal(late[6], [0, 0, 1, 1, 0, 0, 1])
 
 
 def test_own_frames_take_the_place_of_the_newest_blocks():
@@ -114,10 +117,11 @@ def test_own_frames_take_the_place_of_the_newest_blocks():
         train.TrainConfig.smoke(),
         data.SequenceShape(near=1, distractors=0, recent=1, run=1),
     )
+    stage = objective.Stage(1.0, 8, shape, own_newest=4, own_passes=2)
     model = modeling.PocketWorld(cfg.model, rngs=nnx.Rngs(0))
     batch = train.sample_batch(jax.random.key(0), cfg, shape, 8)
-    tokens, own = objective.own_context(model, jax.random.key(1), batch, shape.blocks, 2)
-    assert bool(own[:, -1].all()) and not bool(own[:, 0].all())
+    tokens, own = objective.own_context(model, jax.random.key(1), batch, stage)
+    assert bool(own[:, -1].all()) and bool(own[:, 1].any()) and not bool(own[:, 0].any())
     assert bool((own[:, 1:] >= own[:, :-1]).all())  # from one block on, to the end
     same = jnp.all(tokens == modeling.to_tokens(batch[0], cfg.model.patch), axis=-1)
     same = same.reshape(*own.shape, -1)

@@ -8,6 +8,8 @@ frames: what it invents is blander than the world, and a model that has only eve
 lets a long walk fade, each block a little blander than those it continues.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -18,14 +20,41 @@ from models.pocket_world.sampling import OWN_FRAME_NOISE, second_order_step, shi
 OWN_STEPS = 2  # evaluations of a block in `own_context`
 
 
-def sequence_mask(blocks: int, first: int, block_tokens: int):
-    """Who sees whom, [1, 1, T, T] bool, for [clean blocks 0 .. | noisy copies of blocks first ..]."""
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training.
+
+    Attributes:
+        until: share of the whole run at which it ends.
+        batch: sequences in a step.
+        shape: of the sequences.
+        forget: share of steps in which a random number of the oldest blocks is out of sight, so that
+            histories of every length occur.
+        own_share: share of steps with the model's own frames in the context.
+        own_newest: how many blocks of a sequence those may be, of all by default.
+        own_passes: how often they are made from one another, see `own_context`.
+    """
+
+    until: float
+    batch: int
+    shape: SequenceShape
+    forget: float = 0.0
+    own_share: float = 0.0
+    own_newest: int | None = None
+    own_passes: int = 1
+
+
+def sequence_mask(blocks: int, first: int, block_tokens: int, oldest=0):
+    """Who sees whom, [1, 1, T, T] bool, for [clean blocks 0 .. | noisy copies of blocks first ..].
+
+    Blocks before `oldest` are seen by nobody but themselves.
+    """
     clean, noisy = jnp.arange(blocks), jnp.arange(first, blocks)
     order, is_noisy = jnp.r_[clean, noisy], jnp.r_[jnp.zeros_like(clean), jnp.ones_like(noisy)] == 1
     order, is_noisy = jnp.repeat(order, block_tokens), jnp.repeat(is_noisy, block_tokens)
     q, k = order[:, None], order[None, :]
-    sees_clean = ~is_noisy[None, :] & jnp.where(is_noisy[:, None], q > k, q >= k)
-    return (sees_clean | (is_noisy[:, None] & is_noisy[None, :] & (q == k)))[None, None]
+    same = (q == k) & (is_noisy[:, None] == is_noisy[None, :])
+    return (same | ((q > k) & (k >= oldest) & ~is_noisy[None, :]))[None, None]
 
 
 def _per_token(cfg, level):
@@ -37,7 +66,7 @@ def add_noise(key, tokens, level):
     return (1 - level) * tokens + level * jax.random.normal(key, tokens.shape)
 
 
-def denoise(model, noisy, batch, context, context_level, level, *, attention=None):
+def denoise(model, noisy, batch, context, context_level, level, *, oldest=0, attention=None):
     """Predicts the last blocks from noisy copies of them and the clean blocks before each.
 
     Args:
@@ -46,6 +75,7 @@ def denoise(model, noisy, batch, context, context_level, level, *, attention=Non
         context: tokens [B, T, C] to stand in the clean blocks' places, their noise included.
         context_level: noise levels [B, blocks] told with them.
         level: noise levels [B, n] of `noisy`.
+        oldest: the first clean block that is in sight.
         attention: `jax.nn.dot_product_attention` implementation; None lets XLA do it.
 
     Returns:
@@ -57,7 +87,7 @@ def denoise(model, noisy, batch, context, context_level, level, *, attention=Non
     features = jnp.concatenate([features, features[:, -n_frames:]], 1)
     positions = jnp.concatenate([positions, positions[:, -n_tokens:]], 1)
     levels = jnp.repeat(jnp.concatenate([context_level, level], 1), cfg.block_frames, axis=1)
-    mask = sequence_mask(blocks, blocks - last, cfg.block_tokens)
+    mask = sequence_mask(blocks, blocks - last, cfg.block_tokens, oldest)
     rope = cfg.rope()
     table = rope.table(positions)
 
@@ -69,7 +99,7 @@ def denoise(model, noisy, batch, context, context_level, level, *, attention=Non
     return out[:, -n_tokens:]
 
 
-def own_context(model, key, batch, blocks: int, passes: int, *, attention=None):
+def own_context(model, key, batch, stage: Stage, *, oldest=0, attention=None):
     """Replaces each sequence's newest blocks, from a random one on, by what the model makes of them.
 
     The blocks are taken part of the way to noise and brought back in `OWN_STEPS` of the sampler's steps, so they
@@ -77,59 +107,53 @@ def own_context(model, key, batch, blocks: int, passes: int, *, attention=None):
     each from the blocks before it: the world's in the first pass, in every further one those of the
     pass before, so that errors of errors of errors are in the context as in a long walk.
 
-    Args:
-        blocks: in a sequence.
-        passes: how often.
-
     Returns:
         Tokens [B, T, C] and which blocks are the model's own, [B, blocks].
     """
-    cfg = model.cfg
+    cfg, blocks = model.cfg, stage.shape.blocks
+    newest = blocks if stage.own_newest is None else stage.own_newest
     tokens = to_tokens(batch[0], cfg.patch)
-    b = tokens.shape[0]
+    b, old = tokens.shape[0], blocks - newest
+    n_old = old * cfg.block_tokens
     k_first, k_passes = jax.random.split(key)
-    own = jnp.arange(blocks)[None] >= jax.random.randint(k_first, (b, 1), 0, blocks)
+    own = jnp.arange(blocks)[None] >= jax.random.randint(k_first, (b, 1), old, blocks)
     told = jnp.where(own, OWN_FRAME_NOISE, 0.0)
 
     def one(context, i):
         k_start, k_noise = jax.random.split(jax.random.fold_in(k_passes, i))
-        start = jax.random.uniform(k_start, (b, blocks), minval=0.05, maxval=0.85)
+        start = jax.random.uniform(k_start, (b, newest), minval=0.05, maxval=0.85)
         levels = [shifted(start * (1 - j / OWN_STEPS)) for j in range(OWN_STEPS + 1)]
-        x = add_noise(k_noise, tokens, _per_token(cfg, levels[0]))
+        x = add_noise(k_noise, tokens[:, n_old:], _per_token(cfg, levels[0]))
         level = jnp.where(i > 0, told, 0.0)
         last = slope = 0.0
         for j, (now, then) in enumerate(zip(levels, levels[1:], strict=False)):
-            clean = denoise(model, x, batch, context, level, now, attention=attention)
+            clean = denoise(
+                model, x, batch, context, level, now, oldest=oldest, attention=attention
+            )
             now, then = _per_token(cfg, now), _per_token(cfg, then)
             if 0 < j < OWN_STEPS - 1:  # as in the sampler, whose last step ends at the prediction
                 slope = (last - clean) / (_per_token(cfg, levels[j - 1]) - now)
             x, last, slope = second_order_step(x, clean, slope, now, then), clean, 0.0
-        return jnp.where(_per_token(cfg, own), jnp.clip(x, -1, 1), tokens), None
+        made = jnp.concatenate([tokens[:, :n_old], jnp.clip(x, -1, 1)], 1)
+        return jnp.where(_per_token(cfg, own), made, tokens), None
 
-    out, _ = jax.lax.scan(one, tokens, jnp.arange(passes))
+    out, _ = jax.lax.scan(one, tokens, jnp.arange(stage.own_passes))
     return jax.lax.stop_gradient(out), own
 
 
-def loss_fn(
-    model,
-    key,
-    batch,
-    shape: SequenceShape,
-    own_share: float = 0.0,
-    own_passes: int = 1,
-    attention=None,
-):
+def loss_fn(model, key, batch, stage: Stage, attention=None):
     """Mean weighted squared error; the weight 1 / max(s, 0.3) leans towards fine detail.
 
     Args:
         key: randomness of noise levels and noise.
         batch: output of `data.sample_sequence` with a leading batch axis.
-        own_share: share of steps with the model's own frames in the context.
-        own_passes: of `own_context`.
+        stage: what the context is like.
     """
-    cfg = model.cfg
+    cfg, shape = model.cfg, stage.shape
     b = batch[0].shape[0]
-    k_level, k_clean, k_augment, k_one, k_eps, k_none, k_own, k_which = jax.random.split(key, 8)
+    k_level, k_clean, k_augment, k_one, k_eps, k_none, k_own, k_which, k_old = jax.random.split(
+        key, 9
+    )
     tokens = to_tokens(batch[0], cfg.patch)
     target = tokens[:, shape.memory * cfg.block_tokens :]
     level = jax.nn.sigmoid(0.4 + 1.2 * jax.random.normal(k_level, (b, 2 * shape.run)))
@@ -137,18 +161,22 @@ def loss_fn(
     augment = 0.25 * jax.random.uniform(k_augment, (b, shape.blocks)) ** 2
     augment = jnp.where(jax.random.bernoulli(k_none, 0.4, (b, 1)), 0.0, augment)
     noisy = tokens + _per_token(cfg, augment) * jax.random.normal(k_clean, tokens.shape)
+    k_whether, k_oldest = jax.random.split(k_old)
+    oldest = jax.random.randint(k_oldest, (), 0, shape.memory - shape.recent + 1)
+    oldest = jnp.where(jax.random.bernoulli(k_whether, stage.forget), oldest, 0)
+    see = dict(oldest=oldest, attention=attention)
 
     def with_own():
-        out, own = own_context(model, k_own, batch, shape.blocks, own_passes, attention=attention)
+        out, own = own_context(model, k_own, batch, stage, **see)
         told = jnp.where(own, OWN_FRAME_NOISE, augment)
         return jnp.where(_per_token(cfg, own), out, noisy), told
 
     context, told = noisy, augment
-    if own_share > 0:
-        use = jax.random.bernoulli(k_which, own_share)
+    if stage.own_share > 0:
+        use = jax.random.bernoulli(k_which, stage.own_share)
         context, told = jax.lax.cond(use, with_own, lambda: (noisy, augment))
     x = add_noise(k_eps, target, _per_token(cfg, level))
-    out = denoise(model, x, batch, context, told, level, attention=attention)
+    out = denoise(model, x, batch, context, told, level, **see)
     weight = 1 / jnp.maximum(_per_token(cfg, level), 0.3)
     return jnp.mean(weight * (out - target) ** 2)
 
