@@ -204,6 +204,8 @@ def arms(setup: Setup, result: dict[str, Any]) -> None:
     """A video for each arm, then single blocks at given histories."""
     args = setup.args
     result["arms"] = {}
+    if args.frames:
+        result["decoder_first_calls_seconds"] = _compiled_decoder(setup)
     for arm in args.arms:
         found = result["arms"][arm] = {}
         if args.frames:
@@ -221,6 +223,26 @@ def limit(setup: Setup, result: dict[str, Any]) -> None:
     result |= {"frames": args.limit_frames, "arm": args.limit_arm, "limit_bytes": args.limit}
     _video(setup, args.limit_arm, result, frames=args.limit_frames, budget=args.limit_budget)
     result["ok"] = result["latent_frames"] == args.limit_frames
+
+
+def _compiled_decoder(setup: Setup) -> list[float]:
+    """Seconds of the decoder's first two blocks, which are two programs: no arm pays for them."""
+    import jax
+    import jax.numpy as jnp
+
+    from models.common import player
+
+    _, request = setup.pipeline("bf16", 21)
+    n, channels = setup.sizes.dit.frames_per_block, request.done_BFZYX.shape[2]
+    shape = (1, n, channels, request.latent_height, request.latent_width)
+    latents, past, times = jnp.zeros(shape, request.done_BFZYX.dtype), None, []
+    for _ in range(2):
+        begin = time.perf_counter()
+        video, past = player.decode(setup.vae, latents, past)
+        jax.block_until_ready(video)
+        times.append(round(time.perf_counter() - begin, 2))
+    log.info("decoder: first blocks in %s s", times)
+    return times
 
 
 def _video(
