@@ -219,9 +219,9 @@ def train(
                 progress=round(now, 4),
             )
             if chunks % 5 == 0:
-                shape = cfg.stages[-1].shape
+                last, ema = cfg.stages[-1], state["ema"]
                 row["psnr_one_step"] = float(
-                    one_step_psnr(cfg, graph, state["ema"], shape, attention=attention)
+                    one_step_psnr(cfg, graph, ema, last.shape, last.batch, attention=attention)
                 )
             with (out / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
