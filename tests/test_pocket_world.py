@@ -107,9 +107,6 @@ def test_noisy_blocks_see_earlier_clean_blocks_and_themselves():
     assert not mask[:5, 5:].any()
     np.testing.assert_array_equal(mask[5], [1, 1, 1, 0, 0, 1, 0])
     np.testing.assert_array_equal(mask[6], [1, 1, 1, 1, 0, 0, 1])
-    late = np.asarray(objective.sequence_mask(shape.blocks, shape.memory, 1, oldest=2))[0, 0]
-    np.testing.assert_array_equal(late[1], [0, 1, 0, 0, 0, 0, 0])  # out of sight, but for itself
-    np.testing.assert_array_equal(late[6], [0, 0, 1, 1, 0, 0, 1])
 
 
 def test_own_frames_take_the_place_of_the_newest_blocks():
@@ -117,11 +114,10 @@ def test_own_frames_take_the_place_of_the_newest_blocks():
         train.TrainConfig.smoke(),
         data.SequenceShape(near=1, distractors=0, recent=1, run=1),
     )
-    stage = objective.Stage(1.0, 8, shape, own_newest=4, own_passes=2)
     model = modeling.PocketWorld(cfg.model, rngs=nnx.Rngs(0))
     batch = train.sample_batch(jax.random.key(0), cfg, shape, 8)
-    tokens, own = objective.own_context(model, jax.random.key(1), batch, stage)
-    assert bool(own[:, -1].all()) and bool(own[:, 1].any()) and not bool(own[:, 0].any())
+    tokens, own = objective.own_context(model, jax.random.key(1), batch, shape.blocks)
+    assert bool(own[:, -1].all()) and not bool(own[:, 0].all())
     assert bool((own[:, 1:] >= own[:, :-1]).all())  # from one block on, to the end
     same = jnp.all(tokens == modeling.to_tokens(batch[0], cfg.model.patch), axis=-1)
     same = same.reshape(*own.shape, -1)
@@ -204,6 +200,14 @@ def test_sampler_levels_and_limits():
     np.testing.assert_allclose(levels, [1, 0.8, 0.5, 0])
     with pytest.raises(ValueError, match="steps=0"):
         sampling.Sampler(steps=0)
+    with pytest.raises(ValueError, match="sharpness=-1"):
+        sampling.Sampler(sharpness=-1)
+
+
+def test_logits_grow_with_a_history_longer_than_those_of_training():
+    assert sampling.Sampler().logit_scale(1000, 64) is None
+    scale = [float(sampling.Sampler(sharpness=0.1).logit_scale(n, 64)) for n in (1, 40, 80, 160)]
+    np.testing.assert_allclose(scale, [0.125, 0.125, 0.1375, 0.15], rtol=1e-6)
 
 
 def test_block_inputs_must_be_whole_blocks():

@@ -44,15 +44,13 @@ def sample_sequence(key, cfg: PocketWorldConfig, shape: SequenceShape):
     start = jnp.stack([jnp.float32(0), jnp.float32(0), altitude])
     walk = camera.wander(next(keys), start, shape.walk_frames, half_width)
     before = jnp.concatenate([walk[:1], walk[:-1]])
-    oldest = max(shape.near + shape.recent + 4, shape.distractors) + shape.recent
-    now = jax.random.randint(next(keys), (), oldest, walk_blocks + 1)  # in blocks
+    oldest = shape.near + shape.recent + 4
+    now = jax.random.randint(next(keys), (), oldest + shape.recent, walk_blocks + 1)  # in blocks
 
     past = now - shape.recent - shape.near
     places = jax.random.randint(next(keys), (2,), 0, past)
     near = (places[:, None] + jnp.arange(shape.near)[None]).reshape(-1)
-    # One from each of as many stretches of the past, so that none is there twice.
-    share = jnp.arange(shape.distractors) + jax.random.uniform(next(keys), (shape.distractors,))
-    distractors = jnp.int32(share * (now - shape.recent) / max(1, shape.distractors))
+    distractors = jax.random.randint(next(keys), (shape.distractors,), 0, now - shape.recent)
     recent = now - 1 - jnp.arange(shape.recent)
     memory = jnp.sort(jnp.concatenate([near, distractors, recent]))
     t_memory = (memory[:, None] * n + jnp.arange(n)[None]).reshape(-1)

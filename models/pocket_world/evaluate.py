@@ -22,7 +22,7 @@ from models.pocket_world import camera, pipeline
 from models.pocket_world.modeling import PocketWorld
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.pipeline import WorldState
-from models.pocket_world.sampling import Sampler
+from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from qvg_jax.health import cache_bytes
 from qvg_jax.metrics import to_uint8
 from qvg_jax.rollout import rollout
@@ -93,9 +93,8 @@ def free_run(model, codec: str, args) -> dict:
     worlds = FIRST_WORLD + 1000 + jnp.arange(args.worlds)
     cache = pipeline.make_cache(model.cfg, pipeline.world_codec(codec), total, batch=args.worlds)
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.free_tour)
-    frames, seconds, state = run_arm(
-        model, cache, xs, args.seed, Sampler(args.free_steps, args.shift)
-    )
+    sampler = Sampler(args.free_steps, args.shift, sharpness=args.free_sharpness)
+    frames, seconds, state = run_arm(model, cache, xs, args.seed, sampler)
     out, size = frames[:, args.free_tour :], cache_bytes(state.cache)
     truth = np.asarray(
         pipeline.render_path(worlds, path[:, args.free_tour :], first_time=args.free_tour)
@@ -186,6 +185,7 @@ def main(argv=None):
     parser.add_argument("--free-tour", type=int, default=32)
     parser.add_argument("--free-half-width", type=float, default=600.0)
     parser.add_argument("--free-steps", type=int, default=8)
+    parser.add_argument("--free-sharpness", type=float, default=FREE_SHARPNESS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from models.common.asked import check_seed
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
-from models.pocket_world.sampling import Sampler
+from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from qvg_jax import presets
 from qvg_jax.capture import Captured
 from qvg_jax.codec import Codec
@@ -49,9 +49,12 @@ def prepare(request: Request) -> Job:
     """
     request.refuse(MODEL, "prompt", "height", "width", "layers", *HISTORY_OPTIONS)
     request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora", "attention")
-    sampler = Sampler(steps=STEPS if request.steps is None else request.steps)
     check_seed(request.seed)
     actions = None if request.actions is None else camera.parse_actions(request.actions)
+    sampler = Sampler(
+        steps=STEPS if request.steps is None else request.steps,
+        sharpness=0.0 if actions is None else FREE_SHARPNESS,  # the default path is all replay
+    )
     codecs = {name: _codec(name) for name in dict.fromkeys((BASELINE, *request.codecs))}
     weights = pathlib.Path(request.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)

@@ -227,13 +227,16 @@ def make_step(model: PocketWorld, sampler: Sampler):
         batch = x.pose.shape[0]
 
         view = state.cache.view(positions, rope)
+        cache = state.cache
+        blocks = cache.seen_blocks - cache.dropped_blocks - cache.rejected_blocks
+        scale = sampler.logit_scale(blocks, cfg.head_dim)
 
         def evaluate(tokens, level):
             return model(
                 tokens,
                 jnp.full((batch, n), level),
                 features,
-                lambda i, q, k, v: attend(q, view, k, v, layer=i),
+                lambda i, q, k, v: attend(q, view, k, v, layer=i, scale=scale),
                 jnp.arange(cfg.layers),
             )
 

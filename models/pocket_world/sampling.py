@@ -5,12 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 OWN_FRAME_NOISE = 0.02  # noise level told with generated frames, in training and when sampling
-SHIFT = 8.0
-
-
-def shifted(u, shift: float = SHIFT):
-    """Noise level s of u in [0, 1]: s(u) = shift u / (1 + (shift - 1) u)."""
-    return shift * u / (1 + (shift - 1) * u)
+FREE_SHARPNESS = 0.08  # of walks through places never seen, measured: BENCHMARKS.md
+_TRAINED_BLOCKS = 40  # of history; training saw 24 and 56
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,22 +15,36 @@ class Sampler:
 
     Attributes:
         steps: denoising evaluations per block.
-        shift: spacing of the noise levels s(u), u = 1 .. 0, see `shifted`. A large one spends the
-            steps where a place never seen takes shape; known places do not care.
+        shift: spacing of the noise levels s(u) = shift u / (1 + (shift - 1) u), u = 1 .. 0. A large
+            one spends the steps where a place never seen takes shape; known places do not care.
         context_noise: noise level told to the context pass of generated frames.
+        sharpness: how much larger logits of attention become with every doubling of a history that
+            is longer than those of training. Over many more keys the same logits spread wider, and
+            what is invented turns pale; a place that is remembered is found without.
     """
 
     steps: int = 4
-    shift: float = SHIFT
+    shift: float = 8.0
     context_noise: float = OWN_FRAME_NOISE
+    sharpness: float = 0.0
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; accepted: a whole number of at least 1")
+        if self.sharpness < 0:
+            raise ValueError(f"sharpness={self.sharpness}; accepted: a number of at least 0")
 
     def levels(self) -> tuple[float, ...]:
         """steps + 1 noise levels from 1 to 0."""
-        return tuple(shifted(1 - i / self.steps, self.shift) for i in range(self.steps + 1))
+        u = [1 - i / self.steps for i in range(self.steps + 1)]
+        return tuple(self.shift * x / (1 + (self.shift - 1) * x) for x in u)
+
+    def logit_scale(self, blocks, head_dim: int):
+        """Factor of the logits when attending to `blocks` blocks; None is 1 / sqrt(head_dim)."""
+        if not self.sharpness:
+            return None
+        doublings = jnp.log2(jnp.maximum(blocks / _TRAINED_BLOCKS, 1.0))
+        return (1 + self.sharpness * doublings) / head_dim**0.5
 
 
 def second_order_step(x, clean, slope, now, then):

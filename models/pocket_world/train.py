@@ -4,9 +4,8 @@ What is minimised is in `objective.py`. The optimiser is Muon for the matrices o
 (optax); orbax keeps parameters, their moving average, optimiser state, step and time spent, so the same command
 resumes a run that stopped.
 A run is bounded by `--steps` (deterministic) or by `--minutes` (the schedule then follows the clock, for a
-machine lent by the hour). Two further parts continue from finished weights: `--part own` with the model's own frames in
-the context, `--part long` with histories as long as those of a long walk. Both keep walks through places
-never seen from fading.
+machine lent by the hour). `--continue-from` starts from finished weights instead of from nothing and trains
+on the model's own frames in the context, which is what keeps long walks through unseen places from fading.
 """
 
 import argparse
@@ -25,8 +24,22 @@ from flax import nnx
 from models.pocket_world import data, objective
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld
-from models.pocket_world.objective import Stage
 from models.pocket_world.params import load_weights, save_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training.
+
+    Attributes:
+        until: share of the whole run at which it ends.
+        own_share: share of steps with the model's own frames in the context.
+    """
+
+    until: float
+    batch: int
+    shape: data.SequenceShape
+    own_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +65,10 @@ class TrainConfig:
     seed: int = 0
 
     @classmethod
-    def own_frames(cls) -> "TrainConfig":
+    def continued(cls) -> "TrainConfig":
         """From finished weights, with the model's own frames in the context of half the steps."""
         stages = (Stage(1.0, 12, data.SequenceShape(distractors=12), own_share=0.5),)
         return cls(stages=stages, peak_lr=1e-3, decay=1.0, seed=1)
-
-    @classmethod
-    def long_histories(cls) -> "TrainConfig":
-        """From finished weights, with up to 180 blocks: without it, attention to a history several
-        times longer than all that were trained spreads, and what is invented then goes pale."""
-        long = data.SequenceShape(distractors=160)
-        stages = (Stage(1.0, 4, long, forget=0.4, own_share=0.5, own_newest=24),)
-        return cls(stages=stages, peak_lr=7e-4, warmup=50, decay=1.0, chunk=50, seed=2)
 
     @classmethod
     def smoke(cls) -> "TrainConfig":
@@ -72,20 +77,10 @@ class TrainConfig:
         longer = dataclasses.replace(short, distractors=2)
         return cls(
             model=PocketWorldConfig.smoke(),
-            stages=(
-                Stage(0.6, 2, short),
-                Stage(1.0, 1, longer, forget=0.5, own_share=0.5, own_newest=4, own_passes=2),
-            ),
+            stages=(Stage(0.6, 2, short), Stage(1.0, 1, longer, own_share=0.5)),
             warmup=2,
             chunk=2,
         )
-
-
-PARTS = {
-    "first": TrainConfig,
-    "own": TrainConfig.own_frames,
-    "long": TrainConfig.long_histories,
-}
 
 
 def make_optimizer(cfg: TrainConfig, progress):
@@ -151,7 +146,9 @@ def train_chunk(cfg: TrainConfig, graph, stage: Stage, state, progress, attentio
         k_data, k_noise = jax.random.split(key)
         batch = sample_batch(k_data, cfg, stage.shape, stage.batch)
         loss, grads = jax.value_and_grad(
-            lambda p: objective.loss_fn(nnx.merge(graph, p), k_noise, batch, stage, attention)
+            lambda p: objective.loss_fn(
+                nnx.merge(graph, p), k_noise, batch, stage.shape, stage.own_share, attention
+            )
         )(state["params"])
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -219,9 +216,9 @@ def train(
                 progress=round(now, 4),
             )
             if chunks % 5 == 0:
-                last, ema = cfg.stages[-1], state["ema"]
+                shape = cfg.stages[0].shape
                 row["psnr_one_step"] = float(
-                    one_step_psnr(cfg, graph, ema, last.shape, last.batch, attention=attention)
+                    one_step_psnr(cfg, graph, state["ema"], shape, attention=attention)
                 )
             with (out / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -249,10 +246,7 @@ def main(argv=None):
         "--continue-from",
         type=pathlib.Path,
         metavar="WEIGHTS",
-        help="start from these weights",
-    )
-    parser.add_argument(
-        "--part", choices=list(PARTS), default="first", help="which part of the training"
+        help="start from these weights, with the model's own frames in the context",
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny model on short sequences")
     parser.add_argument("--attention", choices=["xla", "cudnn"], help="attention implementation")
@@ -260,9 +254,8 @@ def main(argv=None):
         "--export", type=pathlib.Path, help="write the averaged weights as safetensors here"
     )
     args = parser.parse_args(argv)
-    if (args.part == "first") == (args.continue_from is not None) and not args.smoke:
-        parser.error(f"--part {args.part} with {args.continue_from=}: only own and long continue")
-    cfg = TrainConfig.smoke() if args.smoke else PARTS[args.part]()
+    cfg = TrainConfig.continued() if args.continue_from else TrainConfig()
+    cfg = TrainConfig.smoke() if args.smoke else cfg
     _, state = train(
         cfg,
         args.out,

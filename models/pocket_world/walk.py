@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 
 from models.common.asked import check_seed
 from models.pocket_world import camera, job, params, pipeline, world
-from models.pocket_world.sampling import Sampler
+from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from qvg_jax.compare import Request
 from qvg_jax.metrics import to_uint8
 from qvg_jax.walk import World
@@ -52,7 +52,8 @@ def walk(request: Request, memory: int | None = None) -> World:
         ValueError: a value that is not accepted, named with what would be.
     """
     check_seed(request.seed)
-    sampler = Sampler(steps=job.STEPS if request.steps is None else request.steps)
+    steps = job.STEPS if request.steps is None else request.steps
+    sampler = Sampler(steps, sharpness=FREE_SHARPNESS)
     weights = pathlib.Path(request.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)
     job.check_finite(model, weights)
