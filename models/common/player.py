@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models.common.kept import Kept
@@ -25,10 +26,23 @@ class Source(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnames="past")
-def decode(vae: WanVAE, latents_BFZYX: Any, past: Past | None) -> tuple[jax.Array, Past]:
-    """The next latent frames of a video as uint8 [B, T, Y, X, 3], and the decoder's new past."""
-    video, past = vae.decode_stream(latents_BFZYX, past)
+def decode_frame(vae: WanVAE, latent_B1ZYX: Any, past: Past | None) -> tuple[jax.Array, Past]:
+    """`decode` of one latent frame."""
+    video, past = vae.decode_stream(latent_B1ZYX, past)
     return to_uint8(video), past
+
+
+def decode(vae: WanVAE, latents_BFZYX: Any, past: Past | None) -> tuple[jax.Array, Past]:
+    """The next latent frames of a video as uint8 [B, T, Y, X, 3], and the decoder's new past.
+
+    A program for one frame, called for each: in a loop over them XLA keeps every weight of the
+    convolutions a second time, in another layout, and the frames' pixels in float32.
+    """
+    parts = []
+    for i in range(latents_BFZYX.shape[1]):
+        video, past = decode_frame(vae, latents_BFZYX[:, i : i + 1], past)
+        parts.append(video)
+    return jnp.concatenate(parts, 1), past
 
 
 def play(source: Source, xs: Iterator[Any], *, vae: WanVAE, kept: Kept) -> Iterator[Played]:

@@ -39,9 +39,9 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         "transformer": WEIGHTS.skeleton(settings.sizes.dit),
         "VAE": VAE_WEIGHTS.skeleton(settings.sizes.vae),
     }
-    latents = _latents(settings)
-    past = jax.eval_shape(player.decode, networks["VAE"], latents, None)[1]
-    decoding = temporary_bytes(player.decode, networks["VAE"], latents, past)
+    latent = _latents(settings, 1)
+    past = jax.eval_shape(player.decode_frame, networks["VAE"], latent, None)[1]
+    decoding = temporary_bytes(player.decode_frame, networks["VAE"], latent, past)
     needs = []
     for name in settings.histories:
         cache = settings.cache(name)
@@ -72,9 +72,9 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
     )
 
 
-def _latents(settings: Settings):
+def _latents(settings: Settings, frames: int):
     dit = settings.sizes.dit
-    shape = (1, dit.frames_per_block, dit.latent_channels, *settings.latent)
+    shape = (1, frames, dit.latent_channels, *settings.latent)
     return jax.ShapeDtypeStruct(shape, dit.dtype)
 
 
@@ -86,7 +86,7 @@ def _text_kv(settings: Settings) -> TextKV:
 
 def _step(settings: Settings, model, cache):
     """Arguments of the program that makes a block, as the command runs it."""
-    latents = _latents(settings)
+    latents = _latents(settings, settings.sizes.dit.frames_per_block)
     step = generating_step(settings.sampler, (1, latents.shape[1], *settings.latent), True)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     stacked = jax.ShapeDtypeStruct((1, *latents.shape), latents.dtype)

@@ -38,9 +38,9 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
     begin = time.perf_counter()
     dit, model = settings.sizes.dit, WEIGHTS.skeleton(settings.sizes.dit)
     vae = VAE_WEIGHTS.skeleton(settings.sizes.vae)
-    latents = _latents(settings, dit.frames_per_block, dit.dtype)
-    past = jax.eval_shape(player.decode, vae, latents, None)[1]
-    decoding = temporary_bytes(player.decode, vae, latents, past)
+    latent = _latents(settings, 1, dit.dtype)
+    past = jax.eval_shape(player.decode_frame, vae, latent, None)[1]
+    decoding = temporary_bytes(player.decode_frame, vae, latent, past)
     needs = []
     for name in settings.histories:
         held = {
