@@ -44,12 +44,16 @@ class Encodings(NamedTuple):
             the dtype, and zeros stay zeros.
         values: `values(v_BHTD, table) -> v_BCTD`, likewise.
         copies: C / H.
+        growth: `growth(table) -> (of keys, of values)`, by how much an encoding may at most exceed
+            the largest number that went in. With it attention in e4m3 needs no pass over encoded
+            numbers to find their unit.
     """
 
     table: Callable[[Array], Any]
     keys: Callable[[Array, Any], Array]
     values: Callable[[Array, Any], Array]
     copies: int
+    growth: Callable[[Any], tuple[Array, Array]] | None = None
 
 
 def frequency_ladder(channels: int, theta: float = 10000.0) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize import Scheme, decode_keys, decode_values, in_key_rows
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.codec import Codec
 from qvg_jax.kernel_formats import E4M3, encoded, halves, pairing_of, scheme_of
@@ -28,20 +28,24 @@ __all__ = ["by_kernels", "of_dense", "of_spans", "of_spans_by_xla", "of_tokens"]
 
 @dataclasses.dataclass(frozen=True)
 class _Spans:
-    """Keys or values of all spans, and of one layer the units of its rows in e4m3."""
+    """Keys or values of all spans, and bounds of one layer's rows; None in bf16."""
 
     source: Any
     scheme: Scheme | None
-    unit_R: Array
+    bound_R: Array | None
+
+    def unit(self, first: Array, rows: int, growth: Array | float) -> Array:
+        """The units of some rows in e4m3, if they grow by so much when they are read."""
+        if self.bound_R is None:
+            return jnp.ones((rows,), jnp.float32)
+        return _unit(lax.dynamic_slice_in_dim(self.bound_R, first, rows) * growth)
 
 
-def _spans(
-    slots: Any, codec: Codec, lay: Layout, layer: Array, turned: bool, narrow: bool, by: str
-) -> _Spans:
+def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool, by: str) -> _Spans:
     source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1, by)
     rows = lay.max_spans * lay.batch * lay.heads
     if not narrow:
-        return _Spans(source, scheme, jnp.ones((rows,), jnp.float32))
+        return _Spans(source, scheme, None)
     pick = lambda x: lax.dynamic_slice_in_dim(x, layer * rows, rows, 0)  # noqa: E731
     # Positive e4m3 numbers are ordered as their bytes.
     largest = pick(source.scales_RTG).max(axis=(1, 2))
@@ -51,7 +55,7 @@ def _spans(
     bound *= max(scheme.offset, 2**scheme.bits - 1 - scheme.offset)
     if scheme.stages:
         bound += jnp.abs(source.tables(layer * rows, rows)).max(axis=(2, 3)).sum(1)
-    return _Spans(source, scheme, _unit(bound * (math.sqrt(2) if turned else 1)))
+    return _Spans(source, scheme, bound.astype(jnp.float32))
 
 
 def _unit(bound: Array) -> Array:
@@ -150,15 +154,15 @@ def of_spans(
     cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
     rows, turned = lay.batch * lay.heads, view.rope is not None
     about = (narrow, implementation)
-    keys = _spans(cache.span_k, lay.key_codec, lay, layer, turned, *about)
-    values = _spans(cache.span_v, lay.value_codec, lay, layer, False, *about)
+    keys = _spans(cache.span_k, lay.key_codec, lay, layer, *about)
+    values = _spans(cache.span_v, lay.value_codec, lay, layer, *about)
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
 
-    def unit(x: _Spans, slot: Array) -> Array:
+    def unit(x: _Spans, slot: Array, growth: float) -> Array:
         if not slot.ndim:
-            return lax.dynamic_slice_in_dim(x.unit_R, slot * rows, rows)
+            return x.unit(slot * rows, rows, growth)
         age_N = (jnp.arange(lay.max_spans) - cache.first_span) % lay.max_spans
-        unit_Nn = x.unit_R.reshape(lay.max_spans, rows)
+        unit_Nn = x.unit(0, lay.max_spans * rows, growth).reshape(lay.max_spans, rows)
         most_n = jnp.where((age_N < cache.num_spans)[:, None], unit_Nn, 0).max(axis=0)
         return jnp.where(most_n > 0, most_n, 1)
 
@@ -175,7 +179,7 @@ def of_spans(
     def read(slot: Array, valid: Any) -> Any:
         here = dict(rows=rows, valid=valid, dtype=dtype, implementation=implementation)
         here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
-        units = [unit(x, slot) for x in (keys, values)]
+        units = [unit(keys, slot, math.sqrt(2) if turned else 1), unit(values, slot, 1)]
         k_span = decode_keys(
             keys.source, keys.scheme, **here, unit_n=units[0], batch=lay.batch,
             pairing=_pairing(view), **turns(slot),
@@ -190,7 +194,13 @@ def of_spans_by_xla(
 ) -> Callable[[Array, int], Any]:
     """read(slot, valid) for other codecs and encodings: what the kernels cannot do, XLA does."""
     cache, lay = view.cache, view.cache.layout
-    rows = lay.batch * lay.heads
+    rows, spans = lay.batch * lay.heads, None
+    if dtype != jnp.bfloat16 and isinstance(view.rope, Encodings) and view.rope.growth:
+        sides = (cache.span_k, lay.key_codec), (cache.span_v, lay.value_codec)
+        if not any(
+            isinstance(scheme_of(c, lay.head_dim, 1, implementation), str) for _, c in sides
+        ):
+            spans = [_spans(*side, lay, layer, True, implementation) for side in sides]
 
     def stored(codec, slots, decode, slot):
         of = lambda joined: scheme_of(codec, lay.head_dim, joined, implementation)  # noqa: E731
@@ -216,6 +226,17 @@ def of_spans_by_xla(
         k_BHTD, v_BHTD = lax.optimization_barrier((k_BHTD, v_BHTD))
         k_nWD = _through_xla(view.keys, k_BHTD, table)
         v_nWD = _through_xla(view.values, v_BHTD, table)
+        if spans is not None:
+            growths = view.rope.growth(table)
+            units = [
+                jnp.repeat(x.unit(slot * rows, rows, g), view.rope.copies)
+                for x, g in zip(spans, growths, strict=True)
+            ]
+            k_nWD, v_nWD = (
+                jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype)
+                for x, unit_n in zip((k_nWD, v_nWD), units, strict=True)
+            )
+            return units, in_key_rows(k_nWD), jnp.swapaxes(v_nWD, 1, 2)
         if dtype != jnp.bfloat16:
             return of_tokens(k_nWD, v_nWD, valid, dtype, implementation)
         ones = jnp.ones((k_nWD.shape[0],), jnp.float32)

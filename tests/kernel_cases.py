@@ -173,6 +173,7 @@ def encodings() -> Encodings:
         lambda k, t: both(HALF.rotate(k, t), INTERLEAVED.rotate(k, t)),
         lambda v, t: both(v, INTERLEAVED.rotate(v, t)),
         2,
+        lambda t: (jnp.float32(2**0.5), jnp.float32(2**0.5)),
     )
 
 

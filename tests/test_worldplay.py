@@ -31,7 +31,7 @@ from models.worldplay import (
     walk,
 )
 from models.worldplay.block import generate_block
-from models.worldplay.encoding import model_encodings
+from models.worldplay.encoding import encode_keys, encode_values, growth, model_encodings
 from models.worldplay.history import side_by_side
 from models.worldplay.request import block_inputs
 from qvg_jax import presets
@@ -396,3 +396,20 @@ def test_network_calls_of_a_long_video():
     assert [(c.context, c.first, c.end) for c in calls[:3]] == [(False, 0, 2)] * 2 + [(True, 0, 2)]
     assert calls[0].timesteps == (14.0, 1000.0) and calls[2].timesteps == (14.0, 14.0)
     assert len(calls) == 3 * len(SHORT.steps) + 2
+
+
+def test_encodings_grow_no_more_than_they_say():
+    """Also for the worst numbers: the signs of the matrix's largest row."""
+    rng = np.random.default_rng(0)
+    matrices = rng.normal(size=(1, 6, 12))
+    where = np.concatenate([rng.integers(0, 9, (1, 6, 3)), matrices], -1)
+    at = model_encodings(CONFIG).table(jnp.asarray(where, jnp.float32))
+    of_keys, of_values = (float(g) for g in growth(at))
+    rows = np.asarray(at.unproject).reshape(-1, 4)
+    signs = np.sign(rows[np.abs(rows).sum(-1).argmax()])
+    worst = np.tile(signs, (1, 2, 6, CONFIG.head_dim // 4))
+    for x in (rng.uniform(-1, 1, worst.shape), worst):
+        x = jnp.asarray(x, jnp.float32)
+        assert float(jnp.abs(encode_keys(x, at)).max()) < 1.0001 * of_keys
+        assert float(jnp.abs(encode_values(x, at)).max()) < 1.0001 * of_values
+    assert float(jnp.abs(encode_values(jnp.asarray(worst), at)).max()) > 0.9999 * of_values

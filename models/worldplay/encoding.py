@@ -66,12 +66,21 @@ def place_encodings(head_dim: int, rows: int, theta: float) -> Encodings:
         last = jnp.broadcast_to(last.reshape((1,) * (top.ndim - 1) + (4,)), (*top.shape[:-2], 1, 4))
         return Place(table(positions_xP[..., :3]), jnp.concatenate([top, last], -2))
 
-    return Encodings(place, encode_keys, encode_values, copies=2)
+    return Encodings(place, encode_keys, encode_values, copies=2, growth=growth)
 
 
 def model_encodings(config: WorldPlayConfig) -> Encodings:
     """`place_encodings` of a model of this size."""
     return place_encodings(config.head_dim, config.rope_frames, config.rope_theta)
+
+
+def growth(at: Place) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """By how much encoded keys and values may exceed the largest number of what they encode.
+
+    A rotation mixes two channels, a camera matrix four.
+    """
+    matrices = jnp.abs(at.unproject.astype(jnp.float32)).sum(-1).max()
+    return jnp.maximum(2**0.5, matrices), jnp.maximum(1, matrices)
 
 
 def here(

@@ -1,6 +1,7 @@
 """Packed spans back to keys and values, in the form that the attention kernels read."""
 
 from pallas_kernels.dequantize.api import decode_keys, decode_values, supported
+from pallas_kernels.dequantize.reference import in_key_rows
 from pallas_kernels.dequantize.types import Encoded, Scheme
 
-__all__ = ["Encoded", "Scheme", "decode_keys", "decode_values", "supported"]
+__all__ = ["Encoded", "Scheme", "decode_keys", "decode_values", "in_key_rows", "supported"]

@@ -11,7 +11,15 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.types import Encoded, Scheme, padded
 
-__all__ = ["cut", "decode_keys", "decode_values", "decoded", "key_row_of_token", "table_rows"]
+__all__ = [
+    "cut",
+    "decode_keys",
+    "decode_values",
+    "decoded",
+    "in_key_rows",
+    "key_row_of_token",
+    "table_rows",
+]
 
 
 def key_row_of_token(tokens: int) -> Array:
@@ -24,6 +32,12 @@ def key_row_of_token(tokens: int) -> Array:
     t = jnp.arange(tokens)
     i, a, b = t % 16 // 4, t % 4 // 2, t % 2
     return t // 16 * 16 + 8 * a + 2 * i + b
+
+
+def in_key_rows(x_nTD: Array) -> Array:
+    """x with its tokens in the order of `key_row_of_token`; T is a multiple of 16."""
+    n, t, d = x_nTD.shape
+    return jnp.swapaxes(x_nTD.reshape(n, t // 16, 4, 2, 2, d), 2, 3).reshape(n, t, d)
 
 
 def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, rows: int) -> Array:
@@ -94,8 +108,7 @@ def decode_keys(source, scheme, first_row, rows, valid, dtype, unit_n, tables, p
     x = _filled(x, valid)
     if dtype == jnp.bfloat16:
         return x.astype(dtype)
-    x = jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype)
-    return jnp.zeros_like(x).at[:, key_row_of_token(x.shape[1])].set(x)
+    return in_key_rows(jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype))
 
 
 def decode_values(source, scheme, first_row, rows, valid, dtype, unit_n):
