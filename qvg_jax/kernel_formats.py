@@ -6,12 +6,14 @@ the codec's own `decode` gives.
 """
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh, use_abstract_mesh
 from jaxtyping import Array
 
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, supported
@@ -77,6 +79,12 @@ def scheme_of(
     return "its codes do not stand for equally spaced levels"
 
 
+def _nowhere() -> AbstractContextManager:
+    """No mesh: what is tried out here is not part of the program that is traced, which may be one
+    for a single device of several (`jax.shard_map`), where nothing can be computed at once."""
+    return use_abstract_mesh(AbstractMesh((), ()))
+
+
 def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
     """Whether random bytes mean the same to the codec and to the kernels' reference."""
     rng = np.random.default_rng(0)
@@ -89,7 +97,7 @@ def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
         low, high = (-2, 2) if x.dtype == jnp.int8 else (0, 255)
         return jnp.asarray(rng.integers(low, high, x.shape)).astype(x.dtype)
 
-    with jax.ensure_compile_time_eval():
+    with _nowhere(), jax.ensure_compile_time_eval():
         packed = jax.tree.map(fill, form)
         if (kmeans := _parts(packed)[0]) is not None:
             ids = kmeans.ids_BHST % kmeans.centroids_BHSKD.shape[3]
@@ -180,7 +188,7 @@ def pairing_of(rope: Rope, head_dim: int, pos_dims: int) -> str | None:
         return None
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    with jax.ensure_compile_time_eval():
+    with _nowhere(), jax.ensure_compile_time_eval():
         x, tables = draw(1, 1, 4, head_dim), (draw(1, 4, head_dim // 2), draw(1, 4, head_dim // 2))
         theirs = rope.rotate(x, jax.tree.unflatten(jax.tree.structure(form), tables))[0]
         for pairing in ("half", "interleaved"):

@@ -10,10 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from qvg_jax.attention import attend
 from qvg_jax.cache_state import KVCache
-from qvg_jax.capability import no_triton
-from qvg_jax.kernel_formats import pairing_of, scheme_of
-from qvg_jax.mosaic import is_hopper
-from qvg_jax.rope import Rope
 from qvg_jax.view import CacheView
 
 __all__ = ["attend_by_heads", "head_shardings"]
@@ -97,13 +93,6 @@ def attend_by_heads(
                 f"{name} codec {codec} keeps heads together, so none can be read alone; accepted: a "
                 "codec that keeps them apart, such as trellis:across_heads=0"
             )
-    kernels = "mosaic" if is_hopper() else "triton"
-    if is_hopper() or no_triton() is None:
-        # Formats are recognised by trying them: once, and not inside of shard_map.
-        for codec in (lay.key_codec, lay.value_codec):
-            scheme_of(codec, lay.head_dim, 1, kernels)
-        if isinstance(view.rope, Rope):
-            pairing_of(view.rope, lay.head_dim, lay.pos_dims)
     mesh = jax.sharding.get_abstract_mesh()
     apart, everywhere = jax.P(None, None, axis), jax.P()
     specs = jax.tree.map(lambda x: everywhere, view)

@@ -26,14 +26,15 @@ from pallas_kernels.dequant_attention import (
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.reference import key_row_of_token
-from qvg_jax import kernel_plan, mosaic, presets, workspaces
+from qvg_jax import attention, kernel_plan, mosaic, presets, workspaces
 from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache, evict
 from qvg_jax.kernel_formats import encoded as encoded_of
 from qvg_jax.kernel_formats import halves, pairing_of, scheme_of
 from qvg_jax.kernel_plan import Plan
 from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.rope import Rope
+from qvg_jax.rope import Rope, axial_rope, frequency_ladder
+from qvg_jax.sharding import attend_by_heads
 from tests.kernel_cases import (
     E4M3,
     FORMATS,
@@ -417,6 +418,22 @@ def test_what_kernels_cannot_read_comes_into_their_workspace_by_xla(references, 
     if copies == 2 and narrow:  # units from a pass over what was encoded
         view = cache.view(None, rope._replace(growth=None))
         _agrees_with_xla(view, q, k, v, narrow)
+
+
+def test_devices_that_share_the_heads_read_by_kernels(references, monkeypatch):
+    """Also a codec and a rope whose forms are first met there: probing them is not part of it."""
+    monkeypatch.setattr(attention, "is_hopper", lambda: True)
+    rope = axial_rope([frequency_ladder(44, 100.0), *[frequency_ladder(42, 100.0)] * 2])
+    cache = filled_cache(presets.get("qvg", num_centroids=48), blocks=9, block=64)
+    view = cache.view(positions(9, 64), rope)
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(3))
+    right = attend(q, view, k, v, layer=1, implementation="xla").astype(jnp.float32)
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        read = functools.partial(attend_by_heads, axis="heads", implementation="mosaic_fp8")
+        ours = jax.jit(read)(q, view, k, v, layer=1).astype(jnp.float32)
+    assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < 6e-2
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["bf16", "e4m3"])
