@@ -13,7 +13,7 @@ Prints a table and writes DIR/worldplay.json; DIR/log.txt says what is going on:
     cudnn   both encodings in bf16, attended by cuDNN: no library of ours, what a JAX user would run
     bf16    the same through qvg_jax.attend
 - limit: a whole walk with --limit bytes of device memory, in a process of its own; with --decode
-  to pictures, by Wan2.2's VAE, as the command makes it.
+  to pictures, by Wan2.2's VAE, when the cache is gone, as the command does with --decode-last.
 
 Weights are bfloat16 in all of it. Most of a first run is compilation; DIR/compiled keeps it.
 """
@@ -325,17 +325,21 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
         size[:] = [cache_bytes(state.cache)]
 
     begin, finite = time.perf_counter(), True
+    blocks = []
     for latents in pipeline.stream(setup.request, progress=look):
-        finite &= bool(np.isfinite(np.asarray(latents, np.float32)).all())
+        blocks.append(np.asarray(latents))
+        finite &= bool(np.isfinite(blocks[-1].astype(np.float32)).all())
         seconds.append(round(time.perf_counter() - begin, 3))
+        log.info("block %d: %.3f s", len(seconds), seconds[-1])
         begin = time.perf_counter()
-        if vae is not None:
-            video, past = jax.block_until_ready(player.decode(vae, latents, past))
-            decoding.append(round(time.perf_counter() - begin, 3))
-        log.info("block %d: %.3f s, decoded in %s", len(seconds), seconds[-1], decoding[-1:])
+    del latents
+    result |= {"block_seconds": seconds, "finite": finite, "walk_peak_bytes": peak()}
+    for block in blocks if vae is not None else ():
         begin = time.perf_counter()
-    result |= {"block_seconds": seconds, "finite": finite, "peak_bytes": peak()}
-    result["decode_seconds"] = decoding
+        video, past = jax.block_until_ready(player.decode(vae, jax.numpy.asarray(block), past))
+        decoding.append(round(time.perf_counter() - begin, 3))
+        log.info("pictures of block %d: %.3f s", len(decoding), decoding[-1])
+    result |= {"decode_seconds": decoding, "peak_bytes": peak()}
     result |= {"cache_bytes": size[0].in_use.total, "allocated": size[0].allocated.total}
     result["ok"] = len(seconds) * setup.config.frames_per_block == args.frames
 

@@ -57,6 +57,7 @@ class Request:
     attention: str | None = None
     out: str | None = None  # where the run's files go, for jobs that keep more than the report
     resume: bool = False
+    decode_last: bool = False  # pictures when all latents are there: less memory at once
 
     def refuse(self, model: str, *names: str) -> None:
         """Raises ValueError if one of these options was given."""

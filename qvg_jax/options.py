@@ -74,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     add("--cond-frames", type=_count, metavar="N", help="that a segment goes on from (73)***")
     add("--lora", metavar="FILE", help="merged into the weights: 16 steps, no guidance***")
     add("--resume", action="store_true", help="go on with an interrupted run in --out")
+    late = "pictures only when all latents are made, in less memory*/**"
+    add("--decode-last", action="store_true", help=late)
 
     play = commands.add_parser("play", help="walk through a generated world in a browser")
     add = play.add_argument
@@ -102,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     add("--recent", type=_whole, metavar="N", help="newest latent frames, not compressed (0)")
     add("--layers", type=_count, metavar="N", help="of the transformer (30, 48)")
     add("--cond-frames", type=_count, metavar="N", help="of longcat: that a segment reads (73)")
+    add("--decode-last", action="store_true", help="pictures when the cache is gone")
 
     convert = commands.add_parser("convert", help="make safetensors of a .pt or .pth file")
     convert.add_argument("source", type=Path, metavar="FILE", help="a checkpoint of PyTorch")

@@ -25,6 +25,24 @@ def text_kv_bytes(config: Any, rows: int, prompts: int = 1) -> int:
     return 2 * config.layers * prompts * rows * config.width * jnp.dtype(config.dtype).itemsize
 
 
+def with_decoder(
+    held: dict[str, int], block: int, past: int, decoding: int, *, last: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """`Need.held` and its temporaries, of a model whose blocks are decoded by a VAE as they come.
+
+    Args:
+        held: bytes of what is there all the time.
+        block, decoding: temporaries of the program that makes a block, and of the decoder.
+        past: what the decoder keeps from one call to the next.
+        last: whether it is called when all latents are made. Then its past is there only while it
+            runs, and the cache only before.
+    """
+    if not last:
+        return held | {"decoded past": past}, {"a block": block, "decoding": decoding}
+    instead = max(past + decoding - held["cache"], 0)
+    return held, {"a block": block, "decoding, in place of the cache": instead}
+
+
 def most(fits: Callable[[int], bool], top: int) -> int:
     """The largest number up to `top` that fits, if all smaller ones do; 0 if none does."""
     low, high = 0, top

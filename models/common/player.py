@@ -1,6 +1,7 @@
 """Blocks of latents become blocks of video as they are made, in constant memory."""
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ import numpy as np
 from models.common.kept import Kept
 from models.wan_vae import Past, WanVAE, to_uint8
 from qvg_jax.compare import Played
-from qvg_jax.health import CacheBytes
+from qvg_jax.health import CacheBytes, CacheFullError, NonFiniteError
+
+log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -23,6 +26,14 @@ class Source(NamedTuple):
     given: int  # latent frames that are no one's work
     stored: int  # latent frames after them that an earlier run has made
     size: Callable[[], CacheBytes]  # of the cache, after the newest block
+    decode_last: bool = False  # all latents first, so that cache and decoder are never together
+
+
+class _Block(NamedTuple):
+    latents_BFZYX: Any
+    seconds: float
+    size: CacheBytes
+    old: bool
 
 
 @functools.partial(jax.jit, donate_argnames="past")
@@ -50,18 +61,41 @@ def play(source: Source, xs: Iterator[Any], *, vae: WanVAE, kept: Kept) -> Itera
 
     Nothing is made, on disk or device, before the first block is asked for.
     """
-    past, frame, number = None, 0, 0
-    for _ in xs:
+    past, blocks = None, _made(source, kept)
+    blocks = _all_first(source.arm, blocks) if source.decode_last else blocks
+    for _, block in zip(xs, blocks, strict=False):  # one at a time, and none before it is wanted
         begin = time.perf_counter()
-        latents_BFZYX = next(source.latents)
-        made = time.perf_counter()
-        video, past = decode(vae, latents_BFZYX, past)
+        video, past = decode(vae, jnp.asarray(block.latents_BFZYX), past)
         frames = np.asarray(video)[0]
+        parts = {"generate": block.seconds, "decode": time.perf_counter() - begin}
+        yield Played(frames, block.size, parts, kept=block.old)
+
+
+def _made(source: Source, kept: Kept) -> Iterator[_Block]:
+    """Latents as they are made; new ones are on disk before the next block begins."""
+    frame, number, begin = 0, 0, time.perf_counter()
+    for latents_BFZYX in source.latents:
+        seconds = time.perf_counter() - begin
         old = frame < source.given + source.stored
         if frame >= source.given:
             if not old:
                 kept.add(source.arm, number, latents_BFZYX)
             number += 1
         frame += latents_BFZYX.shape[1]
-        parts = {"generate": made - begin, "decode": time.perf_counter() - made}
-        yield Played(frames, source.size(), parts, kept=old)
+        yield _Block(latents_BFZYX, seconds, source.size(), old)
+        begin = time.perf_counter()
+
+
+def _all_first(arm: str, blocks: Iterator[_Block]) -> Iterator[_Block]:
+    """The same when the last one is made; if an error ends them, it comes after those before it."""
+    done: list[_Block] = []
+    error: Exception | None = None
+    try:
+        for block in blocks:
+            done.append(block._replace(latents_BFZYX=np.asarray(block.latents_BFZYX)))
+            log.info("%s: latents of block %d in %.1f s", arm, len(done), block.seconds)
+    except (NonFiniteError, CacheFullError) as e:
+        error = e
+    yield from done
+    if error is not None:
+        raise error

@@ -57,7 +57,9 @@ def memory_advice(request: compare.Request) -> str:
 
 def plan(request: compare.Request, memory: int) -> Plan:
     """What of a request fits into so many bytes; see `make_plan`."""
-    request.refuse(MODEL, "tour", "actions", *compare.HISTORY_OPTIONS, "resume", "lora")
+    request.refuse(
+        MODEL, "tour", "actions", *compare.HISTORY_OPTIONS, "resume", "lora", "decode_last"
+    )
     return make_plan(request, memory, released_sizes())
 
 
@@ -76,7 +78,7 @@ def prepare(request: compare.Request) -> Job:
     Raises:
         ValueError: a value that is not accepted, named with what would be.
     """
-    request.refuse(MODEL, "tour", "actions", *compare.HISTORY_OPTIONS)
+    request.refuse(MODEL, "tour", "actions", *compare.HISTORY_OPTIONS, "decode_last")
     check_needed(MODEL, request)
     parts = None if request.weights == RANDOM else find_parts(request.weights, NAMES, config="dit")
     sizes = chosen_sizes(request, parts, released_sizes())

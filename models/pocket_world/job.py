@@ -49,6 +49,7 @@ def prepare(request: Request) -> Job:
     """
     request.refuse(MODEL, "prompt", "height", "width", "layers", *HISTORY_OPTIONS)
     request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora", "attention")
+    request.refuse(MODEL, "decode_last")
     check_seed(request.seed)
     actions = None if request.actions is None else camera.parse_actions(request.actions)
     sampler = Sampler(

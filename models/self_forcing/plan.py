@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from models.common import player
-from models.common.needs import most, text_encoder_bytes, text_kv_bytes
+from models.common.needs import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.common.parts import Sizes
 from models.common.wan_text import TextKV
 from models.self_forcing.block import Known, State
@@ -50,10 +50,11 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
             "cache": shape_bytes(cache),
             "prompt K/V": text_kv_bytes(settings.sizes.dit, settings.sizes.dit.text_slots),
             "VAE": shape_bytes(networks["VAE"]),
-            "decoded past": shape_bytes(past),
         }
         block = temporary_bytes(run_chunk, *_step(settings, networks["transformer"], cache))
-        need = Need(name=name, held=held, temporaries={"a block": block, "decoding": decoding})
+        parts = (held, block, shape_bytes(past), decoding)
+        held, busy = with_decoder(*parts, last=request.decode_last)
+        need = Need(name=name, held=held, temporaries=busy)
         longest = _longest(settings, need, memory)
         needs.append(Need(**(vars(need) | {"longest": longest})))
     slots = settings.sizes.dit.text_slots
@@ -68,7 +69,7 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         backend=jax.default_backend(),
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
-        "a smaller --height and --width, or a codec of fewer bits (`qvg codecs`)",
+        "a smaller --height and --width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
     )
 
 

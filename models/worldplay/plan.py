@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from models.common import player
-from models.common.needs import most, text_encoder_bytes, text_kv_bytes
+from models.common.needs import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.common.parts import Sizes
 from models.common.wan_text import TextKV
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
@@ -49,18 +49,18 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
             "latents": shape_bytes(_latents(settings, settings.frames, dit.dtype)),
             "prompt K/V": text_kv_bytes(dit, dit.text_slots),
             "VAE": shape_bytes(vae),
-            "decoded past": shape_bytes(past),
         }
 
         def block(frames, name=name):
             return temporary_bytes(run_chunk, *_step(settings, model, name, frames))
 
-        temporaries = {"a block": block(settings.frames), "decoding": decoding}
+        parts = (held, block(settings.frames), shape_bytes(past), decoding)
+        held, busy = with_decoder(*parts, last=request.decode_last)
         few = 3 * dit.frames_per_block
         grows = 0.0
         if settings.frames > few:
-            grows = (temporaries["a block"] - block(few)) / (settings.frames - few)
-        need = Need(name=name, held=held, temporaries=temporaries)
+            grows = (busy["a block"] - block(few)) / (settings.frames - few)
+        need = Need(name=name, held=held, temporaries=busy)
         longest = _longest(settings, need, max(grows, 0.0), memory)
         needs.append(Need(**(vars(need) | {"longest": longest})))
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, dit.text_slots)}
@@ -74,7 +74,7 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         backend=jax.default_backend(),
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a smaller --height and "
-        "--width, storage=single, or a codec of fewer bits (`qvg codecs`)",
+        "--width, storage=single, --decode-last, or a codec of fewer bits (`qvg codecs`)",
     )
 
 
@@ -116,8 +116,9 @@ def _longest(settings: Settings, need: Need, grows: float, memory: int) -> int:
 
     def fits(blocks: int) -> bool:
         frames = blocks * n
-        block = need.temporaries["a block"] + grows * (frames - settings.frames)
-        busy = max(block, need.temporaries["decoding"])
+        busy = dict(need.temporaries)
+        busy["a block"] += grows * (frames - settings.frames)
+        busy = max(busy.values())
         return shape_bytes(settings.cache(need.name, frames)) + others + busy <= memory
 
     return most(fits, top // n) * n
