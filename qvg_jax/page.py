@@ -160,8 +160,10 @@ class Page:
         with ui.element("div").classes("card"):
             ui.label("world").classes("name")
             with ui.element("div").classes("line").style("margin-top: 6px; flex-wrap: nowrap"):
+                # Without min and max: with them the field may replace a seed that is none by one
+                # that is, before a click on the button has been heard.
                 self._seed = (
-                    ui.number("seed", value=self._player.walk.seed, min=0, max=LARGEST_SEED)
+                    ui.number("seed", value=self._player.walk.seed, step=1)
                     .props("dense outlined dark")
                     .style("flex: 1")
                     .props("data-testid=seed")
