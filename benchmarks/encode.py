@@ -114,8 +114,9 @@ def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str,
 
 def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:
     def jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-        x_BHTD, out = noise((1, heads, tokens, 128), 1), {}
-        for name in (name for name in args.codecs if name in codecs):
+        names, out = [name for name in args.codecs if name in codecs], {}
+        x_BHTD = noise((1, heads, tokens, 128), 1) if names else None
+        for name in names:
             codec = codecs[name]()
             named = {} if name in ON_XLA else dict(implementation=implementation)
             out[f"{name}, {implementation}"] = (

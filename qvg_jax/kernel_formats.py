@@ -6,7 +6,8 @@ the codec's own `decode` gives.
 """
 
 import functools
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -79,10 +80,12 @@ def scheme_of(
     return "its codes do not stand for equally spaced levels"
 
 
-def _nowhere() -> AbstractContextManager:
-    """No mesh: what is tried out here is not part of the program that is traced, which may be one
-    for a single device of several (`jax.shard_map`), where nothing can be computed at once."""
-    return use_abstract_mesh(AbstractMesh((), ()))
+@contextmanager
+def _at_once() -> Iterator[None]:
+    """Computes what is inside now, without a mesh: it is not part of the program that is traced, which
+    may be one for a single device of several (`jax.shard_map`), where nothing can be computed."""
+    with use_abstract_mesh(AbstractMesh((), ())), jax.ensure_compile_time_eval():
+        yield
 
 
 def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
@@ -97,7 +100,7 @@ def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
         low, high = (-2, 2) if x.dtype == jnp.int8 else (0, 255)
         return jnp.asarray(rng.integers(low, high, x.shape)).astype(x.dtype)
 
-    with _nowhere(), jax.ensure_compile_time_eval():
+    with _at_once():
         packed = jax.tree.map(fill, form)
         if (kmeans := _parts(packed)[0]) is not None:
             ids = kmeans.ids_BHST % kmeans.centroids_BHSKD.shape[3]
@@ -188,7 +191,7 @@ def pairing_of(rope: Rope, head_dim: int, pos_dims: int) -> str | None:
         return None
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    with _nowhere(), jax.ensure_compile_time_eval():
+    with _at_once():
         x, tables = draw(1, 1, 4, head_dim), (draw(1, 4, head_dim // 2), draw(1, 4, head_dim // 2))
         theirs = rope.rotate(x, jax.tree.unflatten(jax.tree.structure(form), tables))[0]
         for pairing in ("half", "interleaved"):

@@ -47,7 +47,10 @@ def unsupported(
     if (why := on_several_devices(q_BTHD)) is not None:
         return why
     for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
-        if narrow and lay.max_spans and scheme_of(codec, lay.head_dim) is None:
+        if not narrow or not lay.max_spans:
+            continue
+        # All arguments, as elsewhere: they are the key under which a format is remembered.
+        if scheme_of(codec, lay.head_dim, 1, implementation) is None:
             return f"{name} codec {codec.name}: e4m3 attention needs a bound that codes give"
     return None
 

@@ -25,6 +25,7 @@ class Need:
         name: of the arm.
         held: what is there all the time, by what it is, the cache under "cache".
         temporaries: what each compiled program needs beside it; one runs at a time.
+        in_place_of_cache: the same of programs that run when the cache is gone.
         longest: latent frames that would fit, given the memory asked about; 0 for none, None for
             any number.
     """
@@ -32,12 +33,15 @@ class Need:
     name: str
     held: dict[str, int]
     temporaries: dict[str, int]
+    in_place_of_cache: dict[str, int] = dataclasses.field(default_factory=dict)
     longest: int | None = 0
 
     @property
     def total(self) -> int:
         """The most that is there at once."""
-        return sum(self.held.values()) + max(self.temporaries.values(), default=0)
+        beside = max(self.temporaries.values(), default=0)
+        instead = max(self.in_place_of_cache.values(), default=0) - self.held["cache"]
+        return sum(self.held.values()) + max(beside, instead)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,8 +126,10 @@ def plan_table(plan: Plan, memory: int) -> str:
     lines = [plan.what, "", aligned(rows), ""]
     for name, size in plan.before.items():
         lines.append(f"Before that, alone: {name}, {gb(size)} GB.")
-    worst = max(plan.needs, key=lambda need: max(need.temporaries.values())).temporaries
-    programs = ", ".join(f"{name} {gb(size)}" for name, size in worst.items())
+    worst = max(plan.needs, key=lambda need: max(need.temporaries.values()))
+    programs = ", ".join(f"{name} {gb(size)}" for name, size in worst.temporaries.items())
+    for name, size in worst.in_place_of_cache.items():
+        programs += f", in place of the cache {name} {gb(size)}"
     lines.append(
         f"Temporaries: {programs}; from the programs compiled for {plan.backend} in "
         f"{plan.seconds:.0f} s."

@@ -55,7 +55,7 @@ def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool, by
     bound *= max(scheme.offset, 2**scheme.bits - 1 - scheme.offset)
     if scheme.stages:
         bound += jnp.abs(source.tables(layer * rows, rows)).max(axis=(2, 3)).sum(1)
-    return _Spans(source, scheme, bound.astype(jnp.float32))
+    return _Spans(source, scheme, bound)
 
 
 def _unit(bound: Array) -> Array:
@@ -66,11 +66,13 @@ def _unit(bound: Array) -> Array:
 
 def by_kernels(view: CacheView, implementation: str) -> bool:
     """Whether the kernels turn stored bytes into what attention reads, and XLA nothing of it."""
-    lay: Layout = view.cache.layout
+    return _decoded_by_kernels(view.cache.layout, implementation) and _turned_by_kernels(view)
+
+
+def _decoded_by_kernels(lay: Layout, implementation: str) -> bool:
     codecs = (lay.key_codec, lay.value_codec) if lay.max_spans else ()
     schemes = [scheme_of(c, lay.head_dim, 1, implementation) for c in codecs]
-    known = not any(isinstance(s, str) for s in schemes)
-    return known and _turned_by_kernels(view)
+    return not any(isinstance(s, str) for s in schemes)
 
 
 def _turned_by_kernels(view: CacheView) -> bool:
@@ -195,12 +197,10 @@ def of_spans_by_xla(
     """read(slot, valid) for other codecs and encodings: what the kernels cannot do, XLA does."""
     cache, lay = view.cache, view.cache.layout
     rows, spans = lay.batch * lay.heads, None
-    if dtype != jnp.bfloat16 and isinstance(view.rope, Encodings) and view.rope.growth:
+    bounded = isinstance(view.rope, Encodings) and view.rope.growth is not None
+    if dtype != jnp.bfloat16 and bounded and _decoded_by_kernels(lay, implementation):
         sides = (cache.span_k, lay.key_codec), (cache.span_v, lay.value_codec)
-        if not any(
-            isinstance(scheme_of(c, lay.head_dim, 1, implementation), str) for _, c in sides
-        ):
-            spans = [_spans(*side, lay, layer, True, implementation) for side in sides]
+        spans = [_spans(*side, lay, layer, True, implementation) for side in sides]
 
     def stored(codec, slots, decode, slot):
         of = lambda joined: scheme_of(codec, lay.head_dim, joined, implementation)  # noqa: E731

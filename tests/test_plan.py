@@ -156,3 +156,10 @@ def test_bad_input(argv, parts, capsys):
     assert command(*argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("qvg: error: ") and all(part in err for part in parts), err
+
+
+def test_what_runs_when_the_cache_is_gone_needs_its_own_room_only():
+    need = Need(name="c", held={"weights": 10, "cache": 5}, temporaries={"a block": 3})
+    for decoding, total in ((4, 18), (8, 18), (9, 19)):
+        late = dataclasses.replace(need, in_place_of_cache={"decoding": decoding})
+        assert late.total == total

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from models.umt5.config import UMT5Config
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.umt5.pipeline import encode
-from qvg_jax.plan import shape_bytes, temporary_bytes
+from qvg_jax.plan import Need, shape_bytes, temporary_bytes
 
 
 def text_encoder_bytes(config: UMT5Config, slots: int, prompts: int = 1) -> int:
@@ -26,21 +26,23 @@ def text_kv_bytes(config: Any, rows: int, prompts: int = 1) -> int:
 
 
 def with_decoder(
-    held: dict[str, int], block: int, past: int, decoding: int, *, last: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """`Need.held` and its temporaries, of a model whose blocks are decoded by a VAE as they come.
+    name: str, held: dict[str, int], block: int, past: int, decoding: int, *, last: bool
+) -> Need:
+    """What an arm needs whose blocks are decoded by a VAE.
 
     Args:
-        held: bytes of what is there all the time.
+        name: of the arm.
+        held: bytes of what is there all the time, but for the decoder's past.
         block, decoding: temporaries of the program that makes a block, and of the decoder.
         past: what the decoder keeps from one call to the next.
-        last: whether it is called when all latents are made. Then its past is there only while it
-            runs, and the cache only before.
+        last: whether it is called when all latents are made and the cache is gone.
     """
-    if not last:
-        return held | {"decoded past": past}, {"a block": block, "decoding": decoding}
-    instead = max(past + decoding - held["cache"], 0)
-    return held, {"a block": block, "decoding, in place of the cache": instead}
+    busy = {"a block": block}
+    if last:
+        instead = {"decoding": past + decoding}
+        return Need(name=name, held=held, temporaries=busy, in_place_of_cache=instead)
+    held = held | {"decoded past": past}
+    return Need(name=name, held=held, temporaries=busy | {"decoding": decoding})
 
 
 def most(fits: Callable[[int], bool], top: int) -> int:

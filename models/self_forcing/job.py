@@ -122,8 +122,14 @@ def _job(request, settings, parts, done, model, vae, text_BUE, initial) -> Job:
             size[:] = [cache_bytes(state.cache)]
 
         latents = pipeline.stream(dataclasses.replace(generation, done_BFZYX=stored), progress=look)
-        size_now, last = lambda: size[0], request.decode_last
-        source = player.Source(arm.name, latents, given, stored.shape[1], size_now, last)
+        source = player.Source(
+            arm=arm.name,
+            latents=latents,
+            given=given,
+            stored=stored.shape[1],
+            size=lambda: size[0],
+            decode_last=request.decode_last,
+        )
         return player.play(source, xs, vae=vae, kept=done)
 
     video = sizes.vae.video_frames

@@ -1,5 +1,6 @@
 """Device memory of a run, before it runs: from shapes and from the compiled programs."""
 
+import dataclasses
 import time
 
 import jax
@@ -52,9 +53,8 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
             "VAE": shape_bytes(networks["VAE"]),
         }
         block = temporary_bytes(run_chunk, *_step(settings, networks["transformer"], cache))
-        parts = (held, block, shape_bytes(past), decoding)
-        held, busy = with_decoder(*parts, last=request.decode_last)
-        need = Need(name=name, held=held, temporaries=busy)
+        parts = (name, held, block, shape_bytes(past), decoding)
+        need = with_decoder(*parts, last=request.decode_last)
         longest = _longest(settings, need, memory)
         needs.append(Need(**(vars(need) | {"longest": longest})))
     slots = settings.sizes.dit.text_slots
@@ -99,9 +99,9 @@ def _step(settings: Settings, model, cache):
 def _longest(settings: Settings, need: Need, memory: int) -> int:
     """The most latent frames that fit, if only the cache changes with them."""
     n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
-    others = need.total - need.held["cache"]
 
     def fits(blocks: int) -> bool:
-        return shape_bytes(settings.cache(need.name, blocks * n)) + others <= memory
+        cache = shape_bytes(settings.cache(need.name, blocks * n))
+        return dataclasses.replace(need, held=need.held | {"cache": cache}).total <= memory
 
     return most(fits, top // n) * n

@@ -126,8 +126,14 @@ def _job(request, settings: Settings, parts, done: Kept, model, vae, text_BUE, i
             size[:] = [cache_bytes(state.cache)]
 
         latents = pipeline.stream(dataclasses.replace(walk, done_BFZYX=stored), progress=look)
-        size_now, last = lambda: size[0], request.decode_last
-        source = player.Source(arm.name, latents, 0, stored.shape[1], size_now, last)
+        source = player.Source(
+            arm=arm.name,
+            latents=latents,
+            given=0,
+            stored=stored.shape[1],
+            size=lambda: size[0],
+            decode_last=request.decode_last,
+        )
         return player.play(source, xs, vae=vae, kept=done)
 
     return Job(

@@ -1,5 +1,6 @@
 """Device memory of a walk, before it begins: from shapes and from the compiled programs."""
 
+import dataclasses
 import time
 
 import jax
@@ -54,13 +55,12 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         def block(frames, name=name):
             return temporary_bytes(run_chunk, *_step(settings, model, name, frames))
 
-        parts = (held, block(settings.frames), shape_bytes(past), decoding)
-        held, busy = with_decoder(*parts, last=request.decode_last)
+        parts = (name, held, block(settings.frames), shape_bytes(past), decoding)
+        need = with_decoder(*parts, last=request.decode_last)
         few = 3 * dit.frames_per_block
         grows = 0.0
         if settings.frames > few:
-            grows = (busy["a block"] - block(few)) / (settings.frames - few)
-        need = Need(name=name, held=held, temporaries=busy)
+            grows = (need.temporaries["a block"] - block(few)) / (settings.frames - few)
         longest = _longest(settings, need, max(grows, 0.0), memory)
         needs.append(Need(**(vars(need) | {"longest": longest})))
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, dit.text_slots)}
@@ -112,13 +112,12 @@ def _step(settings: Settings, model, arm: str, frames: int):
 def _longest(settings: Settings, need: Need, grows: float, memory: int) -> int:
     """The most latent frames that fit, if the memory and what a context pass needs grow with them."""
     n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
-    others = sum(need.held.values()) - need.held["cache"]
 
     def fits(blocks: int) -> bool:
         frames = blocks * n
-        busy = dict(need.temporaries)
-        busy["a block"] += grows * (frames - settings.frames)
-        busy = max(busy.values())
-        return shape_bytes(settings.cache(need.name, frames)) + others + busy <= memory
+        held = need.held | {"cache": shape_bytes(settings.cache(need.name, frames))}
+        block = need.temporaries["a block"] + grows * (frames - settings.frames)
+        busy = need.temporaries | {"a block": block}
+        return dataclasses.replace(need, held=held, temporaries=busy).total <= memory
 
     return most(fits, top // n) * n
