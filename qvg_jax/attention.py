@@ -85,8 +85,8 @@ def attend(
         implementation: "xla", anywhere; "mosaic", kernels for Hopper GPUs that decode a span into
             a bf16 workspace; "mosaic_fp8", the same with spans in e4m3, and products of them too:
             faster, for an error small beside that of 2-bit codes; "triton", bf16 kernels for NVIDIA
-            GPUs from Ampere on, which need jax_triton and which no GPU has run yet. None is
-            "mosaic" on Hopper where that serves the call, else "xla".
+            GPUs from Ampere on, which need jax_triton. None is "mosaic" on Hopper where that serves
+            the call, else "xla".
 
     Returns:
         The attention output in q's dtype.
