@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.sanitize
 
-Partial tiles, formats of 1 to 4 bits, spans behind each other, windows, empty segments. Prints a line
+Partial tiles, formats of 1 to 4 bits, spans behind each other, new tokens behind those, windows, empty
+segments. Prints a line
 for each call, and fails if one does. `--tool racecheck` and `--tool synccheck` take it too.
 """
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dequant_attention import Schedule, prepare, visit
+from pallas_kernels.dequant_attention import Schedule, prepare, prepare_tokens, visit
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
 from pallas_kernels.kmeans import kmeans_sums
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
@@ -83,12 +84,31 @@ def calls() -> Iterator[tuple[str, Callable, tuple]]:
                 lambda x, f=decode, h=window: f(x, None, **h),
                 (_noise(3, _TOKENS, 128),),
             )
+        yield f"new tokens behind spans to {name}", *_behind(source, scheme, more, dtype)
         yield from _attention(dtype, name)
+    yield (
+        "queries",
+        lambda q, t: prepare_tokens(
+            q, jnp.float32(0.1), batch=1, heads=1, tables=(t, t), pairing="half", narrow=True
+        ),
+        (_noise(1, 75, 2, 128), table[:1, :75]),
+    )
     x, c = _noise(2, 1000, 128), _noise(2, 200, 128)
     yield "k-means sums", lambda x, c: kmeans_sums(x, c, scores=True, parts=3), (x, c)
     yield "subtract", assign_and_subtract, (x, c)
     for form in (Integers(2, 64), Midrise(1, 1.5958, 1, recode=False), Midrise(2, 1.0, 1, True)):
         yield f"pack, {form}", lambda x, c, f=form: assign_and_pack(x, c, f), (x, c)
+
+
+def _behind(source: Encoded, scheme: Scheme, spans: dict, dtype: jnp.dtype) -> tuple:
+    def run(source, x):
+        here = dict(first_row=0, rows=2, valid=70, dtype=dtype, unit_n=np.ones(2, np.float32))
+        return [
+            decode(x, None, into=(decode(source, scheme, room=70, **spans), spans["valid"]), **here)
+            for decode in (decode_keys, decode_values)
+        ]
+
+    return run, (source, _noise(1, 70, 2, 128))
 
 
 def _attention(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, tuple]]:

@@ -17,7 +17,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm
 
 __all__ = [
     "Halves", "Lane", "bf16_pair", "block", "e4m3_words", "global_address", "halves", "integer",
-    "load", "permute_bytes", "select", "shared_address", "shared_load", "shared_store", "store",
+    "largest_of", "load", "permute_bytes", "select", "shared_address", "shared_load", "shared_store", "store",
     "thread",
 ]  # fmt: skip
 
@@ -90,6 +90,15 @@ class Lane:
     def as_float(self) -> Lane:
         """The same 32 bits read as a float."""
         return Lane(arith.bitcast(_type("f32"), self.value))
+
+    def as_integer(self) -> Lane:
+        """The same 32 bits read as an integer."""
+        return Lane(arith.bitcast(_type("i32"), self.value))
+
+    def reciprocal(self) -> Lane:
+        """1 / self, correctly rounded."""
+        asm = "rcp.rn.f32 $0, $1;"
+        return Lane(utils.inline_ptx(asm, self.value, result_types=_type("f32")))
 
 
 def integer(x: int) -> Lane:
@@ -170,6 +179,26 @@ def permute_bytes(a: Lane, b: Lane, selector: Lane | int) -> Lane:
     else:
         asm, more = f"prmt.b32 $0, $1, $2, {selector};", ()
     return Lane(utils.inline_ptx(asm, a.value, b.value, *more, result_types=i32))
+
+
+def largest_of(x: list[Lane], lanes: int, at_least: float) -> Lane:
+    """The largest magnitude among floats of `lanes` neighbouring threads, a power of two of them.
+
+    All threads of the warp must be here. Of positive floats the order is that of their bits.
+    """
+    bits = [y.as_integer() & 0x7FFFFFFF for y in x]
+    bits.append(Lane(utils.c(at_least, _type("f32"))).as_integer())
+    most = bits[0]
+    for y in bits[1:]:
+        most = Lane(arith.maxui(most.value, y.value))
+    asm = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
+    while lanes > 1:
+        lanes //= 2
+        theirs = utils.inline_ptx(
+            asm, most.value, integer(lanes).value, result_types=_type("i32"), has_side_effects=True
+        )
+        most = Lane(arith.maxui(most.value, theirs))
+    return most.as_float()
 
 
 def bf16_pair(low: Lane, high: Lane) -> Lane:

@@ -25,13 +25,16 @@ class Plan:
         unrolled: up to how many groups of spans are a straight line of kernels, of which those
             without a valid span do nothing. More are a loop, in which the host asks the GPU before
             every step whether there is one.
-        cut: whether sink and window come in parts of no more bytes than a span.
+        cut: whether sink and window come in parts of no more bytes than a span or `workspace`.
+        joined: whether the new block lies behind the spans of the first group, and is attended with
+            them, where kernels read those.
     """
 
     even: bool = False
     workspace: int = 0
     unrolled: int = 0
     cut: bool = False
+    joined: bool = False
 
     def spans_at_once(self, lay: Layout, heads: int, dtype: jnp.dtype) -> int:
         """Spans of a group; spans that fill no whole sixteens of tokens go alone."""
@@ -48,7 +51,7 @@ class Plan:
             return [(0, total)]
         span = _bytes(lay, heads, padded(lay.span_tokens), dtype)
         token = _bytes(lay, heads, 1, jnp.bfloat16)
-        size = padded(max(span, _LEAST_BYTES) // token)
+        size = padded(max(span, self.workspace, _LEAST_BYTES) // token)
         return [(start, min(size, total - start)) for start in range(0, total, size)]
 
 
@@ -57,5 +60,5 @@ def _bytes(lay: Layout, heads: int, tokens: int, dtype: jnp.dtype) -> int:
 
 
 # The faster of the two on an H100 (pallas_kernels/README.md), and the one with the least memory.
-MEASURED = Plan(even=True, workspace=2**28, unrolled=8, cut=True)
+MEASURED = Plan(even=True, workspace=2**28, unrolled=8, cut=True, joined=True)
 SPAN_BY_SPAN = Plan()

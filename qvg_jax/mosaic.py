@@ -14,18 +14,25 @@ from pallas_kernels.dequant_attention import (
     Schedule,
     finish,
     join,
-    prepare,
+    prepare_tokens,
     schedule_for,
     splits_for,
     visit,
 )
 from qvg_jax.capability import processors
 from qvg_jax.devices import is_hopper, on_several_devices
-from qvg_jax.kernel_formats import E4M3, scheme_of
+from qvg_jax.kernel_formats import scheme_of
 from qvg_jax.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.layout import Layout
 from qvg_jax.view import CacheView
-from qvg_jax.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla, of_tokens
+from qvg_jax.workspaces import (
+    by_kernels,
+    new_block,
+    of_dense,
+    of_spans,
+    of_spans_by_xla,
+    turning,
+)
 
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
 
@@ -75,21 +82,25 @@ def attend_kernels(
     """
     plan = plan if implementation == "mosaic" else SPAN_BY_SPAN
     cache, lay = view.cache, view.cache.layout
-    rows, bf16 = lay.batch * view.heads, jnp.bfloat16
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
-    q, k = view.new(q), view.new(k.astype(bf16))
-    group, branches = q.shape[1] // view.heads, q.shape[0] // lay.batch
-    own_mQD = q.reshape(branches * rows, -1, lay.head_dim)
-    q_nQD = _joined(own_mQD, branches)
-    queries = q_nQD.shape[1]
-    wide = prepare(q_nQD, scale, bf16)
-    asked = prepare(q_nQD, scale, E4M3) if narrow else wide
+    rows = lay.batch * view.heads
+    branches = q_BTHD.shape[0] // lay.batch
+
+    def prepared(batch: int, narrow: bool) -> Any:
+        q, turn = turning(view, q_BTHD)
+        if batch == lay.batch and turn["tables"] is not None:
+            turn |= dict(tables=view.table_new)
+        by = implementation if implementation == "mosaic" else "reference"  # which is XLA
+        here = dict(batch=batch, heads=view.heads, narrow=narrow, implementation=by)
+        return prepare_tokens(q, scale, **turn, **here)
+
+    wide, asked = prepared(lay.batch, narrow)
+    queries = q_BTHD.shape[1] * q_BTHD.shape[0] * q_BTHD.shape[2] // rows
     dtype = asked.q_nQD.dtype
 
     kernels_read = by_kernels(view, implementation)
     at_once = plan.spans_at_once(lay, view.heads, dtype) if kernels_read else 1
     groups = -(-lay.max_spans // at_once)
-    typical = at_once * lay.span_tokens if lay.max_spans else k.shape[2]
+    typical = at_once * lay.span_tokens if lay.max_spans else k_BTHD.shape[1]
     about = (typical, max(1, groups), narrow, processors())
     if plan.even and branches == 1:
         splits = schedule_for(rows * asked.q_nQD.shape[1] // 128, *about)
@@ -97,16 +108,31 @@ def attend_kernels(
         splits = splits_for(rows, queries, *about)
     by = dict(splits=splits, implementation=implementation)
 
-    flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-    units, k_new, v_new = of_tokens(
-        flat(k), flat(v.astype(bf16)), k.shape[2], dtype, implementation
-    )
-    state = visit(
-        asked if branches == 1 else prepare(own_mQD, scale, dtype),
-        k_new, v_new, k.shape[2], k_unit_n=units[0], v_unit_n=units[1], **by,
-    )  # fmt: skip
+    read = None
+    if lay.max_spans:
+        read = (of_spans if kernels_read else of_spans_by_xla)(view, layer, dtype, implementation)
+
+    def group(i: Any) -> tuple[Array, Array]:
+        """Slots of a group of spans, and its valid tokens."""
+        first = i * at_once
+        count = jnp.clip(cache.num_spans - first, 0, at_once)
+        slot = (cache.first_span + first + jnp.arange(at_once)) % lay.max_spans
+        return (slot if at_once > 1 else slot[0]), count * lay.span_tokens
+
+    new = new_block(view, k_BTHD, v_BTHD, dtype, implementation)
+    joined = plan.joined and branches == 1 and kernels_read and lay.max_spans
+    joined = joined and not lay.span_tokens % 16
+    if joined:
+        slot, valid = group(0)
+        units, k, v = read(slot, valid, new)
+        valid = valid + new.tokens
+    else:
+        units, valid = new.units, new.tokens
+        k, v = new.workspace(units)
+    own = asked if branches == 1 else prepared(branches * lay.batch, narrow)[1]
+    state = visit(own, k, v, valid, k_unit_n=units[0], v_unit_n=units[1], **by)
     if branches > 1:  # each had a block of its own; all read the same cache
-        state = [_joined(x[:, :, : own_mQD.shape[1]], branches, 1) for x in state]
+        state = [_joined(x[:, :, : queries // branches], branches, 1) for x in state]
         more = asked.q_nQD.shape[1] - queries
         state = [jnp.pad(x, ((0, 0), (0, 0), (0, more)) + ((0, 0),) * (x.ndim - 3)) for x in state]
     refs = [jax.new_ref(x) for x in state]
@@ -118,15 +144,12 @@ def attend_kernels(
         visit(wide, k_dense, v_dense, here, state=refs, **by)
 
     if lay.max_spans:
-        read = (of_spans if kernels_read else of_spans_by_xla)(view, layer, dtype, implementation)
 
         def some(slot: Array, valid: Any) -> None:
-            units, k_spans, v_spans = read(slot, valid)
-            visit(
-                asked, k_spans, v_spans, valid, k_unit_n=units[0], v_unit_n=units[1], state=refs,
-                **by,
-            )  # fmt: skip
+            units, k, v = read(slot, valid)
+            visit(asked, k, v, valid, k_unit_n=units[0], v_unit_n=units[1], state=refs, **by)
 
+        first = 1 if joined else 0
         straight = kernels_read and groups <= plan.unrolled
         if at_once == 1 and not straight:
 
@@ -134,27 +157,23 @@ def attend_kernels(
                 some((cache.first_span + i) % lay.max_spans, lay.span_tokens)
                 return done
 
-            lax.fori_loop(0, cache.num_spans, one, jnp.int32(0))
+            lax.fori_loop(first, cache.num_spans, one, jnp.int32(0))
+        elif straight:
+            for i in range(first, groups):
+                some(*group(i + _zero_after(refs)))
         else:
 
-            def several(i: Any, done: Any) -> Any:
-                first = i * at_once + (_zero_after(refs) if straight else 0)
-                count = jnp.clip(cache.num_spans - first, 0, at_once)
-                slot = (cache.first_span + first + jnp.arange(at_once)) % lay.max_spans
-                some(slot if at_once > 1 else slot[0], count * lay.span_tokens)
+            def several(i: Array, done: Array) -> Array:
+                some(*group(i))
                 return done
 
-            if straight:
-                for i in range(groups):
-                    several(i, None)
-            else:
-                lax.fori_loop(0, -(-cache.num_spans // at_once), several, jnp.int32(0))
+            lax.fori_loop(first, -(-cache.num_spans // at_once), several, jnp.int32(0))
     left = [r[...] for r in refs]
     if isinstance(splits, Schedule):
         out_nQD = join(left, splits, rows, queries)
     else:
         out_nQD = finish(left, queries)
-    out = out_nQD.reshape(lay.batch, view.heads, branches, group, -1, lay.head_dim)
+    out = out_nQD.reshape(lay.batch, view.heads, branches, -1, q_BTHD.shape[1], lay.head_dim)
     out_BTHD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
     return out_BTHD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
 

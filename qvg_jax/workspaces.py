@@ -23,7 +23,15 @@ from qvg_jax.rope import Encodings, Rope
 from qvg_jax.slots import read_slot
 from qvg_jax.view import CacheView
 
-__all__ = ["by_kernels", "of_dense", "of_spans", "of_spans_by_xla", "of_tokens"]
+__all__ = [
+    "NewBlock",
+    "by_kernels",
+    "new_block",
+    "of_dense",
+    "of_spans",
+    "of_spans_by_xla",
+    "turning",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +108,22 @@ def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: An
     return y_BCTD.reshape(-1, *y_BCTD.shape[2:])
 
 
-def of_tokens(
+def turning(view: CacheView, x_BTHD: Array) -> tuple[Array, dict[str, Any]]:
+    """New queries or keys, and what turns them on their way; XLA turns what the kernels cannot."""
+    still = dict(tables=None, pairing="half")
+    if not isinstance(view.rope, Rope):
+        return x_BTHD, still
+    if (pairing := _pairing(view)) is None:
+        turned = view.new(jnp.swapaxes(x_BTHD, 1, 2))
+        return jnp.swapaxes(turned, 1, 2), still
+    branches = x_BTHD.shape[0] // view.cache.layout.batch
+    tables = view.table_new
+    if branches > 1:
+        tables = tuple(jnp.concatenate([t] * branches) for t in tables)
+    return x_BTHD, dict(tables=tables, pairing=pairing)
+
+
+def _of_rows(
     k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
 ) -> tuple[Any, Array, Array]:
     """((unit of keys, of values), keys, values) of bf16 ones; units are 1 in bf16."""
@@ -112,6 +135,65 @@ def of_tokens(
     here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype, implementation=implementation)
     k = decode_keys(k_nTD, None, **here, unit_n=units[0])
     return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class NewBlock:
+    """Keys and values of the new tokens on their way into a workspace.
+
+    Attributes:
+        k, v: bf16, as the kernels read them: (B, T, H, D), or rows.
+        batch, rows, tokens: sizes.
+        turn: of the keys, see `turning`.
+        units: of the rows of keys and of values in e4m3; 1 in bf16.
+        dtype, implementation: of the workspace, of the kernels.
+    """
+
+    k: Array
+    v: Array
+    batch: int
+    rows: int
+    tokens: int
+    turn: dict[str, Any]
+    units: list[Array]
+    dtype: Any
+    implementation: str
+
+    def workspace(self, units: list[Array], behind: Any = None) -> tuple[Array, Array]:
+        """Keys and values in workspaces of their own, or in (keys, values) from token `at` on.
+
+        Args:
+            units: of the rows.
+            behind: (keys, values, at), or None.
+        """
+        here = dict(first_row=0, rows=self.rows, valid=self.tokens, dtype=self.dtype)
+        here |= dict(implementation=self.implementation)
+        into = [{}, {}] if behind is None else [dict(into=(w, behind[2])) for w in behind[:2]]
+        keys = here | self.turn | dict(batch=self.batch, unit_n=units[0]) | into[0]
+        values = here | dict(unit_n=units[1]) | into[1]
+        return decode_keys(self.k, None, **keys), decode_values(self.v, None, **values)
+
+
+def new_block(
+    view: CacheView, k_BTHD: Array, v_BTHD: Array, dtype: Any, implementation: str
+) -> NewBlock:
+    """Of what `attend` is given; its batch may be a multiple of the cache's."""
+    batch, tokens, heads, d = k_BTHD.shape
+    rows, narrow = batch * heads, dtype != jnp.bfloat16
+    k_BTHD, v_BTHD = k_BTHD.astype(jnp.bfloat16), v_BTHD.astype(jnp.bfloat16)
+    k_BTHD, turn = turning(view, k_BTHD)
+    # A rotation lets the largest number grow by no more than the root of two.
+    growths = (1.0 if turn["tables"] is None else math.sqrt(2), 1.0)
+    units = [
+        _unit(jnp.abs(x).max(axis=(1, 3)).reshape(-1) * growth)
+        if narrow
+        else jnp.ones((rows,), jnp.float32)
+        for x, growth in zip((k_BTHD, v_BTHD), growths, strict=True)
+    ]
+    k, v = k_BTHD, v_BTHD
+    if implementation != "mosaic":
+        k, v = (jnp.swapaxes(x, 1, 2).reshape(rows, tokens, d) for x in (k, v))
+    return NewBlock(k, v, batch, rows, tokens, turn, units, dtype, implementation)
 
 
 def of_dense(
@@ -146,12 +228,11 @@ def of_dense(
     return k_nWD, _through_xla(view.values, heads(v_nWD), table)
 
 
-def of_spans(
-    view: CacheView, layer: Array, dtype: Any, implementation: str
-) -> Callable[[Array, Any], Any]:
-    """read(slot, valid): units and workspaces of a span, decoded and rotated by the kernels.
+def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> Callable[..., Any]:
+    """read(slot, valid, new=None): units and workspaces of a span, decoded and rotated by the kernels.
 
     Given several slots, their spans lie behind each other, and their units are those of all spans.
+    With a `NewBlock` its tokens lie behind the valid ones, a multiple of 16.
     """
     cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
     rows, turned = lay.batch * lay.heads, view.rope is not None
@@ -178,15 +259,19 @@ def of_spans(
         tables = jax.tree.map(flat, view.rope.table(cache.span_pos[slot]))
         return dict(tables=tables, first_table=jnp.arange(slot.shape[0]) * lay.batch)
 
-    def read(slot: Array, valid: Any) -> Any:
+    def read(slot: Array, valid: Any, new: NewBlock | None = None) -> Any:
         here = dict(rows=rows, valid=valid, dtype=dtype, implementation=implementation)
         here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
         units = [unit(keys, slot, math.sqrt(2) if turned else 1), unit(values, slot, 1)]
-        k_span = decode_keys(
+        if new is not None:
+            units = [jnp.maximum(*both) for both in zip(units, new.units, strict=True)]
+            here |= dict(room=new.tokens)
+        k_nWD = decode_keys(
             keys.source, keys.scheme, **here, unit_n=units[0], batch=lay.batch,
             pairing=_pairing(view), **turns(slot),
         )  # fmt: skip
-        return units, k_span, decode_values(values.source, values.scheme, **here, unit_n=units[1])
+        v = decode_values(values.source, values.scheme, **here, unit_n=units[1])
+        return units, *((k_nWD, v) if new is None else new.workspace(units, (k_nWD, v, valid)))
 
     return read
 
@@ -238,7 +323,7 @@ def of_spans_by_xla(
             )
             return units, in_key_rows(k_nWD), jnp.swapaxes(v_nWD, 1, 2)
         if dtype != jnp.bfloat16:
-            return of_tokens(k_nWD, v_nWD, valid, dtype, implementation)
+            return _of_rows(k_nWD, v_nWD, valid, dtype, implementation)
         ones = jnp.ones((k_nWD.shape[0],), jnp.float32)
         return (ones, ones), k_nWD, v_nWD
 

@@ -19,6 +19,7 @@ from pallas_kernels.dequant_attention import (
     finish,
     join,
     prepare,
+    prepare_tokens,
     schedule_for,
     splits_for,
     visit,
@@ -187,10 +188,11 @@ def test_attention_compiles_and_updates_its_state_in_place(dtype):
 
 
 def test_what_the_sanitizer_runs_compiles():
-    """Spans behind each other, windows, schedules; the rest has tests of its own."""
+    """Spans and new tokens behind each other, windows, schedules; the rest has tests of its own."""
     names = {name: (f, args) for name, f, args in sanitize.calls()}
-    some = [n for n in names if "three spans" in n or "plain" in n or "Schedule" in n]
-    assert len(some) == 10
+    some = ("spans", "plain", "Schedule", "queries")
+    some = [n for n in names if any(word in n for word in some)]
+    assert len(some) == 13
     for name in some:
         f, args = names[name]
         assert "mosaic_gpu" in _lowered(f, *args)
@@ -216,6 +218,8 @@ def test_several_spans_must_have_whole_sixteens_and_windows_are_of_plain_tokens(
         decode_keys(source, scheme, first_row=jnp.asarray([0, 2]), **here)
     with pytest.raises(ValueError, match="window"):
         decode_values(source, scheme, first_row=0, window=(0, 64), **here)
+    with pytest.raises(ValueError, match="into"):
+        decode_values(source, scheme, first_row=0, into=(jnp.zeros((2, 128, 512), E4M3), 0), **here)
 
 
 def test_splits_fill_the_chip_but_not_at_the_price_of_their_state():
@@ -368,6 +372,10 @@ def references(monkeypatch):
             *args, implementation="reference", **more
         )
         monkeypatch.setattr(workspaces, name, by_reference)
+    by_reference = lambda *args, implementation, **more: prepare_tokens(  # noqa: E731
+        *args, implementation="reference", **more
+    )
+    monkeypatch.setattr(mosaic, "prepare_tokens", by_reference)
     monkeypatch.setattr(mosaic, "visit", _visit_by_reference)
 
 
@@ -456,7 +464,8 @@ def test_branches_share_a_cache_and_keep_their_own_block(references, narrow):
 
 PLANS = {
     "looped": Plan(even=True, workspace=2 * 2 * 2 * 128 * 128 * 2),  # two bf16 spans of 128 tokens
-    "straight": Plan(even=True, workspace=2**20, unrolled=2, cut=True),
+    "looped, joined": Plan(workspace=2 * 2 * 2 * 128 * 128, joined=True),  # one of bf16
+    "straight": Plan(even=True, workspace=2**18, unrolled=2, cut=True, joined=True),
     "straight, one by one": Plan(unrolled=4),
 }
 
@@ -469,6 +478,8 @@ PLANS = {
         ("midrise, int8 tables", True, "straight", True),
         ("bf16", False, "straight", False),
         ("qvg", True, "straight, one by one", True),
+        ("qvg", False, "looped, joined", False),
+        ("midrise-k1v3", True, "looped, joined", True),
     ],
 )
 def test_plans_change_nothing_but_rounding(references, monkeypatch, name, narrow, plan, precompute):

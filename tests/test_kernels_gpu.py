@@ -12,7 +12,14 @@ import pytest
 from jax import lax
 
 from models.worldplay.history import side_by_side
-from pallas_kernels.dequant_attention import Schedule, finish, join, prepare, visit
+from pallas_kernels.dequant_attention import (
+    Schedule,
+    finish,
+    join,
+    prepare,
+    prepare_tokens,
+    visit,
+)
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
 from qvg_jax import kernel_plan, mosaic
@@ -99,6 +106,67 @@ def test_several_spans_are_decoded_behind_each_other(dtype, bound, valid):
         assert a.shape == b.shape
         a, b = (np.asarray(x, np.float32).take(range(read), axis) for x in (a, b))
         assert not valid or _difference(a, b) < bound
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.bfloat16, 2e-3), (E4M3, 1.5e-2)])
+@pytest.mark.parametrize("valid", [2, 1, 0])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_new_tokens_are_laid_behind_spans(dtype, bound, valid, slots):
+    """As (B, T, H, D), rotated; spans before them are as they were, and zeros follow."""
+    tokens, new, valid = 208, 70, min(valid, slots)
+    source, scheme = encoded("qvg", 8, tokens)
+    first = np.asarray([4, 0])[:slots] if slots > 1 else np.int32(4)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((2, new, 2, 128)), jnp.bfloat16)
+
+    def decode(source, x, turns_x, implementation):
+        here = dict(rows=4, dtype=dtype, implementation=implementation)
+        here |= dict(unit_n=np.asarray([1.0, 4.0, 0.5, 2.0]))
+        spans = here | dict(first_row=first, valid=valid * tokens, room=new)
+        k, v = decode_keys(source, scheme, batch=2, **spans), decode_values(source, scheme, **spans)
+        here |= dict(first_row=0, valid=new)
+        at = jnp.int32(valid * tokens)
+        turn = dict(tables=turns_x, batch=2, pairing="interleaved")
+        return (
+            decode_keys(x, None, into=(k, at), **turn, **here),
+            decode_values(x, None, into=(v, at), **here),
+        )
+
+    args = source, x, turns(0, 2, new)
+    ours = jax.jit(lambda *a: decode(*a, "mosaic"))(*args)
+    right = on_cpu(lambda *a: decode(*a, "reference"), *args)
+    read = -(-(valid * tokens + new) // 256) * 256
+    for a, b, axis in zip(ours, right, (1, 1 if dtype == jnp.bfloat16 else 2), strict=True):
+        assert a.shape == b.shape
+        a, b = (np.asarray(x, np.float32).take(range(read), axis) for x in (a, b))
+        assert _difference(a, b) < bound
+        np.testing.assert_array_equal(a == 0, b == 0)
+
+
+@pytest.mark.parametrize("pairing", ["half", "interleaved", None])
+@pytest.mark.parametrize("heads, branches", [(2, 1), (3, 2)])
+def test_queries_are_rotated_and_grouped_in_one_pass(pairing, heads, branches):
+    """Two query heads for each, two videos; a row of zeros, and magnitudes far apart."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2 * branches, 75, 2 * heads, 128))
+    q *= 10.0 ** rng.integers(-4, 5, (*q.shape[:3], 1))
+    q[0, 3, 1] = 0
+    q = jnp.asarray(q, jnp.bfloat16)
+    tables = turns(0, 2, 75) if pairing else None
+    here = dict(batch=2, heads=heads, pairing=pairing or "half", narrow=True)
+
+    def prepared(q, tables, implementation):
+        scale = jnp.float32(0.1)
+        return prepare_tokens(q, scale, tables=tables, implementation=implementation, **here)
+
+    ours = jax.jit(lambda q, t: prepared(q, t, "mosaic"))(q, tables)
+    right = on_cpu(lambda q, t: prepared(q, t, "reference"), q, tables)
+    count = branches * 2 * 75
+    for a, b, bound in zip(ours, right, (4e-3, 3e-2), strict=True):
+        assert a.q_nQD.shape == b.q_nQD.shape and a.q_nQD.dtype == b.q_nQD.dtype
+        rows = [_floats(x.q_nQD)[:, :count] * _floats(x.factor_nQ)[:, :count, None] for x in (a, b)]
+        norms = np.linalg.norm(rows[1], axis=-1)
+        assert np.all(np.linalg.norm(rows[0] - rows[1], axis=-1) <= bound * norms)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3], ids=["bf16", "e4m3"])

@@ -138,7 +138,7 @@ def test_decoding_equals_the_reference(name, pairing):
     if tables is not None:
         tables = reference.table_rows(tables, first_table, batch)
     right = reference.decoded(source, scheme, first_row, rows)
-    right = reference._filled(reference._rotated(right, tables, pairing), valid)
+    right = reference._filled(reference.rotated(right, tables, pairing), valid)
     # Tables of 8 bits times their steps are rounded to bfloat16.
     rounded = not isinstance(source, jax.Array) and source.steps_RS is not None
     bound = 4e-3 if rounded else 1e-6

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dequant_attention import mosaic_gpu
+from pallas_kernels.dequant_attention import mosaic_gpu, reference
 from pallas_kernels.dequant_attention.mosaic_gpu import BLOCK, Tuning
+from pallas_kernels.dequant_attention.queries import TOP, grouped
 from pallas_kernels.dequant_attention.schedule import Schedule
 from pallas_kernels.dequantize.types import PAD
 from pallas_kernels.triton_launch import missing
 
-__all__ = ["Queries", "finish", "prepare", "splits_for", "visit"]
+__all__ = ["Queries", "finish", "prepare", "prepare_tokens", "splits_for", "visit"]
 
 # Of an H100 SXM: multiprocessors; nanoseconds that a block spends on a key, in 8 and in 16 bits;
 # bytes a nanosecond that the state is written and read with. Other GPUs get another balance.
@@ -46,8 +47,52 @@ def prepare(q_nQD: Float[Array, "n Q D"], scale: Float[Array, ""], dtype: Any) -
         return Queries(q_nQD.astype(dtype), factor_nQ)
     q_nQD = q_nQD.astype(jnp.float32)
     largest_nQ = jnp.max(jnp.abs(q_nQD), axis=-1)
-    unit_nQ = jnp.where(largest_nQ > 0, largest_nQ, 1) / 256  # e4m3 ends at 448
+    unit_nQ = jnp.where(largest_nQ > 0, largest_nQ, 1) / TOP
     return Queries((q_nQD / unit_nQ[..., None]).astype(dtype), factor_nQ * unit_nQ)
+
+
+def prepare_tokens(
+    q_BTHD: Float[Array, "B T H D"],
+    scale: Float[Array, ""],
+    *,
+    batch: int,
+    heads: int,
+    tables: tuple[Float[Array, "b T D/2"], Float[Array, "b T D/2"]] | None,
+    pairing: str,
+    narrow: bool,
+    implementation: str = "mosaic",
+) -> tuple[Queries, Queries]:
+    """`prepare` of new tokens, rotated, for the rows of a cache: in bf16, and if `narrow` in e4m3.
+
+    Row b h holds every query that reads head h of video b. With R = B / batch branches and G = H /
+    heads query heads for each, query (r G + g) T + t of it is token t of head h G + g of r b.
+
+    Args:
+        q_BTHD: bf16 queries before RoPE.
+        scale: factor of the logits.
+        batch, heads: of the cache.
+        tables: cosine and sine of every token; None for no rotation.
+        pairing: of the rotation, as in `decode_keys`.
+        narrow: whether e4m3 is wanted; otherwise both results are the same.
+        implementation: "mosaic" (head_dim 128) or "reference".
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    if implementation == "reference":
+        q_nQD = reference.grouped(q_BTHD, tables, batch, heads, pairing)
+        wide = prepare(q_nQD, scale, jnp.bfloat16)
+        return wide, prepare(q_nQD, scale, jnp.float8_e4m3fn) if narrow else wide
+    if implementation != "mosaic":
+        raise ValueError(f"implementation={implementation!r}; accepted: 'mosaic', 'reference'")
+    rows, tokens, all_heads, _ = q_BTHD.shape
+    size = -(-rows * tokens * all_heads // (batch * heads) // BLOCK) * BLOCK
+    scale = scale * math.log2(math.e)
+    wide, *more = grouped(
+        q_BTHD, scale, tables, batch=batch, heads=heads, size=size, pairing=pairing, narrow=narrow
+    )
+    wide = Queries(wide, jnp.full(wide.shape[:2], scale, jnp.float32))
+    return wide, Queries(*more) if narrow else wide
 
 
 def splits_for(

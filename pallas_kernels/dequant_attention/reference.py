@@ -1,4 +1,4 @@
-"""The definition of `visit`: one segment merged into a running softmax, in plain JAX.
+"""The definitions of `visit`, one segment merged into a running softmax, and of `prepare_tokens`.
 
 Axes: P splits, n rows (heads), Q queries, T tokens, D head dim.
 """
@@ -6,11 +6,23 @@ Axes: P splits, n rows (heads), Q queries, T tokens, D head dim.
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.dequantize.reference import key_row_of_token
+from pallas_kernels.dequantize.reference import key_row_of_token, rotated
 
-__all__ = ["empty", "segment"]
+__all__ = ["empty", "grouped", "segment"]
 
 FAR = -1e30
+
+
+def grouped(
+    q_BTHD: Array, tables: tuple[Array, Array] | None, batch: int, heads: int, pairing: str
+) -> Array:
+    """Rotated queries (n, Q, D) in q's dtype by the rows of a cache; see `api.prepare_tokens`."""
+    rows, tokens, _, d = q_BTHD.shape
+    q = jnp.swapaxes(q_BTHD, 1, 2).reshape(rows // batch, batch, heads, -1, tokens, d)
+    q = jnp.transpose(q, (1, 2, 0, 3, 4, 5)).reshape(batch, -1, tokens, d)
+    x_nTD = q.reshape(-1, tokens, d).astype(jnp.float32)
+    x_nTD = rotated(x_nTD, tables, pairing).astype(q_BTHD.dtype)
+    return x_nTD.reshape(batch * heads, -1, d)
 
 
 def empty(splits: int, rows: int, queries: int, head_dim: int) -> tuple[Array, Array, Array]:

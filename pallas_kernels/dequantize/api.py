@@ -90,21 +90,27 @@ def _checked(source, scheme, dtype, implementation):
         )
 
 
-def _checked_spans(source: Any, first_row: Array, window: Any, implementation: str) -> None:
+def _checked_spans(
+    source: Any, first_row: Array, window: Any, room: int, into: Any, implementation: str
+) -> None:
     packed = isinstance(source, Encoded)
     if first_row.ndim > 1:
         raise ValueError(f"{first_row.shape=}; accepted: one first row, or one for every span")
     if window is not None and (packed or first_row.ndim):
         raise ValueError("window: it belongs to plain tokens of one span")
+    if into is not None and (packed or window is not None or room):
+        raise ValueError("into: it takes plain tokens, all of them, and has its own room")
     tokens = (source.codes_RTC if packed else source).shape[1]
     if first_row.ndim and tokens % 16:
         raise ValueError(f"spans of {tokens} tokens; several at once must have a multiple of 16")
-    if implementation == "triton" and (first_row.ndim or window is not None):
+    if implementation == "triton" and (first_row.ndim or window is not None or room or into):
         raise NotImplementedError("implementation='triton': it decodes whole spans one at a time")
+    if implementation == "triton" and not packed and source.ndim == 4:
+        raise NotImplementedError("implementation='triton': it decodes rows, not (B, T, H, D)")
 
 
 def decode_keys(
-    source: Encoded | Float[Array, "R T D"],
+    source: Encoded | Float[Array, "R T D"] | Float[Array, "B T H D"],
     scheme: Scheme | None,
     *,
     first_row: Int[Array, ""] | Int[Array, "N"],
@@ -117,6 +123,8 @@ def decode_keys(
     batch: int = 1,
     pairing: str = "half",
     window: tuple[Int[Array, ""], int] | None = None,
+    room: int = 0,
+    into: tuple[Array, Int[Array, ""]] | None = None,
     implementation: str = "mosaic",
     tuning: mosaic_gpu.Tuning | None = None,
 ) -> Float[Array, "n W D"]:
@@ -128,7 +136,8 @@ def decode_keys(
     Several spans are laid one behind the other, and `valid` counts from the first token of the first.
 
     Args:
-        source: packed keys, or bf16 keys as they are.
+        source: packed keys, or bf16 keys as they are: rows, or tokens with their heads (row b H + h
+            is head h of b).
         scheme: how codes become numbers; None with plain keys.
         first_row: first row that is decoded, or that of each of several spans; may be traced.
         rows: how many.
@@ -141,6 +150,11 @@ def decode_keys(
         pairing: "half" turns channel j with j + D / 2, "interleaved" 2 j with 2 j + 1.
         window: of plain tokens, where to begin and how many to take; None for all. It may reach
             beyond the last one.
+        room: tokens for which the workspace has room behind the decoded ones; what is there is not
+            said.
+        into: (workspace, at): an earlier result whose tokens from `at` on, a multiple of 16, plain
+            ones take: the valid ones, then zeros to the next multiple of `PAD`. It is the result,
+            and the workspace must not be used any more.
         implementation: "mosaic", "triton" (bfloat16; head_dim 64, 128, 256) or "reference".
         tuning: of "mosaic"; None takes the measured one.
 
@@ -153,9 +167,10 @@ def decode_keys(
     first_row, valid, first_table = (
         jnp.asarray(i, jnp.int32) for i in (first_row, valid, first_table)
     )
-    _checked_spans(source, first_row, window, implementation)
+    _checked_spans(source, first_row, window, room, into, implementation)
     if implementation != "reference":
-        more = dict(window=window, tuning=tuning) if implementation == "mosaic" else {}
+        more = dict(window=window, tuning=tuning, room=room, into=into)
+        more = more if implementation == "mosaic" else {}
         return _kernels(implementation).decode_keys(
             source,
             scheme,
@@ -174,13 +189,14 @@ def decode_keys(
         tables = reference.table_rows(tables, first_table, batch)
     if window is not None:
         source, *tables = (reference.cut(x, window) for x in (source, *(tables or ())))
-    return reference.decode_keys(
-        source, scheme, first_row, rows, valid, dtype, unit_n, tables or None, pairing
+    x = reference.decode_keys(
+        source, scheme, first_row, rows, valid, dtype, unit_n, tables or None, pairing, room
     )
+    return x if into is None else reference.laid_into(into[0], x, into[1], valid, 1)
 
 
 def decode_values(
-    source: Encoded | Float[Array, "R T D"],
+    source: Encoded | Float[Array, "R T D"] | Float[Array, "B T H D"],
     scheme: Scheme | None,
     *,
     first_row: Int[Array, ""] | Int[Array, "N"],
@@ -189,6 +205,8 @@ def decode_values(
     dtype: Any,
     unit_n: Float[Array, "n"],
     window: tuple[Int[Array, ""], int] | None = None,
+    room: int = 0,
+    into: tuple[Array, Int[Array, ""]] | None = None,
     implementation: str = "mosaic",
 ) -> Float[Array, "n W D"] | Float[Array, "n D W"]:
     """Rows of packed or plain values: bf16 (n, W, D), or e4m3 / unit, transposed to (n, D, W).
@@ -198,10 +216,17 @@ def decode_values(
     """
     _checked(source, scheme, dtype, implementation)
     first_row, valid = (jnp.asarray(i, jnp.int32) for i in (first_row, valid))
-    _checked_spans(source, first_row, window, implementation)
-    more = dict(window=window) if implementation == "mosaic" else {}
-    if window is not None and implementation == "reference":
+    _checked_spans(source, first_row, window, room, into, implementation)
+    more = dict(room=room)
+    if implementation == "mosaic":
+        more |= dict(window=window, into=into)
+    elif implementation == "triton":
+        more = {}
+    elif window is not None:
         source = reference.cut(source, window)
-    return _kernels(implementation).decode_values(
+    x = _kernels(implementation).decode_values(
         source, scheme, first_row, rows, valid, dtype, unit_n, **more
     )
+    if implementation == "reference" and into is not None:
+        return reference.laid_into(into[0], x, into[1], valid, 1 if dtype == jnp.bfloat16 else 2)
+    return x

@@ -41,7 +41,7 @@ from pallas_kernels.lanes import (
     thread,
 )
 
-__all__ = ["Tuning", "decode_keys", "decode_values"]
+__all__ = ["Tuning", "decode_keys", "decode_values", "load_turn", "rotate"]
 
 _HALF = D // 2
 _LANES = 8  # threads per token
@@ -65,7 +65,23 @@ class Tuning:
     heads: int = 2
 
 
-def _rotate(x: list[Lane], turn: list[list[Lane]], pairing: str) -> list[Lane]:
+def load_turn(starts: list[Lane], token: Lane, lane: Lane, pairing: str) -> list[list[Lane]]:
+    """Cosines and sines of a thread's channels in a token, from the tables at these addresses."""
+    turn = []
+    for start in starts:
+        start = start + (token * (_HALF * 4)).wide()
+        if pairing == "half":
+            start = start + (lane * 32).wide()
+            words = load(start, 16) + load(past(start, 16), 16)
+        else:
+            start = start + (lane * 16).wide()
+            words = load(start, 16) + load(past(start, 128), 16)
+        turn.append([w.as_float() for w in words])
+    return turn
+
+
+def rotate(x: list[Lane], turn: list[list[Lane]], pairing: str) -> list[Lane]:
+    """The sixteen channels of a thread, turned."""
     (cos, sin), out = turn, [None] * 16
     for j in range(8):
         first, second = (j, 8 + j) if pairing == "half" else (2 * j, 2 * j + 1)
@@ -137,6 +153,8 @@ def decode_keys(
     batch: int,
     pairing: str,
     window: tuple[Array, int] | None = None,
+    room: int = 0,
+    into: tuple[Array, Array] | None = None,
     tuning: Tuning | None = None,
 ) -> Array:
     """See `api.decode_keys`."""
@@ -147,11 +165,11 @@ def decode_keys(
     )
     shapes, stored = [x.shape for x in arrays], arrays[0].shape[1]
     start, tokens = (None, stored) if window is None else window
-    spans = first_row.size
-    size = padded(spans * tokens)
+    spans, behind = first_row.size, into is not None
+    size = into[0].shape[1] if behind else padded(spans * tokens + room)
     heads = rows // batch
     pair = max(p for p in (1, 2, 4) if p <= tuning.heads and heads % p == 0)
-    control = control_of(first_row, valid, first_table, start)
+    control = control_of(first_row, valid, first_table, start, into[1] if behind else None)
     extra = tuple(tables) if tables is not None else ()
 
     def body(*refs):
@@ -160,7 +178,7 @@ def decode_keys(
             del ctx
             control, unit, *rest, out = refs
             packed, tables = rest[: len(arrays)], rest[len(arrays) :]
-            place = place_of(control, spans, tokens, rows, pair, window is not None)
+            place = place_of(control, spans, tokens, rows, pair, window is not None, behind)
             head, valid = place.head, place.valid
             lane, mine = thread() % _LANES, thread() // _LANES
             readers, units, outs = [], [], []
@@ -181,17 +199,7 @@ def decode_keys(
                     token = block("x") * tuning.tokens + mine + step * _AT_ONCE
                     there = token < valid
                     safe = place.read(select(there, token, integer(0)))
-                    turn = []
-                    for start in starts if tables else ():
-                        start = start + (safe * (_HALF * 4)).wide()
-                        words = ()
-                        if pairing == "half":
-                            start = start + (lane * 32).wide()
-                            words = load(start, 16) + load(past(start, 16), 16)
-                        else:
-                            start = start + (lane * 16).wide()
-                            words = load(start, 16) + load(past(start, 128), 16)
-                        turn.append([w.as_float() for w in words])
+                    turn = load_turn(starts if tables else [], safe, lane, pairing)
                     if turn and narrow:
                         turn = _half_turn(turn, pairing)
                     for h in range(pair):
@@ -203,7 +211,7 @@ def decode_keys(
                             to = place.to((token & -16) | inside) * D + lane * 8
                         else:
                             x = readers[h].floats(safe, lane, units[h])
-                            x = _rotate(x, turn, pairing) if turn else x
+                            x = rotate(x, turn, pairing) if turn else x
                             words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
                             to = place.to(token) * (2 * D) + lane * 16
                         words = [select(there, w, integer(0)) for w in words]
@@ -214,16 +222,32 @@ def decode_keys(
 
         run(*refs)
 
-    out = jax.ShapeDtypeStruct((rows, size, D), dtype)
-    grid = (spans * rows // pair, blocks_of(spans, tokens, tuning.tokens))
-    return plgpu.kernel(
+    return _run(
         body,
-        out_type=out,
-        grid=grid,
+        (control, share_n, *arrays, *extra),
+        jax.ShapeDtypeStruct((rows, size, D), dtype),
+        into,
+        grid=(spans * rows // pair, blocks_of(spans, tokens, tuning.tokens, behind)),
+        kernel_name="decode_keys",
+    )
+
+
+def _run(
+    body: Any, operands: tuple[Array, ...], out: Any, into: tuple[Array, Array] | None, **more: Any
+) -> Array:
+    """The kernel's output, or the workspace that it wrote into."""
+    ref = None if into is None else jax.new_ref(into[0])
+    kernel = plgpu.kernel(
+        body,
+        out_type=out if ref is None else (),
         grid_names=("head", "tile"),
         compiler_params=_PARAMS,
-        kernel_name="decode_keys",
-    )(control, share_n, *arrays, *extra)
+        **more,
+    )
+    if ref is None:
+        return kernel(*operands)
+    kernel(*operands, ref)
+    return ref[...]
 
 
 def decode_values(
@@ -235,6 +259,8 @@ def decode_values(
     dtype: Any,
     unit_n: Array,
     window: tuple[Array, int] | None = None,
+    room: int = 0,
+    into: tuple[Array, Array] | None = None,
     tuning: Tuning | None = None,
 ) -> Array:
     """See `api.decode_values`."""
@@ -242,21 +268,21 @@ def decode_values(
     if dtype == jnp.bfloat16:
         return decode_keys(
             source, scheme, first_row, rows, valid, dtype, unit_n, None, first_table, 1, "half",
-            window, tuning,
+            window, room, into, tuning,
         )  # fmt: skip
     arrays, share_n, reader = _prepared(source, scheme, first_row, rows, 1 / unit_n)
     shapes = [x.shape for x in arrays]
     start, tokens = (None, arrays[0].shape[1]) if window is None else window
-    spans = first_row.size
-    size = padded(spans * tokens)
-    control = control_of(first_row, valid, first_table, start)
+    spans, behind = first_row.size, into is not None
+    size = into[0].shape[2] if behind else padded(spans * tokens + room)
+    control = control_of(first_row, valid, first_table, start, into[1] if behind else None)
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def run(ctx, *refs):
             del ctx
             control, unit, *packed, out, tile = refs
-            place = place_of(control, spans, tokens, rows, 1, window is not None)
+            place = place_of(control, spans, tokens, rows, 1, window is not None, behind)
             head, lane, mine = place.head, thread() % _LANES, thread() // _LANES
             row = reader(packed, shapes, scheme, place.row + head, place.cut)
             at = place.cut if isinstance(source, Encoded) else head
@@ -292,15 +318,15 @@ def decode_values(
 
         run(*refs)
 
-    return plgpu.kernel(
+    return _run(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, D, size), dtype),
+        (control, share_n, *arrays),
+        jax.ShapeDtypeStruct((rows, D, size), dtype),
+        into,
         scratch_types=[plgpu.SMEM((_VALUE_TOKENS * D // 4,), jnp.int32)],
-        grid=(spans * rows, blocks_of(spans, tokens, _VALUE_TOKENS)),
-        grid_names=("head", "tile"),
-        compiler_params=_PARAMS,
+        grid=(spans * rows, blocks_of(spans, tokens, _VALUE_TOKENS, behind)),
         kernel_name="decode_values",
-    )(control, share_n, *arrays)
+    )
 
 
 def _transposed(rows: list[Lane]) -> list[Lane]:

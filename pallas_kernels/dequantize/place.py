@@ -1,7 +1,8 @@
 """Which tokens of which rows a block of a decoding kernel has to do with.
 
 Usually one span is decoded into a workspace. Several can be laid behind each other into one, so
-that attention visits them at once, and of plain tokens a window can be cut out.
+that attention visits them at once, and plain tokens behind those. Of plain tokens a window can be
+cut out.
 """
 
 import dataclasses
@@ -57,16 +58,34 @@ class Place:
         return token if self.before is None else token + self.before
 
 
-def control_of(first_row: Array, valid: Array, first_table: Array, start: Array | None) -> Array:
-    """int32 numbers that `place_of` reads: valid tokens, first token, first rows, first tables."""
-    start = jnp.int32(0) if start is None else jnp.asarray(start, jnp.int32)
+def control_of(
+    first_row: Array, valid: Array, first_table: Array, start: Array | None, at: Array | None
+) -> Array:
+    """int32 numbers that `place_of` reads.
+
+    Args:
+        first_row, first_table: of every span.
+        valid: tokens.
+        start: first token of the arrays; None is 0.
+        at: token of the workspace from which on it is written; None is 0.
+    """
+    start, at = (jnp.asarray(0 if x is None else x, jnp.int32) for x in (start, at))
     rows = jnp.atleast_1d(first_row)
     tables = jnp.broadcast_to(first_table, rows.shape)
-    return jnp.concatenate([jnp.stack([valid, start]), rows, tables]).astype(jnp.int32)
+    return jnp.concatenate([jnp.stack([valid, start, at]), rows, tables]).astype(jnp.int32)
 
 
-def place_of(control: Any, spans: int, tokens: int, rows: int, pair: int, windowed: bool) -> Place:
-    """Where this block works: on `pair` heads of `spans` spans of `rows` rows and `tokens` tokens."""
+def place_of(
+    control: Any, spans: int, tokens: int, rows: int, pair: int, windowed: bool, behind: bool
+) -> Place:
+    """Where this block works: on `pair` heads of `spans` spans of `rows` rows and `tokens` tokens.
+
+    Args:
+        control: from `control_of`.
+        spans, tokens, rows, pair: sizes.
+        windowed: whether `start` counts.
+        behind: whether `at` counts; then there is one span.
+    """
 
     def number(i: Lane | int) -> Lane:
         start = global_address(control)
@@ -76,8 +95,11 @@ def place_of(control: Any, spans: int, tokens: int, rows: int, pair: int, window
     valid, y = number(0), block("y")
     first = number(1) if windowed else None
     if spans == 1:
-        head = y * pair
-        return Place(number(2), number(3), head, head, first, None, valid, None)
+        head, before, end = y * pair, None, None
+        if behind:
+            before = number(2)
+            end = ((before + valid + (PAD - 1)) & -PAD) - before
+        return Place(number(3), number(4), head, head, first, before, valid, end)
     span, head = y // (rows // pair), y % (rows // pair) * pair
     before = span * tokens
     left = valid - before
@@ -85,11 +107,12 @@ def place_of(control: Any, spans: int, tokens: int, rows: int, pair: int, window
     # Only the last span has zeros behind it; behind another one is the next.
     end = select(left < tokens + 1, ((valid + (PAD - 1)) & -PAD) - before, mine)
     return Place(
-        number(span + 2), number(span + (2 + spans)), head, span * rows + head, first, before,
+        number(span + 3), number(span + (3 + spans)), head, span * rows + head, first, before,
         mine, select(left < 1, integer(0), end),
     )  # fmt: skip
 
 
-def blocks_of(spans: int, tokens: int, size: int) -> int:
+def blocks_of(spans: int, tokens: int, size: int, behind: bool) -> int:
     """Blocks of `size` tokens that cover a span, and the zeros behind it."""
-    return padded(tokens) // size if spans == 1 else -(-(tokens + PAD - 1) // size)
+    alone = spans == 1 and not behind
+    return padded(tokens) // size if alone else -(-(tokens + PAD - 1) // size)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.dequantize.types import Encoded, Scheme, padded
+from pallas_kernels.dequantize.types import PAD, Encoded, Scheme, padded
 
 __all__ = [
     "cut",
@@ -18,6 +18,8 @@ __all__ = [
     "decoded",
     "in_key_rows",
     "key_row_of_token",
+    "laid_into",
+    "rotated",
     "table_rows",
 ]
 
@@ -42,6 +44,8 @@ def in_key_rows(x_nTD: Array) -> Array:
 
 def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, rows: int) -> Array:
     """float32 values (n, T, D) of `rows` rows from `first_row` on; spans behind each other."""
+    if not isinstance(source, Encoded) and source.ndim == 4:
+        source = jnp.swapaxes(source, 1, 2).reshape(-1, source.shape[1], source.shape[3])
     if first_row.ndim:
         return jnp.concatenate([decoded(source, scheme, r, rows) for r in first_row], axis=1)
     pick = lambda x: lax.dynamic_slice_in_dim(x, first_row, rows, 0)  # noqa: E731
@@ -82,7 +86,8 @@ def table_rows(tables: tuple[Array, Array], first: Array, batch: int) -> tuple[A
     return tuple(lax.dynamic_slice_in_dim(t, first, batch, 0) for t in tables)
 
 
-def _rotated(x_nTD: Array, tables: tuple[Array, Array] | None, pairing: str) -> Array:
+def rotated(x_nTD: Array, tables: tuple[Array, Array] | None, pairing: str) -> Array:
+    """x turned by cosines and sines (B, T, D / 2); n is a multiple of B."""
     if tables is None:
         return x_nTD
     n, t, d = x_nTD.shape
@@ -95,25 +100,33 @@ def _rotated(x_nTD: Array, tables: tuple[Array, Array] | None, pairing: str) -> 
     return y.reshape(n, t, d)
 
 
-def _filled(x_nTD: Array, valid: Array) -> Array:
+def _filled(x_nTD: Array, valid: Array, room: int = 0) -> Array:
     """Zeros behind the valid tokens, up to the size of the workspace."""
     t = x_nTD.shape[1]
     x_nTD = jnp.where((jnp.arange(t) < valid)[None, :, None], x_nTD, 0)
-    return jnp.pad(x_nTD, ((0, 0), (0, padded(t) - t), (0, 0)))
+    return jnp.pad(x_nTD, ((0, 0), (0, padded(t + room) - t), (0, 0)))
 
 
-def decode_keys(source, scheme, first_row, rows, valid, dtype, unit_n, tables, pairing):
+def laid_into(workspace: Array, x: Array, at: Array, valid: Array, axis: int) -> Array:
+    """The workspace with x in place of its tokens from `at` on: valid ones, then zeros to a `PAD`."""
+    token = jnp.arange(workspace.shape[axis]) - at
+    new = jnp.take(x, token, axis=axis, mode="fill", fill_value=0)
+    own = (token >= 0) & (token < -(-(at + valid) // PAD) * PAD - at)
+    return jnp.where(own[:, None] if axis == 1 else own, new, workspace)
+
+
+def decode_keys(source, scheme, first_row, rows, valid, dtype, unit_n, tables, pairing, room=0):
     """See `api.decode_keys`; here `tables` are those of the decoded rows."""
-    x = _rotated(decoded(source, scheme, first_row, rows), tables, pairing)
-    x = _filled(x, valid)
+    x = rotated(decoded(source, scheme, first_row, rows), tables, pairing)
+    x = _filled(x, valid, room)
     if dtype == jnp.bfloat16:
         return x.astype(dtype)
     return in_key_rows(jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype))
 
 
-def decode_values(source, scheme, first_row, rows, valid, dtype, unit_n):
+def decode_values(source, scheme, first_row, rows, valid, dtype, unit_n, room=0):
     """See `api.decode_values`."""
-    x = _filled(decoded(source, scheme, first_row, rows), valid)
+    x = _filled(decoded(source, scheme, first_row, rows), valid, room)
     if dtype == jnp.bfloat16:
         return x.astype(dtype)
     return jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype).swapaxes(1, 2)

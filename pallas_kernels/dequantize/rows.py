@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels.dequantize.types import Scheme
 from pallas_kernels.lanes import Halves, Lane, global_address, halves, integer, load, permute_bytes
 
-__all__ = ["HEAD_DIM", "DenseRow", "EncodedRow", "past"]
+__all__ = ["HEAD_DIM", "DenseRow", "EncodedRow", "bf16_floats", "past"]
 
 HEAD_DIM = D = 128
 _HALF = D // 2
@@ -70,7 +70,8 @@ def _level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, 
     return out
 
 
-def _bf16_floats(words: tuple[Lane, ...]) -> list[Lane]:
+def bf16_floats(words: tuple[Lane, ...]) -> list[Lane]:
+    """The numbers of words of two."""
     out = []
     for w in words:
         out += [(w << 16).as_float(), (w & -65536).as_float()]
@@ -126,7 +127,7 @@ class EncodedRow:
         for words, scale, rows in self._parts(token, lane):
             base, scale = None, scale * (share * 2.0**119)
             for row in rows:
-                row = _bf16_floats(row)
+                row = bf16_floats(row)
                 base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
             for i, x in enumerate(_levels(words, self.scheme)):
                 out.append(x * scale if base is None else x.fma(scale, base[i]))
@@ -149,15 +150,22 @@ class EncodedRow:
 
 
 class DenseRow:
-    """Reads the same channels of one bf16 row."""
+    """Reads the same channels of one bf16 row, of rows (R, T, D) or of tokens (B, T, H, D)."""
 
     def __init__(self, refs: list[Any], shapes: Any, scheme: None, row: Lane, head: Lane):
-        self.rows = global_address(refs[0]) + row.wide() * (shapes[0][1] * D * 2)
+        self.rows, (_, tokens, *heads, _) = global_address(refs[0]), shapes[0]
+        self.token_bytes = 2 * D
+        if heads:
+            batch, row = row // heads[0], row % heads[0]
+            self.token_bytes *= heads[0]
+            self.rows += batch.wide() * (tokens * self.token_bytes) + row.wide() * (2 * D)
+        else:
+            self.rows += row.wide() * (tokens * self.token_bytes)
 
     def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
         del share  # only for e4m3
-        start = self.rows + (token * (2 * D) + lane * 16).wide()
-        return _bf16_floats(load(start, 16)) + _bf16_floats(load(past(start, D), 16))
+        start = self.rows + token.wide() * self.token_bytes + (lane * 16).wide()
+        return bf16_floats(load(start, 16)) + bf16_floats(load(past(start, D), 16))
 
     def halves(self, token: Lane, lane: Lane, share: Lane) -> list[Halves]:
         x = [v * share for v in self.floats(token, lane, share)]

@@ -1,0 +1,124 @@
+"""Queries on their way to attention, on Hopper: rotated, grouped by key-value head, in bf16 and e4m3.
+
+One pass over memory. XLA makes four of it: transposition and rotation, the largest number of every
+row, division and rounding, and the factor of the logits.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.dequantize.mosaic_gpu import load_turn, rotate
+from pallas_kernels.dequantize.rows import bf16_floats, past
+from pallas_kernels.lanes import (
+    Lane,
+    bf16_pair,
+    block,
+    e4m3_words,
+    global_address,
+    halves,
+    integer,
+    largest_of,
+    load,
+    select,
+    store,
+    thread,
+)
+
+__all__ = ["TOP", "grouped"]
+
+D = 128
+TOP = 256  # the largest number of a row in e4m3, which ends at 448
+_TINY = 1e-30  # of a row of zeros, instead of 0
+_LANES = 8  # threads per query
+_AT_ONCE = 16  # queries that a warpgroup holds at once
+_QUERIES = 64  # of a block
+
+
+def grouped(
+    q_BTHD: Array,
+    scale: Array,
+    tables: tuple[Array, Array] | None,
+    *,
+    batch: int,
+    heads: int,
+    size: int,
+    pairing: str,
+    narrow: bool,
+) -> list[Array]:
+    """See `api.prepare_tokens`; scale is that of base-2 logits, and size a multiple of 64.
+
+    Returns:
+        bf16 queries (n, size, D), zero beyond the last one; if `narrow` also e4m3 ones and the
+        factor of each (n, size).
+    """
+    rows, tokens, all_heads, _ = q_BTHD.shape
+    branches, group = rows // batch, all_heads // heads
+    queries = branches * group * tokens
+    pair = 1 if heads % 2 else 2  # heads that share the sines
+    operands = (scale.astype(jnp.float32).reshape(1), q_BTHD, *(tables or ()))
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
+        def run(ctx, *refs):
+            del ctx
+            scale_g, q_g, *table_g = refs[: len(operands)]
+            wide_g, *narrow_g = (global_address(r) for r in refs[len(operands) :])
+            (scale,) = load(global_address(scale_g), 4)
+            row = block("y") * pair
+            b, head = row // heads, row % heads
+            lane, mine = thread() % _LANES, thread() // _LANES
+            starts = [global_address(t) + (b * (tokens * D * 2)).wide() for t in table_g]
+            for step in range(_QUERIES // _AT_ONCE):
+                query = block("x") * _QUERIES + mine + step * _AT_ONCE
+                there = query < queries
+                safe = select(there, query, integer(0))
+                branch, token = safe // (group * tokens), safe % tokens
+                turn = load_turn(starts, token, lane, pairing)
+                for h in range(pair):
+                    theirs = (head + h) * group + safe // tokens % group
+                    at = ((branch * batch + b) * tokens + token) * all_heads + theirs
+                    start = global_address(q_g) + at.wide() * (2 * D) + (lane * 16).wide()
+                    x = bf16_floats(load(start, 16)) + bf16_floats(load(past(start, D), 16))
+                    x = rotate(x, turn, pairing) if turn else x
+                    x = [select(there, y, _zero()) for y in x]
+                    to = (row + h).wide() * size + query.wide()
+                    words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
+                    _put(wide_g + to * (2 * D) + (lane * 16).wide(), words)
+                    if narrow:
+                        most = largest_of(x, _LANES, at_least=_TINY)
+                        share = most.reciprocal() * float(TOP)
+                        pairs = [halves(x[i] * share, x[i + 1] * share) for i in range(0, 16, 2)]
+                        _put(narrow_g[0] + to * D + (lane * 8).wide(), e4m3_words(pairs))
+                        factor = most * scale.as_float() * (1 / TOP)
+                        store(narrow_g[1] + to * 4, [factor], lane < 1)
+
+        run(*refs)
+
+    form = (batch * heads, size)
+    out = [jax.ShapeDtypeStruct((*form, D), jnp.bfloat16)]
+    if narrow:
+        out += [jax.ShapeDtypeStruct((*form, D), jnp.float8_e4m3fn)]
+        out += [jax.ShapeDtypeStruct(form, jnp.float32)]
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(batch * heads // pair, size // _QUERIES),
+        grid_names=("head", "tile"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="group_queries",
+    )(*operands)
+
+
+def _zero() -> Lane:
+    return integer(0).as_float()
+
+
+def _put(to: Lane, words: list[Any]) -> None:
+    """Two runs of channels, half a row apart."""
+    n = len(words) // 2
+    store(to, words[:n])
+    store(past(to, D * n // 4), words[n:])
