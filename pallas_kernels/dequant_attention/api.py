@@ -27,7 +27,11 @@ __all__ = ["Queries", "finish", "prepare", "splits_for", "visit"]
 # bytes a nanosecond that the state is written and read with. Other GPUs get another balance.
 _PROCESSORS, _NS_PER_KEY, _BYTES_PER_NS = 132, {True: 9.5, False: 14.1}, 2.7e3
 
-_TUNING = {"bfloat16": Tuning(tile=128, stages=2), "float8_e4m3fn": Tuning(tile=256, stages=2)}
+# What fits: at 256 channels the weighted values alone are 128 registers of a thread.
+_TUNING = {
+    "bfloat16": {d: Tuning(tile=t, stages=2) for d, t in ((64, 128), (128, 128), (256, 64))},
+    "float8_e4m3fn": {d: Tuning(tile=t, stages=2) for d, t in ((64, 256), (128, 256), (256, 128))},
+}
 
 
 class Queries(NamedTuple):
@@ -74,7 +78,7 @@ def splits_for(
 
     def nanoseconds(parts: int) -> float:
         waves = -(-blocks * parts // processors)
-        state = blocks * BLOCK * mosaic_gpu.D * 4 * parts
+        state = blocks * BLOCK * 128 * 4 * parts
         busy = waves * tokens / parts * _NS_PER_KEY[narrow]
         return segments * busy + 2 * (segments + 1) * state / _BYTES_PER_NS
 
@@ -122,18 +126,19 @@ def visit(
             f"q, k, v have dtypes {q_nQD.dtype}, {k_nTD.dtype}, {v.dtype}; accepted: bfloat16 or "
             "float8_e4m3fn for all three"
         )
+    accepted = tuple(_TUNING[q_nQD.dtype.name])
     n, tokens, d = k_nTD.shape
     narrow = q_nQD.dtype != jnp.bfloat16
     want = (n, d, tokens) if narrow else (n, tokens, d)
-    if q_nQD.shape[0] != n or q_nQD.shape[2] != d or v.shape != want or d != mosaic_gpu.D:
+    if q_nQD.shape[0] != n or q_nQD.shape[2] != d or v.shape != want or d not in accepted:
         raise ValueError(
-            f"shapes {q_nQD.shape=}, {k_nTD.shape=}, {v.shape=}; accepted: (n, Q, 128), "
-            f"(n, T, 128) and {'(n, 128, T)' if narrow else '(n, T, 128)'}"
+            f"shapes {q_nQD.shape=}, {k_nTD.shape=}, {v.shape=}; accepted: (n, Q, D), (n, T, D) "
+            f"and {'(n, D, T)' if narrow else '(n, T, D)'}, D one of {accepted}"
         )
     blocks = n * q_nQD.shape[1] // BLOCK
     if isinstance(splits, Schedule) and splits.blocks != blocks:
         raise ValueError(f"{splits=}; accepted: one of {blocks} blocks of {BLOCK} queries")
-    tuning = _TUNING[q_nQD.dtype.name] if tuning is None else tuning
+    tuning = _TUNING[q_nQD.dtype.name][d] if tuning is None else tuning
     if tokens % tuning.tile or q_nQD.shape[1] % BLOCK:
         raise ValueError(
             f"T={tokens} and Q={q_nQD.shape[1]}; accepted: multiples of {tuning.tile}, {BLOCK}"

@@ -21,6 +21,7 @@ precision: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,7 +42,6 @@ from pallas_kernels.dequant_attention.schedule import Schedule
 
 __all__ = ["Tuning", "segment"]
 
-D = 128
 ROWS = 64  # queries of a computing warpgroup
 BLOCK = 2 * ROWS  # queries of a block
 FAR = -1e30  # maximum before any key: finite, so that differences never are NaN
@@ -95,13 +95,19 @@ def segment(
     Returns:
         The state after a first segment; otherwise nothing.
     """
-    n, queries, _ = q_nQD.shape
+    n, queries, d = q_nQD.shape
     narrow, scheduled = q_nQD.dtype != jnp.bfloat16, isinstance(splits, Schedule)
     tile, stages = tuning.tile, tuning.stages
     shift = 8.0 if narrow else 0.0
-    swizzle = plgpu.SwizzleTransform(128)
-    transforms = (plgpu.TilingTransform((8, 128 if narrow else 64)), swizzle)
-    v_shape = (D, tile) if narrow else (tile, D)
+    size = 1 if narrow else 2
+    v_shape = (d, tile) if narrow else (tile, d)
+    # Channels of an accumulator: in 8 bits a product has registers of its own, and at the end both
+    # have: more than 128 at once would not fit.
+    held = min(d, 128) if narrow else d
+
+    def in_rows_of(width: int) -> tuple[Any, ...]:
+        line = min(128, width * size)
+        return plgpu.TilingTransform((8, line // size)), plgpu.SwizzleTransform(line)
 
     def body(*refs, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, turn):
         q_g, factor_g, k_g, v_g, control_g, ku_g, vu_g, acc_g, max_g, sum_g = refs
@@ -135,7 +141,13 @@ def segment(
             def values(i):
                 slot = lax.rem(i, stages)
                 plgpu.barrier_wait(v_full.at[slot])
-                return v_s.at[slot].T if narrow else v_s.at[slot]
+                return slot
+
+            def channels(slot, c, width):
+                if width == d:
+                    return v_s.at[slot].T if narrow else v_s.at[slot]
+                here = pl.ds(c * width, width)
+                return v_s.at[slot, here].T if narrow else v_s.at[slot, :, here]
 
             def left(p):
                 return left_operand(p, q_nQD.dtype) if narrow else p
@@ -169,58 +181,82 @@ def segment(
             s = jnp.where(column + (last - 1) * tile < valid, s, FAR)
             top = plgpu.layout_cast(jnp.full((ROWS,), FAR, jnp.float32), _W.reduce(1))
             p, total, top = weights(s, top)
-            acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), _W)
+            accs = tuple(
+                plgpu.layout_cast(jnp.zeros((ROWS, held), jnp.float32), _W)
+                for _ in range(d // held)
+            )
             fade = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), _W.reduce(1))
+
+            def added(acc, fade, p, right):
+                faded = acc * over_columns(fade, acc.shape)
+                if narrow:
+                    return faded + product(left(p), right, acc.shape)
+                multiply = pl.run_state(lambda acc_o: plgpu.wgmma(acc_o, left(p), right))
+                return multiply(plgpu.ACC.init(faded))
 
             def step(i, carry):
                 """Weighted values of tile i - 1, then logits of tile i."""
-                acc, p, total, top, fade = carry
+                accs, p, total, top, fade = carry
                 slot = lax.rem(i, stages)
-                right = values(i - 1)
+                before = values(i - 1)
                 plgpu.barrier_wait(k_full.at[slot])
                 my_turn()
-                if narrow:
-                    acc = acc * over_columns(fade, acc.shape) + product(left(p), right, (ROWS, D))
-                else:
-                    acc = pl.run_state(lambda acc_o: plgpu.wgmma(acc_o, left(p), right))(
-                        plgpu.ACC.init(acc * over_columns(fade, acc.shape))
-                    )
+                accs = tuple(
+                    added(acc, fade, p, channels(before, c, held)) for c, acc in enumerate(accs)
+                )
                 plgpu.barrier_arrive(v_empty.at[lax.rem(i - 1, stages)])
                 s = product(q_s.at[wg], k_s.at[slot].T, (ROWS, tile))
                 your_turn()
                 plgpu.barrier_arrive(k_empty.at[slot])
                 p, part_total, new_top = weights(s, top)
                 fade = jnp.exp2(top - new_top)
-                return acc, p, total * over_columns(fade, total.shape) + part_total, new_top, fade
+                total = total * over_columns(fade, total.shape) + part_total
+                return accs, p, total, new_top, fade
 
-            acc, p, total, top, fade = lax.fori_loop(1, count, step, (acc, p, total, top, fade))
+            accs, p, total, top, fade = lax.fori_loop(1, count, step, (accs, p, total, top, fade))
 
-            def last_values(acc_o):
-                right = values(count - 1)
-                plgpu.wgmma(acc_o, left(p), right)
+            def last_values(acc_o, c):
+                slot = values(count - 1) if c == 0 else lax.rem(count - 1, stages)
+                plgpu.wgmma(acc_o, left(p), channels(slot, c, held))
                 new = acc_o[...]
-                plgpu.barrier_arrive(v_empty.at[lax.rem(count - 1, stages)])
+                if c == len(accs) - 1:
+                    plgpu.barrier_arrive(v_empty.at[slot])
                 return new
 
-            new = pl.run_scoped(last_values, plgpu.ACC((ROWS, D), jnp.float32))
-            acc = (acc * over_columns(fade, acc.shape) + new) * vu_g[head]
-            return acc, top, total.sum(axis=1)
+            parts = []
+            for c, acc in enumerate(accs):
+                if held > 128:  # registers have no room for a product beside it
+                    slot = values(count - 1)
+                    acc = added(acc, fade, p, channels(slot, c, held))
+                    plgpu.barrier_arrive(v_empty.at[slot])
+                else:
+                    run = functools.partial(last_values, c=c)
+                    new = pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+                    acc = acc * over_columns(fade, acc.shape) + new
+                parts.append(acc * vu_g[head])
+            return parts, top, total.sum(axis=1)
 
-        def store(acc, top, total):
-            acc_g.at[own][...] = acc
+        def part_of(c):
+            return own if held == d else (*own, pl.ds(c * held, held))
+
+        def store(parts, top, total):
+            for c, part in enumerate(parts):
+                acc_g.at[part_of(c)][...] = part
             max_g.at[own][...] = top
             sum_g.at[own][...] = total
 
-        def finish(acc, top, total):
+        def finish(parts, top, total):
             if state is not None:
                 old_top = row(max_g.at[own])
                 new_top = jnp.maximum(old_top, top)
                 old, new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
                 total = total * new + row(sum_g.at[own]) * old
-                before = plgpu.load(acc_g.at[own], layout=_W, optimized=False)
-                acc = acc * over_columns(new, acc.shape) + before * over_columns(old, acc.shape)
+                for c, acc in enumerate(parts):
+                    before = plgpu.load(acc_g.at[part_of(c)], layout=_W, optimized=False)
+                    acc = acc * over_columns(new, acc.shape)
+                    parts[c] = acc + before * over_columns(old, acc.shape)
                 top = new_top
-            store(acc, top, total)
+            store(parts, top, total)
 
         @pl.when(wg < 2)
         def _():
@@ -239,8 +275,8 @@ def segment(
                     fill = lambda x: plgpu.layout_cast(  # noqa: E731
                         jnp.full((ROWS,), x, jnp.float32), _W.reduce(1)
                     )
-                    zeros = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), _W)
-                    store(zeros, fill(FAR), fill(0.0))
+                    zeros = plgpu.layout_cast(jnp.zeros((ROWS, held), jnp.float32), _W)
+                    store([zeros] * (d // held), fill(FAR), fill(0.0))
 
         @pl.when(wg == 2)
         def _():
@@ -266,7 +302,7 @@ def segment(
 
     f32 = jnp.float32
     form = (splits.pieces, BLOCK) if scheduled else (splits, n, queries)
-    form = ((*form, D), form, form)
+    form = ((*form, d), form, form)
     kernel = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(s, f32) for s in form] if state is None else (),
@@ -275,9 +311,9 @@ def segment(
         num_threads=3,
         thread_name="wg",
         scratch_types=dict(
-            q_s=plgpu.SMEM((2, ROWS, D), q_nQD.dtype, transforms=transforms),
-            k_s=plgpu.SMEM((stages, tile, D), q_nQD.dtype, transforms=transforms),
-            v_s=plgpu.SMEM((stages, *v_shape), q_nQD.dtype, transforms=transforms),
+            q_s=plgpu.SMEM((2, ROWS, d), q_nQD.dtype, transforms=in_rows_of(d)),
+            k_s=plgpu.SMEM((stages, tile, d), q_nQD.dtype, transforms=in_rows_of(d)),
+            v_s=plgpu.SMEM((stages, *v_shape), q_nQD.dtype, transforms=in_rows_of(v_shape[1])),
             q_full=plgpu.Barrier(num_barriers=2),
             k_full=plgpu.Barrier(num_barriers=stages),
             v_full=plgpu.Barrier(num_barriers=stages),
