@@ -24,13 +24,23 @@ from pallas_kernels.triton_launch import missing
 __all__ = ["Queries", "finish", "prepare", "splits_for", "visit"]
 
 # Of an H100 SXM: multiprocessors; nanoseconds that a block spends on a key, in 8 and in 16 bits;
-# bytes a nanosecond that the state is written and read with. Other GPUs get another balance.
+# bytes a nanosecond that the state is written and read with. Other GPUs get another balance. Time and
+# state are those of 128 channels: both grow with them, so that the best number of parts stays.
 _PROCESSORS, _NS_PER_KEY, _BYTES_PER_NS = 132, {True: 9.5, False: 14.1}, 2.7e3
+_CHANNELS = 128
 
-# What fits: at 256 channels the weighted values alone are 128 registers of a thread.
+# By head_dim. Measured at 128; at 64 the same; at 256 what registers and shared memory hold.
 _TUNING = {
-    "bfloat16": {d: Tuning(tile=t, stages=2) for d, t in ((64, 128), (128, 128), (256, 64))},
-    "float8_e4m3fn": {d: Tuning(tile=t, stages=2) for d, t in ((64, 256), (128, 256), (256, 128))},
+    "bfloat16": {
+        64: Tuning(tile=128, stages=2),
+        128: Tuning(tile=128, stages=2),
+        256: Tuning(tile=64, stages=2),
+    },
+    "float8_e4m3fn": {
+        64: Tuning(tile=256, stages=2),
+        128: Tuning(tile=256, stages=2),
+        256: Tuning(tile=128, stages=2, registers=(240, 24)),
+    },
 }
 
 
@@ -78,7 +88,7 @@ def splits_for(
 
     def nanoseconds(parts: int) -> float:
         waves = -(-blocks * parts // processors)
-        state = blocks * BLOCK * 128 * 4 * parts
+        state = blocks * BLOCK * _CHANNELS * 4 * parts
         busy = waves * tokens / parts * _NS_PER_KEY[narrow]
         return segments * busy + 2 * (segments + 1) * state / _BYTES_PER_NS
 
@@ -108,11 +118,12 @@ def visit(
         state: jax references to update, or None for a first segment.
         splits: P, or for "mosaic" a `Schedule`; the same for all segments of a state.
         tuning: of "mosaic"; None takes the measured one.
-        implementation: "mosaic" (Hopper; head_dim 128), or "triton" (bfloat16; 64, 128, 256).
+        implementation: "mosaic" (Hopper), or "triton" (bfloat16); both know D 64, 128 and 256.
 
     Raises:
-        NotImplementedError: "triton" with e4m3, with another head_dim, or not installed.
-        ValueError: dtypes or shapes that do not belong together, or an unknown implementation.
+        NotImplementedError: "triton" with e4m3, with another D, or not installed.
+        ValueError: dtypes or shapes that do not belong together, for "mosaic" another D, or an
+            unknown implementation.
     """
     if implementation == "triton":
         if isinstance(splits, Schedule):

@@ -13,7 +13,12 @@ middle of e4m3's range.
 Measured there, 12 heads, 4,736 queries, 37,440 keys in two parts: e4m3 880 TFLOP/s (743 without
 turns, 826 at tiles of 128), bf16 594 (564 without turns). Issuing the logits of a tile together
 with the values of the one before it, and computing the softmax while the latter are multiplied,
-was slower: 704 and 573.
+was slower: 704 and 573. All of it at 128 channels a head.
+
+At 256 channels the weighted values of a query are 128 registers of a thread. In bf16 a tile has 64 keys
+then, and its product is added where they are. In e4m3 each tile's product needs registers of its own,
+so it comes in two halves of the channels; the compiler still moves about a quarter of the registers
+through local memory in every step.
 
 Source: Dao et al., FlashAttention (arXiv 2205.14135), algorithm 1; Shah et al., FlashAttention-3
 (arXiv 2407.08608), sections 3.1 and 3.3, for warp specialisation and 8-bit operands; accumulation
@@ -39,11 +44,13 @@ from pallas_kernels.dequant_attention.registers import (
     product,
 )
 from pallas_kernels.dequant_attention.schedule import Schedule
+from pallas_kernels.dequant_attention.shared import scratch
 
 __all__ = ["Tuning", "segment"]
 
 ROWS = 64  # queries of a computing warpgroup
 BLOCK = 2 * ROWS  # queries of a block
+_MOST_BESIDE = 128  # channels of weighted values beside which a product of as many fits
 FAR = -1e30  # maximum before any key: finite, so that differences never are NaN
 
 _W = plgpu.Layout.WGMMA
@@ -54,9 +61,10 @@ class Tuning:
     """Sizes that do not change the result beyond rounding.
 
     Attributes:
-        tile: keys that meet the queries at once.
+        tile: keys that meet the queries at once, at most 256.
         stages: tiles of K and of V in flight.
-        registers: of a computing and of a loading thread.
+        registers: of a computing and of a loading thread; twice the first and once the second are
+            at most 504, which is what three warpgroups start with.
     """
 
     tile: int
@@ -80,7 +88,7 @@ def segment(
     """Visits the first `control[0]` keys of a workspace.
 
     Args:
-        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `BLOCK`.
+        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `BLOCK`, D 64, 128 or 256.
         factor_nQ: what turns q . k into base-2 logits.
         k_mTD: keys as `decode_keys` gives them, of q's dtype; T a multiple of the tile.
         v: values as `decode_values` gives them.
@@ -99,15 +107,7 @@ def segment(
     narrow, scheduled = q_nQD.dtype != jnp.bfloat16, isinstance(splits, Schedule)
     tile, stages = tuning.tile, tuning.stages
     shift = 8.0 if narrow else 0.0
-    size = 1 if narrow else 2
-    v_shape = (d, tile) if narrow else (tile, d)
-    # Channels of an accumulator: in 8 bits a product has registers of its own, and at the end both
-    # have: more than 128 at once would not fit.
-    held = min(d, 128) if narrow else d
-
-    def in_rows_of(width: int) -> tuple[Any, ...]:
-        line = min(128, width * size)
-        return plgpu.TilingTransform((8, line // size)), plgpu.SwizzleTransform(line)
+    held = min(d, _MOST_BESIDE) if narrow else d  # channels of an accumulator
 
     def body(*refs, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, turn):
         q_g, factor_g, k_g, v_g, control_g, ku_g, vu_g, acc_g, max_g, sum_g = refs
@@ -138,16 +138,18 @@ def segment(
                 total, p = fold(p, jnp.add, 8), p.astype(q_nQD.dtype)
                 return as_words(p) if narrow else p, total, new_top
 
-            def values(i):
+            def filled(i):
+                """The slot of tile i of the values, when they are there."""
                 slot = lax.rem(i, stages)
                 plgpu.barrier_wait(v_full.at[slot])
                 return slot
 
-            def channels(slot, c, width):
-                if width == d:
-                    return v_s.at[slot].T if narrow else v_s.at[slot]
-                here = pl.ds(c * width, width)
-                return v_s.at[slot, here].T if narrow else v_s.at[slot, :, here]
+            def values(slot, c):
+                """Those of the channels that accumulator c holds."""
+                if not narrow:
+                    return v_s.at[slot]
+                right = v_s.at[slot] if held == d else v_s.at[slot, pl.ds(c * held, held)]
+                return right.T
 
             def left(p):
                 return left_operand(p, q_nQD.dtype) if narrow else p
@@ -188,6 +190,7 @@ def segment(
             fade = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), _W.reduce(1))
 
             def added(acc, fade, p, right):
+                """acc fade + p right"""
                 faded = acc * over_columns(fade, acc.shape)
                 if narrow:
                     return faded + product(left(p), right, acc.shape)
@@ -198,12 +201,10 @@ def segment(
                 """Weighted values of tile i - 1, then logits of tile i."""
                 accs, p, total, top, fade = carry
                 slot = lax.rem(i, stages)
-                before = values(i - 1)
+                before = filled(i - 1)
                 plgpu.barrier_wait(k_full.at[slot])
                 my_turn()
-                accs = tuple(
-                    added(acc, fade, p, channels(before, c, held)) for c, acc in enumerate(accs)
-                )
+                accs = tuple(added(acc, fade, p, values(before, c)) for c, acc in enumerate(accs))
                 plgpu.barrier_arrive(v_empty.at[lax.rem(i - 1, stages)])
                 s = product(q_s.at[wg], k_s.at[slot].T, (ROWS, tile))
                 your_turn()
@@ -216,8 +217,8 @@ def segment(
             accs, p, total, top, fade = lax.fori_loop(1, count, step, (accs, p, total, top, fade))
 
             def last_values(acc_o, c):
-                slot = values(count - 1) if c == 0 else lax.rem(count - 1, stages)
-                plgpu.wgmma(acc_o, left(p), channels(slot, c, held))
+                slot = filled(count - 1) if c == 0 else lax.rem(count - 1, stages)
+                plgpu.wgmma(acc_o, left(p), values(slot, c))
                 new = acc_o[...]
                 if c == len(accs) - 1:
                     plgpu.barrier_arrive(v_empty.at[slot])
@@ -225,9 +226,9 @@ def segment(
 
             parts = []
             for c, acc in enumerate(accs):
-                if held > 128:  # registers have no room for a product beside it
-                    slot = values(count - 1)
-                    acc = added(acc, fade, p, channels(slot, c, held))
+                if held > _MOST_BESIDE:
+                    slot = filled(count - 1)
+                    acc = added(acc, fade, p, values(slot, c))
                     plgpu.barrier_arrive(v_empty.at[slot])
                 else:
                     run = functools.partial(last_values, c=c)
@@ -236,12 +237,13 @@ def segment(
                 parts.append(acc * vu_g[head])
             return parts, top, total.sum(axis=1)
 
-        def part_of(c):
+        def of_part(c):
+            """Where accumulator c is in the state."""
             return own if held == d else (*own, pl.ds(c * held, held))
 
         def store(parts, top, total):
             for c, part in enumerate(parts):
-                acc_g.at[part_of(c)][...] = part
+                acc_g.at[of_part(c)][...] = part
             max_g.at[own][...] = top
             sum_g.at[own][...] = total
 
@@ -252,7 +254,7 @@ def segment(
                 old, new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
                 total = total * new + row(sum_g.at[own]) * old
                 for c, acc in enumerate(parts):
-                    before = plgpu.load(acc_g.at[part_of(c)], layout=_W, optimized=False)
+                    before = plgpu.load(acc_g.at[of_part(c)], layout=_W, optimized=False)
                     acc = acc * over_columns(new, acc.shape)
                     parts[c] = acc + before * over_columns(old, acc.shape)
                 top = new_top
@@ -310,17 +312,7 @@ def segment(
         grid_names=("piece",) if scheduled else ("part", "head", "block"),
         num_threads=3,
         thread_name="wg",
-        scratch_types=dict(
-            q_s=plgpu.SMEM((2, ROWS, d), q_nQD.dtype, transforms=in_rows_of(d)),
-            k_s=plgpu.SMEM((stages, tile, d), q_nQD.dtype, transforms=in_rows_of(d)),
-            v_s=plgpu.SMEM((stages, *v_shape), q_nQD.dtype, transforms=in_rows_of(v_shape[1])),
-            q_full=plgpu.Barrier(num_barriers=2),
-            k_full=plgpu.Barrier(num_barriers=stages),
-            v_full=plgpu.Barrier(num_barriers=stages),
-            k_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            v_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            turn=plgpu.Barrier(num_barriers=2),
-        ),
+        scratch_types=scratch(ROWS, tile, stages, d, q_nQD.dtype),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attention_segment",
     )
