@@ -37,7 +37,7 @@ from qvg_jax.workspaces import (
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
 
 
-_HEAD_DIMS = {"mosaic": (128,), "triton": (64, 128, 256)}
+_HEAD_DIMS = (64, 128, 256)
 
 
 def unsupported(
@@ -45,9 +45,8 @@ def unsupported(
 ) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
     lay: Layout = view.cache.layout
-    accepted = _HEAD_DIMS[implementation]
-    if lay.head_dim not in accepted:
-        return f"head_dim={lay.head_dim}; the kernels read {', '.join(map(str, accepted))}"
+    if lay.head_dim not in _HEAD_DIMS:
+        return f"head_dim={lay.head_dim}; the kernels read {', '.join(map(str, _HEAD_DIMS))}"
     for name, x in (("q", q_BTHD), ("the dense buffer", view.cache.dense_k)):
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}; the kernels read bfloat16"

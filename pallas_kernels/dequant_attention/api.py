@@ -25,10 +25,24 @@ from pallas_kernels.triton_launch import missing
 __all__ = ["Queries", "finish", "prepare", "prepare_tokens", "splits_for", "visit"]
 
 # Of an H100 SXM: multiprocessors; nanoseconds that a block spends on a key, in 8 and in 16 bits;
-# bytes a nanosecond that the state is written and read with. Other GPUs get another balance.
+# bytes a nanosecond that the state is written and read with. Other GPUs get another balance. Time and
+# state are those of 128 channels: both grow with them, so that the best number of parts stays.
 _PROCESSORS, _NS_PER_KEY, _BYTES_PER_NS = 132, {True: 9.5, False: 14.1}, 2.7e3
+_CHANNELS = 128
 
-_TUNING = {"bfloat16": Tuning(tile=128, stages=2), "float8_e4m3fn": Tuning(tile=256, stages=2)}
+# By head_dim. Measured at 128; at 64 the same; at 256 what registers and shared memory hold.
+_TUNING = {
+    "bfloat16": {
+        64: Tuning(tile=128, stages=2),
+        128: Tuning(tile=128, stages=2),
+        256: Tuning(tile=64, stages=2),
+    },
+    "float8_e4m3fn": {
+        64: Tuning(tile=256, stages=2),
+        128: Tuning(tile=256, stages=2),
+        256: Tuning(tile=128, stages=2, registers=(240, 24)),
+    },
+}
 
 
 class Queries(NamedTuple):
@@ -74,7 +88,7 @@ def prepare_tokens(
         tables: cosine and sine of every token; None for no rotation.
         pairing: of the rotation, as in `decode_keys`.
         narrow: whether e4m3 is wanted; otherwise both results are the same.
-        implementation: "mosaic" (head_dim 128) or "reference".
+        implementation: "mosaic" (head_dim 64, 128 or 256) or "reference".
 
     Raises:
         ValueError: an unknown implementation.
@@ -119,7 +133,7 @@ def splits_for(
 
     def nanoseconds(parts: int) -> float:
         waves = -(-blocks * parts // processors)
-        state = blocks * BLOCK * mosaic_gpu.D * 4 * parts
+        state = blocks * BLOCK * _CHANNELS * 4 * parts
         busy = waves * tokens / parts * _NS_PER_KEY[narrow]
         return segments * busy + 2 * (segments + 1) * state / _BYTES_PER_NS
 
@@ -149,11 +163,12 @@ def visit(
         state: jax references to update, or None for a first segment.
         splits: P, or for "mosaic" a `Schedule`; the same for all segments of a state.
         tuning: of "mosaic"; None takes the measured one.
-        implementation: "mosaic" (Hopper; head_dim 128), or "triton" (bfloat16; 64, 128, 256).
+        implementation: "mosaic" (Hopper), or "triton" (bfloat16); both know D 64, 128 and 256.
 
     Raises:
-        NotImplementedError: "triton" with e4m3, with another head_dim, or not installed.
-        ValueError: dtypes or shapes that do not belong together, or an unknown implementation.
+        NotImplementedError: "triton" with e4m3, with another D, or not installed.
+        ValueError: dtypes or shapes that do not belong together, for "mosaic" another D, or an
+            unknown implementation.
     """
     if implementation == "triton":
         if isinstance(splits, Schedule):
@@ -167,18 +182,19 @@ def visit(
             f"q, k, v have dtypes {q_nQD.dtype}, {k_nTD.dtype}, {v.dtype}; accepted: bfloat16 or "
             "float8_e4m3fn for all three"
         )
+    accepted = tuple(_TUNING[q_nQD.dtype.name])
     n, tokens, d = k_nTD.shape
     narrow = q_nQD.dtype != jnp.bfloat16
     want = (n, d, tokens) if narrow else (n, tokens, d)
-    if q_nQD.shape[0] != n or q_nQD.shape[2] != d or v.shape != want or d != mosaic_gpu.D:
+    if q_nQD.shape[0] != n or q_nQD.shape[2] != d or v.shape != want or d not in accepted:
         raise ValueError(
-            f"shapes {q_nQD.shape=}, {k_nTD.shape=}, {v.shape=}; accepted: (n, Q, 128), "
-            f"(n, T, 128) and {'(n, 128, T)' if narrow else '(n, T, 128)'}"
+            f"shapes {q_nQD.shape=}, {k_nTD.shape=}, {v.shape=}; accepted: (n, Q, D), (n, T, D) "
+            f"and {'(n, D, T)' if narrow else '(n, T, D)'}, D one of {accepted}"
         )
     blocks = n * q_nQD.shape[1] // BLOCK
     if isinstance(splits, Schedule) and splits.blocks != blocks:
         raise ValueError(f"{splits=}; accepted: one of {blocks} blocks of {BLOCK} queries")
-    tuning = _TUNING[q_nQD.dtype.name] if tuning is None else tuning
+    tuning = _TUNING[q_nQD.dtype.name][d] if tuning is None else tuning
     if tokens % tuning.tile or q_nQD.shape[1] % BLOCK:
         raise ValueError(
             f"T={tokens} and Q={q_nQD.shape[1]}; accepted: multiples of {tuning.tile}, {BLOCK}"

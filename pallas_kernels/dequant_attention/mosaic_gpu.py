@@ -1,6 +1,7 @@
 """Flash attention of a block of queries over one workspace of decoded keys and values, on Hopper.
 
-Two warpgroups compute, 64 queries each, and one loads. Keys are visited in tiles, with a running
+Two warpgroups compute, 64 queries each, and one loads, also ahead of time what the block of the GPU
+has to do next. Keys are visited in tiles, with a running
 maximum and sum in base 2 and the weighted values in float32, which start from what earlier segments
 left and are left for the next: the history is one softmax however many segments it comes in. A
 segment's tiles can be split among blocks, each with its own running state; `merge` joins them.
@@ -13,7 +14,12 @@ middle of e4m3's range.
 Measured there, 12 heads, 4,736 queries, 37,440 keys in two parts: e4m3 880 TFLOP/s (743 without
 turns, 826 at tiles of 128), bf16 594 (564 without turns). Issuing the logits of a tile together
 with the values of the one before it, and computing the softmax while the latter are multiplied,
-was slower: 704 and 573.
+was slower: 704 and 573. All of it at 128 channels a head.
+
+At 256 channels the weighted values of a query are 128 registers of a thread. In bf16 a tile has 64 keys
+then, and its product is added where they are. In e4m3 each tile's product needs registers of its own,
+so it comes in two halves of the channels; the compiler still moves about a quarter of the registers
+through local memory in every step.
 
 Source: Dao et al., FlashAttention (arXiv 2205.14135), algorithm 1; Shah et al., FlashAttention-3
 (arXiv 2407.08608), sections 3.1 and 3.3, for warp specialisation and 8-bit operands; accumulation
@@ -21,7 +27,8 @@ precision: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +45,13 @@ from pallas_kernels.dequant_attention.registers import (
     product,
 )
 from pallas_kernels.dequant_attention.schedule import Schedule
+from pallas_kernels.dequant_attention.shared import scratch
 
 __all__ = ["Tuning", "segment"]
 
-D = 128
 ROWS = 64  # queries of a computing warpgroup
 BLOCK = 2 * ROWS  # queries of a block
+_MOST_BESIDE = 128  # channels of weighted values beside which a product of as many fits
 FAR = -1e30  # maximum before any key: finite, so that differences never are NaN
 
 _W = plgpu.Layout.WGMMA
@@ -54,14 +62,25 @@ class Tuning:
     """Sizes that do not change the result beyond rounding.
 
     Attributes:
-        tile: keys that meet the queries at once.
+        tile: keys that meet the queries at once, at most 256.
         stages: tiles of K and of V in flight.
-        registers: of a computing and of a loading thread.
+        registers: of a computing and of a loading thread; twice the first and once the second are
+            at most 504, which is what three warpgroups start with.
     """
 
     tile: int
     stages: int
     registers: tuple[int, int] = (232, 40)
+
+
+class _Task(NamedTuple):
+    """Some tiles of keys for a block of queries."""
+
+    head: Any
+    query: Any  # the first one
+    own: Any  # where its state is, for this warpgroup
+    last: Any  # tile after the last one
+    count: Any  # tiles
 
 
 def segment(
@@ -80,7 +99,7 @@ def segment(
     """Visits the first `control[0]` keys of a workspace.
 
     Args:
-        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `BLOCK`.
+        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `BLOCK`, D 64, 128 or 256.
         factor_nQ: what turns q . k into base-2 logits.
         k_mTD: keys as `decode_keys` gives them, of q's dtype; T a multiple of the tile.
         v: values as `decode_values` gives them.
@@ -95,35 +114,51 @@ def segment(
     Returns:
         The state after a first segment; otherwise nothing.
     """
-    n, queries, _ = q_nQD.shape
+    n, queries, d = q_nQD.shape
     narrow, scheduled = q_nQD.dtype != jnp.bfloat16, isinstance(splits, Schedule)
     tile, stages = tuning.tile, tuning.stages
     shift = 8.0 if narrow else 0.0
-    swizzle = plgpu.SwizzleTransform(128)
-    transforms = (plgpu.TilingTransform((8, 128 if narrow else 64)), swizzle)
-    v_shape = (D, tile) if narrow else (tile, D)
+    held = min(d, _MOST_BESIDE) if narrow else d  # channels of an accumulator
 
-    def body(*refs, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, turn):
+    def body(
+        *refs, q_s, k_s, v_s, q_full, q_empty, k_full, v_full, k_empty, v_empty, turn
+    ):  # fmt: skip
         q_g, factor_g, k_g, v_g, control_g, ku_g, vu_g, acc_g, max_g, sum_g = refs
-        wg = lax.axis_index("wg")
-        if scheduled:
-            piece = lax.axis_index("piece")
-            block, part, parts = splits.place(piece)
-            head, block = lax.div(block, queries // BLOCK), lax.rem(block, queries // BLOCK)
-            own = (piece, pl.ds(wg * ROWS, ROWS))  # in the state
-        else:
-            part, head, block = (lax.axis_index(a) for a in ("part", "head", "block"))
-            own, parts = (part, head, pl.ds(block * BLOCK + wg * ROWS, ROWS)), splits
-        valid = control_g[0]
-        tiles = (valid + (tile - 1)) // tile
-        first, last = part * tiles // parts, (part + 1) * tiles // parts
-        count = last - first
-        mine = pl.ds(block * BLOCK + wg * ROWS, ROWS)
+        wg, valid = lax.axis_index("wg"), control_g[0]
         row = lambda ref: plgpu.load(ref, layout=_W.reduce(1), optimized=False)  # noqa: E731
 
-        def compute():
+        def task(piece=None):
+            """What is to be done at once: queries of a head and some tiles of its keys."""
+            if scheduled:
+                block, part, parts = splits.place(piece)
+                head, block = lax.div(block, queries // BLOCK), lax.rem(block, queries // BLOCK)
+                own = (piece, pl.ds(wg * ROWS, ROWS))  # in the state
+            else:
+                part, head, block = (lax.axis_index(a) for a in ("part", "head", "block"))
+                own, parts = (part, head, pl.ds(block * BLOCK + wg * ROWS, ROWS)), splits
+            tiles = (valid + (tile - 1)) // tile
+            first, last = part * tiles // parts, (part + 1) * tiles // parts
+            return _Task(head, block * BLOCK, own, last, last - first)
+
+        def each(do):
+            """do(task, tiles of the tasks before it), for one task after another."""
+            if not scheduled:
+                do(task(), 0)
+                return
+            start, step = lax.axis_index("program"), splits.programs
+
+            def one(i, done):
+                mine = task(start + i * step)
+                do(mine, done)
+                return done + mine.count
+
+            lax.fori_loop(0, lax.div(splits.pieces - start + (step - 1), step), one, jnp.int32(0))
+
+        def compute(mine, done):
             """Tiles from the last to the first: only the last can be partial."""
-            factor = row(factor_g.at[head, mine]) * ku_g[head]
+            head, last, count = mine.head, mine.last, mine.count
+            rows = pl.ds(mine.query + wg * ROWS, ROWS)
+            factor = row(factor_g.at[head, rows]) * ku_g[head]
 
             def weights(s, top):
                 largest = fold(s, jnp.maximum, 8).max(axis=1)
@@ -132,10 +167,18 @@ def segment(
                 total, p = fold(p, jnp.add, 8), p.astype(q_nQD.dtype)
                 return as_words(p) if narrow else p, total, new_top
 
-            def values(i):
-                slot = lax.rem(i, stages)
+            def filled(i):
+                """The slot of tile i of the values, when they are there."""
+                slot = lax.rem(done + i, stages)
                 plgpu.barrier_wait(v_full.at[slot])
-                return v_s.at[slot].T if narrow else v_s.at[slot]
+                return slot
+
+            def values(slot, c):
+                """Those of the channels that accumulator c holds."""
+                if not narrow:
+                    return v_s.at[slot]
+                right = v_s.at[slot] if held == d else v_s.at[slot, pl.ds(c * held, held)]
+                return right.T
 
             def left(p):
                 return left_operand(p, q_nQD.dtype) if narrow else p
@@ -148,17 +191,15 @@ def segment(
             def your_turn():
                 plgpu.barrier_arrive(turn.at[1 - wg])
 
-            @pl.when(wg == 1)
-            def _():
-                your_turn()
-
             def first_logits(acc_s):
-                plgpu.barrier_wait(k_full.at[0])
+                slot = lax.rem(done, stages)
+                plgpu.barrier_wait(q_full.at[wg])
+                plgpu.barrier_wait(k_full.at[slot])
                 my_turn()
-                plgpu.wgmma(acc_s, q_s.at[wg], k_s.at[0].T)
+                plgpu.wgmma(acc_s, q_s.at[wg], k_s.at[slot].T)
                 your_turn()
                 s = acc_s[...]
-                plgpu.barrier_arrive(k_empty.at[0])
+                plgpu.barrier_arrive(k_empty.at[slot])
                 return s
 
             s = pl.run_scoped(first_logits, plgpu.ACC((ROWS, tile), jnp.float32))
@@ -169,122 +210,158 @@ def segment(
             s = jnp.where(column + (last - 1) * tile < valid, s, FAR)
             top = plgpu.layout_cast(jnp.full((ROWS,), FAR, jnp.float32), _W.reduce(1))
             p, total, top = weights(s, top)
-            acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), _W)
+            accs = tuple(
+                plgpu.layout_cast(jnp.zeros((ROWS, held), jnp.float32), _W)
+                for _ in range(d // held)
+            )
             fade = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), _W.reduce(1))
+
+            def added(acc, fade, p, right):
+                """acc fade + p right"""
+                faded = acc * over_columns(fade, acc.shape)
+                if narrow:
+                    return faded + product(left(p), right, acc.shape)
+                multiply = pl.run_state(lambda acc_o: plgpu.wgmma(acc_o, left(p), right))
+                return multiply(plgpu.ACC.init(faded))
 
             def step(i, carry):
                 """Weighted values of tile i - 1, then logits of tile i."""
-                acc, p, total, top, fade = carry
-                slot = lax.rem(i, stages)
-                right = values(i - 1)
+                accs, p, total, top, fade = carry
+                slot = lax.rem(done + i, stages)
+                before = filled(i - 1)
                 plgpu.barrier_wait(k_full.at[slot])
                 my_turn()
-                if narrow:
-                    acc = acc * over_columns(fade, acc.shape) + product(left(p), right, (ROWS, D))
-                else:
-                    acc = pl.run_state(lambda acc_o: plgpu.wgmma(acc_o, left(p), right))(
-                        plgpu.ACC.init(acc * over_columns(fade, acc.shape))
-                    )
-                plgpu.barrier_arrive(v_empty.at[lax.rem(i - 1, stages)])
+                accs = tuple(added(acc, fade, p, values(before, c)) for c, acc in enumerate(accs))
+                plgpu.barrier_arrive(v_empty.at[before])
                 s = product(q_s.at[wg], k_s.at[slot].T, (ROWS, tile))
                 your_turn()
                 plgpu.barrier_arrive(k_empty.at[slot])
                 p, part_total, new_top = weights(s, top)
                 fade = jnp.exp2(top - new_top)
-                return acc, p, total * over_columns(fade, total.shape) + part_total, new_top, fade
+                total = total * over_columns(fade, total.shape) + part_total
+                return accs, p, total, new_top, fade
 
-            acc, p, total, top, fade = lax.fori_loop(1, count, step, (acc, p, total, top, fade))
+            accs, p, total, top, fade = lax.fori_loop(1, count, step, (accs, p, total, top, fade))
+            plgpu.barrier_arrive(q_empty.at[wg])
 
-            def last_values(acc_o):
-                right = values(count - 1)
-                plgpu.wgmma(acc_o, left(p), right)
+            def last_values(acc_o, c):
+                slot = filled(count - 1) if c == 0 else lax.rem(done + count - 1, stages)
+                plgpu.wgmma(acc_o, left(p), values(slot, c))
                 new = acc_o[...]
-                plgpu.barrier_arrive(v_empty.at[lax.rem(count - 1, stages)])
+                if c == len(accs) - 1:
+                    plgpu.barrier_arrive(v_empty.at[slot])
                 return new
 
-            new = pl.run_scoped(last_values, plgpu.ACC((ROWS, D), jnp.float32))
-            acc = (acc * over_columns(fade, acc.shape) + new) * vu_g[head]
-            return acc, top, total.sum(axis=1)
+            parts = []
+            for c, acc in enumerate(accs):
+                if held > _MOST_BESIDE:
+                    slot = filled(count - 1)
+                    acc = added(acc, fade, p, values(slot, c))
+                    plgpu.barrier_arrive(v_empty.at[slot])
+                else:
+                    run = functools.partial(last_values, c=c)
+                    new = pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+                    acc = acc * over_columns(fade, acc.shape) + new
+                parts.append(acc * vu_g[head])
+            return parts, top, total.sum(axis=1)
 
-        def store(acc, top, total):
-            acc_g.at[own][...] = acc
+        def of_part(own, c):
+            """Where accumulator c is in the state."""
+            return own if held == d else (*own, pl.ds(c * held, held))
+
+        def store(own, parts, top, total):
+            for c, part in enumerate(parts):
+                acc_g.at[of_part(own, c)][...] = part.astype(acc_g.dtype)
             max_g.at[own][...] = top
             sum_g.at[own][...] = total
 
-        def finish(acc, top, total):
+        def finish(own, parts, top, total):
             if state is not None:
                 old_top = row(max_g.at[own])
                 new_top = jnp.maximum(old_top, top)
                 old, new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
                 total = total * new + row(sum_g.at[own]) * old
-                before = plgpu.load(acc_g.at[own], layout=_W, optimized=False)
-                acc = acc * over_columns(new, acc.shape) + before * over_columns(old, acc.shape)
+                for c, acc in enumerate(parts):
+                    before = plgpu.load(acc_g.at[of_part(own, c)], layout=_W, optimized=False)
+                    before = before.astype(jnp.float32)
+                    acc = acc * over_columns(new, acc.shape)
+                    parts[c] = acc + before * over_columns(old, acc.shape)
                 top = new_top
-            store(acc, top, total)
+            store(own, parts, top, total)
+
+        def attend(mine, done):
+            @pl.when(mine.count > 0)
+            def _():
+                finish(mine.own, *compute(mine, done))
+
+            if state is None:
+
+                @pl.when(mine.count == 0)
+                def _():
+                    fill = lambda x: plgpu.layout_cast(  # noqa: E731
+                        jnp.full((ROWS,), x, jnp.float32), _W.reduce(1)
+                    )
+                    zeros = plgpu.layout_cast(jnp.zeros((ROWS, held), jnp.float32), _W)
+                    store(mine.own, [zeros] * (d // held), fill(FAR), fill(0.0))
+
+        def fetch(mine, done):
+            """The tiles of a task as slots become free, and its queries after the first keys."""
+
+            @pl.loop(0, mine.count)
+            def _(i):
+                slot = lax.rem(done + i, stages)
+                keys = pl.ds((mine.last - 1 - i) * tile, tile)
+
+                @pl.when(done + i >= stages)
+                def _():
+                    plgpu.barrier_wait(k_empty.at[slot])
+
+                plgpu.copy_gmem_to_smem(k_g.at[mine.head, keys], k_s.at[slot], k_full.at[slot])
+
+                @pl.when(i == 0)
+                def _():
+                    for w in range(2):
+
+                        @pl.when(done > 0)
+                        def _(w=w):
+                            plgpu.barrier_wait(q_empty.at[w])
+
+                        rows = pl.ds(mine.query + w * ROWS, ROWS)
+                        plgpu.copy_gmem_to_smem(q_g.at[mine.head, rows], q_s.at[w], q_full.at[w])
+
+                @pl.when(done + i >= stages)
+                def _():
+                    plgpu.barrier_wait(v_empty.at[slot])
+
+                v_at = v_g.at[mine.head, :, keys] if narrow else v_g.at[mine.head, keys]
+                plgpu.copy_gmem_to_smem(v_at, v_s.at[slot], v_full.at[slot])
 
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(tuning.registers[0], action="increase")
 
-            @pl.when(count > 0)
+            @pl.when(wg == 1)
             def _():
-                plgpu.copy_gmem_to_smem(q_g.at[head, mine], q_s.at[wg], q_full.at[wg])
-                plgpu.barrier_wait(q_full.at[wg])
-                finish(*compute())
+                plgpu.barrier_arrive(turn.at[0])
 
-            if state is None:
-
-                @pl.when(count == 0)
-                def _():
-                    fill = lambda x: plgpu.layout_cast(  # noqa: E731
-                        jnp.full((ROWS,), x, jnp.float32), _W.reduce(1)
-                    )
-                    zeros = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), _W)
-                    store(zeros, fill(FAR), fill(0.0))
+            each(attend)
 
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(tuning.registers[1], action="decrease")
-
-            @pl.loop(0, count)
-            def _(i):
-                slot = lax.rem(i, stages)
-                keys = pl.ds((last - 1 - i) * tile, tile)
-
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(k_empty.at[slot])
-
-                plgpu.copy_gmem_to_smem(k_g.at[head, keys], k_s.at[slot], k_full.at[slot])
-
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(v_empty.at[slot])
-
-                v_at = v_g.at[head, :, keys] if narrow else v_g.at[head, keys]
-                plgpu.copy_gmem_to_smem(v_at, v_s.at[slot], v_full.at[slot])
+            each(fetch)
 
     f32 = jnp.float32
     form = (splits.pieces, BLOCK) if scheduled else (splits, n, queries)
-    form = ((*form, D), form, form)
+    form = ((*form, d), jnp.bfloat16 if narrow else f32), (form, f32), (form, f32)
     kernel = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(s, f32) for s in form] if state is None else (),
-        grid=(splits.pieces,) if scheduled else (splits, n, queries // BLOCK),
-        grid_names=("piece",) if scheduled else ("part", "head", "block"),
+        out_type=[jax.ShapeDtypeStruct(*s) for s in form] if state is None else (),
+        grid=(splits.programs,) if scheduled else (splits, n, queries // BLOCK),
+        grid_names=("program",) if scheduled else ("part", "head", "block"),
         num_threads=3,
         thread_name="wg",
-        scratch_types=dict(
-            q_s=plgpu.SMEM((2, ROWS, D), q_nQD.dtype, transforms=transforms),
-            k_s=plgpu.SMEM((stages, tile, D), q_nQD.dtype, transforms=transforms),
-            v_s=plgpu.SMEM((stages, *v_shape), q_nQD.dtype, transforms=transforms),
-            q_full=plgpu.Barrier(num_barriers=2),
-            k_full=plgpu.Barrier(num_barriers=stages),
-            v_full=plgpu.Barrier(num_barriers=stages),
-            k_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            v_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            turn=plgpu.Barrier(num_barriers=2),
-        ),
+        scratch_types=scratch(ROWS, tile, stages, d, q_nQD.dtype),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attention_segment",
     )

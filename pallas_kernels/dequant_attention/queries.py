@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.dequantize.mosaic_gpu import load_turn, rotate
-from pallas_kernels.dequantize.rows import bf16_floats, past
+from pallas_kernels.dequantize.rows import CHANNELS, bf16_floats, past
 from pallas_kernels.lanes import (
     Lane,
     bf16_pair,
@@ -30,11 +30,8 @@ from pallas_kernels.lanes import (
 
 __all__ = ["TOP", "grouped"]
 
-D = 128
 TOP = 256  # the largest number of a row in e4m3, which ends at 448
 _TINY = 1e-30  # of a row of zeros, instead of 0
-_LANES = 8  # threads per query
-_AT_ONCE = 16  # queries that a warpgroup holds at once
 _QUERIES = 64  # of a block
 
 
@@ -55,7 +52,9 @@ def grouped(
         bf16 queries (n, size, D), zero beyond the last one; if `narrow` also e4m3 ones and the
         factor of each (n, size).
     """
-    rows, tokens, all_heads, _ = q_BTHD.shape
+    rows, tokens, all_heads, d = q_BTHD.shape
+    lanes = d // CHANNELS  # threads per query
+    at_once = 128 // lanes  # queries that a warpgroup holds
     branches, group = rows // batch, all_heads // heads
     queries = branches * group * tokens
     pair = 1 if heads % 2 else 2  # heads that share the sines
@@ -70,38 +69,38 @@ def grouped(
             (scale,) = load(global_address(scale_g), 4)
             row = block("y") * pair
             b, head = row // heads, row % heads
-            lane, mine = thread() % _LANES, thread() // _LANES
-            starts = [global_address(t) + (b * (tokens * D * 2)).wide() for t in table_g]
-            for step in range(_QUERIES // _AT_ONCE):
-                query = block("x") * _QUERIES + mine + step * _AT_ONCE
+            lane, mine = thread() % lanes, thread() // lanes
+            starts = [global_address(t) + (b * (tokens * d * 2)).wide() for t in table_g]
+            for step in range(_QUERIES // at_once):
+                query = block("x") * _QUERIES + mine + step * at_once
                 there = query < queries
                 safe = select(there, query, integer(0))
                 branch, token = safe // (group * tokens), safe % tokens
-                turn = load_turn(starts, token, lane, pairing)
+                turn = load_turn(starts, token, lane, pairing, d)
                 for h in range(pair):
                     theirs = (head + h) * group + safe // tokens % group
                     at = ((branch * batch + b) * tokens + token) * all_heads + theirs
-                    start = global_address(q_g) + at.wide() * (2 * D) + (lane * 16).wide()
-                    x = bf16_floats(load(start, 16)) + bf16_floats(load(past(start, D), 16))
+                    start = global_address(q_g) + at.wide() * (2 * d) + (lane * 16).wide()
+                    x = bf16_floats(load(start, 16)) + bf16_floats(load(past(start, d), 16))
                     x = rotate(x, turn, pairing) if turn else x
                     x = [select(there, y, _zero()) for y in x]
                     to = (row + h).wide() * size + query.wide()
                     words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
-                    _put(wide_g + to * (2 * D) + (lane * 16).wide(), words)
+                    _put(wide_g + to * (2 * d) + (lane * 16).wide(), words, d)
                     if narrow:
-                        most = largest_of(x, _LANES, at_least=_TINY)
+                        most = largest_of(x, lanes, at_least=_TINY)
                         share = most.reciprocal() * float(TOP)
                         pairs = [halves(x[i] * share, x[i + 1] * share) for i in range(0, 16, 2)]
-                        _put(narrow_g[0] + to * D + (lane * 8).wide(), e4m3_words(pairs))
+                        _put(narrow_g[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d)
                         factor = most * scale.as_float() * (1 / TOP)
                         store(narrow_g[1] + to * 4, [factor], lane < 1)
 
         run(*refs)
 
     form = (batch * heads, size)
-    out = [jax.ShapeDtypeStruct((*form, D), jnp.bfloat16)]
+    out = [jax.ShapeDtypeStruct((*form, d), jnp.bfloat16)]
     if narrow:
-        out += [jax.ShapeDtypeStruct((*form, D), jnp.float8_e4m3fn)]
+        out += [jax.ShapeDtypeStruct((*form, d), jnp.float8_e4m3fn)]
         out += [jax.ShapeDtypeStruct(form, jnp.float32)]
     return plgpu.kernel(
         body,
@@ -117,8 +116,8 @@ def _zero() -> Lane:
     return integer(0).as_float()
 
 
-def _put(to: Lane, words: list[Any]) -> None:
+def _put(to: Lane, words: list[Any], d: int) -> None:
     """Two runs of channels, half a row apart."""
     n = len(words) // 2
     store(to, words[:n])
-    store(past(to, D * n // 4), words[n:])
+    store(past(to, d * n // 4), words[n:])

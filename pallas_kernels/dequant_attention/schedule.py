@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 __all__ = ["Schedule", "join", "schedule_for"]
 
 # Of an H100 SXM: nanoseconds that a block spends on a key, in 8 and in 16 bits, and on starting and
-# ending; bytes a nanosecond that states are written and read with.
+# ending; bytes a nanosecond that states are written and read with. At 128 channels a head: with other
+# widths the times of keys and of states grow alike, and the balance hardly moves.
 NS_PER_KEY, NS_PER_PIECE, BYTES_PER_NS = {True: 9.5, False: 14.1}, 4e3, 2.7e3
 _STATE_BYTES = 128 * 128 * 4
 
@@ -32,11 +33,13 @@ class Schedule:
         blocks: blocks of queries of all rows.
         whole: how many of them, the first ones, are one piece.
         parts: pieces of each of the others.
+        processors: multiprocessors of the GPU, each of which takes one piece after another.
     """
 
     blocks: int
     whole: int
     parts: int
+    processors: int = 132
 
     @property
     def shared(self) -> int:
@@ -47,6 +50,11 @@ class Schedule:
     def pieces(self) -> int:
         """All of them: first the whole ones, then a first part of each of the others, and so on."""
         return self.whole + self.shared * self.parts
+
+    @property
+    def programs(self) -> int:
+        """Blocks of the GPU: program i does the pieces i, i + programs, i + 2 programs, ..."""
+        return min(self.pieces, self.processors)
 
     def place(self, piece: Any) -> tuple[Any, Any, Any]:
         """(block of queries, part of its keys, of how many parts) of a piece."""
@@ -83,9 +91,9 @@ def schedule_for(
         busy += (alone + shared) * NS_PER_PIECE
         return segments * busy + 2 * (segments + 1) * s.pieces * _STATE_BYTES / BYTES_PER_NS
 
-    options = [Schedule(blocks, 0, parts) for parts in range(1, most + 1)]
+    options = [Schedule(blocks, 0, parts, processors) for parts in range(1, most + 1)]
     if full:
-        options += [Schedule(blocks, full, parts) for parts in range(1, most + 1)]
+        options += [Schedule(blocks, full, parts, processors) for parts in range(1, most + 1)]
     return min(options, key=nanoseconds)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequantize import mosaic_gpu, reference
-from pallas_kernels.dequantize.types import Encoded, Scheme
+from pallas_kernels.dequantize.rows import HEAD_DIMS
+from pallas_kernels.dequantize.types import Encoded, Scheme, width_of
 from pallas_kernels.triton_launch import missing
 
 __all__ = ["decode_keys", "decode_values", "supported"]
@@ -22,35 +23,14 @@ def supported(
     source: Encoded | Array, scheme: Scheme | None, implementation: str = "mosaic"
 ) -> str | None:
     """Why the kernel of an implementation cannot decode this, or None if it can."""
-    if implementation == "triton":
-        return _supported_by_triton(source, scheme)
-    if not isinstance(source, Encoded):
-        if source.dtype != jnp.bfloat16:
-            return f"dtype={source.dtype}; the kernel reads bfloat16"
-        return None if source.shape[-1] == 128 else f"head_dim={source.shape[-1]}; it must be 128"
-    width = source.codes_RTC.shape[2] * 8 // scheme.bits
-    if width != 128:
-        return f"head_dim={width}; it must be 128"
-    if scheme.bits not in (1, 2, 3, 4):
-        return f"bits={scheme.bits}; the kernel reads 1, 2, 3 or 4"
-    if scheme.group % 8:
-        return f"group={scheme.group}; it must be a multiple of 8"
-    if (2 * scheme.offset) % 1:
-        return f"offset={scheme.offset}; it must be a multiple of a half"
-    if scheme.stages and source.ids_RST.dtype != jnp.uint8:
-        return f"ids of {source.ids_RST.dtype}; the kernel reads uint8 (at most 256 centroids)"
-    return None
-
-
-def _supported_by_triton(source: Encoded | Array, scheme: Scheme | None) -> str | None:
-    packed = isinstance(source, Encoded)
-    width = source.codes_RTC.shape[2] * 8 // scheme.bits if packed else source.shape[2]
-    if width not in (64, 128, 256):
+    width, packed = width_of(source, scheme), isinstance(source, Encoded)
+    if width not in HEAD_DIMS:
         return f"head_dim={width}; it must be 64, 128 or 256"
     if not packed:
         return None if source.dtype == jnp.bfloat16 else f"dtype={source.dtype}; it reads bfloat16"
-    if scheme.bits not in (1, 2, 3, 4, 8):
-        return f"bits={scheme.bits}; the kernel reads 1, 2, 3, 4 or 8"
+    accepted = (1, 2, 3, 4, 8) if implementation == "triton" else (1, 2, 3, 4)
+    if scheme.bits not in accepted:
+        return f"bits={scheme.bits}; the kernel reads {', '.join(map(str, accepted))}"
     if scheme.group % 8 or width % scheme.group:
         return f"group={scheme.group}; it must be a multiple of 8 that divides {width}"
     if (2 * scheme.offset) % 1:
@@ -155,7 +135,8 @@ def decode_keys(
         into: (workspace, at): an earlier result whose tokens from `at` on, a multiple of 16, plain
             ones take: the valid ones, then zeros to the next multiple of `PAD`. It is the result,
             and the workspace must not be used any more.
-        implementation: "mosaic", "triton" (bfloat16; head_dim 64, 128, 256) or "reference".
+        implementation: "mosaic", "triton" (bfloat16) or "reference"; kernels know head_dim 64, 128
+            and 256.
         tuning: of "mosaic"; None takes the measured one.
 
     Raises:

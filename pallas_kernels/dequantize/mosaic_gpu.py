@@ -1,9 +1,10 @@
 """Decoding on Hopper: one pass, bounded by memory.
 
-Eight threads share a token and hold the channels 8 i .. 8 i + 7 and 64 + 8 i .. of it, so that a
+D / 16 threads share a token and hold the channels 8 i .. 8 i + 7 and D / 2 + 8 i .. of it, so that a
 rotation finds both channels of its pairs in one thread under either pairing, centroid rows are
-read in whole 128-byte lines, and so are the results written. Values in e4m3 pass through shared
-memory once, because the second product of an 8-bit attention wants them with tokens adjacent.
+read in whole 128-byte lines (64-byte halves of them at D = 64), and so are the results written.
+Values in e4m3 pass through shared memory once, because the second product of an 8-bit attention
+wants them with tokens adjacent.
 
 Source of the idea to write values transposed: Shah et al., FlashAttention-3 (arXiv 2407.08608),
 section 3.3, which transposes inside attention; here the decoder does it.
@@ -18,10 +19,10 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.dequantize.banks import QUADS, Banks
 from pallas_kernels.dequantize.place import blocks_of, control_of, place_of
-from pallas_kernels.dequantize.rows import HEAD_DIM as D
-from pallas_kernels.dequantize.rows import DenseRow, EncodedRow, past
-from pallas_kernels.dequantize.types import Encoded, Scheme, padded, picked
+from pallas_kernels.dequantize.rows import CHANNELS, DenseRow, EncodedRow, past
+from pallas_kernels.dequantize.types import Encoded, Scheme, padded, picked, width_of
 from pallas_kernels.lanes import (
     Halves,
     Lane,
@@ -43,9 +44,6 @@ from pallas_kernels.lanes import (
 
 __all__ = ["Tuning", "decode_keys", "decode_values", "load_turn", "rotate"]
 
-_HALF = D // 2
-_LANES = 8  # threads per token
-_AT_ONCE = 16  # tokens that a warpgroup holds at once
 _VALUE_TOKENS = 128  # tokens of a block that transposes
 
 _PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -56,7 +54,8 @@ class Tuning:
     """Sizes that do not change the result.
 
     Attributes:
-        tokens: of a block; a multiple of 16.
+        tokens: of a block, if they have 128 channels: half as many of 256, twice as many of 64; a
+            multiple of 16.
         heads: of a block, which share the sines; the largest of 1, 2, 4 up to it that divides the
             heads.
     """
@@ -65,17 +64,19 @@ class Tuning:
     heads: int = 2
 
 
-def load_turn(starts: list[Lane], token: Lane, lane: Lane, pairing: str) -> list[list[Lane]]:
+def load_turn(
+    starts: list[Lane], token: Lane, lane: Lane, pairing: str, d: int
+) -> list[list[Lane]]:
     """Cosines and sines of a thread's channels in a token, from the tables at these addresses."""
     turn = []
     for start in starts:
-        start = start + (token * (_HALF * 4)).wide()
+        start = start + (token * (2 * d)).wide()
         if pairing == "half":
             start = start + (lane * 32).wide()
             words = load(start, 16) + load(past(start, 16), 16)
         else:
             start = start + (lane * 16).wide()
-            words = load(start, 16) + load(past(start, 128), 16)
+            words = load(start, 16) + load(past(start, d), 16)
         turn.append([w.as_float() for w in words])
     return turn
 
@@ -164,6 +165,9 @@ def decode_keys(
         source, scheme, first_row, rows, share_n if narrow else None
     )
     shapes, stored = [x.shape for x in arrays], arrays[0].shape[1]
+    d = width_of(source, scheme)
+    lanes, block_tokens = d // CHANNELS, tuning.tokens * 128 // d
+    at_once = 128 // lanes  # tokens that a warpgroup holds
     start, tokens = (None, stored) if window is None else window
     spans, behind = first_row.size, into is not None
     size = into[0].shape[1] if behind else padded(spans * tokens + room)
@@ -180,7 +184,7 @@ def decode_keys(
             packed, tables = rest[: len(arrays)], rest[len(arrays) :]
             place = place_of(control, spans, tokens, rows, pair, window is not None, behind)
             head, valid = place.head, place.valid
-            lane, mine = thread() % _LANES, thread() // _LANES
+            lane, mine = thread() % lanes, thread() // lanes
             readers, units, outs = [], [], []
             for h in range(pair):
                 row = place.row + head + h
@@ -188,18 +192,18 @@ def decode_keys(
                 at = (place.cut if isinstance(source, Encoded) else head) + h
                 (word,) = load(global_address(unit) + (at * 4).wide(), 4)
                 units.append(word.as_float())
-                width = D * (1 if narrow else 2)
+                width = d * (1 if narrow else 2)
                 outs.append(global_address(out) + (head + h).wide() * (size * width))
             if tables:
                 row = place.table + head // heads
-                starts = [global_address(t) + row.wide() * (stored * _HALF * 4) for t in tables]
+                starts = [global_address(t) + row.wide() * (stored * d * 2) for t in tables]
 
-            with utils.when(place.needed(block("x") * tuning.tokens)):
-                for step in range(tuning.tokens // _AT_ONCE):
-                    token = block("x") * tuning.tokens + mine + step * _AT_ONCE
+            with utils.when(place.needed(block("x") * block_tokens)):
+                for step in range(block_tokens // at_once):
+                    token = block("x") * block_tokens + mine + step * at_once
                     there = token < valid
                     safe = place.read(select(there, token, integer(0)))
-                    turn = load_turn(starts if tables else [], safe, lane, pairing)
+                    turn = load_turn(starts if tables else [], safe, lane, pairing, d)
                     if turn and narrow:
                         turn = _half_turn(turn, pairing)
                     for h in range(pair):
@@ -208,26 +212,26 @@ def decode_keys(
                             words = e4m3_words(_rotate_halves(x, turn, pairing) if turn else x)
                             # See reference.key_row_of_token.
                             inside = ((token & 2) << 2) | ((token >> 1) & 6) | (token & 1)
-                            to = place.to((token & -16) | inside) * D + lane * 8
+                            to = place.to((token & -16) | inside) * d + lane * 8
                         else:
                             x = readers[h].floats(safe, lane, units[h])
                             x = rotate(x, turn, pairing) if turn else x
                             words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
-                            to = place.to(token) * (2 * D) + lane * 16
+                            to = place.to(token) * (2 * d) + lane * 16
                         words = [select(there, w, integer(0)) for w in words]
                         to, n = outs[h] + to.wide(), len(words) // 2
                         written = place.written(token)
                         store(to, words[:n], written)
-                        store(past(to, D * n // 4), words[n:], written)
+                        store(past(to, d * n // 4), words[n:], written)
 
         run(*refs)
 
     return _run(
         body,
         (control, share_n, *arrays, *extra),
-        jax.ShapeDtypeStruct((rows, size, D), dtype),
+        jax.ShapeDtypeStruct((rows, size, d), dtype),
         into,
-        grid=(spans * rows // pair, blocks_of(spans, tokens, tuning.tokens, behind)),
+        grid=(spans * rows // pair, blocks_of(spans, tokens, block_tokens, behind)),
         kernel_name="decode_keys",
     )
 
@@ -276,6 +280,7 @@ def decode_values(
     spans, behind = first_row.size, into is not None
     size = into[0].shape[2] if behind else padded(spans * tokens + room)
     control = control_of(first_row, valid, first_table, start, into[1] if behind else None)
+    banks = Banks(d := width_of(source, scheme))
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
@@ -283,36 +288,35 @@ def decode_values(
             del ctx
             control, unit, *packed, out, tile = refs
             place = place_of(control, spans, tokens, rows, 1, window is not None, behind)
-            head, lane, mine = place.head, thread() % _LANES, thread() // _LANES
+            head, lane, mine = place.head, thread() % banks.lanes, thread() // banks.lanes
             row = reader(packed, shapes, scheme, place.row + head, place.cut)
             at = place.cut if isinstance(source, Encoded) else head
             (word,) = load(global_address(unit) + (at * 4).wide(), 4)
             unit, tile = word.as_float(), shared_address(tile)
             first = block("x") * _VALUE_TOKENS
             with utils.when(place.needed(first)):
-                # Word w of token t lies at w ^ (t / 4): a column of words, read below, then touches
-                # all 32 banks. The tokens of a warp are dealt so that writing conflicts at most twice.
-                quad0 = (mine & 1) + ((mine >> 2) << 1) + (((mine >> 1) & 1) << 4)
-                for step in range(_VALUE_TOKENS // _AT_ONCE):
-                    quad = quad0 + 8 * (step % 2)
-                    inside = quad * 4 + step // 2
+                quad0 = banks.first_quad(mine)
+                for step in range(banks.steps):
+                    quad, i = banks.token(quad0, step)
+                    inside = quad * 4 + i
                     token = first + inside
                     there = token < place.valid
                     safe = place.read(select(there, token, integer(0)))
                     words = e4m3_words(row.halves(safe, lane, unit))
-                    for i, word in enumerate(words):
-                        column = lane * 2 + (16 * (i // 2) + i % 2)
+                    for w, word in enumerate(words):
+                        column = lane * 2 + (d // 8 * (w // 2) + w % 2)
                         word = select(there, word, integer(0))
-                        shared_store(tile + inside * D + ((column ^ quad) << 2), word)
+                        at = tile + banks.row(inside, quad, i) + banks.word(column, quad)
+                        shared_store(at, word)
                 utils.warpgroup_barrier()
-                warp, quad = thread() // 32, thread() % 32
+                warp, quad = thread() // 32, thread() % QUADS
                 token = first + quad * 4
-                to = global_address(out) + head.wide() * (D * size) + place.to(token).wide()
-                for step in range(D // 4 // 4):
-                    column = warp * (D // 4 // 4) + step
-                    at = tile + quad * (4 * D) + ((column ^ quad) << 2)
+                to = global_address(out) + head.wide() * (d * size) + place.to(token).wide()
+                for step in range(d // 4 // 4):
+                    column = warp * (d // 4 // 4) + step
+                    at = tile + banks.start(quad) + banks.word(column, quad)
                     for c, word in enumerate(
-                        _transposed([shared_load(at + D * i) for i in range(4)])
+                        _transposed([shared_load(at + banks.next_token * i) for i in range(4)])
                     ):
                         store(to + ((column * 4 + c) * size).wide(), [word], place.written(token))
 
@@ -321,9 +325,9 @@ def decode_values(
     return _run(
         body,
         (control, share_n, *arrays),
-        jax.ShapeDtypeStruct((rows, D, size), dtype),
+        jax.ShapeDtypeStruct((rows, d, size), dtype),
         into,
-        scratch_types=[plgpu.SMEM((_VALUE_TOKENS * D // 4,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((_VALUE_TOKENS * d // 4,), jnp.int32)],
         grid=(spans * rows, blocks_of(spans, tokens, _VALUE_TOKENS, behind)),
         kernel_name="decode_values",
     )

@@ -1,7 +1,8 @@
-"""Reading rows on Hopper: what one of the eight threads of a token does to get its channels.
+"""Reading rows on Hopper: what one of the threads of a token does to get its channels.
 
-A thread holds the channels 8 i .. 8 i + 7 and 64 + 8 i .. of a token. In e4m3 kernels values are pairs of
-float16, which have eleven bits where e4m3 has four, at half the instructions of float32.
+A thread holds the channels 8 i .. 8 i + 7 and D / 2 + 8 i .. of a token: four threads share one of 64
+channels, eight one of 128, sixteen one of 256. In e4m3 kernels values are pairs of float16, which have
+eleven bits where e4m3 has four, at half the instructions of float32.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ import numpy as np
 from pallas_kernels.dequantize.types import Scheme
 from pallas_kernels.lanes import Halves, Lane, global_address, halves, integer, load, permute_bytes
 
-__all__ = ["HEAD_DIM", "DenseRow", "EncodedRow", "bf16_floats", "past"]
+__all__ = ["CHANNELS", "HEAD_DIMS", "DenseRow", "EncodedRow", "bf16_floats", "past"]
 
-HEAD_DIM = D = 128
-_HALF = D // 2
+HEAD_DIMS = (64, 128, 256)
+CHANNELS = 16  # of a thread
 
 
 def _scale(byte: Lane) -> Lane:
@@ -85,12 +86,13 @@ class EncodedRow:
         codes, scales, *tables = refs
         self.scheme = scheme
         (_, self.tokens, self.code_bytes), (_, _, self.groups) = shapes[:2]
+        self.width = self.code_bytes * 8 // scheme.bits
         row = row.wide()
         self.codes = global_address(codes) + row * (self.tokens * self.code_bytes)
         self.scales = global_address(scales) + row * (self.tokens * self.groups)
         if scheme.stages:
             ids, centroids = tables
-            self.table_bytes = shapes[3][2] * D * 2
+            self.table_bytes = shapes[3][2] * self.width * 2
             self.ids = global_address(ids) + row * (scheme.stages * self.tokens)
             # The tables were cut to the decoded rows before.
             self.tables = global_address(centroids) + head.wide() * (
@@ -102,24 +104,25 @@ class EncodedRow:
     ) -> Iterator[tuple[tuple[Lane, ...], Lane, list[tuple[Lane, ...]]]]:
         """For each eight channels: code words, scale, centroid words of every stage."""
         scheme, wide = self.scheme, self.scheme.bits  # eight codes take as many bytes as bits
+        width, half_width = self.width, self.width // 2
         place = token * self.code_bytes + (0 if wide == 3 else lane * wide)
         codes = self.codes + place.wide()
         scales = self.scales + (token * self.groups).wide()
         starts = []
         for s in range(scheme.stages):
             (row,) = load(self.ids + (token + s * self.tokens).wide(), 1)
-            place = row * (2 * D) + lane * 16 + s * self.table_bytes
+            place = row * (2 * width) + lane * 16 + s * self.table_bytes
             starts.append(self.tables + place.wide())
         scale = None
         for half in range(2):
             if wide == 3:
-                words = (_three_bytes(past(codes, half * _HALF * 3 // 8), lane),)
+                words = (_three_bytes(past(codes, half * half_width * 3 // 8), lane),)
             else:
-                words = load(past(codes, half * _HALF * wide // 8), wide)
-            if scale is None or scheme.group < D:
-                group = (lane * 8 + half * _HALF) // scheme.group
+                words = load(past(codes, half * half_width * wide // 8), wide)
+            if scale is None or scheme.group < width:
+                group = (lane * 8 + half * half_width) // scheme.group
                 scale = _scale(load(scales + group.wide(), 1)[0])
-            yield words, scale, [load(past(start, half * D), 16) for start in starts]
+            yield words, scale, [load(past(start, half * width), 16) for start in starts]
 
     def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
         """The values, their scales times `share`."""
@@ -153,19 +156,20 @@ class DenseRow:
     """Reads the same channels of one bf16 row, of rows (R, T, D) or of tokens (B, T, H, D)."""
 
     def __init__(self, refs: list[Any], shapes: Any, scheme: None, row: Lane, head: Lane):
-        self.rows, (_, tokens, *heads, _) = global_address(refs[0]), shapes[0]
-        self.token_bytes = 2 * D
+        self.rows, (_, tokens, *heads, self.width) = global_address(refs[0]), shapes[0]
+        self.token_bytes = 2 * self.width
         if heads:
             batch, row = row // heads[0], row % heads[0]
             self.token_bytes *= heads[0]
-            self.rows += batch.wide() * (tokens * self.token_bytes) + row.wide() * (2 * D)
+            self.rows += batch.wide() * (tokens * self.token_bytes)
+            self.rows += row.wide() * (2 * self.width)
         else:
             self.rows += row.wide() * (tokens * self.token_bytes)
 
     def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
         del share  # only for e4m3
         start = self.rows + token.wide() * self.token_bytes + (lane * 16).wide()
-        return bf16_floats(load(start, 16)) + bf16_floats(load(past(start, D), 16))
+        return bf16_floats(load(start, 16)) + bf16_floats(load(past(start, self.width), 16))
 
     def halves(self, token: Lane, lane: Lane, share: Lane) -> list[Halves]:
         x = [v * share for v in self.floats(token, lane, share)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt8
 
-__all__ = ["PAD", "Encoded", "Scheme", "padded", "picked"]
+__all__ = ["PAD", "Encoded", "Scheme", "padded", "picked", "width_of"]
 
 # Workspaces hold a multiple of this many tokens, zeros behind the valid ones: a tile of attention.
 PAD = 256
@@ -78,3 +78,10 @@ class Encoded:
         if steps.ndim == 3:
             return x * steps.astype(jnp.float32)[:, :, None]
         return x * jnp.exp2(steps.astype(jnp.float32))[:, :, None, None]
+
+
+def width_of(source: Encoded | Array, scheme: Scheme | None) -> int:
+    """Channels of a packed or plain row."""
+    if isinstance(source, Encoded):
+        return source.codes_RTC.shape[2] * 8 // scheme.bits
+    return source.shape[-1]
