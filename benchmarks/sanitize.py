@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.sanitize
 
 Partial tiles, formats of 1 to 4 bits, spans behind each other, new tokens behind those, windows, empty
-segments. Prints a line
-for each call, and fails if one does. `--tool racecheck` and `--tool synccheck` take it too.
+segments, heads of 64, 128 and 256 channels. Prints a line for each call, and fails if one does. `--tool
+racecheck` and `--tool synccheck` take it too.
 """
 
 import argparse
@@ -33,66 +33,78 @@ def _noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(jnp.bfloat16)
 
 
-def _packed(rows: int, bits: int, group: int, stages: int) -> tuple[Encoded, Scheme]:
+def _packed(rows: int, bits: int, group: int, stages: int, head_dim: int) -> tuple[Encoded, Scheme]:
     rng = np.random.default_rng(bits)
     whole = lambda most, *shape: rng.integers(0, most, shape).astype(np.uint8)  # noqa: E731
     return Encoded(
-        codes_RTC=whole(256, rows, _TOKENS, 16 * bits),
-        scales_RTG=whole(0x40, rows, _TOKENS, 128 // group),
+        codes_RTC=whole(256, rows, _TOKENS, head_dim * bits // 8),
+        scales_RTG=whole(0x40, rows, _TOKENS, head_dim // group),
         ids_RST=whole(100, rows, stages, _TOKENS) if stages else None,
-        centroids_RSKD=_noise(rows, stages, 100, 128) if stages else None,
+        centroids_RSKD=_noise(rows, stages, 100, head_dim) if stages else None,
     ), Scheme(bits, group, (2**bits - 1) / 2, stages)
 
 
 def calls() -> Iterator[tuple[str, Callable, tuple]]:
     """(name, function, its arguments) of every call."""
-    table = np.ones((3, _TOKENS, 64), np.float32)
-    for dtype in (jnp.bfloat16, E4M3):
-        name = jnp.dtype(dtype).name
-        here = dict(rows=2, valid=_TOKENS, dtype=dtype, unit_n=np.ones(2, np.float32))
-        for bits, group, stages in ((1, 128, 2), (2, 64, 1), (3, 128, 1), (4, 16, 0)):
-            source, scheme = _packed(6, bits, group, stages)
-            more = here | dict(first_row=4)
-            yield (
-                f"keys of {bits} bits to {name}",
-                lambda s, t, c=scheme, h=more: decode_keys(s, c, tables=(t, t), first_table=2, **h),
-                (source, table),
-            )
-            yield (
-                f"values of {bits} bits to {name}",
-                lambda s, c=scheme, h=more: decode_values(s, c, **h),
-                (source,),
-            )
-        source, scheme = _packed(6, 2, 64, 1)
-        more = here | dict(first_row=np.asarray([4, 0, 2]), valid=2 * _TOKENS)
+    for head_dim in (64, 128, 256):
+        for dtype in (jnp.bfloat16, E4M3):
+            yield from _reading(head_dim, dtype)
+        yield _queries(head_dim)
+    yield from _encoding()
+
+
+def _reading(head_dim: int, dtype: jnp.dtype) -> Iterator[tuple[str, Callable, tuple]]:
+    name = f"{jnp.dtype(dtype).name}, {head_dim} channels"
+    table = np.ones((3, _TOKENS, head_dim // 2), np.float32)
+    here = dict(rows=2, valid=_TOKENS, dtype=dtype, unit_n=np.ones(2, np.float32))
+    for bits, group, stages in ((1, head_dim, 2), (2, 64, 1), (3, head_dim, 1), (4, 16, 0)):
+        source, scheme = _packed(6, bits, group, stages, head_dim)
+        more = here | dict(first_row=4)
         yield (
-            f"keys of three spans to {name}",
-            lambda s, t, c=scheme, h=more: decode_keys(
-                s, c, tables=(t, t), first_table=np.arange(3), **h
-            ),
+            f"keys of {bits} bits to {name}",
+            lambda s, t, c=scheme, h=more: decode_keys(s, c, tables=(t, t), first_table=2, **h),
             (source, table),
         )
         yield (
-            f"values of three spans to {name}",
+            f"values of {bits} bits to {name}",
             lambda s, c=scheme, h=more: decode_values(s, c, **h),
             (source,),
         )
-        window = here | dict(first_row=1, valid=44, window=(260, 44))
-        for decode in (decode_keys, decode_values):
-            yield (
-                f"{decode.__name__}, the end of plain tokens, to {name}",
-                lambda x, f=decode, h=window: f(x, None, **h),
-                (_noise(3, _TOKENS, 128),),
-            )
-        yield f"new tokens behind spans to {name}", *_behind(source, scheme, more, dtype)
-        yield from _attention(dtype, name)
+    source, scheme = _packed(6, 2, 64, 1, head_dim)
+    more = here | dict(first_row=np.asarray([4, 0, 2]), valid=2 * _TOKENS)
     yield (
-        "queries",
-        lambda q, t: prepare_tokens(
-            q, jnp.float32(0.1), batch=1, heads=1, tables=(t, t), pairing="half", narrow=True
+        f"keys of three spans to {name}",
+        lambda s, t, c=scheme, h=more: decode_keys(
+            s, c, tables=(t, t), first_table=np.arange(3), **h
         ),
-        (_noise(1, 75, 2, 128), table[:1, :75]),
+        (source, table),
     )
+    yield (
+        f"values of three spans to {name}",
+        lambda s, c=scheme, h=more: decode_values(s, c, **h),
+        (source,),
+    )
+    window = here | dict(first_row=1, valid=44, window=(260, 44))
+    for decode in (decode_keys, decode_values):
+        yield (
+            f"{decode.__name__}, the end of plain tokens, to {name}",
+            lambda x, f=decode, h=window: f(x, None, **h),
+            (_noise(3, _TOKENS, head_dim),),
+        )
+    yield f"new tokens behind spans to {name}", *_behind(source, scheme, more, head_dim, dtype)
+    yield from _attention(head_dim, dtype, name)
+
+
+def _queries(head_dim: int) -> tuple[str, Callable, tuple]:
+    here = dict(batch=1, heads=1, pairing="half", narrow=True)
+    return (
+        f"queries of {head_dim} channels",
+        lambda q, t: prepare_tokens(q, jnp.float32(0.1), tables=(t, t), **here),
+        (_noise(1, 75, 2, head_dim), np.ones((1, 75, head_dim // 2), np.float32)),
+    )
+
+
+def _encoding() -> Iterator[tuple[str, Callable, tuple]]:
     x, c = _noise(2, 1000, 128), _noise(2, 200, 128)
     yield "k-means sums", lambda x, c: kmeans_sums(x, c, scores=True, parts=3), (x, c)
     yield "subtract", assign_and_subtract, (x, c)
@@ -100,7 +112,9 @@ def calls() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"pack, {form}", lambda x, c, f=form: assign_and_pack(x, c, f), (x, c)
 
 
-def _behind(source: Encoded, scheme: Scheme, spans: dict, dtype: jnp.dtype) -> tuple:
+def _behind(
+    source: Encoded, scheme: Scheme, spans: dict, head_dim: int, dtype: jnp.dtype
+) -> tuple[Callable, tuple]:
     def run(source, x):
         here = dict(first_row=0, rows=2, valid=70, dtype=dtype, unit_n=np.ones(2, np.float32))
         return [
@@ -108,11 +122,11 @@ def _behind(source: Encoded, scheme: Scheme, spans: dict, dtype: jnp.dtype) -> t
             for decode in (decode_keys, decode_values)
         ]
 
-    return run, (source, _noise(1, 70, 2, 128))
+    return run, (source, _noise(1, 70, 2, head_dim))
 
 
-def _attention(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, tuple]]:
-    k = _noise(2, 512, 128).astype(dtype)
+def _attention(head_dim: int, dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, tuple]]:
+    k = _noise(2, 512, head_dim).astype(dtype)
     v = np.ascontiguousarray(k.swapaxes(1, 2)) if dtype == E4M3 else k
     for splits in (2, Schedule(4, 3, 2)):
 
@@ -123,7 +137,7 @@ def _attention(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, tup
                 visit(queries, k, v, n, state=refs, splits=splits)
             return [r[...] for r in refs]
 
-        yield f"attention in {name}, {splits}", run, (_noise(2, 200, 128), k, v, np.int32(400))
+        yield f"attention in {name}, {splits}", run, (_noise(2, 200, head_dim), k, v, np.int32(400))
 
 
 def main(argv: list[str] | None = None) -> int:

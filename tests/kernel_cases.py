@@ -13,14 +13,20 @@ from qvg_jax.cache import KVCache
 from qvg_jax.codec import Codec
 from qvg_jax.compose import chain
 from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.rope import Encodings, axial_rope, frequency_ladder
+from qvg_jax.rope import Encodings, Rope, axial_rope, frequency_ladder
 from qvg_jax.smoothing import kmeans_smoothing
 
 E4M3 = jnp.float8_e4m3fn
-HALF, INTERLEAVED = (
-    axial_rope([frequency_ladder(n) for n in (44, 42, 42)], pairing=p)
-    for p in ("half", "interleaved")
-)
+
+
+def rope_of(pairing: str, head_dim: int) -> Rope:
+    """A rotation by three coordinates."""
+    small = head_dim // 3 // 2 * 2
+    sizes = (head_dim - 2 * small, small, small)
+    return axial_rope([frequency_ladder(n) for n in sizes], pairing=pairing)
+
+
+HALF, INTERLEAVED = (rope_of(pairing, 128) for pairing in ("half", "interleaved"))
 MIDRISE = chain(kmeans_smoothing(64), grid_quantize())
 
 # Codecs whose encoding the kernels can do.
@@ -35,7 +41,7 @@ ENCODERS = {
     "1 bit keys": lambda: presets.pair("midrise-k1v3", num_centroids=64)[0],
 }
 
-# name: scheme, and extra fields of the rows
+# name: scheme of 128 channels, and extra fields of the rows
 FORMATS = {
     "qvg": (Scheme(bits=2, group=64, offset=1, stages=1), ()),
     "qvg-pro": (Scheme(bits=2, group=16, offset=1, stages=4), ()),
@@ -51,23 +57,30 @@ FORMATS = {
 }
 
 
-def encoded(name: str, rows: int, tokens: int, seed: int = 0) -> tuple[Encoded, Scheme]:
-    """Random packed rows of a format: every byte value of codes and scales that can occur."""
+def encoded(
+    name: str, rows: int, tokens: int, seed: int = 0, head_dim: int = 128
+) -> tuple[Encoded, Scheme]:
+    """Random packed rows of a format: every byte value of codes and scales that can occur.
+
+    Of a format with one scale for a token of 128 channels, tokens of other widths have one too.
+    """
     scheme, extra = FORMATS[name]
+    if scheme.group == 128:
+        scheme = dataclasses.replace(scheme, group=head_dim)
     rng = np.random.default_rng(seed)
     s, k = scheme.stages, 64
     integers = lambda low, high, *shape: jnp.asarray(rng.integers(low, high, shape))  # noqa: E731
-    tables, steps = jnp.asarray(rng.standard_normal((rows, s, k, 128)), jnp.bfloat16), None
+    tables, steps = jnp.asarray(rng.standard_normal((rows, s, k, head_dim)), jnp.bfloat16), None
     if "int8" in extra:
-        tables = integers(-127, 128, rows, s, k, 128).astype(jnp.int8)
-        steps = jnp.asarray(rng.uniform(0.01, 0.03, (rows, s, 128)), jnp.bfloat16)
+        tables = integers(-127, 128, rows, s, k, head_dim).astype(jnp.int8)
+        steps = jnp.asarray(rng.uniform(0.01, 0.03, (rows, s, head_dim)), jnp.bfloat16)
     if "e4m3" in extra:
         tables = jax.lax.bitcast_convert_type(tables.astype(E4M3), jnp.uint8)
         steps = integers(-2, 3, rows, s).astype(jnp.int8)
     exponents = integers(-3, 1, rows).astype(jnp.int8) if "exponents" in extra else None
     return Encoded(
-        codes_RTC=integers(0, 256, rows, tokens, 16 * scheme.bits).astype(jnp.uint8),
-        scales_RTG=integers(0, 0x40, rows, tokens, 128 // scheme.group).astype(jnp.uint8),
+        codes_RTC=integers(0, 256, rows, tokens, head_dim * scheme.bits // 8).astype(jnp.uint8),
+        scales_RTG=integers(0, 0x40, rows, tokens, head_dim // scheme.group).astype(jnp.uint8),
         ids_RST=integers(0, k, rows, s, tokens).astype(jnp.uint8) if s else None,
         centroids_RSKD=tables if s else None,
         exponents_R=exponents,
@@ -82,13 +95,16 @@ def on_cpu(f, *args):
         return f(*jax.device_put(args, cpu))
 
 
-def turns(seed: int, rows: int, tokens: int) -> tuple[jax.Array, jax.Array]:
+def turns(seed: int, rows: int, tokens: int, head_dim: int = 128) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of random angles."""
-    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (rows, tokens, 64))
+    form = (rows, tokens, head_dim // 2)
+    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, form)
     return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
 
 
-def filled_cache(codec, *, layers=2, heads=2, block=96, blocks=7, **settings) -> KVCache:
+def filled_cache(
+    codec, *, layers=2, heads=2, head_dim=128, block=96, blocks=7, **settings
+) -> KVCache:
     """A cache as after `blocks` blocks: sink, two spans of two blocks, and a window.
 
     Spans hold random bytes that could have been encoded: compiling k-means takes longer than the tests.
@@ -97,7 +113,7 @@ def filled_cache(codec, *, layers=2, heads=2, block=96, blocks=7, **settings) ->
         codec = (codec, codec)
     settings = dict(sink_blocks=1, span_blocks=2, max_spans=3, keep_recent=1) | settings
     cache = KVCache.create(
-        layers=layers, heads=heads, head_dim=128, block_tokens=block, pos_dims=3,
+        layers=layers, heads=heads, head_dim=head_dim, block_tokens=block, pos_dims=3,
         key_codec=codec[0], value_codec=codec[1], **settings,
     )  # fmt: skip
     lay, rng = cache.layout, np.random.default_rng(1)

@@ -46,6 +46,7 @@ from tests.kernel_cases import (
     encodings,
     filled_cache,
     positions,
+    rope_of,
     turns,
     with_window_garbage,
 )
@@ -61,15 +62,16 @@ def _lowered(f, *args) -> str:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3], ids=["bf16", "e4m3"])
-def test_decoding_compiles_to_one_kernel(name, dtype):
-    source, scheme = encoded(name, 8, 200)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_decoding_compiles_to_one_kernel(name, dtype, head_dim):
+    source, scheme = encoded(name, 8, 200, head_dim=head_dim)
     here = dict(rows=4, valid=200, dtype=dtype, unit_n=jnp.ones(4))
     for pairing in ("half", "interleaved"):
         text = _lowered(
             lambda s, i, t, p=pairing: decode_keys(
                 s, scheme, first_row=i, tables=t, first_table=i, batch=2, pairing=p, **here
             ),
-            source, jnp.int32(4), turns(0, 6, 200),
+            source, jnp.int32(4), turns(0, 6, 200, head_dim),
         )  # fmt: skip
         assert text.count("mosaic_gpu") >= 1
     assert "mosaic_gpu" in _lowered(
@@ -114,6 +116,7 @@ def test_units_make_e4m3_of_any_magnitude():
         (dict(scheme=Scheme(bits=3, group=64, offset=3, stages=1)), "head_dim=85"),
         (dict(scheme=Scheme(bits=8, group=64, offset=3, stages=1)), "head_dim=32"),
         (dict(scheme=Scheme(bits=2, group=4, offset=1, stages=1)), "group=4"),
+        (dict(scheme=Scheme(bits=2, group=48, offset=1, stages=1)), "that divides 128"),
         (dict(scheme=Scheme(bits=2, group=64, offset=1.2, stages=1)), "offset=1.2"),
         (dict(dtype=jnp.float32), "float32"),
         (dict(ids=jnp.uint16), "uint16"),
@@ -167,10 +170,11 @@ def test_segments_of_the_reference_are_one_softmax(dtype, bound):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3], ids=["bf16", "e4m3"])
-def test_attention_compiles_and_updates_its_state_in_place(dtype):
-    q = jnp.zeros((2, 130, 128), jnp.bfloat16)
-    k = jnp.zeros((2, 512, 128), dtype)
-    v = jnp.zeros((2, 128, 512) if dtype == E4M3 else (2, 512, 128), dtype)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_compiles_and_updates_its_state_in_place(dtype, head_dim):
+    q = jnp.zeros((2, 130, head_dim), jnp.bfloat16)
+    k = jnp.zeros((2, 512, head_dim), dtype)
+    v = jnp.swapaxes(k, 1, 2) if dtype == E4M3 else k
 
     def f(q, k, v, valid, times):
         queries = prepare(q, jnp.float32(0.1), dtype)
@@ -192,7 +196,7 @@ def test_what_the_sanitizer_runs_compiles():
     names = {name: (f, args) for name, f, args in sanitize.calls()}
     some = ("spans", "plain", "Schedule", "queries")
     some = [n for n in names if any(word in n for word in some)]
-    assert len(some) == 13
+    assert len(some) == 39
     for name in some:
         f, args = names[name]
         assert "mosaic_gpu" in _lowered(f, *args)
@@ -205,6 +209,9 @@ def test_attention_refuses_what_does_not_belong_together():
         visit(queries, good.astype(E4M3), good, 256)
     with pytest.raises(ValueError, match=r"v.shape=\(2, 128, 256\)"):
         visit(queries, good, good.swapaxes(1, 2), 256)
+    odd = prepare(jnp.zeros((2, 128, 96)), jnp.float32(1), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"D one of \(64, 128, 256\)"):
+        visit(odd, good[..., :96], good[..., :96], 256)
     with pytest.raises(ValueError, match="T=200"):
         visit(queries, good[:, :200], good[:, :200], 200)
     with pytest.raises(ValueError, match="one of 2 blocks"):
@@ -380,27 +387,33 @@ def references(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, narrow, rope, precompute",
+    "name, narrow, pairing, precompute, d",
     [
-        ("qvg", False, HALF, True),
-        ("rtn", True, None, True),
-        ("midrise", True, INTERLEAVED, True),
-        ("midrise, int8 tables", True, HALF, False),
-        ("bf16", False, INTERLEAVED, False),
-        ("midrise-k1v3", True, HALF, True),
-        ("midrise-1bit", True, INTERLEAVED, False),
+        ("qvg", False, "half", True, 128),
+        ("rtn", True, None, True, 128),
+        ("midrise", True, "interleaved", True, 128),
+        ("midrise, int8 tables", True, "half", False, 128),
+        ("bf16", False, "interleaved", False, 128),
+        ("midrise-k1v3", True, "half", True, 128),
+        ("midrise-1bit", True, "interleaved", False, 128),
+        ("qvg", True, "interleaved", True, 64),
+        ("midrise-k1v3", False, "half", True, 64),
+        ("midrise, int8 tables", True, "half", True, 256),
+        ("qvg", False, "interleaved", False, 256),
     ],
 )
-def test_the_way_from_cache_to_kernels_is_right(references, name, narrow, rope, precompute):
+def test_the_way_from_cache_to_kernels_is_right(references, name, narrow, pairing, precompute, d):
     """Layers, slots of a ring that has turned, two query heads a head, a window with garbage."""
-    cache = filled_cache(codecs()[name], blocks=9, block=64)
+    rope = pairing and rope_of(pairing, d)
+    cache = filled_cache(codecs()[name], blocks=9, block=64, head_dim=d)
     cache = evict(cache, spans=1)
     assert int(cache.first_span) == 1 and int(cache.num_spans) > 0
     cache = with_window_garbage(cache)
     rng = np.random.default_rng(3)
-    q = jnp.asarray(rng.standard_normal((1, 64, 4, 128)), jnp.bfloat16)
-    k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((1, 64, 4, d)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, d)), jnp.bfloat16) for _ in range(2))
     view = cache.view(positions(9, 64), rope, precompute=precompute)
+    assert mosaic.unsupported(view, q, narrow) is None
     _agrees_with_xla(view, q, k, v, narrow)
 
 
@@ -500,7 +513,7 @@ def test_plans_change_nothing_but_rounding(references, monkeypatch, name, narrow
 def _agrees_with_xla(view, q, k, v, narrow, plan=kernel_plan.MEASURED):
     right = attend(q, view, k, v, layer=1, implementation="xla")
     ours = jax.jit(functools.partial(mosaic.attend_kernels, narrow=narrow, plan=plan))(
-        q, view, k, v, jnp.int32(1), jnp.float32(128**-0.5)
+        q, view, k, v, jnp.int32(1), jnp.float32(q.shape[3] ** -0.5)
     )
     assert ours.shape == right.shape and ours.dtype == right.dtype
     error = jnp.linalg.norm((ours - right).astype(jnp.float32))
@@ -523,6 +536,8 @@ def test_attend_names_what_is_missing_for_a_named_kernel():
     plain = filled_cache(codecs()["bf16"], layers=1, blocks=2).view(positions(2, 96), HALF)
     assert mosaic.unsupported(plain, q, narrow=False) is None
     assert "bound" in mosaic.unsupported(plain, q, narrow=True)
+    odd = filled_cache(codecs()["bf16"], layers=1, blocks=2, head_dim=96).view(None, None)
+    assert "64, 128, 256" in mosaic.unsupported(odd, q, narrow=False)
 
 
 def test_naming_xla_changes_nothing_and_hidden_garbage_stays_hidden():
