@@ -115,7 +115,8 @@ def _rotate_halves(x: list[Halves], turn: tuple[list[Halves], ...], pairing: str
 def _prepared(
     source: Encoded | Array, scheme: Scheme | None, first_row: Array, rows: int, share_n: Any
 ) -> tuple[tuple[Array, ...], Array, type]:
-    """The arrays a kernel reads, the factor of every row's scales, and who reads them.
+    """The arrays a kernel reads, the factor of the scales of the rows, or of those of every span, and
+    who reads them.
 
     The few centroids of the decoded rows are cut out. For e4m3 they become float16 times the rows'
     share: half the instructions, and eleven bits are plenty under e4m3's four. All this is for
@@ -124,19 +125,18 @@ def _prepared(
     share = jnp.ones((rows,), jnp.float32) if share_n is None else share_n
     if not isinstance(source, Encoded):
         return (source,), share, DenseRow
-    if first_row.ndim:
-        share = jnp.tile(share, first_row.shape[0])
-        share_n = None if share_n is None else share
+    spans = first_row.size
     arrays = [source.codes_RTC, source.scales_RTG]
     pick = lambda x: picked(x, first_row, rows)  # noqa: E731
     if source.exponents_R is not None:
-        share *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
+        share = jnp.tile(share, spans) * jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
     if scheme.stages:
         tables = source.tables(first_row, rows)
         if share_n is None:
             tables = tables.astype(jnp.bfloat16)
         else:
-            tables = (tables * share_n[:, None, None, None]).astype(jnp.float16)
+            tables *= jnp.tile(share_n, spans)[:, None, None, None]
+            tables = tables.astype(jnp.float16)
         arrays += [source.ids_RST, tables]
     return tuple(arrays), share, EncodedRow
 
@@ -189,7 +189,7 @@ def decode_keys(
             for h in range(pair):
                 row = place.row + head + h
                 readers.append(reader(packed, shapes, scheme, row, place.cut + h))
-                at = (place.cut if isinstance(source, Encoded) else head) + h
+                at = (head if share_n.size == rows else place.cut) + h
                 (word,) = load(global_address(unit) + (at * 4).wide(), 4)
                 units.append(word.as_float())
                 width = d * (1 if narrow else 2)
@@ -290,7 +290,7 @@ def decode_values(
             place = place_of(control, spans, tokens, rows, 1, window is not None, behind)
             head, lane, mine = place.head, thread() % banks.lanes, thread() // banks.lanes
             row = reader(packed, shapes, scheme, place.row + head, place.cut)
-            at = place.cut if isinstance(source, Encoded) else head
+            at = head if share_n.size == rows else place.cut
             (word,) = load(global_address(unit) + (at * 4).wide(), 4)
             unit, tile = word.as_float(), shared_address(tile)
             first = block("x") * _VALUE_TOKENS
