@@ -1,10 +1,17 @@
-"""Numbers of the decoding kernels without a GPU, every thread of them in numpy, for all head_dims."""
+"""Numbers of the kernels that read, without a GPU, for all head_dims.
 
+Of decoding every thread, in numpy; of attention all but the products, in Pallas's interpreter.
+"""
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.dequant_attention import finish, prepare, visit
+from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
+from tests.interpreted_attention import interpreted
 from tests.kernel_cases import E4M3, FORMATS, encoded, turns
 from tests.lane_machine import Machine
 
@@ -80,3 +87,29 @@ def test_a_window_of_plain_tokens_is_decoded(machine, dtype, head_dim):
         ours, right = (decode(x, None, **here, implementation=i) for i in ("mosaic", "reference"))
         transposed = dtype == E4M3 and decode is decode_values
         _agree(ours, right, dtype, 256, 2 if transposed else 1)
+
+
+@DTYPES
+@HEAD_DIMS
+def test_attention_equals_the_reference(monkeypatch, dtype, head_dim):
+    """A partial tile, a part without keys, and a second segment in the state of the first."""
+    rng = np.random.default_rng(2)
+    tokens, segments, splits = 512, (300, 1), 2
+    q = jnp.asarray(rng.standard_normal((1, 100, head_dim)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, tokens, head_dim)) + m) for m in (0, 1))
+    unit = jnp.asarray([0.5])
+    here = dict(first_row=0, rows=1, valid=tokens, dtype=dtype, unit_n=unit)
+    here |= dict(implementation="reference")
+    workspace = decode_keys(k, None, **here), decode_values(v, None, **here)
+    units = unit if dtype == E4M3 else jnp.ones(1)
+    queries = prepare(q, jnp.float32(head_dim**-0.5), dtype)
+    state = attention_reference.empty(splits, *queries.q_nQD.shape)
+    for valid in segments:
+        state = attention_reference.segment(*queries, *workspace, valid, units, units, state)
+    two = dict(k_unit_n=units, v_unit_n=units, splits=splits)
+    with interpreted(monkeypatch):
+        refs = [jax.new_ref(x) for x in visit(queries, *workspace, segments[0], **two)]
+        visit(queries, *workspace, segments[1], state=refs, **two)
+    ours, right = finish([r[...] for r in refs], 100), finish(state, 100)
+    bound = 1e-3 if dtype == jnp.bfloat16 else 1e-2
+    assert np.linalg.norm(ours - right) < bound * np.linalg.norm(right)
