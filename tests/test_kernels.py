@@ -1,7 +1,8 @@
 """Kernels without a GPU: their references, what they refuse, and that they compile to GPU code.
 
 Pallas cannot interpret inline GPU code, of which decoding consists, nor products with an operand in
-registers, so numbers of the kernels themselves are in test_kernels_gpu.py.
+registers, so numbers of the kernels themselves are in test_kernels_gpu.py, and without a GPU, by other
+means, in test_kernels_numbers.py.
 """
 
 import functools

@@ -38,8 +38,7 @@ class Banks:
         """Of the token that a thread writes first, `mine` the number of its group of lanes."""
         if self.width == 256:
             return mine
-        low = 2 if self.width == 64 else 1
-        return (mine & (2**low - 1)) + ((mine >> (low + 1)) << low) + (((mine >> low) & 1) << 4)
+        return (mine & 1) + ((mine >> 2) << 1) + (((mine >> 1) & 1) << 4)
 
     def token(self, first_quad: Lane, step: int) -> tuple[Lane, int]:
         """(quad, which of its tokens) that a thread writes in a step."""

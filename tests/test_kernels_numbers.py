@@ -1,0 +1,115 @@
+"""Numbers of the kernels that read, without a GPU, for all head_dims.
+
+Of decoding every thread, in numpy; of attention all but the products, in Pallas's interpreter.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dequant_attention import finish, prepare, visit
+from pallas_kernels.dequant_attention import reference as attention_reference
+from pallas_kernels.dequantize import decode_keys, decode_values
+from tests.interpreted_attention import interpreted
+from tests.kernel_cases import E4M3, FORMATS, encoded, turns
+from tests.lane_machine import Machine
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3], ids=["bf16", "e4m3"])
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 128, 256])
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    machine.install(monkeypatch)
+    return machine
+
+
+def _agree(ours, right, dtype, read, axis=1):
+    """As test_kernels_gpu.py bounds it, of what attention reads."""
+    assert ours.shape == right.shape and ours.dtype == right.dtype
+    ours, right = (np.asarray(x, np.float32).take(range(read), axis) for x in (ours, right))
+    bound = 4e-3 if dtype == jnp.bfloat16 else 1.5e-2
+    assert np.linalg.norm(ours - right) <= bound * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@DTYPES
+@HEAD_DIMS
+def test_decoding_equals_the_reference(machine, name, dtype, head_dim):
+    source, scheme = encoded(name, 5, 150, head_dim=head_dim)
+    here = dict(first_row=1, rows=2, valid=140, dtype=dtype, unit_n=jnp.asarray([0.5, 4.0]))
+    for pairing in ("half", "interleaved"):
+        turned = dict(tables=turns(0, 4, 150, head_dim), first_table=1, batch=2, pairing=pairing)
+        ours, right = (
+            decode_keys(source, scheme, **here, **turned, implementation=i)
+            for i in ("mosaic", "reference")
+        )
+        _agree(ours, right, dtype, 256)
+    ours, right = (
+        decode_values(source, scheme, **here, implementation=i) for i in ("mosaic", "reference")
+    )
+    _agree(ours, right, dtype, 256, 2 if dtype == E4M3 else 1)
+    if dtype == E4M3:  # a warp meets every bank of shared memory once
+        assert machine.reads == machine.writes == 1
+
+
+@DTYPES
+@HEAD_DIMS
+@pytest.mark.parametrize("valid", [3, 1, 0])
+def test_several_spans_are_decoded_behind_each_other(machine, valid, dtype, head_dim):
+    tokens, slot = 112, jnp.asarray([3, 0, 2])
+    source, scheme = encoded("qvg", 8, tokens, head_dim=head_dim)
+    here = dict(first_row=slot * 2, rows=2, valid=valid * tokens, dtype=dtype)
+    here |= dict(unit_n=jnp.asarray([1.0, 4.0]))
+    turned = dict(tables=turns(0, 4, tokens, head_dim), first_table=slot)
+    read = -(-valid * tokens // 256) * 256
+    keys, right = (
+        decode_keys(source, scheme, **here, **turned, implementation=i)
+        for i in ("mosaic", "reference")
+    )
+    _agree(keys, right, dtype, read)
+    values, right = (
+        decode_values(source, scheme, **here, implementation=i) for i in ("mosaic", "reference")
+    )
+    _agree(values, right, dtype, read, 2 if dtype == E4M3 else 1)
+
+
+@DTYPES
+@HEAD_DIMS
+def test_a_window_of_plain_tokens_is_decoded(machine, dtype, head_dim):
+    x = np.random.default_rng(0).standard_normal((4, 300, head_dim))
+    x = jnp.asarray(x, jnp.bfloat16).at[:, 240:].set(jnp.nan)
+    here = dict(first_row=1, rows=2, valid=140, dtype=dtype, unit_n=jnp.ones(2))
+    here |= dict(window=(100, 200))
+    for decode in (decode_keys, decode_values):
+        ours, right = (decode(x, None, **here, implementation=i) for i in ("mosaic", "reference"))
+        transposed = dtype == E4M3 and decode is decode_values
+        _agree(ours, right, dtype, 256, 2 if transposed else 1)
+
+
+@DTYPES
+@HEAD_DIMS
+def test_attention_equals_the_reference(monkeypatch, dtype, head_dim):
+    """A partial tile, a part without keys, and a second segment in the state of the first."""
+    rng = np.random.default_rng(2)
+    tokens, segments, splits = 512, (300, 1), 2
+    q = jnp.asarray(rng.standard_normal((1, 100, head_dim)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, tokens, head_dim)) + m) for m in (0, 1))
+    unit = jnp.asarray([0.5])
+    here = dict(first_row=0, rows=1, valid=tokens, dtype=dtype, unit_n=unit)
+    here |= dict(implementation="reference")
+    workspace = decode_keys(k, None, **here), decode_values(v, None, **here)
+    units = unit if dtype == E4M3 else jnp.ones(1)
+    queries = prepare(q, jnp.float32(head_dim**-0.5), dtype)
+    state = attention_reference.empty(splits, *queries.q_nQD.shape)
+    for valid in segments:
+        state = attention_reference.segment(*queries, *workspace, valid, units, units, state)
+    two = dict(k_unit_n=units, v_unit_n=units, splits=splits)
+    with interpreted(monkeypatch):
+        refs = [jax.new_ref(x) for x in visit(queries, *workspace, segments[0], **two)]
+        visit(queries, *workspace, segments[1], state=refs, **two)
+    ours, right = finish([r[...] for r in refs], 100), finish(state, 100)
+    bound = 1e-3 if dtype == jnp.bfloat16 else 1e-2
+    assert np.linalg.norm(ours - right) < bound * np.linalg.norm(right)
