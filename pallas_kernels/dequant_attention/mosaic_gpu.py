@@ -1,10 +1,11 @@
 """Flash attention of a block of queries over one workspace of decoded keys and values, on Hopper.
 
-Two warpgroups compute, 64 queries each, and one loads, also ahead of time what the block of the GPU
-has to do next. Keys are visited in tiles, with a running
-maximum and sum in base 2 and the weighted values in float32, which start from what earlier segments
-left and are left for the next: the history is one softmax however many segments it comes in. A
-segment's tiles can be split among blocks, each with its own running state; `merge` joins them.
+Two warpgroups compute, 64 queries each, and one loads; in bf16 a block of the GPU does one piece after
+another, and the next one's keys are loaded while the last one's result is written. Keys are visited
+in tiles, with a running maximum and sum in base 2 and the weighted values in float32, which start from
+what earlier segments left and are left for the next, in e4m3 as bf16: the history is one softmax however
+many segments it comes in. A segment's tiles can be split among blocks, each with its own running state;
+`finish` and `join` put them together.
 
 In e4m3 the second product starts from zero at every tile and is added in float32. The 8-bit tensor
 cores of Hopper keep about 14 bits of their accumulator: accumulating 18,720 values of mean 0.5 in
@@ -116,8 +117,9 @@ def segment(
     """
     n, queries, d = q_nQD.shape
     narrow, scheduled = q_nQD.dtype != jnp.bfloat16, isinstance(splits, Schedule)
-    # In e4m3 the registers do not suffice for more than one task: 6.7 ms in place of 5.9.
-    programs = scheduled and (splits.pieces if narrow else splits.programs)
+    # In e4m3 every other way to spend the registers was slower: one task after another without a
+    # spill 5 to 9 %, queries from the loading warpgroup 3 %.
+    alone = narrow or not scheduled
     tile, stages = tuning.tile, tuning.stages
     shift = 8.0 if narrow else 0.0
     held = min(d, _MOST_BESIDE) if narrow else d  # channels of an accumulator
@@ -145,9 +147,10 @@ def segment(
         def each(do):
             """do(task, tiles of the tasks before it), for one task after another."""
             start = lax.axis_index("program") if scheduled else None
-            if not scheduled or programs == splits.pieces:
+            if alone:
                 do(task(start), 0)
                 return
+            programs = splits.programs
 
             def one(i, done):
                 mine = task(start + i * programs)
@@ -194,9 +197,12 @@ def segment(
             def your_turn():
                 plgpu.barrier_arrive(turn.at[1 - wg])
 
+            @pl.when((wg == 1) & (done == 0))
+            def _():
+                your_turn()
+
             def first_logits(acc_s):
-                slot = 0 if isinstance(done, int) else lax.rem(done, stages)
-                plgpu.barrier_wait(q_full.at[wg])
+                slot = 0 if alone else lax.rem(done, stages)
                 plgpu.barrier_wait(k_full.at[slot])
                 my_turn()
                 plgpu.wgmma(acc_s, q_s.at[wg], k_s.at[slot].T)
@@ -245,7 +251,7 @@ def segment(
                 return accs, p, total, new_top, fade
 
             accs, p, total, top, fade = lax.fori_loop(1, count, step, (accs, p, total, top, fade))
-            if not isinstance(done, int):
+            if not alone:
                 plgpu.barrier_arrive(q_empty.at[wg])
 
             def last_values(acc_o, c):
@@ -296,6 +302,10 @@ def segment(
         def attend(mine, done):
             @pl.when(mine.count > 0)
             def _():
+                if alone:
+                    rows = pl.ds(mine.query + wg * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(q_g.at[mine.head, rows], q_s.at[wg], q_full.at[wg])
+                plgpu.barrier_wait(q_full.at[wg])
                 finish(mine.own, *compute(mine, done))
 
             if state is None:
@@ -308,8 +318,18 @@ def segment(
                     zeros = plgpu.layout_cast(jnp.zeros((ROWS, held), jnp.float32), _W)
                     store(mine.own, [zeros] * (d // held), fill(FAR), fill(0.0))
 
+        def fetch_queries(mine, done):
+            for w in range(2):
+
+                @pl.when(done > 0)
+                def _(w=w):
+                    plgpu.barrier_wait(q_empty.at[w])
+
+                rows = pl.ds(mine.query + w * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(q_g.at[mine.head, rows], q_s.at[w], q_full.at[w])
+
         def fetch(mine, done):
-            """The tiles of a task as slots become free, and its queries after the first keys."""
+            """The tiles of a task as slots become free; queries are loaded after the first keys."""
 
             @pl.loop(0, mine.count)
             def _(i):
@@ -322,17 +342,11 @@ def segment(
 
                 plgpu.copy_gmem_to_smem(k_g.at[mine.head, keys], k_s.at[slot], k_full.at[slot])
 
-                @pl.when(i == 0)
-                def _():
-                    for w in range(2):
-                        if not isinstance(done, int):
+                if not alone:
 
-                            @pl.when(done > 0)
-                            def _(w=w):
-                                plgpu.barrier_wait(q_empty.at[w])
-
-                        rows = pl.ds(mine.query + w * ROWS, ROWS)
-                        plgpu.copy_gmem_to_smem(q_g.at[mine.head, rows], q_s.at[w], q_full.at[w])
+                    @pl.when(i == 0)
+                    def _():
+                        fetch_queries(mine, done)
 
                 @pl.when(done + i >= stages)
                 def _():
@@ -344,10 +358,6 @@ def segment(
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(tuning.registers[0], action="increase")
-
-            @pl.when(wg == 1)
-            def _():
-                plgpu.barrier_arrive(turn.at[0])
 
             each(attend)
 
@@ -362,7 +372,9 @@ def segment(
     kernel = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(*s) for s in form] if state is None else (),
-        grid=(programs,) if scheduled else (splits, n, queries // BLOCK),
+        grid=(splits.pieces if alone else splits.programs,)
+        if scheduled
+        else (splits, n, queries // BLOCK),
         grid_names=("program",) if scheduled else ("part", "head", "block"),
         num_threads=3,
         thread_name="wg",
