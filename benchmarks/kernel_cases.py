@@ -1,6 +1,7 @@
 """What the kernel benchmark measures: shapes, caches full of random codes, and rival reads."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,12 +13,18 @@ from qvg_jax.attention import attend
 from qvg_jax.cache import KVCache
 from qvg_jax.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.mosaic import attend_kernels
-from qvg_jax.rope import axial_rope, frequency_ladder
+from qvg_jax.rope import Rope, axial_rope, frequency_ladder
 from qvg_jax.slots import read_slot
 
-__all__ = ["DECODE", "PLANS", "READS", "ROPE", "ROWS", "Row", "inputs", "noise"]
+__all__ = ["DECODE", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
 
-ROPE = axial_rope([frequency_ladder(44), frequency_ladder(42), frequency_ladder(42)])
+
+@functools.cache
+def rope(head_dim: int) -> Rope:
+    """Of three axes, the first with what is left: 44, 42 and 42 channels of 128."""
+    side = head_dim // 6 * 2
+    return axial_rope([frequency_ladder(n) for n in (head_dim - 2 * side, side, side)])
+
 
 # (heads, tokens) of one layer's span in LongCat, Self-Forcing.
 DECODE = ((32, 29_640), (12, 37_440))
@@ -32,6 +39,7 @@ class Row:
     queries: int
     span_tokens: int
     spans: int
+    head_dim: int = 128
 
     @property
     def keys(self) -> int:
@@ -41,7 +49,7 @@ class Row:
     @property
     def flops(self) -> int:
         """Of the two matrix products."""
-        return 4 * self.heads * self.queries * self.keys * 128
+        return 4 * self.heads * self.queries * self.keys * self.head_dim
 
 
 ROWS = (
@@ -49,6 +57,8 @@ ROWS = (
     Row("longcat", 32, 7_800, 37_440, 1),
     Row("worldplay", 24, 3_520, 42_240, 1),
     Row("few queries", 12, 256, 32_768, 4),
+    Row("64 channels", 24, 4_680, 37_440, 1, head_dim=64),
+    Row("256 channels", 8, 4_680, 37_440, 1, head_dim=256),
 )
 
 
@@ -69,7 +79,7 @@ def inputs(row: Row, codec: Any = None) -> tuple[Any, ...]:
     codec = presets.get("qvg") if codec is None else codec
     cache = KVCache.create(
         heads=row.heads,
-        head_dim=128,
+        head_dim=row.head_dim,
         block_tokens=row.span_tokens // 8,
         sink_blocks=0,
         span_blocks=8,
@@ -105,9 +115,9 @@ def inputs(row: Row, codec: Any = None) -> tuple[Any, ...]:
         )
 
     cache = fill(cache)
-    q, k, v = (noise((1, row.queries, row.heads, 128), 40 + i) for i in range(3))
+    q, k, v = (noise((1, row.queries, row.heads, row.head_dim), 40 + i) for i in range(3))
     here = noise((1, row.queries, 3), 50, jnp.float32) * 50
-    view = jax.jit(lambda c, p: c.view(p, ROPE))(cache, here)
+    view = jax.jit(lambda c, p: c.view(p, rope(row.head_dim)))(cache, here)
     return q, view, k, v
 
 
@@ -117,9 +127,8 @@ def _with(implementation: str) -> Any:
 
 def _planned(narrow: bool, plan: Plan) -> Any:
     """attend under another plan than its own."""
-    scale = jnp.float32(128**-0.5)
     return lambda q, view, k, v: attend_kernels(
-        q, view, k, v, jnp.int32(0), scale, narrow=narrow, plan=plan
+        q, view, k, v, jnp.int32(0), jnp.float32(q.shape[-1] ** -0.5), narrow=narrow, plan=plan
     )
 
 
