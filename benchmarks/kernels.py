@@ -183,7 +183,7 @@ def attention_table(
         if names and row.name not in names:
             continue
         q, view, k, v = inputs(row)
-        whole = [noise((1, row.keys, row.heads, 128), 60 + i) for i in range(2)]
+        whole = [noise((1, row.keys, row.heads, row.head_dim), 60 + i) for i in range(2)]
         # Rivals first: the others are compared with them.
         jobs = {
             "cudnn bf16": (
