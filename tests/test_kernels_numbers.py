@@ -1,6 +1,7 @@
 """Numbers of the kernels that read, without a GPU, for all head_dims.
 
-Of decoding every thread, in numpy; of attention all but the products, in Pallas's interpreter.
+Of decoding and of grouping queries every thread, in numpy; of attention all but the products, in Pallas's
+interpreter.
 """
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dequant_attention import finish, prepare, visit
+from pallas_kernels.dequant_attention import finish, prepare, prepare_tokens, visit
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
+from pallas_kernels.dequantize.reference import key_row_of_token
 from tests.interpreted_attention import interpreted
 from tests.kernel_cases import E4M3, FORMATS, encoded, turns
 from tests.lane_machine import Machine
@@ -87,6 +89,67 @@ def test_a_window_of_plain_tokens_is_decoded(machine, dtype, head_dim):
         ours, right = (decode(x, None, **here, implementation=i) for i in ("mosaic", "reference"))
         transposed = dtype == E4M3 and decode is decode_values
         _agree(ours, right, dtype, 256, 2 if transposed else 1)
+
+
+@DTYPES
+@HEAD_DIMS
+@pytest.mark.parametrize("slots, valid", [(1, 1), (2, 0), (2, 1), (2, 2)])
+def test_new_tokens_are_laid_behind_spans(machine, slots, valid, dtype, head_dim):
+    """As (B, T, H, D), rotated, not all of them valid; what is before them stays, and zeros follow."""
+    tokens, stored, new = 208, 75, 70
+    source, scheme = encoded("qvg", 8, tokens, head_dim=head_dim)
+    x = np.random.default_rng(1).standard_normal((2, stored, 2, head_dim))
+    x = jnp.asarray(x, jnp.bfloat16).at[:, new:].set(jnp.nan)
+    here = dict(rows=4, dtype=dtype, unit_n=jnp.asarray([1.0, 4.0, 0.5, 2.0]))
+    spans = here | dict(first_row=jnp.asarray([4, 0]) if slots > 1 else 4)
+    spans |= dict(valid=valid * tokens, room=stored)
+    at, read = valid * tokens, -(-(valid * tokens + new) // 256) * 256
+    here |= dict(first_row=0, valid=new)
+    turned = dict(tables=turns(0, 2, stored, head_dim), batch=2, pairing="interleaved")
+    for decode, more in ((decode_keys, turned), (decode_values, {})):
+        axis = 2 if dtype == E4M3 and decode is decode_values else 1
+        before, ours, right = [], [], []
+        for implementation, after in (("mosaic", ours), ("reference", right)):
+            how = dict(implementation=implementation)
+            before.append(decode(source, scheme, **spans, **how))
+            after.append(decode(x, None, into=(before[-1], jnp.int32(at)), **here, **more, **how))
+        _agree(ours[0], right[0], dtype, read, axis)
+        ours, old = (np.asarray(y, np.float32) for y in (ours[0], before[0]))
+        kept = [*range(at), *range(read, ours.shape[axis])]
+        np.testing.assert_array_equal(ours.take(kept, axis), old.take(kept, axis))
+        behind = np.arange(at + new, read)
+        if dtype == E4M3 and decode is decode_keys:
+            behind = np.asarray(key_row_of_token(read))[behind]
+        assert not ours.take(behind, axis).any()
+
+
+@HEAD_DIMS
+@pytest.mark.parametrize("pairing", ["half", "interleaved", None])
+@pytest.mark.parametrize("heads, branches, narrow", [(2, 1, True), (3, 2, True), (2, 2, False)])
+def test_queries_are_rotated_and_grouped(machine, pairing, heads, branches, narrow, head_dim):
+    """Two query heads for each, two videos; a row of zeros, and magnitudes far apart."""
+    rng, tokens = np.random.default_rng(0), 75
+    q = rng.standard_normal((2 * branches, tokens, 2 * heads, head_dim))
+    q *= 10.0 ** rng.integers(-4, 5, (*q.shape[:3], 1))
+    q[0, 3, 1] = 0
+    here = dict(batch=2, heads=heads, pairing=pairing or "half", narrow=narrow)
+    here |= dict(tables=turns(0, 2, tokens, head_dim) if pairing else None)
+    q, scale = jnp.asarray(q, jnp.bfloat16), jnp.float32(0.1)
+    ours, right = (
+        prepare_tokens(q, scale, **here, implementation=i) for i in ("mosaic", "reference")
+    )
+    forms = [jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (ours, right)]
+    assert forms[0] == forms[1]
+
+    def logits(x):
+        q_nQD, factor_nQ = (np.asarray(y, np.float32) for y in x)
+        assert np.isfinite(factor_nQ).all() and (factor_nQ > 0).all()
+        return q_nQD * factor_nQ[..., None]
+
+    exact = logits(right[0])
+    norms = np.linalg.norm(exact, axis=-1)
+    for x, bound in zip(ours, (4e-3, 4e-2 if narrow else 4e-3), strict=True):  # of every row
+        assert np.all(np.linalg.norm(logits(x) - exact, axis=-1) <= bound * norms)
 
 
 @DTYPES
