@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dequant_attention import finish, prepare, prepare_tokens, visit
+from pallas_kernels.dequant_attention import (
+    Schedule,
+    finish,
+    join,
+    prepare,
+    prepare_tokens,
+    visit,
+)
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
 from pallas_kernels.dequantize.reference import key_row_of_token
@@ -152,27 +159,59 @@ def test_queries_are_rotated_and_grouped(machine, pairing, heads, branches, narr
         assert np.all(np.linalg.norm(logits(x) - exact, axis=-1) <= bound * norms)
 
 
+def _attended(monkeypatch, dtype, head_dim, rows, queries, segments, splits):
+    """The state that the kernel leaves after segments of one workspace, and the reference's output."""
+    rng, tokens = np.random.default_rng(2), 512
+    q = jnp.asarray(rng.standard_normal((rows, queries, head_dim)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((rows, tokens, head_dim)) + m) for m in (0, 1))
+    unit = jnp.asarray([0.5, 2.0])[:rows]
+    here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype, unit_n=unit)
+    here |= dict(implementation="reference")
+    workspace = decode_keys(k, None, **here), decode_values(v, None, **here)
+    units = unit if dtype == E4M3 else jnp.ones(rows)
+    prepared = prepare(q, jnp.float32(head_dim**-0.5), dtype)
+    right = attention_reference.empty(1, *prepared.q_nQD.shape)
+    for valid in segments:
+        right = attention_reference.segment(*prepared, *workspace, valid, units, units, right)
+    two = dict(k_unit_n=units, v_unit_n=units, splits=splits)
+    with interpreted(monkeypatch):
+        refs = [jax.new_ref(x) for x in visit(prepared, *workspace, segments[0], **two)]
+        for valid in segments[1:]:
+            visit(prepared, *workspace, valid, state=refs, **two)
+    return [r[...] for r in refs], finish(right, queries)
+
+
+def _attends(ours, right, dtype):
+    bound = 1e-3 if dtype == jnp.bfloat16 else 1e-2
+    assert np.linalg.norm(ours - right) < bound * np.linalg.norm(right)
+
+
 @DTYPES
 @HEAD_DIMS
 def test_attention_equals_the_reference(monkeypatch, dtype, head_dim):
     """A partial tile, a part without keys, and a second segment in the state of the first."""
-    rng = np.random.default_rng(2)
-    tokens, segments, splits = 512, (300, 1), 2
-    q = jnp.asarray(rng.standard_normal((1, 100, head_dim)), jnp.bfloat16)
-    k, v = (jnp.asarray(rng.standard_normal((1, tokens, head_dim)) + m) for m in (0, 1))
-    unit = jnp.asarray([0.5])
-    here = dict(first_row=0, rows=1, valid=tokens, dtype=dtype, unit_n=unit)
-    here |= dict(implementation="reference")
-    workspace = decode_keys(k, None, **here), decode_values(v, None, **here)
-    units = unit if dtype == E4M3 else jnp.ones(1)
-    queries = prepare(q, jnp.float32(head_dim**-0.5), dtype)
-    state = attention_reference.empty(splits, *queries.q_nQD.shape)
-    for valid in segments:
-        state = attention_reference.segment(*queries, *workspace, valid, units, units, state)
-    two = dict(k_unit_n=units, v_unit_n=units, splits=splits)
-    with interpreted(monkeypatch):
-        refs = [jax.new_ref(x) for x in visit(queries, *workspace, segments[0], **two)]
-        visit(queries, *workspace, segments[1], state=refs, **two)
-    ours, right = finish([r[...] for r in refs], 100), finish(state, 100)
-    bound = 1e-3 if dtype == jnp.bfloat16 else 1e-2
-    assert np.linalg.norm(ours - right) < bound * np.linalg.norm(right)
+    state, right = _attended(monkeypatch, dtype, head_dim, 1, 100, (300, 1), 2)
+    _attends(finish(state, 100), right, dtype)
+
+
+# Warpgroups that miss each other at a barrier either raise an error or wait for ever.
+@pytest.mark.timeout(300, method="thread")
+@pytest.mark.parametrize(
+    "schedule, dtype, head_dim",
+    [
+        (Schedule(4, 3, 2, processors=2), jnp.bfloat16, 64),
+        (Schedule(4, 2, 3, processors=3), jnp.bfloat16, 128),
+        (Schedule(4, 0, 3, processors=1), jnp.bfloat16, 256),
+        (Schedule(4, 3, 2, processors=2), E4M3, 128),
+    ],
+    ids=["3 and 2 parts, bf16", "2 and 6 parts, bf16", "12 parts, bf16", "3 and 2 parts, e4m3"],
+)
+def test_pieces_one_after_another_equal_the_reference(monkeypatch, schedule, dtype, head_dim):
+    """First one tile, so that some pieces have none; no keys at all; odd and even numbers of tiles.
+
+    In e4m3 every piece is a block of its own, and the state between visits is bf16.
+    """
+    assert schedule.programs < schedule.pieces
+    state, right = _attended(monkeypatch, dtype, head_dim, 2, 200, (50, 0, 300, 512), schedule)
+    assert state[0].dtype == (jnp.float32 if dtype == jnp.bfloat16 else jnp.bfloat16)
+    _attends(join(state, schedule, 2, 200), right, dtype)
