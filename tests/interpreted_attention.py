@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax._src.pallas.mosaic_gpu.interpret import params, shared_memory
 
-from pallas_kernels.dequant_attention import mosaic_gpu
+from pallas_kernels.dequant_attention import computing
 from pallas_kernels.dequantize.reference import key_row_of_token
 
 __all__ = ["interpreted"]
@@ -79,14 +79,14 @@ def _let_go(barrier: Any) -> None:
 @contextlib.contextmanager
 def interpreted(monkeypatch: Any) -> Iterator[None]:
     """The kernel inside runs in the interpreter."""
-    pl, plgpu = (SimpleNamespace(**vars(m)) for m in (mosaic_gpu.pl, mosaic_gpu.plgpu))
+    pl, plgpu = (SimpleNamespace(**vars(m)) for m in (computing.pl, computing.plgpu))
     pl.run_scoped, pl.run_state = _Accumulator.scoped, _Accumulator.state
     plgpu.wgmma, plgpu.ACC = _Accumulator.add, _Form
     with monkeypatch.context() as patch:
         for name, fake in dict(
             pl=pl, plgpu=plgpu, product=_product, as_words=lambda p: p, left_operand=_in_tokens
         ).items():
-            patch.setattr(mosaic_gpu, name, fake)
+            patch.setattr(computing, name, fake)
         patch.setattr(shared_memory.Barrier, "deallocate", _let_go)
         with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
             yield

@@ -2,7 +2,8 @@
 
 Pallas cannot interpret such kernels. They use few operations, though, each of which is a line of numpy; so
 their numbers can be compared without a GPU. The machine is strict: an access must be aligned and lie inside an
-array, no byte is written twice, and it notes how many words of a bank of shared memory a warp asks for.
+array, no byte is written twice, threads of a warp exchange numbers only if all of them are there, and it notes
+how many words of a bank of shared memory a warp asks for.
 """
 
 import contextlib
@@ -10,17 +11,20 @@ import re
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import lanes
+from pallas_kernels.dequant_attention import queries
 from pallas_kernels.dequantize import mosaic_gpu
 
 __all__ = ["Machine"]
 
 _NUMPY = {"i1": np.bool_, "i16": np.uint16, "i32": np.uint32, "i64": np.uint64, "f32": np.float32}
-_THREADS, _GAP = 128, 1 << 12  # of a block; bytes between arrays
+_THREADS, _WARP, _GAP = 128, 32, 1 << 12  # of a block, of a warp; bytes between arrays
 
 
 class Value(NamedTuple):
@@ -60,8 +64,12 @@ def _e4m3(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(narrow).view(np.uint16)[..., 0]
 
 
+def _garbage(x: Any) -> np.ndarray:
+    return np.full(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize, 0x5A, np.uint8)
+
+
 class Machine:
-    """Runs decoding kernels while it is installed.
+    """Runs the kernels that decode, and the one that groups queries, while it is installed.
 
     Attributes:
         reads, writes: the most words of one bank of shared memory that a warp asked for at once.
@@ -73,6 +81,11 @@ class Machine:
     def install(self, monkeypatch: Any) -> None:
         dimension = SimpleNamespace(x=0, y=1)
         thread = lambda _: Value(self.thread, "i64")  # noqa: E731
+        pallas = SimpleNamespace(
+            kernel=self._kernel, RefType=object, SMEM=lambda shape, dtype: shape,
+            inline_mgpu=lambda arg_types: lambda f: lambda *refs: f(None, *refs),
+            CompilerParams=plgpu.CompilerParams, LoweringSemantics=plgpu.LoweringSemantics,
+        )  # fmt: skip
         for module, name, fake in (
             (lanes, "_type", str),
             (lanes, "utils", self._utils()),
@@ -82,10 +95,8 @@ class Machine:
             )),
             (lanes, "llvm", SimpleNamespace(ptrtoint=lambda t, p: _constant(p, t))),
             (mosaic_gpu, "utils", self._utils()),
-            (mosaic_gpu, "plgpu", SimpleNamespace(
-                kernel=self._kernel, RefType=object, SMEM=lambda shape, dtype: shape,
-                inline_mgpu=lambda arg_types: lambda f: lambda *refs: f(None, *refs),
-            )),
+            (mosaic_gpu, "plgpu", pallas),
+            (queries, "plgpu", pallas),
         ):  # fmt: skip
             monkeypatch.setattr(module, name, fake)
 
@@ -97,6 +108,7 @@ class Machine:
             muli=_on(np.multiply), mulf=_on(np.multiply), divui=_on(np.floor_divide),
             remui=_on(np.remainder), andi=_on(np.bitwise_and), ori=_on(np.bitwise_or),
             xori=_on(np.bitwise_xor), shli=_on(np.left_shift), shrui=_on(np.right_shift),
+            maxui=_on(np.maximum),
             cmpi=lambda _, a, b: Value(a.x.view(np.int32) < b.x.view(np.int32), "i1"),
             bitcast=lambda kind, a: Value(a.x.view(_NUMPY[kind]), kind),
             select=lambda c, a, b: Value(np.where(c.x, a.x, b.x), a.type),
@@ -116,20 +128,18 @@ class Machine:
         self.active = before
 
     def _kernel(self, body: Any, *, out_type: Any, grid: Any, scratch_types: Any = (), **_: Any):
-        def run(*arrays: Any) -> Any:
-            blocks, size = int(np.prod(grid)), _GAP
-            self.starts, contents = [], [np.asarray(x) for x in arrays]
-            garbage = np.full(
-                int(np.prod(out_type.shape)) * np.dtype(out_type.dtype).itemsize, 0x5A
-            )
-            contents.append(garbage.astype(np.uint8))
-            for x in contents:
-                self.starts.append((size, size + x.nbytes))
-                size += -(-x.nbytes // 256) * 256 + _GAP
-            self.memory = np.zeros(size, np.uint8)
-            self.written = np.zeros(size, bool)
-            for (start, end), x in zip(self.starts, contents, strict=True):
-                self.memory[start:end] = np.frombuffer(x.tobytes(), np.uint8)
+        """Outputs begin as garbage; a reference among the operands is one that begins as it is."""
+        alone = not isinstance(out_type, list | tuple)
+        out_types = [out_type] if alone else list(out_type)
+
+        def run(*operands: Any) -> Any:
+            refs = [x for x in operands if isinstance(x, jax.Ref)]
+            contents = [np.asarray(x[...] if isinstance(x, jax.Ref) else x) for x in operands]
+            contents += [_garbage(x) for x in out_types]
+            self._lay_out(contents)
+            self.inputs = self.places[: len(operands) - len(refs)]
+            self.outputs = self.places[len(self.inputs) :]
+            blocks = int(np.prod(grid))
             shared = 4 * int(np.prod(scratch_types[0])) if scratch_types else 0
             self.shared = np.full((blocks, shared), 0xAA, np.uint8)
             self.owner, self.thread = np.divmod(
@@ -137,14 +147,29 @@ class Machine:
             )
             y, x = np.divmod(self.owner, np.uint64(grid[-1]))
             self.block, self.active = [Value(x, "i64"), Value(y, "i64")], np.ones(x.shape, bool)
-            body(*(start for start, _ in self.starts), *(0 for _ in scratch_types))
-            start, end = self.starts[-1]
-            return jnp.asarray(self.memory[start:end].view(out_type.dtype).reshape(out_type.shape))
+            body(*(start for start, _ in self.places), *(0 for _ in scratch_types))
+            results = [
+                jnp.asarray(self.memory[start:end].view(x.dtype).reshape(x.shape))
+                for (start, end), x in zip(self.outputs, [*refs, *out_types], strict=True)
+            ]
+            for ref, x in zip(refs, results, strict=False):
+                ref[...] = x
+            results = results[len(refs) :]
+            return results[0] if alone else results
 
         return run
 
-    def _places(self, address: Value, nbytes: int, where: np.ndarray, ends: Any) -> np.ndarray:
-        """Bytes (threads, nbytes) that those of `where` access."""
+    def _lay_out(self, arrays: list[np.ndarray]) -> None:
+        self.places, size = [], _GAP
+        for x in arrays:
+            self.places.append((size, size + x.nbytes))
+            size += -(-x.nbytes // 256) * 256 + _GAP
+        self.memory, self.written = np.zeros(size, np.uint8), np.zeros(size, bool)
+        for (start, end), x in zip(self.places, arrays, strict=True):
+            self.memory[start:end] = np.frombuffer(x.tobytes(), np.uint8)
+
+    def _bytes(self, address: Value, nbytes: int, where: np.ndarray, ends: Any) -> np.ndarray:
+        """Which ones (threads, nbytes) those of `where` access."""
         at = np.broadcast_to(address.x, self.thread.shape)[where].astype(np.int64)
         inside = np.zeros(at.shape, bool)
         for start, end in ends:
@@ -161,7 +186,7 @@ class Machine:
             count, nbytes = int(words[1]) if words else 1, int(kind[1][1:]) // 8
             out = np.zeros((*self.thread.shape, count * nbytes), np.uint8)
             out[self.active] = self.memory[
-                self._places(operands[0], count * nbytes, self.active, self.starts[:-1])
+                self._bytes(operands[0], count * nbytes, self.active, self.inputs)
             ]
             kinds = result_types if isinstance(result_types, list) else [result_types]
             out = out.view(np.uint16 if nbytes == 2 else np.uint32 if nbytes == 4 else np.uint8)
@@ -171,6 +196,8 @@ class Machine:
             return self._store(asm, operands)
         if "shared" in name:
             return self._share(operands)
+        if name == "shfl.sync.bfly.b32":
+            return self._shuffled(operands[0], int(operands[1].x))
         if name.startswith("prmt"):
             given = re.search(r"(0x[0-9a-f]+|\d+);$", asm) if len(x) == 2 else None
             selector = np.uint64(int(given[1], 0)) if given else x[2].astype(np.uint64)
@@ -184,7 +211,7 @@ class Machine:
         wide = [(_halves(v) if "f16x2" in name else v).astype(np.float64) for v in x]
         done = {
             "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-            "fma": lambda a, b, c: a * b + c,
+            "fma": lambda a, b, c: a * b + c, "rcp": lambda a: 1 / a,
         }[name[:3]](*wide)  # fmt: skip
         if "f16x2" not in name:
             return _value(done, "f32")
@@ -195,16 +222,24 @@ class Machine:
         where = self.active
         if "setp" in asm:
             where = where & (operands[-1].x != 0)
-        at = self._places(operands[0], 4 * words, where, self.starts[-1:])
+        at = self._bytes(operands[0], 4 * words, where, self.outputs)
         assert not self.written[at].any() and np.unique(at).size == at.size, "written twice"
         self.written[at] = True
         data = [np.broadcast_to(o.x, self.thread.shape)[where] for o in operands[1 : 1 + words]]
         self.memory[at] = np.stack(data, -1).view(np.uint8).reshape(at.shape)
 
+    def _shuffled(self, a: Value, apart: int) -> Value:
+        """The number of the thread of the same warp whose index differs in the bit `apart`."""
+        there = self.active.reshape(-1, _WARP)
+        assert (there.all(1) == there.any(1)).all(), "threads are waited for that are elsewhere"
+        lane = np.arange(_WARP)
+        warps = np.broadcast_to(a.x, self.thread.shape).reshape(-1, _WARP)
+        return Value(warps[:, lane ^ apart].reshape(-1), a.type)
+
     def _share(self, operands: Any) -> Any:
-        at = self._places(operands[0], 4, self.active, [(0, self.shared.shape[1])])
+        at = self._bytes(operands[0], 4, self.active, [(0, self.shared.shape[1])])
         owner = self.owner[self.active][:, None].astype(np.int64)
-        bank = (at[:, 0] // 4 % 32).reshape(-1, 32)
+        bank = (at[:, 0] // 4 % 32).reshape(-1, _WARP)
         most = max((np.bincount(b).max() for b in bank), default=0)
         if len(operands) == 2:
             self.writes = max(self.writes, most)

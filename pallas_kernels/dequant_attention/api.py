@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequant_attention import mosaic_gpu, reference
-from pallas_kernels.dequant_attention.mosaic_gpu import BLOCK, Tuning
 from pallas_kernels.dequant_attention.queries import TOP, grouped
 from pallas_kernels.dequant_attention.schedule import Schedule
+from pallas_kernels.dequant_attention.sizes import BLOCK, TUNING, Tuning
 from pallas_kernels.dequantize.types import PAD
 from pallas_kernels.triton_launch import missing
 
@@ -29,20 +29,6 @@ __all__ = ["Queries", "finish", "prepare", "prepare_tokens", "splits_for", "visi
 # state are those of 128 channels: both grow with them, so that the best number of parts stays.
 _PROCESSORS, _NS_PER_KEY, _BYTES_PER_NS = 132, {True: 9.5, False: 14.1}, 2.7e3
 _CHANNELS = 128
-
-# By head_dim. Measured at 128; at 64 the same; at 256 what registers and shared memory hold.
-_TUNING = {
-    "bfloat16": {
-        64: Tuning(tile=128, stages=2),
-        128: Tuning(tile=128, stages=2),
-        256: Tuning(tile=64, stages=2),
-    },
-    "float8_e4m3fn": {
-        64: Tuning(tile=256, stages=2),
-        128: Tuning(tile=256, stages=2),
-        256: Tuning(tile=128, stages=2, registers=(240, 24)),
-    },
-}
 
 
 class Queries(NamedTuple):
@@ -177,12 +163,12 @@ def visit(
     if implementation != "mosaic":
         raise ValueError(f"implementation={implementation!r}; accepted: 'mosaic', 'triton'")
     q_nQD = queries.q_nQD
-    if not q_nQD.dtype == k_nTD.dtype == v.dtype or q_nQD.dtype.name not in _TUNING:
+    if not q_nQD.dtype == k_nTD.dtype == v.dtype or q_nQD.dtype.name not in TUNING:
         raise ValueError(
             f"q, k, v have dtypes {q_nQD.dtype}, {k_nTD.dtype}, {v.dtype}; accepted: bfloat16 or "
             "float8_e4m3fn for all three"
         )
-    accepted = tuple(_TUNING[q_nQD.dtype.name])
+    accepted = tuple(TUNING[q_nQD.dtype.name])
     n, tokens, d = k_nTD.shape
     narrow = q_nQD.dtype != jnp.bfloat16
     want = (n, d, tokens) if narrow else (n, tokens, d)
@@ -194,7 +180,7 @@ def visit(
     blocks = n * q_nQD.shape[1] // BLOCK
     if isinstance(splits, Schedule) and splits.blocks != blocks:
         raise ValueError(f"{splits=}; accepted: one of {blocks} blocks of {BLOCK} queries")
-    tuning = _TUNING[q_nQD.dtype.name][d] if tuning is None else tuning
+    tuning = TUNING[q_nQD.dtype.name][d] if tuning is None else tuning
     if tokens % tuning.tile or q_nQD.shape[1] % BLOCK:
         raise ValueError(
             f"T={tokens} and Q={q_nQD.shape[1]}; accepted: multiples of {tuning.tile}, {BLOCK}"

@@ -1,4 +1,4 @@
-"""Register arrays of a warpgroup: reductions, products, and operands of 8-bit products."""
+"""Register arrays of a warpgroup: loads, reductions, products, and operands of 8-bit products."""
 
 import dataclasses
 from typing import Any
@@ -13,9 +13,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxtyping import Array
 
-__all__ = ["as_words", "fold", "left_operand", "over_columns", "product"]
+__all__ = ["as_words", "constant", "fold", "left_operand", "over_columns", "product", "row_of"]
 
 _W = plgpu.Layout.WGMMA
+
+
+def row_of(ref: Any) -> Array:
+    """Numbers in GPU memory, one for each row."""
+    return plgpu.load(ref, layout=_W.reduce(1), optimized=False)
+
+
+def constant(shape: tuple[int, ...], x: float) -> Array:
+    """The same number in every row, or in every row and column."""
+    layout = _W.reduce(1) if len(shape) == 1 else _W
+    return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
 
 
 def over_columns(x_Q: Array, shape: tuple[int, ...]) -> Array:
