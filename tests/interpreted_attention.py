@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax._src.pallas.mosaic_gpu.interpret import params, shared_memory
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
 from pallas_kernels.dequant_attention import computing
 from pallas_kernels.dequantize.reference import key_row_of_token
@@ -78,7 +78,7 @@ def _let_go(barrier: Any) -> None:
 
 @contextlib.contextmanager
 def interpreted(monkeypatch: Any) -> Iterator[None]:
-    """The kernel inside runs in the interpreter."""
+    """The kernel inside runs in the interpreter, which looks for races."""
     pl, plgpu = (SimpleNamespace(**vars(m)) for m in (computing.pl, computing.plgpu))
     pl.run_scoped, pl.run_state = _Accumulator.scoped, _Accumulator.state
     plgpu.wgmma, plgpu.ACC = _Accumulator.add, _Form
@@ -88,5 +88,6 @@ def interpreted(monkeypatch: Any) -> Iterator[None]:
         ).items():
             patch.setattr(computing, name, fake)
         patch.setattr(shared_memory.Barrier, "deallocate", _let_go)
-        with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+        with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
             yield
+            assert not interpret_pallas_call.get_races().races_found
