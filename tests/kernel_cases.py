@@ -95,6 +95,18 @@ def on_cpu(f, *args):
         return f(*jax.device_put(args, cpu))
 
 
+def lowered(f, *args) -> str:
+    """The GPU program of f as text; Mosaic infers layouts and checks shared memory on the way."""
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def exact_attention(q, k, v) -> np.ndarray:
+    """Of queries (n, Q, 128) to keys and values (n, T, 128), by numpy."""
+    s = np.einsum("nqd,ntd->nqt", q, k) / 128**0.5
+    p = np.exp(s - s.max(-1, keepdims=True))
+    return np.einsum("nqt,ntd->nqd", p / p.sum(-1, keepdims=True), v)
+
+
 def turns(seed: int, rows: int, tokens: int, head_dim: int = 128) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of random angles."""
     form = (rows, tokens, head_dim // 2)

@@ -23,7 +23,7 @@ from qvg_jax.compose import chain
 from qvg_jax.quantize.grid import grid_quantize
 from qvg_jax.quantize.integer import residual_quantize
 from qvg_jax.smoothing import kmeans_smoothing
-from tests.kernel_cases import ENCODERS, clustered, encoded_twice, round_trip_error
+from tests.kernel_cases import ENCODERS, clustered, encoded_twice, lowered, round_trip_error
 
 
 @pytest.fixture
@@ -35,10 +35,6 @@ def interpreted(monkeypatch):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
         assert not interpret_pallas_call.get_races().races_found
-
-
-def _lowered(f, *args) -> str:
-    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 # -- k-means
@@ -130,10 +126,10 @@ def test_the_residual_equals_the_reference(interpreted):
 
 def test_kernels_compile_to_gpu_code():
     x, c = clustered(2, 300, 256)
-    assert "mosaic_gpu" in _lowered(lambda x, c: kmeans_sums(x, c, scores=True), x, c)
-    assert "mosaic_gpu" in _lowered(assign_and_subtract, x, c)
+    assert "mosaic_gpu" in lowered(lambda x, c: kmeans_sums(x, c, scores=True), x, c)
+    assert "mosaic_gpu" in lowered(assign_and_subtract, x, c)
     for form in (Integers(2, 16), Integers(4, 128), Midrise(2, 1.0, 2, recode=True)):
-        assert "mosaic_gpu" in _lowered(lambda x, c, f=form: assign_and_pack(x, c, f), x, c)
+        assert "mosaic_gpu" in lowered(lambda x, c, f=form: assign_and_pack(x, c, f), x, c)
 
 
 @pytest.mark.parametrize(
@@ -243,4 +239,4 @@ def test_a_span_compiles_to_kernels(monkeypatch):
     x = jax.ShapeDtypeStruct((3, 1, 2, 300, 128), jnp.bfloat16)
     state = jax.eval_shape(jax.vmap(lambda x: codec.init(x.shape, x.dtype)), x)
     encode = functools.partial(codec.encode, implementation="mosaic")
-    assert "mosaic_gpu" in _lowered(jax.vmap(encode), x, state)
+    assert "mosaic_gpu" in lowered(jax.vmap(encode), x, state)
