@@ -32,16 +32,13 @@ E4M3 = jnp.float8_e4m3fn
 
 
 @functools.lru_cache(maxsize=64)
-def scheme_of(
-    codec: Codec, head_dim: int, joined: int = 1, implementation: str = "mosaic"
-) -> Scheme | None | str:
+def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | str:
     """How the codec's bytes decode; None for plain bf16, a reason if the kernels cannot.
 
     Args:
         codec: of keys or values.
         head_dim: channels of a head.
         joined: 2 for a codec that takes two heads for one vector; `halves` makes two of it again.
-        implementation: whose kernels, "mosaic" or "triton".
     """
     try:
         shape = (1, joined, 256, head_dim)
@@ -73,7 +70,7 @@ def scheme_of(
     for offset in (2 ** max(bits - 1, 0) - 1, (2**bits - 1) / 2):
         scheme = Scheme(bits=bits, group=group, offset=offset, stages=stages)
         source = jax.eval_shape(encoded if joined == 1 else halves, form)
-        if (why := supported(source, scheme, implementation)) is not None:
+        if (why := supported(source, scheme)) is not None:
             return why
         if _agrees(codec, form, scheme):
             return scheme

@@ -24,15 +24,9 @@ from qvg_jax.devices import is_hopper, on_several_devices
 from qvg_jax.kernel_formats import scheme_of
 from qvg_jax.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.layout import Layout
+from qvg_jax.new_block import new_block, turning
 from qvg_jax.view import CacheView
-from qvg_jax.workspaces import (
-    by_kernels,
-    new_block,
-    of_dense,
-    of_spans,
-    of_spans_by_xla,
-    turning,
-)
+from qvg_jax.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla
 
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
 
@@ -56,7 +50,7 @@ def unsupported(
         if not narrow or not lay.max_spans:
             continue
         # All arguments, as elsewhere: they are the key under which a format is remembered.
-        if scheme_of(codec, lay.head_dim, 1, implementation) is None:
+        if scheme_of(codec, lay.head_dim, 1) is None:
             return f"{name} codec {codec.name}: e4m3 attention needs a bound that codes give"
     return None
 
@@ -96,7 +90,7 @@ def attend_kernels(
     queries = q_BTHD.shape[1] * q_BTHD.shape[0] * q_BTHD.shape[2] // rows
     dtype = asked.q_nQD.dtype
 
-    kernels_read = by_kernels(view, implementation)
+    kernels_read = by_kernels(view)
     at_once = plan.spans_at_once(lay, view.heads, dtype) if kernels_read else 1
     groups = -(-lay.max_spans // at_once)
     typical = at_once * lay.span_tokens if lay.max_spans else k_BTHD.shape[1]

@@ -17,21 +17,14 @@ from jaxtyping import Array
 from pallas_kernels.dequantize import Scheme, decode_keys, decode_values, in_key_rows
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.codec import Codec
-from qvg_jax.kernel_formats import E4M3, encoded, halves, pairing_of, scheme_of
+from qvg_jax.kernel_formats import E4M3, encoded, halves, scheme_of
 from qvg_jax.layout import Layout
-from qvg_jax.rope import Encodings, Rope
+from qvg_jax.new_block import NewBlock, pairing_in, unit_of
+from qvg_jax.rope import Encodings
 from qvg_jax.slots import read_slot
 from qvg_jax.view import CacheView
 
-__all__ = [
-    "NewBlock",
-    "by_kernels",
-    "new_block",
-    "of_dense",
-    "of_spans",
-    "of_spans_by_xla",
-    "turning",
-]
+__all__ = ["by_kernels", "of_dense", "of_spans", "of_spans_by_xla"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +39,11 @@ class _Spans:
         """The units of some rows in e4m3, if they grow by so much when they are read."""
         if self.bound_R is None:
             return jnp.ones((rows,), jnp.float32)
-        return _unit(lax.dynamic_slice_in_dim(self.bound_R, first, rows) * growth)
+        return unit_of(lax.dynamic_slice_in_dim(self.bound_R, first, rows) * growth)
 
 
-def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool, by: str) -> _Spans:
-    source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1, by)
+def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool) -> _Spans:
+    source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1)
     rows = lay.max_spans * lay.batch * lay.heads
     if not narrow:
         return _Spans(source, scheme, None)
@@ -66,34 +59,21 @@ def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool, by
     return _Spans(source, scheme, bound)
 
 
-def _unit(bound: Array) -> Array:
-    """The least power of two by which values up to `bound` may be divided for e4m3."""
-    bound = bound.astype(jnp.float32) / 448
-    return jnp.exp2(jnp.ceil(jnp.log2(jnp.where(bound > 0, bound, 1))))
-
-
-def by_kernels(view: CacheView, implementation: str) -> bool:
+def by_kernels(view: CacheView) -> bool:
     """Whether the kernels turn stored bytes into what attention reads, and XLA nothing of it."""
-    return _decoded_by_kernels(view.cache.layout, implementation) and _turned_by_kernels(view)
+    return _decoded_by_kernels(view.cache.layout) and _turned_by_kernels(view)
 
 
-def _decoded_by_kernels(lay: Layout, implementation: str) -> bool:
+def _decoded_by_kernels(lay: Layout) -> bool:
     codecs = (lay.key_codec, lay.value_codec) if lay.max_spans else ()
-    schemes = [scheme_of(c, lay.head_dim, 1, implementation) for c in codecs]
+    schemes = [scheme_of(c, lay.head_dim, 1) for c in codecs]
     return not any(isinstance(s, str) for s in schemes)
 
 
 def _turned_by_kernels(view: CacheView) -> bool:
     if isinstance(view.rope, Encodings):
         return False
-    return view.rope is None or _pairing(view) is not None
-
-
-def _pairing(view: CacheView) -> str | None:
-    lay: Layout = view.cache.layout
-    if not isinstance(view.rope, Rope):
-        return "half"
-    return pairing_of(view.rope, lay.head_dim, lay.pos_dims)
+    return view.rope is None or pairing_in(view) is not None
 
 
 def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: Any) -> Array:
@@ -108,92 +88,18 @@ def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: An
     return y_BCTD.reshape(-1, *y_BCTD.shape[2:])
 
 
-def turning(view: CacheView, x_BTHD: Array) -> tuple[Array, dict[str, Any]]:
-    """New queries or keys, and what turns them on their way; XLA turns what the kernels cannot."""
-    still = dict(tables=None, pairing="half")
-    if not isinstance(view.rope, Rope):
-        return x_BTHD, still
-    if (pairing := _pairing(view)) is None:
-        turned = view.new(jnp.swapaxes(x_BTHD, 1, 2))
-        return jnp.swapaxes(turned, 1, 2), still
-    branches = x_BTHD.shape[0] // view.cache.layout.batch
-    tables = view.table_new
-    if branches > 1:
-        tables = tuple(jnp.concatenate([t] * branches) for t in tables)
-    return x_BTHD, dict(tables=tables, pairing=pairing)
-
-
 def _of_rows(
     k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
 ) -> tuple[Any, Array, Array]:
     """((unit of keys, of values), keys, values) of bf16 ones; units are 1 in bf16."""
     narrow, rows = dtype != jnp.bfloat16, k_nTD.shape[0]
     units = [
-        _unit(jnp.abs(x).max(axis=(1, 2))) if narrow else jnp.ones((rows,), jnp.float32)
+        unit_of(jnp.abs(x).max(axis=(1, 2))) if narrow else jnp.ones((rows,), jnp.float32)
         for x in (k_nTD, v_nTD)
     ]
     here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype, implementation=implementation)
     k = decode_keys(k_nTD, None, **here, unit_n=units[0])
     return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class NewBlock:
-    """Keys and values of the new tokens on their way into a workspace.
-
-    Attributes:
-        k, v: bf16, as the kernels read them: (B, T, H, D), or rows.
-        batch, rows, tokens: sizes.
-        turn: of the keys, see `turning`.
-        units: of the rows of keys and of values in e4m3; 1 in bf16.
-        dtype, implementation: of the workspace, of the kernels.
-    """
-
-    k: Array
-    v: Array
-    batch: int
-    rows: int
-    tokens: int
-    turn: dict[str, Any]
-    units: list[Array]
-    dtype: Any
-    implementation: str
-
-    def workspace(self, units: list[Array], behind: Any = None) -> tuple[Array, Array]:
-        """Keys and values in workspaces of their own, or in (keys, values) from token `at` on.
-
-        Args:
-            units: of the rows.
-            behind: (keys, values, at), or None.
-        """
-        here = dict(first_row=0, rows=self.rows, valid=self.tokens, dtype=self.dtype)
-        here |= dict(implementation=self.implementation)
-        into = [{}, {}] if behind is None else [dict(into=(w, behind[2])) for w in behind[:2]]
-        keys = here | self.turn | dict(batch=self.batch, unit_n=units[0]) | into[0]
-        values = here | dict(unit_n=units[1]) | into[1]
-        return decode_keys(self.k, None, **keys), decode_values(self.v, None, **values)
-
-
-def new_block(
-    view: CacheView, k_BTHD: Array, v_BTHD: Array, dtype: Any, implementation: str
-) -> NewBlock:
-    """Of what `attend` is given; its batch may be a multiple of the cache's."""
-    batch, tokens, heads, d = k_BTHD.shape
-    rows, narrow = batch * heads, dtype != jnp.bfloat16
-    k_BTHD, v_BTHD = k_BTHD.astype(jnp.bfloat16), v_BTHD.astype(jnp.bfloat16)
-    k_BTHD, turn = turning(view, k_BTHD)
-    # A rotation lets the largest number grow by no more than the root of two.
-    growths = (1.0 if turn["tables"] is None else math.sqrt(2), 1.0)
-    units = [
-        _unit(jnp.abs(x).max(axis=(1, 3)).reshape(-1) * growth)
-        if narrow
-        else jnp.ones((rows,), jnp.float32)
-        for x, growth in zip((k_BTHD, v_BTHD), growths, strict=True)
-    ]
-    k, v = k_BTHD, v_BTHD
-    if implementation != "mosaic":
-        k, v = (jnp.swapaxes(x, 1, 2).reshape(rows, tokens, d) for x in (k, v))
-    return NewBlock(k, v, batch, rows, tokens, turn, units, dtype, implementation)
 
 
 def of_dense(
@@ -217,7 +123,7 @@ def of_dense(
     turned = _turned_by_kernels(view)
     tables = {}
     if turned:
-        tables = dict(tables=view.dense_table(0, total), pairing=_pairing(view))
+        tables = dict(tables=view.dense_table(0, total), pairing=pairing_in(view))
     k_nWD = decode_keys(flat(cache.dense_k), None, **here, **tables, batch=lay.batch)
     v_nWD = decode_values(flat(cache.dense_v), None, **here)
     if turned:
@@ -236,9 +142,8 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
     """
     cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
     rows, turned = lay.batch * lay.heads, view.rope is not None
-    about = (narrow, implementation)
-    keys = _spans(cache.span_k, lay.key_codec, lay, layer, *about)
-    values = _spans(cache.span_v, lay.value_codec, lay, layer, *about)
+    keys = _spans(cache.span_k, lay.key_codec, lay, layer, narrow)
+    values = _spans(cache.span_v, lay.value_codec, lay, layer, narrow)
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
 
     def unit(x: _Spans, slot: Array, growth: float) -> Array:
@@ -268,7 +173,7 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
             here |= dict(room=new.tokens)
         k_nWD = decode_keys(
             keys.source, keys.scheme, **here, unit_n=units[0], batch=lay.batch,
-            pairing=_pairing(view), **turns(slot),
+            pairing=pairing_in(view), **turns(slot),
         )  # fmt: skip
         v = decode_values(values.source, values.scheme, **here, unit_n=units[1])
         return units, *((k_nWD, v) if new is None else new.workspace(units, (k_nWD, v, valid)))
@@ -283,12 +188,12 @@ def of_spans_by_xla(
     cache, lay = view.cache, view.cache.layout
     rows, spans = lay.batch * lay.heads, None
     bounded = isinstance(view.rope, Encodings) and view.rope.growth is not None
-    if dtype != jnp.bfloat16 and bounded and _decoded_by_kernels(lay, implementation):
+    if dtype != jnp.bfloat16 and bounded and _decoded_by_kernels(lay):
         sides = (cache.span_k, lay.key_codec), (cache.span_v, lay.value_codec)
-        spans = [_spans(*side, lay, layer, True, implementation) for side in sides]
+        spans = [_spans(*side, lay, layer, True) for side in sides]
 
     def stored(codec, slots, decode, slot):
-        of = lambda joined: scheme_of(codec, lay.head_dim, joined, implementation)  # noqa: E731
+        of = lambda joined: scheme_of(codec, lay.head_dim, joined)  # noqa: E731
         scheme, first = of(1), (layer * lay.max_spans + slot) * rows
         if not isinstance(scheme, str):
             source = encoded(slots)

@@ -53,6 +53,7 @@ FORMATS = {
     ),
     "midrise, 3 bits": (Scheme(bits=3, group=128, offset=3.5, stages=1), ("exponents", "int8")),
     "3 bits, integers": (Scheme(bits=3, group=16, offset=3, stages=0), ()),
+    "8 bits": (Scheme(bits=8, group=64, offset=127.5, stages=1), ()),
     "midrise, e4m3 tables": (Scheme(bits=4, group=128, offset=7.5, stages=2), ("e4m3",)),
 }
 

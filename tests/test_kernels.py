@@ -24,7 +24,7 @@ from pallas_kernels.dequant_attention import (
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.reference import key_row_of_token
-from qvg_jax import workspaces
+from qvg_jax.new_block import unit_of
 from tests.kernel_cases import (
     E4M3,
     FORMATS,
@@ -80,7 +80,7 @@ def test_keys_in_e4m3_lie_in_a_permutation_of_every_sixteen():
 
 def test_units_make_e4m3_of_any_magnitude():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 128)), jnp.float32) * 1e-4
-    unit = workspaces._unit(jnp.abs(x).max(axis=(1, 2)))
+    unit = unit_of(jnp.abs(x).max(axis=(1, 2)))
     here = dict(first_row=0, rows=2, valid=64, dtype=E4M3, implementation="reference")
     y = decode_values(x, None, unit_n=unit, **here).astype(jnp.float32) * unit[:, None, None]
     y = y.swapaxes(1, 2)[:, :64]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from models.worldplay.history import side_by_side
-from pallas_kernels.dequant_attention import Schedule, prepare_tokens
+from pallas_kernels.dequant_attention import Schedule
 from pallas_kernels.dequant_attention import reference as attention_reference
-from qvg_jax import attention, kernel_plan, mosaic, presets, workspaces
+from qvg_jax import attention, kernel_plan, mosaic, new_block, presets, workspaces
 from qvg_jax.attention import attend
 from qvg_jax.cache import evict
 from qvg_jax.kernel_plan import Plan
@@ -64,16 +64,16 @@ def _visit_by_reference(
 @pytest.fixture
 def references(monkeypatch):
     """attend_kernels with every kernel replaced by its reference: runs anywhere."""
-    for name in ("decode_keys", "decode_values"):
-        kernel = getattr(workspaces, name)
-        by_reference = lambda *args, implementation, kernel=kernel, **more: kernel(  # noqa: E731
+
+    def by_reference(kernel):
+        return lambda *args, implementation, **more: kernel(
             *args, implementation="reference", **more
         )
-        monkeypatch.setattr(workspaces, name, by_reference)
-    by_reference = lambda *args, implementation, **more: prepare_tokens(  # noqa: E731
-        *args, implementation="reference", **more
-    )
-    monkeypatch.setattr(mosaic, "prepare_tokens", by_reference)
+
+    for module in (workspaces, new_block):
+        for name in ("decode_keys", "decode_values"):
+            monkeypatch.setattr(module, name, by_reference(getattr(module, name)))
+    monkeypatch.setattr(mosaic, "prepare_tokens", by_reference(mosaic.prepare_tokens))
     monkeypatch.setattr(mosaic, "visit", _visit_by_reference)
 
 

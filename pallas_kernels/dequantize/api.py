@@ -19,18 +19,15 @@ __all__ = ["decode_keys", "decode_values", "supported"]
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn))
 
 
-def supported(
-    source: Encoded | Array, scheme: Scheme | None, implementation: str = "mosaic"
-) -> str | None:
-    """Why the kernel of an implementation cannot decode this, or None if it can."""
+def supported(source: Encoded | Array, scheme: Scheme | None) -> str | None:
+    """Why kernels cannot decode this, or None if they can."""
     width, packed = width_of(source, scheme), isinstance(source, Encoded)
     if width not in HEAD_DIMS:
         return f"head_dim={width}; it must be 64, 128 or 256"
     if not packed:
         return None if source.dtype == jnp.bfloat16 else f"dtype={source.dtype}; it reads bfloat16"
-    accepted = (1, 2, 3, 4, 8) if implementation == "triton" else (1, 2, 3, 4)
-    if scheme.bits not in accepted:
-        return f"bits={scheme.bits}; the kernel reads {', '.join(map(str, accepted))}"
+    if scheme.bits not in (1, 2, 3, 4, 8):
+        return f"bits={scheme.bits}; the kernel reads 1, 2, 3, 4 or 8"
     if scheme.group % 8 or width % scheme.group:
         return f"group={scheme.group}; it must be a multiple of 8 that divides {width}"
     if (2 * scheme.offset) % 1:
@@ -64,7 +61,7 @@ def _checked(source, scheme, dtype, implementation):
         raise NotImplementedError(
             f"implementation='triton': dtype={jnp.dtype(dtype)}; the kernel writes bfloat16"
         )
-    if (why := supported(source, scheme, implementation)) is not None:
+    if (why := supported(source, scheme)) is not None:
         raise NotImplementedError(
             f"implementation={implementation!r}: {why}; 'reference' serves it"
         )

@@ -28,11 +28,11 @@ def _levels(words: tuple[Lane, ...], scheme: Scheme) -> list[Lane]:
     """2 (code - offset) of eight channels as floats, exact for half-integer offsets."""
     out = []
     for i in range(8):
-        bit = i * scheme.bits
+        word, bit = words[i * scheme.bits // 32], i * scheme.bits % 32
         shift = bit // 8 * 8 + 8 - scheme.bits - bit % 8
         if scheme.bits == 3:  # one number of 24 bits
             shift = 21 - bit
-        field = (words[0] >> (shift - 1) if shift else words[0] << 1) & (2**scheme.bits - 1 << 1)
+        field = (word >> (shift - 1) if shift else word << 1) & (2**scheme.bits - 1 << 1)
         # 2 ** 23 + 2 code as float32: no integer conversion, which runs at a quarter of the rate.
         out.append((field | 0x4B000000).as_float() - (2.0**23 + 2 * scheme.offset))
     return out
@@ -57,6 +57,13 @@ def _both(x: float) -> Halves:
 def _level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, int]]:
     """weight (code - offset) of eight channels in pairs, and the weight of each pair."""
     bits, out = scheme.bits, []
+    if bits == 8:
+        weight = 2  # 1024 + 2 offset is a float16 number also for half-integer offsets
+        for word in words:
+            for selector in (0x4140, 0x4342):  # two bytes, each with a byte of zeros above it
+                field = (permute_bytes(word, integer(0), selector) << 1) | 0x64006400
+                out.append((Halves(field) - _both(1024 + weight * scheme.offset), weight))
+        return out
     # Parts that hold whole pairs: bytes, or a quarter of the 24 bits of eight codes of three.
     size, starts = (6, (18, 12, 6, 0)) if bits == 3 else (8, range(0, 8 * bits, 8))
     mask, places = 2**bits - 1, size // (2 * bits)
