@@ -57,6 +57,8 @@ ROWS = (
     Row("longcat", 32, 7_800, 37_440, 1),
     Row("worldplay", 24, 3_520, 42_240, 1),
     Row("few queries", 12, 256, 32_768, 4),
+    Row("short history", 12, 4_680, 28_080, 1),
+    Row("long history", 12, 4_680, 46_800, 6),
     Row("64 channels", 24, 4_680, 37_440, 1, head_dim=64),
     Row("256 channels", 8, 4_680, 37_440, 1, head_dim=256),
 )

@@ -4,10 +4,21 @@ Decoding of spans against a copy, and attention to a compressed cache (decoding,
 included) against cuDNN's bf16 attention to the same keys, uncompressed and already rotated. A
 number is the median of `--repeats` timings of several calls each; the spread is half their range.
 `--profile` adds what the GPU does meanwhile: the time of each kernel, and of none.
+
+Other implementations are timed beside these with `--also mine:flash`, where mine.py holds
+
+    def flash(row, arrays):  # for example PyTorch's
+        q, k, v = (torch.from_dlpack(arrays[n]).transpose(1, 2) for n in ("q", "keys", "values"))
+        run = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return run, torch.cuda.synchronize  # starts one call; waits for all
+
+`arrays` are JAX's: q, k and v (1, T, H, D) of the new block before RoPE, `keys` and `values` (1, S, H, D) of
+everything, uncompressed and rotated, all bf16, and `view`, the compressed cache.
 """
 
 import argparse
 import functools
+import importlib
 import json
 import statistics
 import time
@@ -39,6 +50,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS | PLANS)}"
     )
+    parser.add_argument(
+        "--also", nargs="*", default=[], type=_named, metavar="MODULE:FUNCTION", help="see above"
+    )
     parser.add_argument("--variants", action="store_true", help="other sizes of blocks")
     parser.add_argument("--no-decode", action="store_true", help="only the attention table")
     parser.add_argument("--profile", action="store_true", help="device time of every kernel")
@@ -48,11 +62,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(f"{device.device_kind}, jax {jax.__version__}")
     if not args.no_decode:
         result["decode"] = decode_table(args.repeats, args.profile, args.variants)
-    result["attention"] = attention_table(args.repeats, args.rows, args.reads, args.profile)
+    result["attention"] = attention_table(
+        args.repeats, args.rows, args.reads, args.profile, dict(args.also)
+    )
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
     return result
+
+
+def _named(text: str) -> tuple[str, Callable]:
+    """(MODULE:FUNCTION, the function)."""
+    module, _, function = text.partition(":")
+    try:
+        return text, getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; give MODULE:FUNCTION") from error
 
 
 def compiled(
@@ -84,15 +109,27 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
 
-def milliseconds(call: Callable[[], Any], repeats: int, at_least: float = 20.0) -> dict[str, float]:
-    """Median and spread of a call's time; calls are queued, so that gaps do not count."""
-    jax.block_until_ready(call())
+def milliseconds(
+    call: Callable[[], Any],
+    repeats: int,
+    at_least: float = 20.0,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> dict[str, float]:
+    """Median and spread of a call's time; calls are queued, so that gaps do not count.
+
+    Args:
+        call: starts the work and returns something.
+        repeats: how many times to measure.
+        at_least: milliseconds that calls measured together take.
+        wait: given what the last call returned, waits for all of them.
+    """
+    wait(call())
     times, count = [], 1
     while len(times) < repeats:
         start = time.perf_counter()
         for _ in range(count):
             out = call()
-        jax.block_until_ready(out)
+        wait(out)
         took = (time.perf_counter() - start) * 1e3
         if took < at_least and count < 1000:
             count *= 2
@@ -174,9 +211,21 @@ def profiled(name: str, call: Callable[[], Any], show: bool = False) -> dict[str
 
 
 def attention_table(
-    repeats: int, names: list[str] | None, reads: list[str], profile: bool = False
+    repeats: int,
+    names: list[str] | None,
+    reads: list[str],
+    profile: bool = False,
+    also: dict[str, Callable] | None = None,
 ) -> list[dict[str, Any]]:
-    """All reads of every shape, with the ratio to cuDNN bf16 and the difference from "xla"."""
+    """All reads of every shape, with the ratio to cuDNN bf16 and the difference from "xla".
+
+    Args:
+        repeats: timings of each.
+        names: of rows; None for all.
+        reads: of `READS` and `PLANS`.
+        profile: whether to say what the GPU does meanwhile.
+        also: name: function(row, arrays) of other implementations, see the module.
+    """
     print(f"{'attention':32} {'ms':>8} {'TFLOP/s':>8} {'/ cuDNN':>8} {'/ xla - 1':>10}")
     rows = []
     for row in ROWS:
@@ -219,6 +268,21 @@ def attention_table(
             print(f"{label:32} {entry['ms']:8.3f} {speed:8.0f} {ratio:8} {error}", flush=True)
             if profile and name not in ("xla", "cudnn bf16", "official style"):
                 entry["profile"] = profiled(name, call, show=True)
+        arrays = dict(q=q, k=k, v=v, keys=whole[0], values=whole[1], view=view)
+        for name, function in (also or {}).items():
+            run, wait = function(row, arrays)
+            entry = dict(
+                row=row.name, heads=row.heads, queries=row.queries, keys=row.keys, read=name
+            )
+            entry |= milliseconds(run, repeats, wait=lambda _, wait=wait: wait())
+            if base is not None:
+                entry |= dict(cudnn_ms=base, ratio=entry["ms"] / base)
+            rows.append(entry)
+            ratio = "" if base is None else f"{entry['ratio']:8.3f}"
+            speed = row.flops / entry["ms"] / 1e9
+            print(
+                f"{row.name + ', ' + name:32} {entry['ms']:8.3f} {speed:8.0f} {ratio}", flush=True
+            )
     return rows
 
 
