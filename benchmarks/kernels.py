@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.device_time import table, traced
-from benchmarks.kernel_cases import DECODE, PLANS, READS, ROWS, inputs, noise
+from benchmarks.kernel_cases import DECODE, PLANS, READS, ROWS, Row, inputs, noise
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.mosaic_gpu import Tuning
 
@@ -244,46 +244,44 @@ def attention_table(
             jobs[name] = ((READS | PLANS)[name], (q, view, k, v))
         base, right = None, None
         for name, call in compiled(jobs):
-            entry = dict(row=row.name, heads=row.heads, queries=row.queries, keys=row.keys)
-            label = f"{row.name}, {name}"
             try:
-                entry |= dict(read=name, **milliseconds(call, repeats))
+                entry = _measured(row, name, base, milliseconds(call, repeats))
                 got = jnp.asarray(call(), jnp.float32) if name != "cudnn bf16" else None
             except jax.errors.JaxRuntimeError as error:
-                print(f"{label}: {_first_line(error)}", flush=True)
+                print(f"{row.name}, {name}: {_first_line(error)}", flush=True)
                 continue
             if name == "cudnn bf16":
                 base = entry["ms"]
+                entry |= dict(cudnn_ms=base, ratio=1.0)
             if name == "xla":
                 right = got
-            ratio = error = ""
-            if base is not None:
-                entry |= dict(cudnn_ms=base, ratio=entry["ms"] / base)
-                ratio = f"{entry['ratio']:8.3f}"
-            if right is not None and got is not None and name != "xla":
+            elif right is not None and got is not None:
                 entry["difference"] = float(jnp.linalg.norm(got - right) / jnp.linalg.norm(right))
-                error = f"{entry['difference']:10.1e}"
             rows.append(entry)
-            speed = row.flops / entry["ms"] / 1e9
-            print(f"{label:32} {entry['ms']:8.3f} {speed:8.0f} {ratio:8} {error}", flush=True)
+            _say(row, entry)
             if profile and name not in ("xla", "cudnn bf16", "official style"):
                 entry["profile"] = profiled(name, call, show=True)
         arrays = dict(q=q, k=k, v=v, keys=whole[0], values=whole[1], view=view)
         for name, function in (also or {}).items():
             run, wait = function(row, arrays)
-            entry = dict(
-                row=row.name, heads=row.heads, queries=row.queries, keys=row.keys, read=name
-            )
-            entry |= milliseconds(run, repeats, wait=lambda _, wait=wait: wait())
-            if base is not None:
-                entry |= dict(cudnn_ms=base, ratio=entry["ms"] / base)
-            rows.append(entry)
-            ratio = "" if base is None else f"{entry['ratio']:8.3f}"
-            speed = row.flops / entry["ms"] / 1e9
-            print(
-                f"{row.name + ', ' + name:32} {entry['ms']:8.3f} {speed:8.0f} {ratio}", flush=True
-            )
+            times = milliseconds(run, repeats, wait=lambda _, wait=wait: wait())
+            rows.append(_measured(row, name, base, times))
+            _say(row, rows[-1])
     return rows
+
+
+def _measured(row: Row, name: str, cudnn: float | None, times: dict[str, float]) -> dict[str, Any]:
+    """What is kept of a read, with its ratio to cuDNN's milliseconds if those are known."""
+    entry = dict(row=row.name, heads=row.heads, queries=row.queries, keys=row.keys, read=name)
+    entry |= times
+    return entry if cudnn is None else entry | dict(cudnn_ms=cudnn, ratio=entry["ms"] / cudnn)
+
+
+def _say(row: Row, entry: dict[str, Any]) -> None:
+    ratio = f"{entry['ratio']:8.3f}" if "ratio" in entry else ""
+    error = f"{entry['difference']:10.1e}" if "difference" in entry else ""
+    label, speed = f"{row.name}, {entry['read']}", row.flops / entry["ms"] / 1e9
+    print(f"{label:32} {entry['ms']:8.3f} {speed:8.0f} {ratio:8} {error}", flush=True)
 
 
 if __name__ == "__main__":
