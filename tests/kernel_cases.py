@@ -256,3 +256,19 @@ def round_trip_error(codec: Codec, case) -> float:
     span, packed, *_ = case
     decoded = codec.decode(packed, jnp.float32)
     return float(jnp.linalg.norm(decoded - span) / jnp.linalg.norm(span.astype(jnp.float32)))
+
+
+def difference(a, b) -> float:
+    """|a - b| / |b|"""
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def form_of_cache(codec: Codec) -> KVCache:
+    """Shapes of a cache of three layers, two heads and four slots of 320 tokens."""
+    return jax.eval_shape(
+        lambda: KVCache.create(
+            layers=3, heads=2, head_dim=128, block_tokens=160, sink_blocks=1, span_blocks=2,
+            max_spans=4, keep_recent=1, key_codec=codec, value_codec=codec,
+        )
+    )  # fmt: skip

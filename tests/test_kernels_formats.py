@@ -15,7 +15,6 @@ from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
 from qvg_jax import mosaic, presets
 from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache
 from qvg_jax.kernel_formats import encoded as encoded_of
 from qvg_jax.kernel_formats import halves, pairing_of, scheme_of
 from qvg_jax.quantize.grid import grid_quantize
@@ -27,6 +26,7 @@ from tests.kernel_cases import (
     codecs,
     exact_attention,
     filled_cache,
+    form_of_cache,
     lowered,
     positions,
     with_window_garbage,
@@ -75,13 +75,7 @@ def test_ropes_are_recognised_by_what_rotate_gives():
 @pytest.mark.parametrize("narrow", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("precompute", [True, False], ids=["tables", "no tables"])
 def test_attend_compiles_inside_a_scan_over_layers_and_copies_no_codes(narrow, precompute):
-    codec = codecs()["midrise"]
-    cache = jax.eval_shape(
-        lambda: KVCache.create(
-            layers=3, heads=2, head_dim=128, block_tokens=160, sink_blocks=1, span_blocks=2,
-            max_spans=4, keep_recent=1, key_codec=codec, value_codec=codec,
-        )
-    )  # fmt: skip
+    cache = form_of_cache(codecs()["midrise"])
     x, pos = jax.ShapeDtypeStruct((1, 160, 4, 128), jnp.bfloat16), positions(9, 160)
     kv = jax.ShapeDtypeStruct((1, 160, 2, 128), jnp.bfloat16)
 

@@ -33,6 +33,7 @@ from tests.kernel_cases import (
     HALF,
     INTERLEAVED,
     codecs,
+    difference,
     encoded,
     encodings,
     filled_cache,
@@ -50,11 +51,6 @@ pytestmark = [
 
 def _floats(x) -> np.ndarray:
     return np.asarray(x, np.float32)
-
-
-def _difference(a, b) -> float:
-    a, b = (np.asarray(x, np.float32) for x in (a, b))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -76,10 +72,10 @@ def test_decoding_equals_the_reference(name, dtype, bound):
         args = source, turns(0, 6, tokens)
         ours = keys(*args, "mosaic", pairing)
         right = on_cpu(lambda s, t, p=pairing: keys(s, t, "reference", p), *args)
-        assert ours.shape == right.shape and _difference(ours, right) < bound
+        assert ours.shape == right.shape and difference(ours, right) < bound
     ours = decode_values(source, scheme, **here)
     right = on_cpu(lambda s: decode_values(s, scheme, **here, implementation="reference"), source)
-    assert ours.shape == right.shape and _difference(ours, right) < bound
+    assert ours.shape == right.shape and difference(ours, right) < bound
 
 
 @pytest.mark.parametrize("dtype, bound", [(jnp.bfloat16, 2e-3), (E4M3, 1.5e-2)])
@@ -106,7 +102,7 @@ def test_several_spans_are_decoded_behind_each_other(dtype, bound, valid):
     for a, b, axis in zip(ours, right, (1, 1 if dtype == jnp.bfloat16 else 2), strict=True):
         assert a.shape == b.shape
         a, b = (np.asarray(x, np.float32).take(range(read), axis) for x in (a, b))
-        assert not valid or _difference(a, b) < bound
+        assert not valid or difference(a, b) < bound
 
 
 @pytest.mark.parametrize("dtype, bound", [(jnp.bfloat16, 2e-3), (E4M3, 1.5e-2)])
@@ -140,7 +136,7 @@ def test_new_tokens_are_laid_behind_spans(dtype, bound, valid, slots):
     for a, b, axis in zip(ours, right, (1, 1 if dtype == jnp.bfloat16 else 2), strict=True):
         assert a.shape == b.shape
         a, b = (np.asarray(x, np.float32).take(range(read), axis) for x in (a, b))
-        assert _difference(a, b) < bound
+        assert difference(a, b) < bound
         behind = range(valid * tokens + new, read)
         rows = np.asarray(key_row_of_token(read))[behind] if axis == 1 and dtype == E4M3 else behind
         assert not a.take(rows, axis).any()
@@ -244,7 +240,7 @@ def test_attention_equals_the_reference(dtype, bound, splits):
         return finish(state, 200)
 
     right = on_cpu(reference, queries, workspace, units)
-    assert _difference(ours(queries, workspace), right) < bound
+    assert difference(ours(queries, workspace), right) < bound
 
 
 @pytest.mark.parametrize("name", codecs())
@@ -257,7 +253,7 @@ def test_attend_equals_xla_inside_a_scan_over_layers(name, implementation, bound
     cache = with_window_garbage(filled_cache(codecs()[name]))
     rope = INTERLEAVED if name == "midrise" else HALF
     ours, right = (_layers(cache, rope, i) for i in (implementation, "xla"))
-    assert _difference(ours, right) < bound
+    assert difference(ours, right) < bound
     if implementation == "mosaic":  # what is chosen when nothing is named
         np.testing.assert_array_equal(_layers(cache, rope, None), ours)
 
@@ -266,7 +262,7 @@ def test_attend_equals_xla_inside_a_scan_over_layers(name, implementation, bound
 def test_two_encodings_of_one_k_and_v_are_attended_as_xla_does(implementation, bound):
     cache = with_window_garbage(filled_cache(codecs()["qvg"]))
     ours, right = (_layers(cache, encodings(), i) for i in (implementation, "xla"))
-    assert _difference(ours, right) < bound
+    assert difference(ours, right) < bound
 
 
 @pytest.mark.parametrize(
@@ -276,7 +272,7 @@ def test_a_codec_that_the_kernels_cannot_read_comes_in_by_xla(codec):
     """Levels not equally spaced; two heads in one vector, which become two rows."""
     cache = filled_cache(codec)
     ours, right = (_layers(cache, HALF, i) for i in ("mosaic", "xla"))
-    assert _difference(ours, right) < 1e-2
+    assert difference(ours, right) < 1e-2
 
 
 def _layers(cache, rope, implementation, block=96, plan=None):
@@ -313,7 +309,7 @@ def test_other_plans_give_the_same(monkeypatch, name, implementation, bound):
     one = 2 * 2 * 192 * 128 * (2 if implementation == "mosaic" else 1)
     right = _layers(cache, HALF, "xla")
     for plan in (kernel_plan.SPAN_BY_SPAN, Plan(even=True, workspace=2 * one, cut=True)):
-        assert _difference(_layers(cache, HALF, implementation, plan=plan), right) < bound
+        assert difference(_layers(cache, HALF, implementation, plan=plan), right) < bound
 
 
 def test_a_longer_history_neither_compiles_again_nor_copies_the_cache():

@@ -19,6 +19,7 @@ from qvg_jax.attention import attend
 from tests.kernel_cases import (
     E4M3,
     codecs,
+    difference,
     encoded,
     filled_cache,
     on_cpu,
@@ -33,11 +34,6 @@ pytestmark = [
     pytest.mark.skipif(not mosaic.is_hopper(), reason="no Hopper GPU"),
     pytest.mark.parametrize("head_dim", [64, 256]),
 ]
-
-
-def _difference(a, b) -> float:
-    a, b = (np.asarray(x, np.float32) for x in (a, b))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +54,7 @@ def test_decoding_equals_the_reference(head_dim, name, pairing, dtype, bound):
     args = source, turns(0, 6, tokens, head_dim)
     right = on_cpu(lambda s, t: decode(s, t, "reference"), *args)
     for a, b in zip(jax.jit(decode, static_argnums=2)(*args, "mosaic"), right, strict=True):
-        assert a.shape == b.shape and _difference(a, b) < bound
+        assert a.shape == b.shape and difference(a, b) < bound
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3], ids=["bf16", "e4m3"])
@@ -113,7 +109,7 @@ def test_attention_equals_the_reference(head_dim, dtype, bound):
         return finish(state, 200)
 
     right = on_cpu(reference, queries, workspace, units)
-    assert _difference(ours(queries, workspace), right) < bound
+    assert difference(ours(queries, workspace), right) < bound
 
 
 @pytest.mark.parametrize(
@@ -143,4 +139,4 @@ def test_attend_equals_xla_inside_a_scan_over_layers(head_dim, implementation, n
         args = q, cache, k, v, positions(7, 96)
         return on_cpu(run, *args) if by == "xla" else run(*args)
 
-    assert _difference(read(implementation), read("xla")) < bound
+    assert difference(read(implementation), read("xla")) < bound

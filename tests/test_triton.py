@@ -25,7 +25,6 @@ from pallas_kernels.dequantize import triton as dequantize
 from qvg_jax import attention as attend_module
 from qvg_jax import capability, mosaic, presets
 from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache
 from qvg_jax.kernel_formats import scheme_of
 from qvg_jax.quantize.grid import grid_quantize
 from tests.kernel_cases import (
@@ -36,6 +35,7 @@ from tests.kernel_cases import (
     codecs,
     encoded,
     filled_cache,
+    form_of_cache,
     positions,
     turns,
     with_window_garbage,
@@ -195,13 +195,7 @@ def on_a_gpu(monkeypatch):
 
 
 def test_attend_traces_in_a_scan_over_layers_to_calls_that_update_their_state(on_a_gpu):
-    codec = codecs()["midrise"]
-    cache = jax.eval_shape(
-        lambda: KVCache.create(
-            layers=3, heads=2, head_dim=128, block_tokens=160, sink_blocks=1, span_blocks=2,
-            max_spans=4, keep_recent=1, key_codec=codec, value_codec=codec,
-        )
-    )  # fmt: skip
+    cache = form_of_cache(codecs()["midrise"])
     x, pos = jax.ShapeDtypeStruct((1, 160, 2, 128), jnp.bfloat16), positions(9, 160)
 
     def model(q, cache, k, v, pos, implementation):

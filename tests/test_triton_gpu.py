@@ -14,12 +14,13 @@ from tests.kernel_cases import (
     HALF,
     INTERLEAVED,
     codecs,
+    difference,
     encoded,
     filled_cache,
     turns,
     with_window_garbage,
 )
-from tests.test_kernels_gpu import _difference, _layers
+from tests.test_kernels_gpu import _layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(no_triton() is not None, reason=str(no_triton()))]
 
@@ -35,10 +36,10 @@ def test_decoding_equals_the_reference(name):
             pairing=pairing,
         )  # fmt: skip
         ours, right = keys(implementation="triton"), keys(implementation="reference")
-        assert _difference(ours, right) < bound
+        assert difference(ours, right) < bound
     values = functools.partial(decode_values, source, scheme, **here)
     ours, right = values(implementation="triton"), values(implementation="reference")
-    assert _difference(ours, right) < bound
+    assert difference(ours, right) < bound
 
 
 @pytest.mark.parametrize("name", [*codecs(), "1 and 3 bits"])
@@ -47,5 +48,5 @@ def test_attend_equals_xla_inside_a_scan_over_layers(name):
     cache = with_window_garbage(filled_cache((codecs() | more)[name]))
     rope = INTERLEAVED if name == "midrise" else HALF
     ours, again, right = (_layers(cache, rope, i) for i in ("triton", "triton", "xla"))
-    assert _difference(ours, right) < 1e-2
+    assert difference(ours, right) < 1e-2
     np.testing.assert_array_equal(ours, again)
