@@ -19,6 +19,7 @@ from pallas_kernels.dequant_attention import (
     splits_for,
     visit,
 )
+from pallas_kernels.dequantize import HEAD_DIMS
 from qvg_jax.capability import processors
 from qvg_jax.devices import is_hopper, on_several_devices
 from qvg_jax.kernel_formats import scheme_of
@@ -31,16 +32,13 @@ from qvg_jax.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla
 __all__ = ["attend_kernels", "is_hopper", "unsupported"]
 
 
-_HEAD_DIMS = (64, 128, 256)
-
-
 def unsupported(
     view: CacheView, q_BTHD: Array, narrow: bool, implementation: str = "mosaic"
 ) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
     lay: Layout = view.cache.layout
-    if lay.head_dim not in _HEAD_DIMS:
-        return f"head_dim={lay.head_dim}; the kernels read {', '.join(map(str, _HEAD_DIMS))}"
+    if lay.head_dim not in HEAD_DIMS:
+        return f"head_dim={lay.head_dim}; the kernels read {', '.join(map(str, HEAD_DIMS))}"
     for name, x in (("q", q_BTHD), ("the dense buffer", view.cache.dense_k)):
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}; the kernels read bfloat16"
@@ -79,9 +77,7 @@ def attend_kernels(
     branches = q_BTHD.shape[0] // lay.batch
 
     def prepared(batch: int, narrow: bool) -> Any:
-        q, turn = turning(view, q_BTHD)
-        if batch == lay.batch and turn["tables"] is not None:
-            turn |= dict(tables=view.table_new)
+        q, turn = turning(view, q_BTHD, batch)
         by = implementation if implementation == "mosaic" else "reference"  # which is XLA
         here = dict(batch=batch, heads=view.heads, narrow=narrow, implementation=by)
         return prepare_tokens(q, scale, **turn, **here)
@@ -144,14 +140,7 @@ def attend_kernels(
 
         first = 1 if joined else 0
         straight = kernels_read and groups <= plan.unrolled
-        if at_once == 1 and not straight:
-
-            def one(i: Array, done: Array) -> Array:
-                some((cache.first_span + i) % lay.max_spans, lay.span_tokens)
-                return done
-
-            lax.fori_loop(first, cache.num_spans, one, jnp.int32(0))
-        elif straight:
+        if straight:
             for i in range(first, groups):
                 some(*group(i + _zero_after(refs)))
         else:

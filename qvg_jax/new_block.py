@@ -30,19 +30,21 @@ def pairing_in(view: CacheView) -> str | None:
     return pairing_of(view.rope, lay.head_dim, lay.pos_dims)
 
 
-def turning(view: CacheView, x_BTHD: Array) -> tuple[Array, dict[str, Any]]:
-    """New queries or keys, and what turns them on their way; XLA turns what the kernels cannot."""
+def turning(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, dict[str, Any]]:
+    """New queries or keys, and what turns them on their way; XLA turns what the kernels cannot.
+
+    Args:
+        view: whose rope it is.
+        x_BTHD: new tokens.
+        batch: of the tables; the cache's or a multiple.
+    """
     still = dict(tables=None, pairing="half")
     if not isinstance(view.rope, Rope):
         return x_BTHD, still
     if (pairing := pairing_in(view)) is None:
         turned = view.new(jnp.swapaxes(x_BTHD, 1, 2))
         return jnp.swapaxes(turned, 1, 2), still
-    branches = x_BTHD.shape[0] // view.cache.layout.batch
-    tables = view.table_new
-    if branches > 1:
-        tables = tuple(jnp.concatenate([t] * branches) for t in tables)
-    return x_BTHD, dict(tables=tables, pairing=pairing)
+    return x_BTHD, dict(tables=view.new_table(batch), pairing=pairing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ def new_block(
     batch, tokens, heads, d = k_BTHD.shape
     rows, narrow = batch * heads, dtype != jnp.bfloat16
     k_BTHD, v_BTHD = k_BTHD.astype(jnp.bfloat16), v_BTHD.astype(jnp.bfloat16)
-    k_BTHD, turn = turning(view, k_BTHD)
+    k_BTHD, turn = turning(view, k_BTHD, batch)
     # A rotation lets the largest number grow by no more than the root of two.
     growths = (1.0 if turn["tables"] is None else math.sqrt(2), 1.0)
     units = [

@@ -38,9 +38,13 @@ class CacheView:
         """Queries or keys of the new tokens as attention multiplies them."""
         if not isinstance(self.rope, Rope):
             return x_BHTD
-        branches = x_BHTD.shape[0] // self.cache.layout.batch
-        again = lambda t: jnp.concatenate([t] * branches) if branches > 1 else t  # noqa: E731
-        return self.rope.rotate(x_BHTD, jax.tree.map(again, self.table_new))
+        return self.rope.rotate(x_BHTD, self.new_table(x_BHTD.shape[0]))
+
+    def new_table(self, batch: int) -> Any:
+        """Rope table of the new tokens for a multiple of the cache's batch."""
+        again = batch // self.cache.layout.batch
+        repeat = lambda t: jnp.concatenate([t] * again) if again > 1 else t  # noqa: E731
+        return jax.tree.map(repeat, self.table_new)
 
     def keys(self, k_BHTD: Array, table: Any) -> Array:
         """Stored keys as attention reads them."""

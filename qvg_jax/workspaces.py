@@ -91,13 +91,11 @@ def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: An
 def _of_rows(
     k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
 ) -> tuple[Any, Array, Array]:
-    """((unit of keys, of values), keys, values) of bf16 ones; units are 1 in bf16."""
-    narrow, rows = dtype != jnp.bfloat16, k_nTD.shape[0]
-    units = [
-        unit_of(jnp.abs(x).max(axis=(1, 2))) if narrow else jnp.ones((rows,), jnp.float32)
-        for x in (k_nTD, v_nTD)
-    ]
-    here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype, implementation=implementation)
+    """((unit of keys, of values), keys, values) of bf16 ones in e4m3."""
+    units = [unit_of(jnp.abs(x).max(axis=(1, 2))) for x in (k_nTD, v_nTD)]
+    here = dict(
+        first_row=0, rows=k_nTD.shape[0], valid=tokens, dtype=dtype, implementation=implementation
+    )
     k = decode_keys(k_nTD, None, **here, unit_n=units[0])
     return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
 

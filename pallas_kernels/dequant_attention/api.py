@@ -17,18 +17,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequant_attention import mosaic_gpu, reference
 from pallas_kernels.dequant_attention.queries import TOP, grouped
-from pallas_kernels.dequant_attention.schedule import Schedule
+from pallas_kernels.dequant_attention.schedule import (
+    BYTES_PER_NS,
+    NS_PER_KEY,
+    PROCESSORS,
+    STATE_BYTES,
+    Schedule,
+)
 from pallas_kernels.dequant_attention.sizes import BLOCK, TUNING, Tuning
-from pallas_kernels.dequantize.types import PAD
+from pallas_kernels.dequantize.types import HEAD_DIMS, PAD
 from pallas_kernels.triton_launch import missing
 
 __all__ = ["Queries", "finish", "prepare", "prepare_tokens", "splits_for", "visit"]
-
-# Of an H100 SXM: multiprocessors; nanoseconds that a block spends on a key, in 8 and in 16 bits;
-# bytes a nanosecond that the state is written and read with. Other GPUs get another balance. Time and
-# state are those of 128 channels: both grow with them, so that the best number of parts stays.
-_PROCESSORS, _NS_PER_KEY, _BYTES_PER_NS = 132, {True: 9.5, False: 14.1}, 2.7e3
-_CHANNELS = 128
 
 
 class Queries(NamedTuple):
@@ -101,7 +101,7 @@ def splits_for(
     tokens: int,
     segments: int,
     narrow: bool,
-    processors: int = _PROCESSORS,
+    processors: int = PROCESSORS,
 ) -> int:
     """Into how many parts a segment's keys are split.
 
@@ -119,9 +119,8 @@ def splits_for(
 
     def nanoseconds(parts: int) -> float:
         waves = -(-blocks * parts // processors)
-        state = blocks * BLOCK * _CHANNELS * 4 * parts
-        busy = waves * tokens / parts * _NS_PER_KEY[narrow]
-        return segments * busy + 2 * (segments + 1) * state / _BYTES_PER_NS
+        busy = waves * tokens / parts * NS_PER_KEY[narrow]
+        return segments * busy + 2 * (segments + 1) * blocks * parts * STATE_BYTES / BYTES_PER_NS
 
     return min(range(1, max(1, min(16, tokens // 1024)) + 1), key=nanoseconds)
 
@@ -208,7 +207,7 @@ def _visit_by_triton(queries, k_nTD, v_nTD, valid, k_unit_n, v_unit_n, state, sp
             "twice (n, T, D)"
         )
     types = {x.dtype.name for x in (q_nQD, k_nTD, v_nTD)}
-    if types != {"bfloat16"} or d not in (64, 128, 256):
+    if types != {"bfloat16"} or d not in HEAD_DIMS:
         raise NotImplementedError(
             f"implementation='triton': dtypes {sorted(types)}, head_dim={d}; the kernel reads "
             "bfloat16 with head_dim 64, 128 or 256"

@@ -4,17 +4,14 @@ One pass over memory. XLA makes four of it: transposition and rotation, the larg
 row, division and rounding, and the factor of the logits.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.dequantize.mosaic_gpu import load_turn, rotate
-from pallas_kernels.dequantize.rows import CHANNELS, bf16_floats, past
+from pallas_kernels.dequantize.rows import CHANNELS, channels_at, store_channels
 from pallas_kernels.lanes import (
-    Lane,
     bf16_pair,
     block,
     e4m3_words,
@@ -67,6 +64,7 @@ def grouped(
             scale_g, q_g, *table_g = refs[: len(operands)]
             wide_g, *narrow_g = (global_address(r) for r in refs[len(operands) :])
             (scale,) = load(global_address(scale_g), 4)
+            zero = integer(0).as_float()
             row = block("y") * pair
             b, head = row // heads, row % heads
             lane, mine = thread() % lanes, thread() // lanes
@@ -81,17 +79,19 @@ def grouped(
                     theirs = (head + h) * group + safe // tokens % group
                     at = ((branch * batch + b) * tokens + token) * all_heads + theirs
                     start = global_address(q_g) + at.wide() * (2 * d) + (lane * 16).wide()
-                    x = bf16_floats(load(start, 16)) + bf16_floats(load(past(start, d), 16))
+                    x = channels_at(start, d)
                     x = rotate(x, turn, pairing) if turn else x
-                    x = [select(there, y, _zero()) for y in x]
+                    x = [select(there, y, zero) for y in x]
                     to = (row + h).wide() * size + query.wide()
                     words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
-                    _put(wide_g + to * (2 * d) + (lane * 16).wide(), words, d)
+                    store_channels(wide_g + to * (2 * d) + (lane * 16).wide(), words, d)
                     if narrow:
                         most = largest_of(x, lanes, at_least=_TINY)
                         share = most.reciprocal() * float(TOP)
                         pairs = [halves(x[i] * share, x[i + 1] * share) for i in range(0, 16, 2)]
-                        _put(narrow_g[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d)
+                        store_channels(
+                            narrow_g[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d
+                        )
                         factor = most * scale.as_float() * (1 / TOP)
                         store(narrow_g[1] + to * 4, [factor], lane < 1)
 
@@ -110,14 +110,3 @@ def grouped(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="group_queries",
     )(*operands)
-
-
-def _zero() -> Lane:
-    return integer(0).as_float()
-
-
-def _put(to: Lane, words: list[Any], d: int) -> None:
-    """Two runs of channels, half a row apart."""
-    n = len(words) // 2
-    store(to, words[:n])
-    store(past(to, d * n // 4), words[n:])

@@ -16,13 +16,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-__all__ = ["Schedule", "join", "schedule_for"]
+__all__ = [
+    "BYTES_PER_NS",
+    "NS_PER_KEY",
+    "PROCESSORS",
+    "STATE_BYTES",
+    "Schedule",
+    "join",
+    "schedule_for",
+]
 
-# Of an H100 SXM: nanoseconds that a block spends on a key, in 8 and in 16 bits, and on starting and
-# ending; bytes a nanosecond that states are written and read with. At 128 channels a head: with other
-# widths the times of keys and of states grow alike, and the balance hardly moves.
-NS_PER_KEY, NS_PER_PIECE, BYTES_PER_NS = {True: 9.5, False: 14.1}, 4e3, 2.7e3
-_STATE_BYTES = 128 * 128 * 4
+# Of an H100 SXM: multiprocessors; nanoseconds that a block spends on a key, in 8 and in 16 bits, and on
+# starting and ending; bytes a nanosecond that states are written and read with; bytes of a block's state.
+# At 128 channels a head: with other widths the times of keys and of states grow alike, and the balance
+# hardly moves.
+PROCESSORS, NS_PER_KEY, NS_PER_PIECE, BYTES_PER_NS = 132, {True: 9.5, False: 14.1}, 4e3, 2.7e3
+STATE_BYTES = 128 * 128 * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Schedule:
     blocks: int
     whole: int
     parts: int
-    processors: int = 132
+    processors: int = PROCESSORS
 
     @property
     def shared(self) -> int:
@@ -71,7 +80,7 @@ class Schedule:
 
 
 def schedule_for(
-    blocks: int, tokens: int, segments: int, narrow: bool, processors: int = 132
+    blocks: int, tokens: int, segments: int, narrow: bool, processors: int = PROCESSORS
 ) -> Schedule:
     """The quickest by a model of waves, starts and traffic of the states.
 
@@ -89,7 +98,7 @@ def schedule_for(
         alone, shared = -(-s.whole // processors), -(-s.shared * s.parts // processors)
         busy = (alone + shared / s.parts) * tokens * NS_PER_KEY[narrow]
         busy += (alone + shared) * NS_PER_PIECE
-        return segments * busy + 2 * (segments + 1) * s.pieces * _STATE_BYTES / BYTES_PER_NS
+        return segments * busy + 2 * (segments + 1) * s.pieces * STATE_BYTES / BYTES_PER_NS
 
     options = [Schedule(blocks, 0, parts, processors) for parts in range(1, most + 1)]
     if full:

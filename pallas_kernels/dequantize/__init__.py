@@ -2,6 +2,14 @@
 
 from pallas_kernels.dequantize.api import decode_keys, decode_values, supported
 from pallas_kernels.dequantize.reference import in_key_rows
-from pallas_kernels.dequantize.types import Encoded, Scheme
+from pallas_kernels.dequantize.types import HEAD_DIMS, Encoded, Scheme
 
-__all__ = ["Encoded", "Scheme", "decode_keys", "decode_values", "in_key_rows", "supported"]
+__all__ = [
+    "HEAD_DIMS",
+    "Encoded",
+    "Scheme",
+    "decode_keys",
+    "decode_values",
+    "in_key_rows",
+    "supported",
+]

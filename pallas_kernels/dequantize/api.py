@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequantize import mosaic_gpu, reference
-from pallas_kernels.dequantize.rows import HEAD_DIMS
-from pallas_kernels.dequantize.types import Encoded, Scheme, width_of
+from pallas_kernels.dequantize.types import HEAD_DIMS, Encoded, Scheme, width_of
 from pallas_kernels.triton_launch import missing
 
 __all__ = ["decode_keys", "decode_values", "supported"]

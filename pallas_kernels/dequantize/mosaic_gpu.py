@@ -21,7 +21,13 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.banks import QUADS, Banks
 from pallas_kernels.dequantize.place import blocks_of, control_of, place_of
-from pallas_kernels.dequantize.rows import CHANNELS, DenseRow, EncodedRow, past
+from pallas_kernels.dequantize.rows import (
+    CHANNELS,
+    DenseRow,
+    EncodedRow,
+    past,
+    store_channels,
+)
 from pallas_kernels.dequantize.types import Encoded, Scheme, padded, picked, width_of
 from pallas_kernels.lanes import (
     Halves,
@@ -219,10 +225,7 @@ def decode_keys(
                             words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
                             to = place.to(token) * (2 * d) + lane * 16
                         words = [select(there, w, integer(0)) for w in words]
-                        to, n = outs[h] + to.wide(), len(words) // 2
-                        written = place.written(token)
-                        store(to, words[:n], written)
-                        store(past(to, d * n // 4), words[n:], written)
+                        store_channels(outs[h] + to.wide(), words, d, place.written(token))
 
         run(*refs)
 

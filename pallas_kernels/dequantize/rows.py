@@ -11,11 +11,19 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.dequantize.types import Scheme
-from pallas_kernels.lanes import Halves, Lane, global_address, halves, integer, load, permute_bytes
+from pallas_kernels.lanes import (
+    Halves,
+    Lane,
+    global_address,
+    halves,
+    integer,
+    load,
+    permute_bytes,
+    store,
+)
 
-__all__ = ["CHANNELS", "HEAD_DIMS", "DenseRow", "EncodedRow", "bf16_floats", "past"]
+__all__ = ["CHANNELS", "DenseRow", "EncodedRow", "channels_at", "past", "store_channels"]
 
-HEAD_DIMS = (64, 128, 256)
 CHANNELS = 16  # of a thread
 
 
@@ -78,8 +86,7 @@ def _level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, 
     return out
 
 
-def bf16_floats(words: tuple[Lane, ...]) -> list[Lane]:
-    """The numbers of words of two."""
+def _bf16_floats(words: tuple[Lane, ...]) -> list[Lane]:
     out = []
     for w in words:
         out += [(w << 16).as_float(), (w & -65536).as_float()]
@@ -137,7 +144,7 @@ class EncodedRow:
         for words, scale, rows in self._parts(token, lane):
             base, scale = None, scale * (share * 2.0**119)
             for row in rows:
-                row = bf16_floats(row)
+                row = _bf16_floats(row)
                 base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
             for i, x in enumerate(_levels(words, self.scheme)):
                 out.append(x * scale if base is None else x.fma(scale, base[i]))
@@ -176,11 +183,23 @@ class DenseRow:
     def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
         del share  # only for e4m3
         start = self.rows + token.wide() * self.token_bytes + (lane * 16).wide()
-        return bf16_floats(load(start, 16)) + bf16_floats(load(past(start, self.width), 16))
+        return channels_at(start, self.width)
 
     def halves(self, token: Lane, lane: Lane, share: Lane) -> list[Halves]:
         x = [v * share for v in self.floats(token, lane, share)]
         return [halves(a, b) for a, b in zip(x[0::2], x[1::2], strict=True)]
+
+
+def channels_at(start: Lane, width: int) -> list[Lane]:
+    """A thread's channels of a bf16 token of so many, from the address of the first eight."""
+    return _bf16_floats(load(start, 16)) + _bf16_floats(load(past(start, width), 16))
+
+
+def store_channels(to: Lane, words: list[Any], width: int, where: Lane | None = None) -> None:
+    """The words of a thread's channels, at the address of the first eight and half a token further."""
+    n = len(words) // 2
+    store(to, words[:n], where)
+    store(past(to, width * n // 4), words[n:], where)
 
 
 def past(address: Lane, nbytes: int) -> Lane:

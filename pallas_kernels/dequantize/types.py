@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt8
 
-__all__ = ["PAD", "Encoded", "Scheme", "padded", "picked", "width_of"]
+__all__ = ["HEAD_DIMS", "PAD", "Encoded", "Scheme", "padded", "picked", "width_of"]
+
+HEAD_DIMS = (64, 128, 256)  # that kernels read
 
 # Workspaces hold a multiple of this many tokens, zeros behind the valid ones: a tile of attention.
 PAD = 256
