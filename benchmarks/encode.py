@@ -21,11 +21,11 @@ from benchmarks.kernels import compiled, milliseconds
 from pallas_kernels.kmeans import kmeans_sums
 from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
-from qvg_jax import presets
-from qvg_jax.compose import chain
-from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.quantize.integer import residual_quantize
-from qvg_jax.smoothing import kmeans_smoothing
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize.grid import grid_quantize
+from qvg_jax.codecs.quantize.integer import residual_quantize
+from qvg_jax.codecs.smoothing import kmeans_smoothing
 
 # As the published code encodes: no warm start, no restarts. Then what this library does by default.
 CODECS = {

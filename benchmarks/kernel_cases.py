@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qvg_jax import presets
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache
-from qvg_jax.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
-from qvg_jax.mosaic import attend_kernels
-from qvg_jax.rope import Rope, axial_rope, frequency_ladder
-from qvg_jax.slots import read_slot
+from qvg_jax.attention.api import attend
+from qvg_jax.attention.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
+from qvg_jax.attention.kernels import attend_kernels
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+from qvg_jax.cache.slots import read_slot
+from qvg_jax.codecs import presets
 
 __all__ = ["DECODE", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
 

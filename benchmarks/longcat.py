@@ -166,7 +166,7 @@ def _codec_arm(setup: Setup, codec: str, arms: dict[str, Any], outs: dict[str, A
     from models.common.attention import with_attention
     from models.longcat.condition import build_condition
     from models.longcat.sampler import cached_step
-    from qvg_jax.health import cache_bytes, raise_if_bad
+    from qvg_jax.cache.health import cache_bytes, raise_if_bad
 
     key_codec, value_codec = codec_pair(codec)
     codecs = dict(key_codec=key_codec, value_codec=value_codec, key=jax.random.key(1))

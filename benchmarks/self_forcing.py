@@ -104,7 +104,7 @@ class Setup:
         from models.self_forcing.params import WEIGHTS
         from models.self_forcing.settings import released_sizes
         from models.wan_vae.params import WEIGHTS as VAE
-        from qvg_jax import compare
+        from qvg_jax.app import job as compare
 
         self.args = args
         sizes = released_sizes()
@@ -258,7 +258,7 @@ def _video(
     import jax
 
     from models.common import player
-    from qvg_jax.health import cache_bytes
+    from qvg_jax.cache.health import cache_bytes
 
     pipeline, request = setup.pipeline(arm, frames, capacity)
     size, past = [], None
@@ -306,7 +306,7 @@ def _block_at(
 
     from models.self_forcing.block import Known
     from models.self_forcing.pipeline import generating_step
-    from qvg_jax.health import cache_bytes
+    from qvg_jax.cache.health import cache_bytes
     from qvg_jax.rollout import stream
 
     n = setup.sizes.dit.frames_per_block

@@ -127,8 +127,8 @@ class Setup:
     def history(self, arm: str) -> Any:
         """What an arm STORAGE or STORAGE@IMPLEMENTATION remembers."""
         from models.worldplay import History
-        from qvg_jax import presets
-        from qvg_jax.recipes import parse_recipe
+        from qvg_jax.codecs import presets
+        from qvg_jax.codecs.recipes import parse_recipe
 
         arm, _ = split_arm(arm)
         if arm in ("bf16", "cudnn"):
@@ -144,7 +144,7 @@ def blocks(setup: Setup, result: dict[str, Any]) -> None:
     import numpy as np
 
     from models.worldplay.request import block_inputs
-    from qvg_jax.health import cache_bytes
+    from qvg_jax.cache.health import cache_bytes
 
     args, config = setup.args, setup.config
     n, arms = config.frames_per_block, result.setdefault("arms", {})
@@ -314,7 +314,7 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
 
     from models.common import player
     from models.worldplay import WorldPlay
-    from qvg_jax.health import cache_bytes
+    from qvg_jax.cache.health import cache_bytes
 
     args, arm = setup.args, setup.args.limit_arm
     result |= {"arm": arm, "frames": args.frames, "limit_bytes": args.limit, "weights": "bfloat16"}

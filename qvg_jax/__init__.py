@@ -4,20 +4,20 @@ Letters in array names: B batch, L layers, T tokens, H heads, D head dim, K cent
 C code bytes, S stages, F latent frames, N spans, P position components.
 """
 
-from qvg_jax import presets
-from qvg_jax.accounting import bits_per_element, compression_ratio, packed_bytes
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress, evict
-from qvg_jax.codec import Codec, identity
-from qvg_jax.compose import chain, encoded_by
-from qvg_jax.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
-from qvg_jax.key_bias import KeyBias
-from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.quantize.integer import residual_quantize
-from qvg_jax.recode import recode
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
+from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.cache.operations import KVCache, append, compress, evict
+from qvg_jax.cache.recode import recode
+from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
+from qvg_jax.codecs.base import Codec, identity
+from qvg_jax.codecs.compose import chain, encoded_by
+from qvg_jax.codecs.quantize.grid import grid_quantize
+from qvg_jax.codecs.quantize.integer import residual_quantize
+from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
 from qvg_jax.rollout import rollout, stream
-from qvg_jax.rope import Rope, axial_rope, frequency_ladder
-from qvg_jax.smoothing.kmeans import kmeans_smoothing
 
 __version__ = "0.1.0"
 

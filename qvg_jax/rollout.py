@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
-from qvg_jax.health import raise_if_bad
+from qvg_jax.cache.health import raise_if_bad
 
 __all__ = ["Stream", "rollout", "run_chunk", "stream"]
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from qvg_jax.attention import attend
-from qvg_jax.cache_state import KVCache
-from qvg_jax.view import CacheView
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.state import KVCache
+from qvg_jax.cache.view import CacheView
 
 __all__ = ["attend_by_heads", "head_shardings"]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvg_jax.codec import Codec
+from qvg_jax.codecs.base import Codec
 
 SIZES = dict(layers=2, batch=1, heads=2, head_dim=8, block_tokens=3)
 

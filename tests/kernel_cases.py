@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dequantize import Encoded, Scheme
-from qvg_jax import presets
-from qvg_jax.cache import KVCache
-from qvg_jax.codec import Codec
-from qvg_jax.compose import chain
-from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.rope import Encodings, Rope, axial_rope, frequency_ladder
-from qvg_jax.smoothing import kmeans_smoothing
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.rope import Encodings, Rope, axial_rope, frequency_ladder
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import Codec
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize.grid import grid_quantize
+from qvg_jax.codecs.smoothing import kmeans_smoothing
 
 E4M3 = jnp.float8_e4m3fn
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvg_jax import presets
-from qvg_jax.accounting import bits_per_element, compression_ratio, packed_bytes
-from qvg_jax.codec import identity
-from qvg_jax.compose import chain
-from qvg_jax.quantize import residual_quantize
-from qvg_jax.smoothing import kmeans_smoothing
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
+from qvg_jax.codecs.base import identity
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize import residual_quantize
+from qvg_jax.codecs.smoothing import kmeans_smoothing
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

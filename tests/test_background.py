@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from qvg_jax.background import Background
+from qvg_jax.app.background import Background
 
 
 def test_calls_keep_their_order_and_never_overlap():

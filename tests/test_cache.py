@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress, evict
-from qvg_jax.codec import identity
-from qvg_jax.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
-from qvg_jax.rope import axial_rope, frequency_ladder
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
+from qvg_jax.cache.operations import KVCache, append, compress, evict
+from qvg_jax.cache.rope import axial_rope, frequency_ladder
+from qvg_jax.cache.slots import read_slot
+from qvg_jax.codecs.base import identity
 from qvg_jax.sharding import head_shardings
-from qvg_jax.slots import read_slot
 from tests.cache_model import SIZES, ListCache, block, coarse, query, stamped
 
 COARSE, IDENTITY = coarse(), identity()

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from models.pocket_world import camera, job, pipeline, world
-from qvg_jax import cli
-from qvg_jax.panels import Sheet
-from qvg_jax.presets import PAIRS, PRESETS
+from qvg_jax.app import cli
+from qvg_jax.app.panels import Sheet
+from qvg_jax.codecs.presets import PAIRS, PRESETS
 from tests.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_weights
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from models.pocket_world import job, pipeline
 from models.pocket_world.params import save_weights
-from qvg_jax import cli
-from qvg_jax.video import Mp4
+from qvg_jax.app import cli
+from qvg_jax.app.video import Mp4
 from tests.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_params, random_weights
 
 
@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up_under_the_video(run, tmp_path, monkeypatch):
             self.mux, self.close, self.add_stream = inner.mux, inner.close, inner.add_stream
 
     opened = av.open
-    monkeypatch.setattr("qvg_jax.video.av.open", lambda *a, **k: Container(opened(*a, **k)))
+    monkeypatch.setattr("qvg_jax.app.video.av.open", lambda *a, **k: Container(opened(*a, **k)))
     monkeypatch.setattr(Mp4, "add", fills)
     code, _, err = run("--codec", "bf16")
     assert code == 2 and "video.mp4: No space left on device" in error_line(err)
@@ -233,7 +233,7 @@ def test_ctrl_c_while_the_report_is_drawn(run, tmp_path, monkeypatch):
     def press(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("qvg_jax.generate.write_figure", press)
+    monkeypatch.setattr("qvg_jax.app.generate.write_figure", press)
     code, _, err = run("--codec", "bf16")
     assert code == 130 and f"video.mp4 has the {TOUR + FRAMES} frames so far" in err
     assert len(decoded(tmp_path / "out" / "video.mp4")) == TOUR + FRAMES
@@ -256,7 +256,7 @@ def test_our_own_mistakes_are_not_blamed_on_the_user(run, monkeypatch):
 
 
 def test_the_command_as_a_process(tmp_path):
-    argv = [sys.executable, "-m", "qvg_jax.cli", "generate", "--codec", "zip"]
+    argv = [sys.executable, "-m", "qvg_jax.app.cli", "generate", "--codec", "zip"]
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 2 and done.stdout == ""

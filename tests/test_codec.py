@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax import presets
-from qvg_jax.codec import Codec, EmptyState, IdentityPacked, Smoothing, identity
-from qvg_jax.compose import chain
-from qvg_jax.quantize import residual_quantize
-from qvg_jax.smoothing import kmeans_smoothing
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import Codec, EmptyState, IdentityPacked, Smoothing, identity
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize import residual_quantize
+from qvg_jax.codecs.smoothing import kmeans_smoothing
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -378,7 +378,7 @@ def test_annotations_hold():
         from jaxtyping import install_import_hook
         with install_import_hook("qvg_jax", "beartype.beartype"):
             from qvg_jax import accounting, presets
-            from qvg_jax.smoothing.lloyd import assign
+            from qvg_jax.codecs.smoothing.lloyd import assign
         import jax, jax.numpy as jnp
         x = jnp.linspace(-1, 1, 2 * 96 * 128).reshape(1, 2, 96, 128).astype(jnp.bfloat16)
         for name in [*presets.PRESETS, *presets.PAIRS]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qvg_jax import cli
-from qvg_jax.convert import convert
+from qvg_jax.app import cli
+from qvg_jax.app.convert import convert
 
 
 class Storage:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax.accounting import packed_bytes
-from qvg_jax.compose import chain
-from qvg_jax.quantize import (
+from qvg_jax.codecs.accounting import packed_bytes
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize import (
     allocated_quantize,
     by_energy,
     grid_quantize,
@@ -20,7 +20,7 @@ from qvg_jax.quantize import (
     residual_quantize,
     trellis_quantize,
 )
-from qvg_jax.smoothing import (
+from qvg_jax.codecs.smoothing import (
     channel_scale,
     klt_rotation,
     kmeans_smoothing,

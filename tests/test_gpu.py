@@ -11,13 +11,13 @@ import pytest
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.plan import _step
 from models.self_forcing.settings import released_sizes, settle
-from qvg_jax import presets
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import identity
-from qvg_jax.compare import Request
+from qvg_jax.app.job import Request
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.rope import axial_rope, frequency_ladder
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import identity
 from qvg_jax.rollout import run_chunk
-from qvg_jax.rope import axial_rope, frequency_ladder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,20 +10,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax.accounting import packed_bytes
-from qvg_jax.codec import EmptyState
-from qvg_jax.quantize import (
+from qvg_jax.codecs.accounting import packed_bytes
+from qvg_jax.codecs.base import EmptyState
+from qvg_jax.codecs.quantize import (
     allocated_quantize,
     grid_quantize,
     lattice_quantize,
     minmax_quantize,
     nvfp4_quantize,
 )
-from qvg_jax.quantize.allocated import allocate
-from qvg_jax.quantize.bitstream import pack_bits, packed_bits_width, unpack_bits
-from qvg_jax.quantize.lattice import _nearest, _points, patterns
-from qvg_jax.quantize.levels import best_ratio, lloyd_max_levels, midrise_levels, normal_error
-from qvg_jax.quantize.radix import LEVEL_COUNTS, pack_levels, packed_levels_width, unpack_levels
+from qvg_jax.codecs.quantize.allocated import allocate
+from qvg_jax.codecs.quantize.bitstream import pack_bits, packed_bits_width, unpack_bits
+from qvg_jax.codecs.quantize.lattice import _nearest, _points, patterns
+from qvg_jax.codecs.quantize.levels import (
+    best_ratio,
+    lloyd_max_levels,
+    midrise_levels,
+    normal_error,
+)
+from qvg_jax.codecs.quantize.radix import (
+    LEVEL_COUNTS,
+    pack_levels,
+    packed_levels_width,
+    unpack_levels,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax.accounting import packed_bytes
-from qvg_jax.codec import EmptyState
-from qvg_jax.quantize import pack, packed_width, residual_quantize, unpack
+from qvg_jax.codecs.accounting import packed_bytes
+from qvg_jax.codecs.base import EmptyState
+from qvg_jax.codecs.quantize import pack, packed_width, residual_quantize, unpack
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

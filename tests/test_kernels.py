@@ -24,7 +24,7 @@ from pallas_kernels.dequant_attention import (
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
 from pallas_kernels.dequantize.reference import key_row_of_token
-from qvg_jax.new_block import unit_of
+from qvg_jax.attention.new_block import unit_of
 from tests.kernel_cases import (
     E4M3,
     FORMATS,

@@ -13,12 +13,15 @@ import pytest
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import Schedule
 from pallas_kernels.dequant_attention import reference as attention_reference
-from qvg_jax import attention, kernel_plan, mosaic, new_block, presets, workspaces
-from qvg_jax.attention import attend
-from qvg_jax.cache import evict
-from qvg_jax.kernel_plan import Plan
-from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.rope import axial_rope, frequency_ladder
+from qvg_jax.attention import api as attention
+from qvg_jax.attention import kernel_plan, new_block, workspaces
+from qvg_jax.attention import kernels as mosaic
+from qvg_jax.attention.api import attend
+from qvg_jax.attention.kernel_plan import Plan
+from qvg_jax.cache.operations import evict
+from qvg_jax.cache.rope import axial_rope, frequency_ladder
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.sharding import attend_by_heads
 from tests.kernel_cases import (
     E4M3,

@@ -18,11 +18,11 @@ from pallas_kernels.kmeans import kmeans_sums, mosaic_gpu
 from pallas_kernels.kmeans.api import parts_for
 from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
-from qvg_jax import compose, presets
-from qvg_jax.compose import chain
-from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.quantize.integer import residual_quantize
-from qvg_jax.smoothing import kmeans_smoothing
+from qvg_jax.codecs import compose, presets
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize.grid import grid_quantize
+from qvg_jax.codecs.quantize.integer import residual_quantize
+from qvg_jax.codecs.smoothing import kmeans_smoothing
 from tests.kernel_cases import ENCODERS, clustered, encoded_twice, lowered, round_trip_error
 
 

@@ -13,12 +13,13 @@ from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import finish, prepare
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
-from qvg_jax import mosaic, presets
-from qvg_jax.attention import attend
-from qvg_jax.kernel_formats import encoded as encoded_of
-from qvg_jax.kernel_formats import halves, pairing_of, scheme_of
-from qvg_jax.quantize.grid import grid_quantize
-from qvg_jax.rope import Rope
+from qvg_jax.attention import kernels as mosaic
+from qvg_jax.attention.api import attend
+from qvg_jax.attention.formats import encoded as encoded_of
+from qvg_jax.attention.formats import halves, pairing_of, scheme_of
+from qvg_jax.cache.rope import Rope
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.quantize.grid import grid_quantize
 from tests.kernel_cases import (
     E4M3,
     HALF,

@@ -23,10 +23,11 @@ from pallas_kernels.dequant_attention import (
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
 from pallas_kernels.dequantize.reference import key_row_of_token
-from qvg_jax import kernel_plan, mosaic
-from qvg_jax.attention import attend
-from qvg_jax.kernel_plan import Plan
-from qvg_jax.quantize.grid import grid_quantize
+from qvg_jax.attention import kernel_plan
+from qvg_jax.attention import kernels as mosaic
+from qvg_jax.attention.api import attend
+from qvg_jax.attention.kernel_plan import Plan
+from qvg_jax.codecs.quantize.grid import grid_quantize
 from tests.kernel_cases import (
     E4M3,
     FORMATS,

@@ -14,8 +14,8 @@ from jax import lax
 from pallas_kernels.dequant_attention import finish, prepare, visit
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequantize import decode_keys, decode_values
-from qvg_jax import mosaic
-from qvg_jax.attention import attend
+from qvg_jax.attention import kernels as mosaic
+from qvg_jax.attention.api import attend
 from tests.kernel_cases import (
     E4M3,
     codecs,

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from models.pocket_world import trial
-from qvg_jax import attention, presets
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import identity
-from qvg_jax.compose import chain
-from qvg_jax.key_bias import KeyBias
-from qvg_jax.quantize import (
+from qvg_jax.attention import api as attention
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.rope import Encodings
+from qvg_jax.cache.slots import read_slot
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import identity
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize import (
     allocated_quantize,
     by_energy,
     grid_quantize,
@@ -24,9 +27,7 @@ from qvg_jax.quantize import (
     residual_quantize,
     trellis_quantize,
 )
-from qvg_jax.rope import Encodings
-from qvg_jax.slots import read_slot
-from qvg_jax.smoothing import channel_scale, kmeans_smoothing, rotation
+from qvg_jax.codecs.smoothing import channel_scale, kmeans_smoothing, rotation
 
 # Level 0: each program runs once or twice here, so that compile time is what counts.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

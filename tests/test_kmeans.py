@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax.codec import EmptyState
-from qvg_jax.smoothing import KMeansState, kmeans_smoothing
-from qvg_jax.smoothing import lloyd as lloyd_module
-from qvg_jax.smoothing.kmeans import start_tokens
-from qvg_jax.smoothing.lloyd import assign, lloyd
+from qvg_jax.codecs.base import EmptyState
+from qvg_jax.codecs.smoothing import KMeansState, kmeans_smoothing
+from qvg_jax.codecs.smoothing import lloyd as lloyd_module
+from qvg_jax.codecs.smoothing.kmeans import start_tokens
+from qvg_jax.codecs.smoothing.lloyd import assign, lloyd
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -23,7 +23,7 @@ from models.lingbot.modeling import Residual
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.sampler import Ladder
 from models.worldplay import parse_actions, walk
-from qvg_jax.codec import identity
+from qvg_jax.codecs.base import identity
 
 TINY = LingBotConfig(
     layers=2,

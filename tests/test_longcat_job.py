@@ -18,10 +18,10 @@ from models.longcat.schedule import continuation
 from models.longcat.segments import to_frames
 from models.longcat.settings import condition_bytes, settle
 from models.umt5 import Tokenizer
-from qvg_jax import cli
-from qvg_jax.compare import Request
-from qvg_jax.health import cache_bytes
-from qvg_jax.video import Mp4
+from qvg_jax.app import cli
+from qvg_jax.app.job import Request
+from qvg_jax.app.video import Mp4
+from qvg_jax.cache.health import cache_bytes
 from tests import tiny_longcat as tiny
 from tests.tiny_self_forcing import letters
 from tests.tiny_world import as_in_its_own_process

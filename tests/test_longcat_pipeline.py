@@ -31,9 +31,9 @@ from models.longcat import (
 from models.longcat.sampler import StepInput, cached_step
 from models.longcat.segments import from_bytes, segment_keys, segment_noise, to_bytes
 from models.longcat.text import kept_rows
-from qvg_jax import presets
-from qvg_jax.codec import identity
-from qvg_jax.health import NonFiniteError, cache_bytes
+from qvg_jax.cache.health import NonFiniteError, cache_bytes
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import identity
 
 CONFIG = LongCatConfig(
     layers=2,

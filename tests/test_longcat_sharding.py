@@ -20,7 +20,7 @@ from models.longcat import (
 )
 from models.longcat.sampler import StepInput, cached_step
 from models.longcat.sharding import AXIS, heads_mesh, placement, spread
-from qvg_jax import presets
+from qvg_jax.codecs import presets
 from tests import tiny_longcat
 from tests.test_longcat_params import released_shapes
 

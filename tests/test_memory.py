@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from qvg_jax import presets
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress, evict
-from qvg_jax.codec import identity
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.operations import KVCache, append, compress, evict
+from qvg_jax.cache.rope import axial_rope, frequency_ladder
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import identity
 from qvg_jax.rollout import run_chunk
-from qvg_jax.rope import axial_rope, frequency_ladder
 from tests.cache_model import coarse
 
 COARSE, IDENTITY = coarse(), identity()

@@ -9,10 +9,17 @@ import pytest
 from models.self_forcing import job
 from models.self_forcing.plan import _step, make_plan
 from models.self_forcing.settings import released_sizes, settle
-from qvg_jax import cli
-from qvg_jax.cache import KVCache
-from qvg_jax.compare import Request
-from qvg_jax.plan import Need, Plan, parse_bytes, plan_table, shape_bytes, temporary_bytes
+from qvg_jax.app import cli
+from qvg_jax.app.job import Request
+from qvg_jax.app.memory_plan import (
+    Need,
+    Plan,
+    parse_bytes,
+    plan_table,
+    shape_bytes,
+    temporary_bytes,
+)
+from qvg_jax.cache.operations import KVCache
 from qvg_jax.rollout import run_chunk
 from tests import tiny_self_forcing as tiny
 from tests.tiny_world import as_in_its_own_process

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvg_jax import cli
+from qvg_jax.app import cli
 from tests.conftest import REPO
 from tests.tiny_world import as_in_its_own_process, random_weights
 
@@ -35,7 +35,15 @@ def served(weights, folder, *argv):
     """The command in a process of its own; yields (address, process), stops it as Ctrl-C does."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
     env |= dict(PYTHONPATH=str(REPO), XDG_CACHE_HOME=str(folder / "cache"))
-    command = [sys.executable, "-m", "qvg_jax.cli", "play", "--weights", weights, "--no-browser"]
+    command = [
+        sys.executable,
+        "-m",
+        "qvg_jax.app.cli",
+        "play",
+        "--weights",
+        weights,
+        "--no-browser",
+    ]
     command += ["--port", "0", "--tour", str(TOUR), "--memory", "64", *argv]
     process = subprocess.Popen(
         command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -146,7 +154,7 @@ def megabytes(text):
 
 
 def test_small_frames_are_lossless_and_large_ones_small():
-    page = pytest.importorskip("qvg_jax.page", reason="NiceGUI is not installed")
+    page = pytest.importorskip("qvg_jax.app.play.page", reason="NiceGUI is not installed")
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for image, kind in ((frame, "png"), (frame.repeat(10, 0).repeat(10, 1), "jpeg")):
         head, data = page.picture(image).split(",")
@@ -351,7 +359,7 @@ def test_bad_arguments(command, argv, parts):
 
 
 def test_without_the_extra_it_says_what_to_install(command, monkeypatch):
-    monkeypatch.setitem(sys.modules, "qvg_jax.play", None)
-    monkeypatch.delattr("qvg_jax.play", raising=False)
+    monkeypatch.setitem(sys.modules, "qvg_jax.app.play.server", None)
+    monkeypatch.delattr("qvg_jax.app.play.server", raising=False)
     code, line = command()
     assert code == 2 and "NiceGUI" in line and "qvg-jax[play]" in line

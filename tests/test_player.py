@@ -6,9 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from qvg_jax.drawings import chart, svg_map
-from qvg_jax.player import Keys, Player
-from qvg_jax.walk import Meter, Seen
+from qvg_jax.app.play.drawings import chart, svg_map
+from qvg_jax.app.play.player import Keys, Player
+from qvg_jax.app.play.walk import Meter, Seen
 
 
 def test_the_newest_press_wins_and_is_taken_once():

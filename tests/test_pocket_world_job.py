@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.pocket_world import camera, job, world
-from qvg_jax.compare import Request
+from qvg_jax.app.job import Request
 from tests.tiny_world import as_in_its_own_process, random_weights
 
 

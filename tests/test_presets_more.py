@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax import presets
-from qvg_jax.accounting import packed_bytes
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.options import MODELS
-from qvg_jax.smoothing import kmeans_smoothing
-from qvg_jax.synthetic import kv_like
-from qvg_jax.transform_codec import transform_codec
+from qvg_jax.app.options import MODELS
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.accounting import packed_bytes
+from qvg_jax.codecs.smoothing import kmeans_smoothing
+from qvg_jax.codecs.transform_codec import transform_codec
+from qvg_jax.study.synthetic import kv_like
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

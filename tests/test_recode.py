@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvg_jax import cache_bytes, identity, presets
-from qvg_jax.cache import KVCache, append, compress, evict
-from qvg_jax.recode import recode
+from qvg_jax import cache_bytes, identity
+from qvg_jax.cache.operations import KVCache, append, compress, evict
+from qvg_jax.cache.recode import recode
+from qvg_jax.codecs import presets
 from tests.cache_model import SIZES, coarse
 
 PLAIN, COARSE, FINE = identity(), coarse(), coarse(7)

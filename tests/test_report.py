@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import identity
-from qvg_jax.compare import Arm, Block, Job, lockstep
-from qvg_jax.figure import write_figure
-from qvg_jax.health import CacheFullError, NonFiniteError
-from qvg_jax.metrics import PSNR_CAP, psnr, ssim, to_uint8
-from qvg_jax.report import Record, aligned, table, write_json
+from qvg_jax.app.figure import write_figure
+from qvg_jax.app.job import Arm, Block, Job, lockstep
+from qvg_jax.app.metrics import PSNR_CAP, psnr, ssim, to_uint8
+from qvg_jax.app.report import Record, aligned, table, write_json
+from qvg_jax.cache.health import CacheFullError, NonFiniteError
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.codecs.base import identity
 from tests.cache_model import SIZES, coarse
 
 HEIGHT, WIDTH, FRAMES = 8, 12, 2  # of a picture; frames of a block

@@ -9,12 +9,12 @@ import pytest
 from jax import lax
 from jax.tree_util import Partial
 
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import identity
-from qvg_jax.health import CacheFullError, NonFiniteError
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.health import CacheFullError, NonFiniteError
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.rope import axial_rope, frequency_ladder
+from qvg_jax.codecs.base import identity
 from qvg_jax.rollout import rollout, run_chunk, stream
-from qvg_jax.rope import axial_rope, frequency_ladder
 from tests.cache_model import SIZES, coarse
 
 COARSE, IDENTITY = coarse(), identity()

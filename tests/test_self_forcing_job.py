@@ -17,10 +17,10 @@ from models.common.prompts import stand_in_embedding
 from models.self_forcing import initial, job
 from models.umt5 import Tokenizer
 from models.umt5 import pipeline as text_pipeline
-from qvg_jax import cli
-from qvg_jax.compare import Request
-from qvg_jax.panels import Sheet
-from qvg_jax.video import Mp4
+from qvg_jax.app import cli
+from qvg_jax.app.job import Request
+from qvg_jax.app.panels import Sheet
+from qvg_jax.app.video import Mp4
 from tests import tiny_self_forcing as tiny
 from tests.tiny_world import as_in_its_own_process
 

@@ -26,9 +26,9 @@ from models.self_forcing import (
     skeleton,
 )
 from models.self_forcing.block import draw_noise, generate_block
-from qvg_jax import presets
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import identity
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import identity
 from qvg_jax.rollout import run_chunk
 
 CONFIG = SelfForcingConfig(

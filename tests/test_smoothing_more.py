@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvg_jax.accounting import packed_bytes
-from qvg_jax.codec import EmptyState, identity
-from qvg_jax.compose import chain
-from qvg_jax.smoothing import (
+from qvg_jax.codecs.accounting import packed_bytes
+from qvg_jax.codecs.base import EmptyState, identity
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.smoothing import (
     channel_scale,
     klt_rotation,
     kmeans_smoothing,
@@ -18,9 +18,9 @@ from qvg_jax.smoothing import (
     mean_smoothing,
     rotation,
 )
-from qvg_jax.smoothing.low_rank import principal_axes
-from qvg_jax.smoothing.reflections import reflections_nbytes, reflections_of, rotation_of
-from qvg_jax.smoothing.rotation import hadamard
+from qvg_jax.codecs.smoothing.low_rank import principal_axes
+from qvg_jax.codecs.smoothing.reflections import reflections_nbytes, reflections_of, rotation_of
+from qvg_jax.codecs.smoothing.rotation import hadamard
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

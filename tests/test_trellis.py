@@ -10,25 +10,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax import presets
-from qvg_jax.accounting import packed_bytes
-from qvg_jax.cache import KVCache
-from qvg_jax.codec import identity
-from qvg_jax.compose import chain
-from qvg_jax.quantize import (
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.accounting import packed_bytes
+from qvg_jax.codecs.base import identity
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize import (
     by_energy,
     grid_quantize,
     heads_as_channels,
     heads_as_tokens,
     trellis_quantize,
 )
-from qvg_jax.quantize.trellis import _windows
-from qvg_jax.quantize.trellis_levels import ERRORS, trellis_levels
-from qvg_jax.quantize.viterbi import cheapest_path, closed_path
+from qvg_jax.codecs.quantize.trellis import _windows
+from qvg_jax.codecs.quantize.trellis_levels import ERRORS, trellis_levels
+from qvg_jax.codecs.quantize.viterbi import cheapest_path, closed_path
+from qvg_jax.codecs.smoothing import rotation
+from qvg_jax.codecs.smoothing.rotation import token_signs
+from qvg_jax.codecs.transform_codec import transform_codec
 from qvg_jax.sharding import attend_by_heads
-from qvg_jax.smoothing import rotation
-from qvg_jax.smoothing.rotation import token_signs
-from qvg_jax.transform_codec import transform_codec
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -22,11 +22,13 @@ from pallas_kernels.dequant_attention import triton as attention
 from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values, reference
 from pallas_kernels.dequantize import api as dequantize_api
 from pallas_kernels.dequantize import triton as dequantize
-from qvg_jax import attention as attend_module
-from qvg_jax import capability, mosaic, presets
-from qvg_jax.attention import attend
-from qvg_jax.kernel_formats import scheme_of
-from qvg_jax.quantize.grid import grid_quantize
+from qvg_jax import capability
+from qvg_jax.attention import api as attend_module
+from qvg_jax.attention import kernels as mosaic
+from qvg_jax.attention.api import attend
+from qvg_jax.attention.formats import scheme_of
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.quantize.grid import grid_quantize
 from tests.kernel_cases import (
     E4M3,
     FORMATS,

@@ -21,7 +21,7 @@ from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, ass
 from pallas_kernels.quantize_pack import triton as pack
 from pallas_kernels.triton_launch import Launch
 from pallas_kernels.triton_words import e4m3_byte, e4m3_float
-from qvg_jax import compose
+from qvg_jax.codecs import compose
 from tests.kernel_cases import ENCODERS, clustered, round_trip_error
 from tests.triton_cases import SHARED, compiled, interpreted, run_interpreted, usage
 

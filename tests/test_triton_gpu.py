@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dequantize import decode_keys, decode_values
-from qvg_jax import presets
 from qvg_jax.capability import no_triton
+from qvg_jax.codecs import presets
 from tests.kernel_cases import (
     FORMATS,
     HALF,

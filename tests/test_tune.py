@@ -10,12 +10,13 @@ import pytest
 
 from models.pocket_world import capture, pipeline, trial
 from models.pocket_world.params import load_weights
-from qvg_jax import cli, presets
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append
-from qvg_jax.capture import Captured, Recorder, load_captured, save_captured
-from qvg_jax.rope import axial_rope, frequency_ladder
-from qvg_jax.tune import Bench, Score, candidates, pareto, restored, tune
+from qvg_jax.app import cli
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.operations import KVCache, append
+from qvg_jax.cache.rope import axial_rope, frequency_ladder
+from qvg_jax.codecs import presets
+from qvg_jax.study.capture import Captured, Recorder, load_captured, save_captured
+from qvg_jax.study.tune import Bench, Score, candidates, pareto, restored, tune
 from tests.tiny_world import as_in_its_own_process, random_weights
 
 L, B, H, T, Q, D = 2, 1, 2, 96, 8, 16

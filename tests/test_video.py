@@ -7,9 +7,9 @@ import av
 import numpy as np
 import pytest
 
+from qvg_jax.app.panels import GAP, Panel, Sheet
+from qvg_jax.app.video import Mp4
 from qvg_jax.files import replacing, writable_folder
-from qvg_jax.panels import GAP, Panel, Sheet
-from qvg_jax.video import Mp4
 
 
 def pictures(count=9, height=64, width=96):

@@ -9,9 +9,9 @@ import pytest
 
 from models.pocket_world import job
 from models.pocket_world import walk as pocket_walk
-from qvg_jax.compare import Request, lockstep
-from qvg_jax.health import NonFiniteError
-from qvg_jax.walk import Walk
+from qvg_jax.app.job import Request, lockstep
+from qvg_jax.app.play.walk import Walk
+from qvg_jax.cache.health import NonFiniteError
 from tests.tiny_world import as_in_its_own_process, random_weights
 
 TOUR, CODEC = 48, "midrise-k1v3"  # one span is compressed at the end of the tour

@@ -34,9 +34,9 @@ from models.worldplay.block import generate_block
 from models.worldplay.encoding import encode_keys, encode_values, growth, model_encodings
 from models.worldplay.history import side_by_side
 from models.worldplay.request import block_inputs
-from qvg_jax import presets
-from qvg_jax.attention import attend
-from qvg_jax.codec import identity
+from qvg_jax.attention.api import attend
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import identity
 from qvg_jax.rollout import run_chunk
 
 CONFIG = WorldPlayConfig(

@@ -14,11 +14,11 @@ from models.common import player
 from models.common.weights import Weights
 from models.umt5 import Tokenizer
 from models.worldplay import job
-from qvg_jax import cli
-from qvg_jax.compare import Request
-from qvg_jax.health import NonFiniteError
-from qvg_jax.plan import shape_bytes
-from qvg_jax.video import Mp4
+from qvg_jax.app import cli
+from qvg_jax.app.job import Request
+from qvg_jax.app.memory_plan import shape_bytes
+from qvg_jax.app.video import Mp4
+from qvg_jax.cache.health import NonFiniteError
 from tests import tiny_self_forcing
 from tests import tiny_worldplay as tiny
 from tests.test_wan_vae_22 import case, save_weights

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from qvg_jax import presets
-from qvg_jax.codec import Codec
-from qvg_jax.compare import BASELINE, Request
-from qvg_jax.recipes import parse_recipe
+from qvg_jax.app.job import BASELINE, Request
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import Codec
+from qvg_jax.codecs.recipes import parse_recipe
 
 RANDOM = "random"  # in place of a folder of weights
 LARGEST_SEED = 2**31 - 1

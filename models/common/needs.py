@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from models.umt5.config import UMT5Config
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.umt5.pipeline import encode
-from qvg_jax.plan import Need, shape_bytes, temporary_bytes
+from qvg_jax.app.memory_plan import Need, shape_bytes, temporary_bytes
 
 
 def text_encoder_bytes(config: UMT5Config, slots: int, prompts: int = 1) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 
 from models.common.kept import Kept
 from models.wan_vae import Past, WanVAE, to_uint8
-from qvg_jax.compare import Played
-from qvg_jax.health import CacheBytes, CacheFullError, NonFiniteError
+from qvg_jax.app.job import Played
+from qvg_jax.cache.health import CacheBytes, CacheFullError, NonFiniteError
 
 log = logging.getLogger(__name__)
 

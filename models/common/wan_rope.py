@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from qvg_jax.rope import Rope
+from qvg_jax.cache.rope import Rope
 
 
 class RopeTable(NamedTuple):

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.history import History
-from qvg_jax import presets
+from qvg_jax.codecs import presets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from models.longcat.modeling import LongCatDiT
 from models.longcat.passes import clip_forward
 from models.longcat.rope import clip_positions, model_rope
 from models.longcat.sharding import AXIS, devices, spread_out
-from qvg_jax.attention import DENSE_CHUNK_TOKENS
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import Codec, identity
+from qvg_jax.attention.api import DENSE_CHUNK_TOKENS
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.view import CacheView
+from qvg_jax.codecs.base import Codec, identity
 from qvg_jax.sharding import head_shardings
-from qvg_jax.view import CacheView
 
 # One object per dtype: jit keys on a codec's functions, so a fresh one would compile again.
 _plain = functools.cache(identity)

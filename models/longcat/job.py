@@ -32,9 +32,10 @@ from models.longcat.settings import (
 from models.longcat.sharding import heads_mesh, placement
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax import compare, presets
-from qvg_jax.compare import Arm, Job
-from qvg_jax.plan import Plan
+from qvg_jax.app import job as compare
+from qvg_jax.app.job import Arm, Job
+from qvg_jax.app.memory_plan import Plan
+from qvg_jax.codecs import presets
 
 MODEL = "longcat"
 DEFAULT_CODEC = presets.recommended("longcat")

@@ -17,9 +17,9 @@ from models.longcat.config import LongCatConfig
 from models.longcat.modeling import LongCatDiT, Output, TextKV
 from models.longcat.rope import clip_positions, model_rope
 from models.longcat.sharding import AXIS, by_heads, spread_out
-from qvg_jax.attention import attend
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.view import CacheView
 from qvg_jax.sharding import attend_by_heads
-from qvg_jax.view import CacheView
 
 
 def clip_attention(

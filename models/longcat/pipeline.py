@@ -26,9 +26,9 @@ from models.longcat.modeling import LongCatDiT, TextKV
 from models.longcat.sampler import Progress, cached_step, clip_step, denoise
 from models.longcat.schedule import Schedule, continuation, standard
 from models.longcat.text import kept_rows, read_text
-from qvg_jax.cache import KVCache
-from qvg_jax.codec import Codec
-from qvg_jax.health import raise_if_bad
+from qvg_jax.cache.health import raise_if_bad
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.codecs.base import Codec
 
 GUIDANCE = 4.0  # of the released pipelines
 

@@ -17,8 +17,8 @@ from models.longcat.sampler import StepInput, cached_step, clip_step
 from models.longcat.segments import decode, encode
 from models.longcat.settings import TEXT_SLOTS, Settings, chosen_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax.compare import Request
-from qvg_jax.plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.app.job import Request
+from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.rollout import run_chunk
 
 CHUNK = 8  # steps in one device call, as `denoise` has it

@@ -14,8 +14,8 @@ from models.common.kept import Kept
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.segments import VideoVAE, next_clip, segment_noise, to_frames
 from models.longcat.settings import Settings
-from qvg_jax.compare import Played
-from qvg_jax.health import CacheBytes, Regions
+from qvg_jax.app.job import Played
+from qvg_jax.cache.health import CacheBytes, Regions
 
 NOTHING = CacheBytes(allocated=Regions(*[0] * 5), in_use=Regions(*[0] * 5), bf16=0, tokens=0)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from models.common.tokens import token_positions
 from models.longcat.config import LongCatConfig
-from qvg_jax.rope import Rope, axial_rope, frequency_ladder
+from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
 
 
 def axis_channels(head_dim: int) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from models.longcat.condition import view_condition
 from models.longcat.modeling import LongCatDiT, TextKV
 from models.longcat.passes import cached_forward, clip_forward
 from models.longcat.schedule import Schedule
-from qvg_jax.cache import KVCache
+from qvg_jax.cache.operations import KVCache
 from qvg_jax.rollout import rollout
 
 type Progress = Callable[[int, int, Any], None]  # progress(steps_done, steps, latents)

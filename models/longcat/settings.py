@@ -16,11 +16,11 @@ from models.longcat.schedule import Schedule, continuation, distilled, standard
 from models.longcat.segments import Segments
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
-from qvg_jax.cache import KVCache
-from qvg_jax.codec import Codec
-from qvg_jax.compare import Request
-from qvg_jax.health import CacheBytes, Regions
-from qvg_jax.plan import shape_bytes
+from qvg_jax.app.job import Request
+from qvg_jax.app.memory_plan import shape_bytes
+from qvg_jax.cache.health import CacheBytes, Regions
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.codecs.base import Codec
 
 HEIGHT, WIDTH = 480, 832
 TEXT_SLOTS = 512  # rows of a prompt, padding included, which this model does not cut off

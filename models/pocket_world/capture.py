@@ -10,9 +10,9 @@ from models.pocket_world.evaluate import tours
 from models.pocket_world.modeling import PocketWorld, to_tokens
 from models.pocket_world.pipeline import WorldState
 from models.pocket_world.sampling import Sampler
-from qvg_jax.attention import attend
-from qvg_jax.capture import Captured, Recorder
+from qvg_jax.attention.api import attend
 from qvg_jax.rollout import rollout
+from qvg_jax.study.capture import Captured, Recorder
 
 QUERY_NOISE = 0.8  # noise level of the block that asks: a middle step of the sampler
 

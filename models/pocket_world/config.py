@@ -8,7 +8,7 @@ import numpy as np
 
 from models.pocket_world.camera import FEATURES
 from models.pocket_world.world import CLOCK, HEIGHT, WIDTH
-from qvg_jax.rope import Rope, axial_rope
+from qvg_jax.cache.rope import Rope, axial_rope
 
 
 @dataclasses.dataclass(frozen=True)

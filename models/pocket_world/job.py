@@ -21,11 +21,11 @@ from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
-from qvg_jax import presets
-from qvg_jax.capture import Captured
-from qvg_jax.codec import Codec
-from qvg_jax.compare import BASELINE, HISTORY_OPTIONS, Arm, Block, Job, Request
-from qvg_jax.metrics import to_uint8
+from qvg_jax.app.job import BASELINE, HISTORY_OPTIONS, Arm, Block, Job, Request
+from qvg_jax.app.metrics import to_uint8
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import Codec
+from qvg_jax.study.capture import Captured
 
 MODEL = "pocket-world"
 DEFAULT_CODEC = presets.recommended("pocket-world")

@@ -16,12 +16,12 @@ from models.pocket_world import camera, world
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld, to_frames, to_tokens
 from models.pocket_world.sampling import Sampler, second_order_step
-from qvg_jax import presets
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.codec import Codec
-from qvg_jax.key_bias import KeyBias
-from qvg_jax.recipes import parse_recipe
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import Codec
+from qvg_jax.codecs.recipes import parse_recipe
 
 
 @jax.tree_util.register_dataclass

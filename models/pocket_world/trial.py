@@ -25,9 +25,9 @@ from models.pocket_world import pipeline
 from models.pocket_world.evaluate import FIRST_WORLD, run_arm, tours
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.sampling import Sampler
+from qvg_jax.app.metrics import PSNR_CAP, ssim, to_uint8
+from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.files import replacing
-from qvg_jax.key_bias import KeyBias
-from qvg_jax.metrics import PSNR_CAP, ssim, to_uint8
 
 EARLY = 8  # frames of the early window: before the arm's own frames have become its history
 

@@ -19,9 +19,9 @@ from jaxtyping import UInt8
 from models.common.asked import check_seed
 from models.pocket_world import camera, job, params, pipeline, world
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
-from qvg_jax.compare import Request
-from qvg_jax.metrics import to_uint8
-from qvg_jax.walk import World
+from qvg_jax.app.job import Request
+from qvg_jax.app.metrics import to_uint8
+from qvg_jax.app.play.walk import World
 
 # `trellis`, the default of `generate`, takes two CPU cores twice as long a block: over a second from a
 # key to a frame where another block is under way.

@@ -19,9 +19,9 @@ from models.self_forcing.history import append_frames, block_positions
 from models.self_forcing.modeling import Output, SelfForcingDiT
 from models.self_forcing.rope import model_rope
 from models.self_forcing.sampler import Ladder, add_noise, flow_to_x0
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache, compress
-from qvg_jax.view import CacheView
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.operations import KVCache, compress
+from qvg_jax.cache.view import CacheView
 
 
 @jax.tree_util.register_dataclass

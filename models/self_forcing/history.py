@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from models.common.tokens import token_positions
 from models.self_forcing.config import SelfForcingConfig
-from qvg_jax.cache import KVCache, append
-from qvg_jax.codec import Codec, identity
-from qvg_jax.rope import Rope
-from qvg_jax.slots import read_slot
+from qvg_jax.cache.operations import KVCache, append
+from qvg_jax.cache.rope import Rope
+from qvg_jax.cache.slots import read_slot
+from qvg_jax.codecs.base import Codec, identity
 
 
 @dataclass(frozen=True, kw_only=True)

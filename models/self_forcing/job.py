@@ -21,10 +21,11 @@ from models.self_forcing.schedule import Block, plan_blocks
 from models.self_forcing.settings import FRAMES, Settings, chosen_sizes, released_sizes, settle
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax import compare, presets
-from qvg_jax.compare import Arm, Job
-from qvg_jax.health import cache_bytes
-from qvg_jax.plan import Plan
+from qvg_jax.app import job as compare
+from qvg_jax.app.job import Arm, Job
+from qvg_jax.app.memory_plan import Plan
+from qvg_jax.cache.health import cache_bytes
+from qvg_jax.codecs import presets
 
 MODEL = "self-forcing"
 DEFAULT_CODEC = presets.recommended("self-forcing")

@@ -16,8 +16,8 @@ from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import generating_step
 from models.self_forcing.settings import Settings, chosen_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax.compare import Request
-from qvg_jax.plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.app.job import Request
+from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.rollout import run_chunk
 
 

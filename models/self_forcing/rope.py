@@ -2,7 +2,7 @@
 
 from models.common.wan_rope import wan_rope
 from models.self_forcing.config import SelfForcingConfig
-from qvg_jax.rope import Rope
+from qvg_jax.cache.rope import Rope
 
 
 def model_rope(config: SelfForcingConfig) -> Rope:

@@ -12,8 +12,8 @@ from models.self_forcing.history import History, make_cache
 from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
-from qvg_jax.cache import KVCache
-from qvg_jax.compare import Request
+from qvg_jax.app.job import Request
+from qvg_jax.cache.operations import KVCache
 
 FRAMES, HEIGHT, WIDTH = 21, 480, 832
 

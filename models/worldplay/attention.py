@@ -21,9 +21,9 @@ from models.worldplay.encoding import (
     encode_values,
     model_encodings,
 )
-from qvg_jax.attention import attend
-from qvg_jax.cache import KVCache
-from qvg_jax.view import CacheView
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.view import CacheView
 
 
 class Sight(NamedTuple):

@@ -23,7 +23,7 @@ from models.worldplay.memory import remember_all, remember_block
 from models.worldplay.modeling import Branches, WorldPlayDiT
 from models.worldplay.prope import camera_matrices
 from models.worldplay.sampler import euler_step, step_sizes
-from qvg_jax.cache import KVCache
+from qvg_jax.cache.operations import KVCache
 
 
 class Frames(NamedTuple):

@@ -17,7 +17,7 @@ from models.common.tokens import token_positions
 from models.common.wan_rope import RopeTable, rotate, wan_rope
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.prope import Camera, per_token, transform, transposed
-from qvg_jax.rope import Encodings
+from qvg_jax.cache.rope import Encodings
 
 # A token's position, as caches keep it: slot of its frame, row, column, and P^-1 of its frame but
 # for the last row, which is always 0 0 0 1. So a stored k can be encoded again without its camera.

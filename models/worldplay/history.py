@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.encoding import POSITION, apart
 from models.worldplay.retrieval import check_window
-from qvg_jax.cache import KVCache
-from qvg_jax.codec import Codec, identity
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.codecs.base import Codec, identity
 
 
 @dataclass(frozen=True, kw_only=True)

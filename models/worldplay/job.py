@@ -20,10 +20,11 @@ from models.worldplay.pipeline import WorldPlay
 from models.worldplay.plan import make_plan
 from models.worldplay.request import Request
 from models.worldplay.settings import ACTIONS, Settings, released_sizes, settle
-from qvg_jax import compare, presets
-from qvg_jax.compare import Arm, Job
-from qvg_jax.health import cache_bytes
-from qvg_jax.plan import Plan
+from qvg_jax.app import job as compare
+from qvg_jax.app.job import Arm, Job
+from qvg_jax.app.memory_plan import Plan
+from qvg_jax.cache.health import cache_bytes
+from qvg_jax.codecs import presets
 
 MODEL = "worldplay"
 DEFAULT_CODEC = f"{presets.recommended('worldplay')}:storage=single"

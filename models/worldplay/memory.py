@@ -10,8 +10,8 @@ from models.worldplay.attention import is_packed
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.context import ContextKV
 from models.worldplay.encoding import apart, encode_keys, encode_values, model_encodings
-from qvg_jax.cache import KVCache, append, compress
-from qvg_jax.slots import read_slot
+from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.slots import read_slot
 
 
 def remember_block(

@@ -16,8 +16,8 @@ from models.worldplay.block import BlockInput, Frames, State
 from models.worldplay.params import WEIGHTS
 from models.worldplay.pipeline import generating_step
 from models.worldplay.settings import Settings, settle
-from qvg_jax.compare import Request
-from qvg_jax.plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.app.job import Request
+from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.rollout import run_chunk
 
 

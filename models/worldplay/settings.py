@@ -13,8 +13,8 @@ from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
 from models.worldplay.history import History, make_cache
 from models.worldplay.schedule import count_blocks
-from qvg_jax.cache import KVCache
-from qvg_jax.compare import Request
+from qvg_jax.app.job import Request
+from qvg_jax.cache.operations import KVCache
 
 HEIGHT, WIDTH = 704, 1280
 ACTIONS = "w-8,s-8,a-8,d-8,up-8,down-8"  # of the published runs

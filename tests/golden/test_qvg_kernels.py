@@ -14,11 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qvg_jax.compose import chain
-from qvg_jax.quantize import IntegerPacked, residual_quantize, unpack
-from qvg_jax.smoothing import KMeansPacked, KMeansState, kmeans_smoothing
-from qvg_jax.smoothing import lloyd as lloyd_module
-from qvg_jax.smoothing.lloyd import assign, lloyd, rows
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize import IntegerPacked, residual_quantize, unpack
+from qvg_jax.codecs.smoothing import KMeansPacked, KMeansState, kmeans_smoothing
+from qvg_jax.codecs.smoothing import lloyd as lloyd_module
+from qvg_jax.codecs.smoothing.lloyd import assign, lloyd, rows
 
 # Level 0: each program runs once or twice here, so that compile time is what counts.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

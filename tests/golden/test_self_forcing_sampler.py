@@ -24,7 +24,7 @@ from models.self_forcing.block import cached_forward, denoise_block
 from models.self_forcing.history import append_frames, block_positions
 from models.self_forcing.rope import model_rope
 from models.self_forcing.sampler import Ladder, add_noise, flow_to_x0, x0_to_flow
-from qvg_jax.codec import Codec, identity
+from qvg_jax.codecs.base import Codec, identity
 
 ATOL = 1e-4  # float32 roll-outs; the README's tolerance, measured distance is below 1e-5
 SPAN_BLOCKS = 8  # the released schedule compresses eight blocks at a time

@@ -21,7 +21,7 @@ from models.worldplay.encoding import (
     positions,
 )
 from models.worldplay.prope import camera_matrices
-from qvg_jax.attention import attend
+from qvg_jax.attention.api import attend
 from tests.worldplay_model import close, close_kv, frames_at, frames_first, loader
 
 BLOCK = 4  # latent frames, as the README of the vectors says

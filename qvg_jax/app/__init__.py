@@ -1,0 +1,1 @@
+"""The `qvg` command and the runs behind it."""

@@ -1,0 +1,151 @@
+"""What of a run fits into a device's memory, worked out before it runs.
+
+Bytes of arrays come from their shapes (`jax.eval_shape`), temporaries from the compiled program.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from qvg_jax.app.report import aligned
+
+__all__ = ["Need", "Plan", "parse_bytes", "plan_table", "shape_bytes", "temporary_bytes"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that one arm needs on the device.
+
+    Attributes:
+        name: of the arm.
+        held: what is there all the time, by what it is, the cache under "cache".
+        temporaries: what each compiled program needs beside it; one runs at a time.
+        in_place_of_cache: the same of programs that run when the cache is gone.
+        longest: latent frames that would fit, given the memory asked about; 0 for none, None for
+            any number.
+    """
+
+    name: str
+    held: dict[str, int]
+    temporaries: dict[str, int]
+    in_place_of_cache: dict[str, int] = dataclasses.field(default_factory=dict)
+    longest: int | None = 0
+
+    @property
+    def total(self) -> int:
+        """The most that is there at once."""
+        beside = max(self.temporaries.values(), default=0)
+        instead = max(self.in_place_of_cache.values(), default=0) - self.held["cache"]
+        return sum(self.held.values()) + max(beside, instead)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Needs of all arms, each as if it ran alone.
+
+    Attributes:
+        what: the run, in words.
+        before: bytes of what is there, alone, before the rest is loaded, by what it is.
+        needs: of the arms.
+        backend: where the programs were compiled.
+        seconds: how long that took.
+        advice: what to change where nothing fits.
+    """
+
+    what: str
+    before: dict[str, int]
+    needs: tuple[Need, ...]
+    backend: str
+    seconds: float
+    advice: str
+
+    def fits(self, need: Need, memory: int) -> bool:
+        """Whether an arm runs in so many bytes."""
+        return max(need.total, sum(self.before.values())) <= memory
+
+
+def shape_bytes(tree: Any) -> int:
+    """Bytes of arrays or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+
+
+def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """What a jitted function needs beside its arguments: temporaries, and results that do not
+    take an argument's place.
+
+    Args:
+        function: from `jax.jit`.
+        *args: arrays or their shapes.
+    """
+    memory = function.lower(*args).compile().memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GB", "24e9", "22.4GiB" or "80 GB".
+
+    Raises:
+        ValueError: not such a size, or none above 0.
+    """
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?) ?(?:([KMGT]?)(i?)B?)", text.strip(), re.IGNORECASE)
+    try:
+        number = float(match[1])
+        unit = match[2].upper()
+        scale = 1024 ** " KMGT".index(unit or " ") if match[3] else _UNITS[unit]
+        size = int(number * scale)
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not accepted: give a size such as 24GB or 22.4GiB")
+    return size
+
+
+def plan_table(plan: Plan, memory: int) -> str:
+    """The plan in words: a line for each arm, then what fits."""
+    gb = lambda n: f"{n / 1e9:.2f}"  # noqa: E731
+    parts = list(plan.needs[0].held)
+    rows = [("GB", *parts, "temporaries", "peak", f"in {gb(memory)}", "at most")]
+    for need in plan.needs:
+        fits = "fits" if plan.fits(need, memory) else "too large"
+        rows.append(
+            (
+                need.name,
+                *(gb(need.held[part]) for part in parts),
+                gb(max(need.temporaries.values())),
+                gb(need.total),
+                fits,
+                _frames(need.longest),
+            )
+        )
+    lines = [plan.what, "", aligned(rows), ""]
+    for name, size in plan.before.items():
+        lines.append(f"Before that, alone: {name}, {gb(size)} GB.")
+    worst = max(plan.needs, key=lambda need: max(need.temporaries.values()))
+    programs = ", ".join(f"{name} {gb(size)}" for name, size in worst.temporaries.items())
+    for name, size in worst.in_place_of_cache.items():
+        programs += f", in place of the cache {name} {gb(size)}"
+    lines.append(
+        f"Temporaries: {programs}; from the programs compiled for {plan.backend} in "
+        f"{plan.seconds:.0f} s."
+    )
+    if plan.backend == "cpu":
+        lines.append(
+            "A CPU keeps float32 copies of bfloat16 operands: on a GPU temporaries are smaller."
+        )
+    fitting = [need.name for need in plan.needs if plan.fits(need, memory)]
+    lines.append(f"Fits: {_joined(fitting)}." if fitting else f"Nothing fits: {plan.advice}")
+    return "\n".join(lines)
+
+
+def _frames(count: int | None) -> str:
+    return "any number" if count is None else f"{count} frames" if count else "none"
+
+
+def _joined(names: Sequence[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,1 @@
+"""A walk through a generated world in a web page."""

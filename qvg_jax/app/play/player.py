@@ -1,0 +1,251 @@
+"""A walk in a thread of its own: keys in, blocks out, and requests between two blocks.
+
+The device makes one block at a time, and a person presses keys when they like. Rules:
+
+- A press is one block. A key that stays down is block after block until it is let go.
+- The queue is one press long and the newest wins: keys faster than frames never pile up.
+- Of several keys that are down, the one pressed last counts.
+- Requests (another codec, a new world) come before keys, between two blocks.
+- Keys and requests may come from any number of people; the walk is one.
+"""
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from qvg_jax.app.play.walk import Meter, Seen, Walk
+
+__all__ = ["Keys", "Player", "Point"]
+
+ROWS = 600  # blocks of the curve and the map; the oldest go first
+
+log = logging.getLogger(__name__)
+
+
+class Keys:
+    """Which action comes next, by the rules above."""
+
+    def __init__(self):
+        self._pressed: str | None = None
+        self._down: dict[tuple[Hashable, str], None] = {}  # in the order of presses
+
+    def press(self, who: Hashable, action: str) -> None:
+        """`who` has pressed the key of an action."""
+        self._pressed = action
+        self._down.pop((who, action), None)
+        self._down[who, action] = None
+
+    def release(self, who: Hashable, action: str) -> None:
+        """`who` has let go of it."""
+        self._down.pop((who, action), None)
+
+    def leave(self, who: Hashable) -> None:
+        """`who` has let go of everything: the tab is closed or has lost the keyboard."""
+        self._down = {key: None for key in self._down if key[0] != who}
+
+    def clear(self) -> None:
+        """Nothing is pressed."""
+        self._pressed = None
+        self._down.clear()
+
+    def next(self) -> str | None:
+        """The next action; takes the press that waited."""
+        action, self._pressed = self._pressed, None
+        return action or next((action for _, action in reversed(self._down)), None)
+
+
+class Point(NamedTuple):
+    """One block in the history of the walk; two for a block after which the codec was changed."""
+
+    number: int
+    codec: str
+    real: bool  # part of the tour
+    place: tuple[float, float]
+    meter: Meter
+
+
+class Player:
+    """Plays a walk until it is closed.
+
+    What there is to see is in its attributes, which change only before a call of `tell`:
+    `phase` ("starting", "tour", "ready", "busy", "ended"), `word` (what to say about it), `seen`
+    and `truth` (the last block), `points`.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        tell: Callable[[Seen | None], None],
+        *,
+        tour_seconds: float = 0.25,
+    ):
+        """Starts nothing; see `start`.
+
+        Args:
+            walk: the walk; from `start` on it belongs to the player's thread.
+            tell: called in that thread with each block, and with None when something else changed.
+            tour_seconds: at least so long for a block of the tour, for people to see it.
+        """
+        self.walk = walk
+        self.phase, self.word = "starting", "compiling ..."
+        self.seen: Seen | None = None
+        self.truth: UInt8[np.ndarray, "F H W 3"] | None = None
+        self.points: collections.deque[Point] = collections.deque(maxlen=ROWS)
+        self._tell, self._tour_seconds = tell, tour_seconds
+        self._keys, self._requests = Keys(), collections.deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="walk", daemon=True)
+
+    def start(self) -> None:
+        """Compiles and takes the tour, then waits for keys."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after the block that it is making."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def press(self, who: Hashable, action: str) -> None:
+        """See `Keys`. Before the tour is over, and after the walk has ended, keys do nothing."""
+        with self._changed:
+            if self.phase in ("ready", "busy"):
+                self._keys.press(who, action)
+                self._changed.notify()
+
+    def release(self, who: Hashable, action: str) -> None:
+        """See `Keys`."""
+        with self._changed:
+            self._keys.release(who, action)
+
+    def leave(self, who: Hashable) -> None:
+        """See `Keys`."""
+        with self._changed:
+            self._keys.leave(who)
+
+    def switch(self, codec: str) -> Future:
+        """`Walk.switch` between two blocks, and the keys after it."""
+
+        def switch(walk):
+            meter = walk.switch(codec)
+            if self.points:  # the same block, in other codes
+                self.points.append(self.points[-1]._replace(codec=codec, meter=meter))
+            return meter
+
+        return self._ask(f"changing to {codec} ...", switch)
+
+    def restart(self, seed: int) -> Future:
+        """`Walk.restart` between two blocks; what was pressed is forgotten."""
+
+        def restart(walk):
+            walk.restart(seed)
+            self.seen = self.truth = None
+            self.points.clear()
+            self._keys.clear()
+
+        return self._ask("a new world ...", restart)
+
+    def frames(self) -> Future:
+        """`Walk.frames` between two blocks."""
+        return self._ask(None, lambda walk: walk.frames())
+
+    def _ask(self, word: str | None, function: Callable[[Walk], Any]) -> Future:
+        future = Future()
+        with self._changed:
+            if self._closing:
+                future.cancel()
+            else:
+                self._requests.append((future, word, function))
+                self._changed.notify()
+        return future
+
+    def _run(self) -> None:
+        self._say("starting", "compiling ...")
+        while True:
+            with self._changed:
+                walk = self.walk
+                touring = walk.blocks < walk.world.tour_blocks and not walk.broken
+                request = action = None
+                while not self._closing:
+                    request = self._requests.popleft() if self._requests else None
+                    if request or touring:
+                        break
+                    if (action := self._keys.next()) and not walk.broken:
+                        break
+                    self._changed.wait()
+                if self._closing:
+                    for future, _, _ in self._requests:
+                        future.cancel()
+                    return
+            if request:
+                self._answer(*request)
+            else:
+                self._block(action)
+
+    def _answer(self, future: Future, word: str | None, function: Callable[[Walk], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        if word:
+            self._say("busy", word)
+        try:
+            result = function(self.walk)
+        except Exception as error:  # whoever asked is told; the walk goes on
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        self._idle()
+
+    def _block(self, action: str | None) -> None:
+        walk = self.walk
+        begin = time.monotonic()
+        try:
+            seen = next(walk.tour()) if action is None else walk.step(action)
+            self.truth = None
+            if walk.world.truth:
+                self.truth = walk.world.truth(walk.seed, seen.x)
+        except Exception as error:
+            # A state that was given to a step that failed is gone: only a new world helps.
+            walk.broken = walk.broken or f"{type(error).__name__}: {error}"
+            log.error("block %d: %s", walk.blocks, walk.broken)
+            self._keys.clear()
+        else:
+            self.seen = seen
+            self.points.append(
+                Point(seen.number, walk.codec, action is None, seen.place, seen.meter)
+            )
+            self._settle()
+            self._tell(seen)
+            if action is None:
+                with self._changed:
+                    left = self._tour_seconds - (time.monotonic() - begin)
+                    if left > 0 and not self._closing and not self._requests:
+                        self._changed.wait(left)
+            return
+        self._idle()
+
+    def _idle(self) -> None:
+        self._settle()
+        self._tell(None)
+
+    def _settle(self) -> None:
+        walk = self.walk
+        if walk.broken:
+            self.phase, self.word = "ended", f"{walk.broken}. Save it, or start a new world."
+        elif walk.blocks < walk.world.tour_blocks:
+            self.phase, self.word = "tour", "a tour of real frames, for the memory to start with"
+        else:
+            self.phase, self.word = "ready", ""
+
+    def _say(self, phase: str, word: str) -> None:
+        self.phase, self.word = phase, word
+        self._tell(None)

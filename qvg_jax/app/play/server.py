@@ -1,0 +1,177 @@
+"""The server of `qvg play`: one walk, any number of tabs.
+
+NiceGUI (MIT, FastAPI below and Vue above, releases every few weeks) and not a page of our own: it
+has keyboard events, pictures that change without flicker, selects and charts, serves
+everything from its package without a CDN, and its socket reconnects by itself. What it costs
+in latency is small beside a block; benchmarks/play.py measures from key press to picture.
+
+All tabs see the same walk and each can steer it: the cache, which is what this is about, is there
+once, and so is the processor. A tab that closes lets go of its keys and changes nothing else; the
+walk waits for the next tab.
+"""
+
+import asyncio
+import contextlib
+import socket
+import tempfile
+import threading
+import time
+import webbrowser
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from nicegui import app as pages_app
+from nicegui import run, ui
+
+from qvg_jax.app.play.page import Page, picture
+from qvg_jax.app.play.player import Player
+from qvg_jax.app.play.walk import Seen, Walk, write_clip
+from qvg_jax.codecs.accounting import pair_bits
+from qvg_jax.codecs.presets import PAIRS, PRESETS
+
+__all__ = ["codec_choices", "listen", "serve"]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for `serve`; port 0 takes any free one.
+
+    Raises:
+        OSError: the port is in use, or the host is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(64)
+    except (OSError, OverflowError):
+        sock.close()
+        raise
+    return sock
+
+
+def codec_choices(walk: Walk) -> dict[str, str]:
+    """The recipes that this world's spans can have, and the walk's own, with bits per element."""
+    shape = walk.world.cache(walk.world.begin(0, walk.world.codec("bf16"))).layout.span_shape
+    choices = {}
+    for name in dict.fromkeys(("bf16", *PRESETS, *PAIRS, walk.codec)):
+        with contextlib.suppress(ValueError):  # a group or a number of centroids that does not fit
+            bits = pair_bits(walk.world.codec(name), shape)
+            choices[name] = f"{name} · {bits:.2f} bits"
+    return choices
+
+
+def serve(walk: Walk, sock: socket.socket, *, show: bool = True) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        walk: the walk; nothing of it is compiled yet.
+        sock: from `listen`; closed at the end.
+        show: whether to open a browser.
+    """
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    hall = _Hall(walk, url)
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    ui.page("/", title=f"qvg play: {walk.world.model}", dark=True)(hall.enter)
+    pages_app.on_startup(hall.open)
+    if show:
+        pages_app.on_startup(lambda: threading.Timer(0.2, webbrowser.open, [url]).start())
+    ui.run_with(outer, show_welcome_message=False, tailwind=False, reconnect_timeout=5.0)
+    config = uvicorn.Config(
+        outer, log_level="warning", ws_max_size=1 << 20, timeout_graceful_shutdown=1
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[sock])
+    finally:
+        hall.close()
+        sock.close()
+
+
+class _Hall:
+    """The tabs that are open, and the player that they watch."""
+
+    def __init__(self, walk: Walk, url: str):
+        self._url = url
+        self._player = Player(walk, self._told)
+        self._codecs = codec_choices(walk)
+        self._pages: list[Page] = []  # with a browser behind them
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._showing: asyncio.Task | None = None
+        self._last: tuple[str, str, str | None] | None = None  # what is up
+        self._begun = time.perf_counter()
+        self._announced = False
+        self._files = tempfile.TemporaryDirectory(prefix="qvg-play-")
+
+    async def open(self) -> None:
+        """Starts the walk when the server is there."""
+        self._loop = asyncio.get_running_loop()
+        print(
+            f"qvg: {self._url} is open; compiling {self._player.walk.world.model} ...", flush=True
+        )
+        self._player.start()
+
+    def close(self) -> None:
+        self._player.close()
+        self._files.cleanup()
+
+    async def enter(self) -> None:
+        """Builds the page of a new tab."""
+        page = Page(self._player, self._codecs, self._save)
+        if self._last is not None:
+            page.show(*self._last)
+        page.client.on_connect(lambda: self._came(page))
+        page.client.on_disconnect(lambda: self._went(page))
+
+    def _came(self, page: Page) -> None:
+        if page not in self._pages:
+            self._pages.append(page)
+        if self._last is not None:
+            page.show(*self._last)
+        self._refresh()
+
+    def _went(self, page: Page) -> None:
+        self._player.leave(page.client.id)
+        if page in self._pages:
+            self._pages.remove(page)
+        self._refresh()
+
+    def _told(self, seen: Seen | None) -> None:
+        """In the player's thread."""
+        if not self._announced and self._player.phase == "ready":
+            self._announced = True
+            seconds = time.perf_counter() - self._begun
+            print(f"qvg: ready after {seconds:.1f} s (Ctrl-C ends)", flush=True)
+        truth = self._player.truth
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self._react, seen, truth)
+
+    def _react(self, seen: Seen | None, truth) -> None:
+        if seen is not None:
+            if self._showing is not None:
+                self._showing.cancel()
+            self._showing = self._loop.create_task(self._show(seen, truth))
+        self._refresh()
+
+    async def _show(self, seen: Seen, truth) -> None:
+        """The frames of a block one after another: the first at once, all before the next block."""
+        gap = min(1 / self._player.walk.world.fps, 0.9 * seen.seconds / len(seen.frames_FHW3))
+        for i, frame in enumerate(seen.frames_FHW3):
+            if i:
+                await asyncio.sleep(gap)
+            real = None if truth is None else picture(truth[i])
+            self._last = f"{seen.number}-{seen.action}", picture(frame), real
+            for page in self._pages:
+                page.show(*self._last)
+
+    def _refresh(self) -> None:
+        for page in self._pages:
+            page.refresh(len(self._pages))
+
+    async def _save(self) -> str:
+        frames = await asyncio.wrap_future(self._player.frames())
+        path = Path(self._files.name, f"walk-{time.monotonic_ns()}.mp4")
+        await run.io_bound(write_clip, path, frames, self._player.walk.world.fps)
+        return str(path)

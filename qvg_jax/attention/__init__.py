@@ -1,0 +1,1 @@
+"""Attention of a new block to itself and to everything in a cache."""

@@ -1,0 +1,106 @@
+"""The new tokens of a call of `attend` on their way into a workspace of the kernels."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.dequantize import decode_keys, decode_values
+from qvg_jax.attention.formats import pairing_of
+from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.rope import Rope
+from qvg_jax.cache.view import CacheView
+
+__all__ = ["NewBlock", "new_block", "pairing_in", "turning", "unit_of"]
+
+
+def unit_of(bound: Array) -> Array:
+    """The least power of two by which values up to `bound` may be divided for e4m3."""
+    bound = bound.astype(jnp.float32) / 448
+    return jnp.exp2(jnp.ceil(jnp.log2(jnp.where(bound > 0, bound, 1))))
+
+
+def pairing_in(view: CacheView) -> str | None:
+    """Which channels a view's rope turns together, or None if kernels cannot turn them."""
+    lay: Layout = view.cache.layout
+    if not isinstance(view.rope, Rope):
+        return "half"
+    return pairing_of(view.rope, lay.head_dim, lay.pos_dims)
+
+
+def turning(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, dict[str, Any]]:
+    """New queries or keys, and what turns them on their way; XLA turns what the kernels cannot.
+
+    Args:
+        view: whose rope it is.
+        x_BTHD: new tokens.
+        batch: of the tables; the cache's or a multiple.
+    """
+    still = dict(tables=None, pairing="half")
+    if not isinstance(view.rope, Rope):
+        return x_BTHD, still
+    if (pairing := pairing_in(view)) is None:
+        turned = view.new(jnp.swapaxes(x_BTHD, 1, 2))
+        return jnp.swapaxes(turned, 1, 2), still
+    return x_BTHD, dict(tables=view.new_table(batch), pairing=pairing)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewBlock:
+    """Keys and values of the new tokens on their way into a workspace.
+
+    Attributes:
+        k, v: bf16, as the kernels read them: (B, T, H, D), or rows.
+        batch, rows, tokens: sizes.
+        turn: of the keys, see `turning`.
+        units: of the rows of keys and of values in e4m3; 1 in bf16.
+        dtype, implementation: of the workspace, of the kernels.
+    """
+
+    k: Array
+    v: Array
+    batch: int
+    rows: int
+    tokens: int
+    turn: dict[str, Any]
+    units: list[Array]
+    dtype: Any
+    implementation: str
+
+    def workspace(self, units: list[Array], behind: Any = None) -> tuple[Array, Array]:
+        """Keys and values in workspaces of their own, or in (keys, values) from token `at` on.
+
+        Args:
+            units: of the rows.
+            behind: (keys, values, at), or None.
+        """
+        here = dict(first_row=0, rows=self.rows, valid=self.tokens, dtype=self.dtype)
+        here |= dict(implementation=self.implementation)
+        into = [{}, {}] if behind is None else [dict(into=(w, behind[2])) for w in behind[:2]]
+        keys = here | self.turn | dict(batch=self.batch, unit_n=units[0]) | into[0]
+        values = here | dict(unit_n=units[1]) | into[1]
+        return decode_keys(self.k, None, **keys), decode_values(self.v, None, **values)
+
+
+def new_block(
+    view: CacheView, k_BTHD: Array, v_BTHD: Array, dtype: Any, implementation: str
+) -> NewBlock:
+    """Of what `attend` is given; its batch may be a multiple of the cache's."""
+    batch, tokens, heads, d = k_BTHD.shape
+    rows, narrow = batch * heads, dtype != jnp.bfloat16
+    k_BTHD, v_BTHD = k_BTHD.astype(jnp.bfloat16), v_BTHD.astype(jnp.bfloat16)
+    k_BTHD, turn = turning(view, k_BTHD, batch)
+    # A rotation lets the largest number grow by no more than the root of two.
+    growths = (1.0 if turn["tables"] is None else math.sqrt(2), 1.0)
+    units = [
+        unit_of(jnp.abs(x).max(axis=(1, 3)).reshape(-1) * growth)
+        if narrow
+        else jnp.ones((rows,), jnp.float32)
+        for x, growth in zip((k_BTHD, v_BTHD), growths, strict=True)
+    ]
+    k, v = k_BTHD, v_BTHD
+    if implementation != "mosaic":
+        k, v = (jnp.swapaxes(x, 1, 2).reshape(rows, tokens, d) for x in (k, v))
+    return NewBlock(k, v, batch, rows, tokens, turn, units, dtype, implementation)

@@ -1,0 +1,233 @@
+"""Workspaces: keys and values of new tokens, sink, window and spans as attention kernels read them.
+
+Bytes that the kernels know (`kernel_formats`) they decode, and rotate on the way; what else there is,
+other codecs and `Encodings` of stored K and V, XLA brings into the workspace.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels.dequantize import Scheme, decode_keys, decode_values, in_key_rows
+from pallas_kernels.dequantize.types import padded
+from qvg_jax.attention.formats import E4M3, encoded, halves, scheme_of
+from qvg_jax.attention.new_block import NewBlock, pairing_in, unit_of
+from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.rope import Encodings
+from qvg_jax.cache.slots import read_slot
+from qvg_jax.cache.view import CacheView
+from qvg_jax.codecs.base import Codec
+
+__all__ = ["by_kernels", "of_dense", "of_spans", "of_spans_by_xla"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spans:
+    """Keys or values of all spans, and bounds of one layer's rows; None in bf16."""
+
+    source: Any
+    scheme: Scheme | None
+    bound_R: Array | None
+
+    def unit(self, first: Array, rows: int, growth: Array | float) -> Array:
+        """The units of some rows in e4m3, if they grow by so much when they are read."""
+        if self.bound_R is None:
+            return jnp.ones((rows,), jnp.float32)
+        return unit_of(lax.dynamic_slice_in_dim(self.bound_R, first, rows) * growth)
+
+
+def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool) -> _Spans:
+    source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1)
+    rows = lay.max_spans * lay.batch * lay.heads
+    if not narrow:
+        return _Spans(source, scheme, None)
+    pick = lambda x: lax.dynamic_slice_in_dim(x, layer * rows, rows, 0)  # noqa: E731
+    # Positive e4m3 numbers are ordered as their bytes.
+    largest = pick(source.scales_RTG).max(axis=(1, 2))
+    bound = lax.bitcast_convert_type(largest, E4M3).astype(jnp.float32)
+    if source.exponents_R is not None:
+        bound *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
+    bound *= max(scheme.offset, 2**scheme.bits - 1 - scheme.offset)
+    if scheme.stages:
+        bound += jnp.abs(source.tables(layer * rows, rows)).max(axis=(2, 3)).sum(1)
+    return _Spans(source, scheme, bound)
+
+
+def by_kernels(view: CacheView) -> bool:
+    """Whether the kernels turn stored bytes into what attention reads, and XLA nothing of it."""
+    return _decoded_by_kernels(view.cache.layout) and _turned_by_kernels(view)
+
+
+def _decoded_by_kernels(lay: Layout) -> bool:
+    codecs = (lay.key_codec, lay.value_codec) if lay.max_spans else ()
+    schemes = [scheme_of(c, lay.head_dim, 1) for c in codecs]
+    return not any(isinstance(s, str) for s in schemes)
+
+
+def _turned_by_kernels(view: CacheView) -> bool:
+    if isinstance(view.rope, Encodings):
+        return False
+    return view.rope is None or pairing_in(view) is not None
+
+
+def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: Any) -> Array:
+    """Keys or values, padded to a workspace, through an encoding: rows of all its heads."""
+    more = padded(x_BHTD.shape[2]) - x_BHTD.shape[2]
+    x_BHTD = jnp.pad(x_BHTD, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    def pad(t):
+        return jnp.pad(t, ((0, 0), (0, x_BHTD.shape[2] - t.shape[1])) + ((0, 0),) * (t.ndim - 2))
+
+    y_BCTD = encode(x_BHTD, jax.tree.map(pad, table))
+    return y_BCTD.reshape(-1, *y_BCTD.shape[2:])
+
+
+def _of_rows(
+    k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
+) -> tuple[Any, Array, Array]:
+    """((unit of keys, of values), keys, values) of bf16 ones in e4m3."""
+    units = [unit_of(jnp.abs(x).max(axis=(1, 2))) for x in (k_nTD, v_nTD)]
+    here = dict(
+        first_row=0, rows=k_nTD.shape[0], valid=tokens, dtype=dtype, implementation=implementation
+    )
+    k = decode_keys(k_nTD, None, **here, unit_n=units[0])
+    return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
+
+
+def of_dense(
+    view: CacheView, layer: Array, valid: Array, part: tuple[int, int], implementation: str
+) -> tuple[Array, Array]:
+    """Workspaces of a part (first token, how many) of sink and window, in bf16.
+
+    Args:
+        view, layer: what is read.
+        valid: tokens of the part that count.
+        part: all of the buffer, or with "mosaic" some of it.
+        implementation: of the kernels.
+    """
+    cache, lay = view.cache, view.cache.layout
+    rows, total = lay.batch * lay.heads, cache.dense_pos.shape[1]
+    here = dict(first_row=layer * rows, rows=rows, valid=valid, dtype=jnp.bfloat16)
+    here |= dict(unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation)
+    if part != (0, total):
+        here |= dict(window=(jnp.int32(part[0]), part[1]))
+    flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
+    turned = _turned_by_kernels(view)
+    tables = {}
+    if turned:
+        tables = dict(tables=view.dense_table(0, total), pairing=pairing_in(view))
+    k_nWD = decode_keys(flat(cache.dense_k), None, **here, **tables, batch=lay.batch)
+    v_nWD = decode_values(flat(cache.dense_v), None, **here)
+    if turned:
+        return k_nWD, v_nWD
+    heads = lambda x: x.reshape(lay.batch, lay.heads, *x.shape[1:])  # noqa: E731
+    table = view.dense_table(*part)
+    k_nWD = _through_xla(view.keys, heads(k_nWD), table)
+    return k_nWD, _through_xla(view.values, heads(v_nWD), table)
+
+
+def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> Callable[..., Any]:
+    """read(slot, valid, new=None): units and workspaces of a span, decoded and rotated by the kernels.
+
+    Given several slots, their spans lie behind each other, and their units are those of all spans.
+    With a `NewBlock` its tokens lie behind the valid ones, a multiple of 16.
+    """
+    cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
+    rows, turned = lay.batch * lay.heads, view.rope is not None
+    keys = _spans(cache.span_k, lay.key_codec, lay, layer, narrow)
+    values = _spans(cache.span_v, lay.value_codec, lay, layer, narrow)
+    flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
+
+    def unit(x: _Spans, slot: Array, growth: float) -> Array:
+        if not slot.ndim:
+            return x.unit(slot * rows, rows, growth)
+        age_N = (jnp.arange(lay.max_spans) - cache.first_span) % lay.max_spans
+        unit_Nn = x.unit(0, lay.max_spans * rows, growth).reshape(lay.max_spans, rows)
+        most_n = jnp.where((age_N < cache.num_spans)[:, None], unit_Nn, 0).max(axis=0)
+        return jnp.where(most_n > 0, most_n, 1)
+
+    def turns(slot: Array) -> dict[str, Any]:
+        if not turned:
+            return {}
+        if view.table_spans is not None:
+            return dict(tables=jax.tree.map(flat, view.table_spans), first_table=slot * lay.batch)
+        if not slot.ndim:
+            return dict(tables=view.span_table(slot))
+        tables = jax.tree.map(flat, view.rope.table(cache.span_pos[slot]))
+        return dict(tables=tables, first_table=jnp.arange(slot.shape[0]) * lay.batch)
+
+    def read(slot: Array, valid: Any, new: NewBlock | None = None) -> Any:
+        here = dict(rows=rows, valid=valid, dtype=dtype, implementation=implementation)
+        here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
+        units = [unit(keys, slot, math.sqrt(2) if turned else 1), unit(values, slot, 1)]
+        if new is not None:
+            units = [jnp.maximum(*both) for both in zip(units, new.units, strict=True)]
+            here |= dict(room=new.tokens)
+        k_nWD = decode_keys(
+            keys.source, keys.scheme, **here, unit_n=units[0], batch=lay.batch,
+            pairing=pairing_in(view), **turns(slot),
+        )  # fmt: skip
+        v = decode_values(values.source, values.scheme, **here, unit_n=units[1])
+        return units, *((k_nWD, v) if new is None else new.workspace(units, (k_nWD, v, valid)))
+
+    return read
+
+
+def of_spans_by_xla(
+    view: CacheView, layer: Array, dtype: Any, implementation: str
+) -> Callable[[Array, int], Any]:
+    """read(slot, valid) for other codecs and encodings: what the kernels cannot do, XLA does."""
+    cache, lay = view.cache, view.cache.layout
+    rows, spans = lay.batch * lay.heads, None
+    bounded = isinstance(view.rope, Encodings) and view.rope.growth is not None
+    if dtype != jnp.bfloat16 and bounded and _decoded_by_kernels(lay):
+        sides = (cache.span_k, lay.key_codec), (cache.span_v, lay.value_codec)
+        spans = [_spans(*side, lay, layer, True) for side in sides]
+
+    def stored(codec, slots, decode, slot):
+        of = lambda joined: scheme_of(codec, lay.head_dim, joined)  # noqa: E731
+        scheme, first = of(1), (layer * lay.max_spans + slot) * rows
+        if not isinstance(scheme, str):
+            source = encoded(slots)
+        else:
+            packed, scheme = read_slot(slots, layer, slot), of(2)
+            if isinstance(scheme, str):
+                return codec.decode(packed, jnp.bfloat16)
+            source, first = halves(packed), 0
+        x_nWD = decode(
+            source, scheme, first_row=first, rows=rows, valid=lay.span_tokens, dtype=jnp.bfloat16,
+            unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation,
+        )  # fmt: skip
+        return x_nWD.reshape(lay.batch, lay.heads, *x_nWD.shape[1:])
+
+    def read(slot: Array, valid: int) -> Any:
+        table = view.span_table(slot)
+        k_BHTD = stored(lay.key_codec, cache.span_k, decode_keys, slot)
+        v_BHTD = stored(lay.value_codec, cache.span_v, decode_values, slot)
+        # An encoding reads each channel more than once; without the barrier XLA decodes it again.
+        k_BHTD, v_BHTD = lax.optimization_barrier((k_BHTD, v_BHTD))
+        k_nWD = _through_xla(view.keys, k_BHTD, table)
+        v_nWD = _through_xla(view.values, v_BHTD, table)
+        if spans is not None:
+            growths = view.rope.growth(table)
+            units = [
+                jnp.repeat(x.unit(slot * rows, rows, g), view.rope.copies)
+                for x, g in zip(spans, growths, strict=True)
+            ]
+            k_nWD, v_nWD = (
+                jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype)
+                for x, unit_n in zip((k_nWD, v_nWD), units, strict=True)
+            )
+            return units, in_key_rows(k_nWD), jnp.swapaxes(v_nWD, 1, 2)
+        if dtype != jnp.bfloat16:
+            return _of_rows(k_nWD, v_nWD, valid, dtype, implementation)
+        ones = jnp.ones((k_nWD.shape[0],), jnp.float32)
+        return (ones, ones), k_nWD, v_nWD
+
+    return read

@@ -1,0 +1,134 @@
+"""What the host asks a cache: is anything wrong, and how many bytes is that."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qvg_jax.cache.state import KVCache
+from qvg_jax.codecs.accounting import packed_bytes
+
+__all__ = [
+    "CacheBytes",
+    "CacheFullError",
+    "NonFiniteError",
+    "Regions",
+    "cache_bytes",
+    "raise_if_bad",
+]
+
+
+class NonFiniteError(ValueError):
+    """K or V with NaN or Inf was appended to a cache."""
+
+
+class CacheFullError(ValueError):
+    """A block was appended to a cache that had no room for it."""
+
+
+def raise_if_bad(tree: Any) -> None:
+    """Raises if any `KVCache` in `tree` was given NaN or Inf, or a block it could not hold.
+
+    Reads a few scalars from the device, so it waits for them; call it once for each block or
+    chunk, outside jit. Blocks are numbered from 0 in the order of `append`.
+
+    Args:
+        tree: a cache, or any pytree with caches in it, such as the state of a rollout.
+
+    Raises:
+        NonFiniteError: with the number of the first bad block and the count of bad values.
+        CacheFullError: with the number of refused blocks and the capacity.
+    """
+    for cache in _caches(tree):
+        counters = (cache.nonfinite, cache.first_bad_block, cache.rejected_blocks)
+        counters = jax.device_get((*counters, cache.seen_blocks))
+        nonfinite, bad_block, rejected, seen = (np.asarray(x).max() for x in counters)
+        lay = cache.layout
+        if nonfinite:
+            raise NonFiniteError(
+                f"K or V of block {bad_block} is not finite: {nonfinite} NaN or Inf values in "
+                f"{seen} blocks; accepted: finite values"
+            )
+        if rejected:
+            raise CacheFullError(
+                f"{rejected} of {seen} blocks found no room: capacity is {lay.capacity_blocks} "
+                f"blocks (sink {lay.sink_blocks}, {lay.max_spans} spans of {lay.span_blocks}, "
+                f"window {lay.window_blocks}); give more max_spans, evict, or overflow='drop'"
+            )
+
+
+class Regions(NamedTuple):
+    """Bytes of a cache by region, K and V of all layers together."""
+
+    sink: int
+    spans: int  # compressed: codes, scales, centroids
+    window: int
+    warm_start: int  # codec states
+    positions: int  # positions of all tokens, and the counters
+
+    @property
+    def total(self) -> int:
+        """All regions."""
+        return sum(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheBytes:
+    """Bytes of a cache: `cache_bytes` says what each number means."""
+
+    allocated: Regions
+    in_use: Regions
+    bf16: int
+    tokens: int
+
+
+def cache_bytes(cache: KVCache) -> CacheBytes:
+    """Bytes of the cache's buffers, of their valid part, and of plain bf16 for the same tokens.
+
+    Outside jit. Buffer sizes are those the device reports, summed over devices.
+
+    Args:
+        cache: the cache.
+
+    Returns:
+        `allocated`: bytes of the buffers by region; fixed from creation on.
+        `in_use`: bytes of the regions' valid blocks and spans (and of the codec states once a
+            span was encoded).
+        `bf16`: 2 bytes x 2 (K and V) x layers x batch x heads x head_dim x valid tokens.
+        `tokens`: valid tokens of one layer and batch row.
+    """
+    lay = cache.layout
+    counters = cache.dense_blocks, cache.num_spans, cache.seen_blocks, cache.rejected_blocks
+    dense_blocks, num_spans, seen, rejected = (int(x) for x in jax.device_get(counters))
+    sink_blocks = min(dense_blocks, lay.sink_blocks)
+    dense = packed_bytes((cache.dense_k, cache.dense_v)) // lay.dense_blocks  # bytes of one block
+    span = packed_bytes((cache.span_k, cache.span_v)) // max(1, lay.max_spans)
+    state = packed_bytes((cache.state_k, cache.state_v))
+    dense_pos = packed_bytes(cache.dense_pos) // lay.dense_blocks
+    span_pos = packed_bytes(cache.span_pos) // max(1, lay.max_spans)
+    scalars = packed_bytes([x for x in jax.tree.leaves(cache) if x.ndim == 0])
+    tokens = (dense_blocks + num_spans * lay.span_blocks) * lay.block_tokens
+    encoded = seen > dense_blocks + rejected
+
+    def regions(sink_blocks, spans, window_blocks, state):
+        pos = (sink_blocks + window_blocks) * dense_pos + spans * span_pos
+        return Regions(
+            sink=sink_blocks * dense,
+            spans=spans * span,
+            window=window_blocks * dense,
+            warm_start=state,
+            positions=pos + scalars,
+        )
+
+    return CacheBytes(
+        allocated=regions(lay.sink_blocks, lay.max_spans, lay.window_blocks, state),
+        in_use=regions(sink_blocks, num_spans, dense_blocks - sink_blocks, state if encoded else 0),
+        bf16=2 * 2 * lay.layers * lay.batch * lay.heads * lay.head_dim * tokens,
+        tokens=tokens,
+    )
+
+
+def _caches(tree: Any) -> list[KVCache]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, KVCache))
+    return [x for x in leaves if isinstance(x, KVCache)]

@@ -1,0 +1,96 @@
+"""The static shape of a cache: how many blocks go where, decided once, part of the jit key."""
+
+import dataclasses
+from numbers import Integral
+
+from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.codecs.accounting import pair_bits
+from qvg_jax.codecs.base import Codec
+
+__all__ = ["Layout", "OVERFLOW"]
+
+OVERFLOW = ("error", "drop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes, codecs and overflow rule of a `KVCache`; hashable, so that jit can key on it.
+
+    All blocks have the same number of tokens. Blocks live in three regions:
+    sink (the first `sink_blocks` of the video, never compressed), spans (`max_spans` slots of
+    `span_blocks` blocks each, compressed) and window (`window_blocks`, the newest).
+
+    Raises:
+        ValueError: a size is out of range, `overflow` is unknown, or the window cannot hold a
+            span beside the blocks that must stay recent.
+    """
+
+    layers: int
+    batch: int
+    heads: int
+    head_dim: int
+    block_tokens: int
+    sink_blocks: int
+    span_blocks: int
+    max_spans: int
+    keep_recent: int
+    window_blocks: int
+    pos_dims: int
+    overflow: str
+    key_codec: Codec
+    value_codec: Codec
+    key_bias: KeyBias | None = None
+
+    def __post_init__(self):
+        least = dict(layers=1, batch=1, heads=1, head_dim=1, block_tokens=1, window_blocks=1)
+        least |= dict(sink_blocks=0, max_spans=0, keep_recent=0, pos_dims=0)
+        least |= dict(span_blocks=1 if self.max_spans else 0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+                raise ValueError(f"{name}={value!r} is not accepted: give an integer >= {low}")
+        if self.overflow not in OVERFLOW:
+            raise ValueError(f"overflow={self.overflow!r} is not accepted: give one of {OVERFLOW}")
+        for name in ("key_codec", "value_codec"):
+            if not isinstance(getattr(self, name), Codec):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a qvg_jax Codec")
+        if self.key_bias is not None:
+            if not isinstance(self.key_bias, KeyBias):
+                raise ValueError(f"key_bias={self.key_bias!r} is not accepted: give a KeyBias")
+            self.key_bias.check(self.key_codec)
+        if self.max_spans and self.window_blocks < self.span_blocks + self.keep_recent:
+            raise ValueError(
+                f"window_blocks={self.window_blocks} is not accepted: a span is compressed when "
+                f"the window holds span_blocks={self.span_blocks} + "
+                f"keep_recent={self.keep_recent} blocks; give at least that"
+            )
+
+    @property
+    def dense_blocks(self) -> int:
+        """Blocks of the uncompressed buffer: sink, then window."""
+        return self.sink_blocks + self.window_blocks
+
+    @property
+    def span_tokens(self) -> int:
+        """Tokens of one span."""
+        return self.span_blocks * self.block_tokens
+
+    @property
+    def span_shape(self) -> tuple[int, int, int, int]:
+        """(B, H, T, D) of one span of one layer, as codecs see it."""
+        return self.batch, self.heads, self.span_tokens, self.head_dim
+
+    @property
+    def span_bits(self) -> float:
+        """Bits per element of a compressed span, K and V together, from the codecs' formats."""
+        return pair_bits((self.key_codec, self.value_codec), self.span_shape)
+
+    @property
+    def capacity_blocks(self) -> int:
+        """Blocks that sink, all slots and the window hold together."""
+        return self.dense_blocks + self.max_spans * self.span_blocks
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether the window overwrites its oldest block instead of refusing a new one."""
+        return self.overflow == "drop" and self.max_spans == 0

@@ -1,0 +1,186 @@
+"""The cache as a value: which arrays it has, what they mean, and how an empty one is made.
+
+Sink and window share one dense buffer: its first `sink_blocks` blocks are the sink, the rest is
+the window, and valid blocks are always a prefix. Compressed spans sit in a ring of slots, so that
+evicting one moves a counter and no bytes. Softmax does not care about the order of keys: each
+token carries its own position.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.rope import Encodings, Rope
+from qvg_jax.cache.slots import empty_slots
+from qvg_jax.cache.view import CacheView, view_of
+from qvg_jax.codecs.base import Codec, identity
+
+__all__ = ["KVCache"]
+
+
+# One object for each dtype: jit keys on a codec's functions.
+_plain = functools.cache(identity)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """K and V of all layers: uncompressed sink and window, compressed spans between them.
+
+    Axes: L layers, N span slots, B batch, H heads, T tokens, D head dim, P position components.
+    """
+
+    dense_k: Any  # [L, B, H, T, D] before RoPE; T = (sink_blocks + window_blocks) * block_tokens
+    dense_v: Any  # [L, B, H, T, D]
+    dense_pos: Any  # [B, T, P] float32
+    span_k: Any  # packed spans of the key codec, leaves [L, N, ...] (see slots.py); None if N = 0
+    span_v: Any  # packed spans of the value codec
+    span_pos: Any  # [N, B, T, P] float32; T = span_blocks * block_tokens
+    state_k: Any  # what the key codec hands from span to span, leaves [L, ...]
+    state_v: Any
+    dense_blocks: Any  # int32, valid blocks of the dense buffer: sink first, then window
+    first_span: Any  # int32, slot of the oldest span
+    num_spans: Any  # int32, valid spans: slots first_span, first_span + 1, ... modulo N
+    seen_blocks: Any  # int32, calls of append
+    dropped_blocks: Any  # int32, blocks that were stored and are gone (evict, overflow="drop")
+    rejected_blocks: Any  # int32, blocks that found no room (overflow="error")
+    nonfinite: Any  # int32, NaN and Inf among all appended values; stops at 2**31 - 1
+    first_bad_block: Any  # int32, number of the first block that had one; -1 if none
+    layout: Layout = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        layers: int = 1,
+        batch: int = 1,
+        heads: int,
+        head_dim: int,
+        block_tokens: int,
+        sink_blocks: int = 1,
+        span_blocks: int = 16,
+        max_spans: int = 8,
+        keep_recent: int = 2,
+        window_blocks: int | None = None,
+        pos_dims: int = 3,
+        key_codec: Codec | None = None,
+        value_codec: Codec | None = None,
+        key_bias: KeyBias | None = None,
+        overflow: str = "error",
+        dtype: Any = jnp.bfloat16,
+    ) -> "KVCache":
+        """An empty cache.
+
+        A sliding window without memory is `max_spans=0, window_blocks=W, overflow="drop"`.
+
+        Args:
+            layers, batch, heads, head_dim: sizes of K and V; `heads` are key-value heads.
+            block_tokens: tokens that one `append` adds; all blocks are equal.
+            sink_blocks: first blocks of the video, kept uncompressed for good.
+            span_blocks: blocks that `compress` encodes together.
+            max_spans: slots for compressed spans; 0 keeps everything in the window.
+            keep_recent: newest blocks that `compress` leaves alone.
+            window_blocks: capacity of the window; None is span_blocks + keep_recent + 1.
+            pos_dims: components of a token's position; 0 for a model without RoPE.
+            key_codec, value_codec: compressors of K and V; None is `identity(dtype)`, the plain
+                cache. Make a codec once and reuse it: jit keys on its functions.
+            key_bias: what attention adds to the logits of compressed keys; None for nothing.
+            overflow: what happens when a block finds no room. "error": it is not stored, counted
+                in `rejected_blocks`, and `raise_if_bad` raises. "drop": bounded context; the
+                oldest span is replaced or, without slots, the oldest block of the window.
+            dtype: floating dtype of sink and window.
+
+        Returns:
+            A cache with zeros in all buffers.
+
+        Raises:
+            ValueError: a size or name that is not accepted, or a codec that refuses the span's
+                shape (head_dim not divisible by its group, more centroids than tokens).
+        """
+        if window_blocks is None:
+            window_blocks = span_blocks + keep_recent + 1
+        dtype = jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")
+        plain = _plain(dtype)
+        lay = Layout(
+            layers=layers,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            block_tokens=block_tokens,
+            sink_blocks=sink_blocks,
+            span_blocks=span_blocks,
+            max_spans=max_spans,
+            keep_recent=keep_recent,
+            window_blocks=window_blocks,
+            pos_dims=pos_dims,
+            overflow=overflow,
+            key_codec=plain if key_codec is None else key_codec,
+            value_codec=plain if value_codec is None else value_codec,
+            key_bias=key_bias,
+        )
+        tokens = lay.dense_blocks * lay.block_tokens
+        dense_shape = (layers, batch, heads, tokens, head_dim)
+        span_k, state_k = empty_slots(lay, lay.key_codec, dtype)
+        span_v, state_v = empty_slots(lay, lay.value_codec, dtype)
+        # One array per counter: donation refuses a buffer that appears twice.
+        counters = ("dense_blocks", "first_span", "num_spans", "seen_blocks", "dropped_blocks")
+        counters += ("rejected_blocks", "nonfinite")
+        return cls(
+            dense_k=jnp.zeros(dense_shape, dtype),
+            dense_v=jnp.zeros(dense_shape, dtype),
+            dense_pos=jnp.zeros((batch, tokens, pos_dims), jnp.float32),
+            span_k=span_k,
+            span_v=span_v,
+            span_pos=jnp.zeros((max_spans, batch, lay.span_tokens, pos_dims), jnp.float32),
+            state_k=state_k,
+            state_v=state_v,
+            first_bad_block=jnp.full((), -1, jnp.int32),
+            layout=lay,
+            **{name: jnp.zeros((), jnp.int32) for name in counters},
+        )
+
+    def view(
+        self,
+        positions_BTP: Float[Array, "B T P"] | None = None,
+        rope: Rope | Encodings | None = None,
+        *,
+        precompute: bool = True,
+    ) -> CacheView:
+        """What `attend` reads; with the rope tables of all tokens, made once for all layers.
+
+            view = cache.view(positions_BTP, rope)
+            def layer(h, xs):
+                w, i = xs
+                q, k, v = ...
+                return h + attend(q, view, k, v, layer=i), (k, v)
+            h, (k_LBTHD, v_LBTHD) = lax.scan(layer, h, (params, jnp.arange(L)))
+
+        It stays valid until the cache changes: the denoising steps of a block can share one.
+
+        Args:
+            positions_BTP: positions of the new tokens; none with `Encodings`.
+            rope: rotation of Q and K, or encodings of stored K and V; None for none.
+            precompute: whether to make the tables of all stored tokens now. They cost memory in
+                proportion to the capacity; False makes one span's table at a time, in each layer.
+
+        Returns:
+            A pytree that refers to this cache's buffers and copies none.
+
+        Raises:
+            ValueError: `rope` without positions, or positions of another shape.
+        """
+        return view_of(self, positions_BTP, rope, precompute)
+
+    @property
+    def tokens(self) -> Int[Array, ""]:
+        """Valid tokens of one layer and batch row, in all regions."""
+        lay = self.layout
+        return (self.dense_blocks + self.num_spans * lay.span_blocks) * lay.block_tokens

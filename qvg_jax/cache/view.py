@@ -1,0 +1,139 @@
+"""What attention reads: a cache, the rope tables of its tokens, and those of the new tokens."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.rope import Encodings, Rope
+
+if TYPE_CHECKING:
+    from qvg_jax.cache.state import KVCache
+
+__all__ = ["CacheView", "checked_positions", "view_of"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheView:
+    """A cache with rope tables; shared by all layers of one forward pass. See `KVCache.view`."""
+
+    cache: Any  # KVCache
+    table_new: Any  # rope table of the new tokens, leaves [B, T, ...]; None without rope
+    table_dense: Any  # of sink and window, leaves [B, T, ...]; None if not precomputed
+    table_spans: Any  # of all slots, leaves [N, B, T, ...]; None if not precomputed
+    rope: Rope | Encodings | None = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def heads(self) -> int:
+        """Key-value heads that attention sees."""
+        copies = self.rope.copies if isinstance(self.rope, Encodings) else 1
+        return copies * self.cache.layout.heads
+
+    def new(self, x_BHTD: Array) -> Array:
+        """Queries or keys of the new tokens as attention multiplies them."""
+        if not isinstance(self.rope, Rope):
+            return x_BHTD
+        return self.rope.rotate(x_BHTD, self.new_table(x_BHTD.shape[0]))
+
+    def new_table(self, batch: int) -> Any:
+        """Rope table of the new tokens for a multiple of the cache's batch."""
+        again = batch // self.cache.layout.batch
+        repeat = lambda t: jnp.concatenate([t] * again) if again > 1 else t  # noqa: E731
+        return jax.tree.map(repeat, self.table_new)
+
+    def keys(self, k_BHTD: Array, table: Any) -> Array:
+        """Stored keys as attention reads them."""
+        if self.rope is None:
+            return k_BHTD
+        turn = self.rope.keys if isinstance(self.rope, Encodings) else self.rope.rotate
+        return turn(k_BHTD, table)
+
+    def values(self, v_BHTD: Array, table: Any) -> Array:
+        """Stored values as attention reads them."""
+        if not isinstance(self.rope, Encodings):
+            return v_BHTD
+        return self.rope.values(v_BHTD, table)
+
+    def dense_table(self, start: Array, size: int) -> Any:
+        """Rope table of `size` tokens of the dense buffer; None without rope."""
+        return self._table(self.table_dense, self.cache.dense_pos, start, size, axis=1)
+
+    def span_table(self, slot: Array) -> Any:
+        """Rope table of the span in `slot`; None without rope."""
+        table = self._table(self.table_spans, self.cache.span_pos, slot, 1, axis=0)
+        return jax.tree.map(lambda t: t[0], table)
+
+    def _table(self, table: Any, pos: Array, start: Array, size: int, axis: int) -> Any:
+        if self.rope is None:
+            return None
+        pick = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis)  # noqa: E731
+        return self.rope.table(pick(pos)) if table is None else jax.tree.map(pick, table)
+
+
+def checked_positions(lay: Layout, positions_BTP: Array | None, tokens: int) -> Array:
+    """Positions of a block as float32 (B, tokens, P), or a ValueError that says what is wrong."""
+    want = (lay.batch, tokens, lay.pos_dims)
+    if positions_BTP is None:
+        if lay.pos_dims:
+            raise ValueError(f"positions=None; the cache has pos_dims={lay.pos_dims}: give {want}")
+        return jnp.zeros(want, jnp.float32)
+    positions_BTP = jnp.asarray(positions_BTP)
+    if positions_BTP.shape != want:
+        raise ValueError(f"positions have shape {positions_BTP.shape}; accepted: {want} (B, T, P)")
+    return positions_BTP.astype(jnp.float32)
+
+
+def view_of(
+    cache: "KVCache",
+    positions_BTP: Array | None,
+    rope: Rope | Encodings | None,
+    precompute: bool,
+) -> CacheView:
+    """The view behind `KVCache.view`, which documents the arguments."""
+    lay = cache.layout
+    if rope is None:
+        return CacheView(cache=cache, table_new=None, table_dense=None, table_spans=None, rope=None)
+    if not lay.pos_dims:
+        raise ValueError("pos_dims=0: the cache stores no positions, so nothing can be rotated")
+    table_new = None
+    if isinstance(rope, Rope):
+        if positions_BTP is None:
+            raise ValueError(
+                "positions=None with a rope: give the positions (B, T, P) of the new tokens"
+            )
+        positions_BTP = jnp.asarray(positions_BTP)
+        tokens = positions_BTP.shape[1] if positions_BTP.ndim == 3 else lay.block_tokens
+        table_new = rope.table(checked_positions(lay, positions_BTP, tokens))
+    elif positions_BTP is not None:
+        raise ValueError("positions with Encodings: new tokens come encoded; leave them out")
+    return CacheView(
+        cache=cache,
+        table_new=table_new,
+        table_dense=rope.table(cache.dense_pos) if precompute else None,
+        table_spans=_span_tables(cache, rope) if precompute and lay.max_spans else None,
+        rope=rope,
+    )
+
+
+def _span_tables(cache: "KVCache", rope: Rope | Encodings) -> Any:
+    """Tables of the valid spans, leaves [N, B, T, ...].
+
+    A loop over the valid ones: sine and cosine of empty slots would cost as much as full ones.
+    """
+    form = jax.eval_shape(rope.table, cache.span_pos)
+    slots = cache.layout.max_spans
+
+    def one(i, tables):
+        slot = (cache.first_span + i) % slots
+        new = rope.table(lax.dynamic_slice_in_dim(cache.span_pos, slot, 1, 0))
+        return jax.tree.map(
+            lambda t, x: lax.dynamic_update_slice_in_dim(t, x, slot, 0), tables, new
+        )
+
+    zeros = jax.tree.map(lambda f: jnp.zeros(f.shape, f.dtype), form)
+    return lax.fori_loop(0, cache.num_spans, one, zeros)

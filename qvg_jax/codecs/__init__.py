@@ -1,0 +1,1 @@
+"""Codecs: what makes a span of keys or values small, and gives it back."""

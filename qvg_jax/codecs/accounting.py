@@ -1,0 +1,76 @@
+"""Bytes: what a codec promises, and what its buffers really take.
+
+Bits per element come from the storage formats; `packed_bytes` asks the buffers. Tests hold the two
+equal, so a compression ratio is never a claim about formats alone.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qvg_jax.codecs.base import Codec, Packed, Shape
+
+__all__ = ["bits_per_element", "compression_ratio", "packed_bytes", "pair_bits"]
+
+
+def _span(shape: Shape) -> Shape:
+    """(T, D) is one head of one batch element; longer shapes are taken as they are."""
+    return (1, 1, *shape) if len(shape) == 2 else tuple(shape)
+
+
+def bits_per_element(codec: Codec, shape: Shape) -> float:
+    """Bits that `codec` stores per element of a span, everything included.
+
+    8 * bytes(codes, scales, zero points, ids, centroids) / (B H T D).
+
+    Args:
+        codec: any codec.
+        shape: (B, H, T, D), or (T, D) for one head.
+
+    Returns:
+        Bits per element.
+
+    Raises:
+        ValueError: the codec does not accept the shape.
+    """
+    return codec.bits_per_element(_span(shape))
+
+
+def pair_bits(pair: tuple[Codec, Codec], shape: Shape) -> float:
+    """`bits_per_element` of K and V together: the mean over (key codec, value codec)."""
+    return sum(bits_per_element(codec, shape) for codec in pair) / 2
+
+
+def compression_ratio(codec: Codec, shape: Shape, dtype: Any = jnp.bfloat16) -> float:
+    """How many times smaller than in `dtype` a span becomes.
+
+    Args:
+        codec: any codec.
+        shape: (B, H, T, D), or (T, D) for one head.
+        dtype: what the uncompressed cache holds.
+
+    Returns:
+        bits of `dtype` / bits per element.
+    """
+    return 8 * jnp.dtype(dtype).itemsize / bits_per_element(codec, shape)
+
+
+def packed_bytes(packed: Packed) -> int:
+    """Bytes that the arrays of a pytree take on their device.
+
+    Args:
+        packed: pytree of arrays. Tracers and `jax.ShapeDtypeStruct`s have no buffer; theirs is
+            size times item size.
+
+    Returns:
+        Bytes, summed over the leaves.
+    """
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(packed))
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        return leaf.on_device_size_in_bytes()
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

@@ -1,0 +1,159 @@
+"""chain: how smoothings and a codec become one codec, and what encodes it.
+
+With implementations named, one `kmeans_smoothing` and the quantizer behind it are encoded at once, by the
+kernels of `pallas_kernels`.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from qvg_jax.capability import no_triton
+from qvg_jax.codecs.base import (
+    Codec,
+    Fused,
+    Packed,
+    Shape,
+    Smoothing,
+    State,
+    check_span,
+    per_element,
+)
+from qvg_jax.devices import is_hopper
+
+__all__ = ["ENCODERS", "chain", "encoded_by"]
+
+ENCODERS = ("xla", "mosaic", "triton")
+
+
+def chain(*transforms: Smoothing | Codec) -> Codec:
+    """Smoothings in order, then one codec for what they leave: the result is again a codec.
+
+    With smoothings s1 .. sn and codec q,
+    r0 = x, (node_i, r_i) = s_i.encode(r_{i-1}), packed = (node_1, ..., node_n, q.encode(r_n));
+    decoding runs backwards, in float32, with one rounding to the requested dtype at the end.
+
+    Args:
+        *transforms: any number of `Smoothing`s followed by exactly one `Codec` (which may itself
+            be a chain).
+
+    Returns:
+        A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
+        takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
+        those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
+        mid-rise grid; None is "mosaic" where that serves, else "xla".
+
+    Raises:
+        ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
+            On use: a state of another codec, or an unknown implementation.
+        NotImplementedError: on use, a named implementation cannot encode this; it says why.
+    """
+    accepted = "any number of smoothings, then one codec, e.g. chain(kmeans_smoothing(256), "
+    accepted += "residual_quantize(bits=2, group=64))"
+    if not transforms:
+        raise ValueError(f"chain() got no transforms; accepted: {accepted}")
+    *smoothings, last = transforms
+    for i, t in enumerate(smoothings):
+        if not isinstance(t, Smoothing):
+            what = getattr(t, "name", repr(t))
+            raise ValueError(f"transforms[{i}]={what} is not a smoothing; accepted: {accepted}")
+    if not isinstance(last, Codec):
+        what = getattr(last, "name", repr(last))
+        raise ValueError(f"the last transform, {what}, is not a codec; accepted: {accepted}")
+
+    def init(shape: Shape, dtype: Any = jnp.bfloat16) -> State:
+        check_span(shape, dtype)
+        return tuple(t.init(shape, dtype) for t in transforms)
+
+    first = smoothings[0] if len(smoothings) == 1 else None
+    fused = first.fuse(last) if first and first.fuse else None
+
+    def encode(
+        x_BHTD: Array,
+        state: State,
+        *,
+        key: PRNGKeyArray | None = None,
+        implementation: str | None = None,
+    ):
+        check_span(x_BHTD.shape, x_BHTD.dtype)
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            raise ValueError(
+                f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
+                f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
+            )
+        chosen = _implementation(implementation, fused, x_BHTD)
+        if chosen != "xla":
+            return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key), chosen)
+        return by_xla(x_BHTD, state, key)
+
+    def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
+        keys = [None if key is None else jax.random.fold_in(key, i) for i in range(len(state))]
+        residual_BHTD, nodes, states = x_BHTD, [], []
+        for t, s, k in zip(smoothings, state[:-1], keys[:-1], strict=True):
+            node, residual_BHTD, s = t.encode(residual_BHTD, s, key=k)
+            nodes.append(node)
+            states.append(s)
+        node, s = last.encode(residual_BHTD, state[-1], key=keys[-1])
+        return (*nodes, node), (*states, s)
+
+    def decode(packed: Packed, dtype: Any = jnp.bfloat16) -> Array:
+        if not smoothings:
+            return last.decode(packed[0], dtype)
+        x_BHTD = last.decode(packed[-1], jnp.float32)
+        for t, node in zip(reversed(smoothings), reversed(packed[:-1]), strict=True):
+            x_BHTD = t.decode(node, x_BHTD)
+        return x_BHTD.astype(dtype)
+
+    def nbytes(shape: Shape) -> int:
+        check_span(shape)
+        return sum(t.nbytes(shape) for t in transforms)
+
+    name = " > ".join(t.name for t in transforms)
+    told = last.deficit is not None and all(t.isometric for t in smoothings)
+    deficit = (lambda packed: last.deficit(packed[-1])) if told else None
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+
+
+def encoded_by(codec: Codec, implementation: str) -> Codec:
+    """The same codec with `implementation` fixed in its encode: what a cache then compresses with.
+
+    Args:
+        codec: one that `chain` made.
+        implementation: "xla", "mosaic" or "triton", see `chain`.
+
+    Raises:
+        ValueError: another implementation, or a codec whose encode knows none.
+    """
+    _check_encoder(implementation)
+    if "implementation" not in inspect.signature(codec.encode).parameters:
+        raise ValueError(f"codec={codec.name!r} has no encoders to choose from; accepted: a chain")
+    return codec._replace(encode=functools.partial(codec.encode, implementation=implementation))
+
+
+def _check_encoder(name: str) -> None:
+    if name not in ENCODERS:
+        raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
+
+
+def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
+    """What encodes x; a named implementation is never replaced by another."""
+    if name is None:
+        serves = fused is not None and is_hopper() and fused.unsupported(x_BHTD, "mosaic") is None
+        return "mosaic" if serves else "xla"
+    _check_encoder(name)
+    if name == "xla":
+        return name
+    if fused is None:
+        missing = "the kernels know one kmeans_smoothing before integers or a mid-rise grid"
+    elif (missing := fused.unsupported(x_BHTD, name)) is None:
+        if name == "triton":
+            missing = no_triton()
+        elif not is_hopper():
+            missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
+    if missing is None:
+        return name
+    raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")

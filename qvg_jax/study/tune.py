@@ -1,0 +1,233 @@
+"""Which codec for these keys and values: candidates measured on captured K, V and Q, and their Pareto front.
+
+For every candidate: bits per element as stored, relative error ||x - x_hat|| / ||x|| of K and of V, and the
+relative error of what attention makes of them with the real queries. The last is what a model sees: noise
+on V averages out over the tokens that a query looks at, noise on K moves where it looks.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qvg_jax.codecs import presets
+from qvg_jax.codecs.accounting import pair_bits
+from qvg_jax.codecs.base import Codec
+from qvg_jax.codecs.recipes import parse_recipe
+from qvg_jax.files import replacing
+from qvg_jax.study.capture import Captured, rotated
+
+__all__ = ["Bench", "Score", "candidates", "draw", "pareto", "restored", "tune"]
+
+CLUSTERED = ("qvg", "qvg-pro", "qvg-asym", "midrise", "midrise-k1v3", "midrise2", "midrise-1bit")
+OTHERS = (
+    "rtn",
+    "kivi",
+    "quarot",
+    "turboquant",
+    "pca",
+    "klt",
+    "klt-tiny",
+    "trellis",
+    "trellis-tiny",
+)
+CENTROIDS = (16, 32, 64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a codec does to captured tensors.
+
+    Attributes:
+        recipe: NAME or NAME:SETTING=VALUE:..., as the command takes it.
+        bits: per element, K and V together, everything stored counted.
+        key_error, value_error, attention_error: relative L2.
+        loop: dB to the bf16 run of the model, if it was run.
+        best: on the Pareto front of bits and attention error.
+    """
+
+    recipe: str
+    bits: float
+    key_error: float
+    value_error: float
+    attention_error: float
+    loop: float | None = None
+    best: bool = False
+
+
+def candidates(span_tokens: int) -> list[str]:
+    """`CLUSTERED` recipes with every number of centroids that a span allows, and `OTHERS`."""
+    numbers = [k for k in CENTROIDS if k <= span_tokens // 8] or [max(1, span_tokens // 8)]
+    return [f"{name}:num_centroids={k}" for name in CLUSTERED for k in numbers] + list(OTHERS)
+
+
+def restored(
+    codec: Codec, x_LBHTD: Float[np.ndarray, "L B H T D"], span_tokens: int
+) -> Float[Array, "L B H T D"]:
+    """The tensors after encoding and decoding, span by span as a cache does; the rest exact.
+
+    Tokens beyond the last whole span stay as they are, like a window.
+    """
+    layers, batch, heads, tokens, dim = x_LBHTD.shape
+    x = jnp.asarray(x_LBHTD, jnp.bfloat16).reshape(layers * batch, heads, tokens, dim)
+    spans = tokens // span_tokens
+    cut = x[:, :, : spans * span_tokens].reshape(*x.shape[:2], spans, span_tokens, dim)
+
+    def one(state, span_BHTD):
+        packed, state = codec.encode(span_BHTD, state)
+        return state, codec.decode(packed, jnp.float32)
+
+    start = codec.init((layers * batch, heads, span_tokens, dim), x.dtype)
+    _, out = jax.jit(lambda s, xs: jax.lax.scan(one, s, xs))(start, jnp.moveaxis(cut, 2, 0))
+    out = jnp.moveaxis(out, 0, 2).reshape(*x.shape[:2], spans * span_tokens, dim)
+    rest = x[:, :, spans * span_tokens :].astype(jnp.float32)
+    return jnp.concatenate([out, rest], 2).reshape(x_LBHTD.shape)
+
+
+@jax.jit
+def _outputs(q_LBHQD: Array, k_LBHTD: Array, v_LBHTD: Array) -> Array:
+    """softmax(q k / sqrt(D)) v, layer by layer."""
+
+    def layer(qkv):
+        q, k, v = qkv
+        b, h, t, d = k.shape
+        q = q.reshape(b, h, -1, d)
+        weights = jax.nn.softmax(jnp.einsum("bhqd,bhtd->bhqt", q, k) / math.sqrt(d), -1)
+        return jnp.einsum("bhqt,bhtd->bhqd", weights, v)
+
+    return jax.lax.map(layer, (q_LBHQD, k_LBHTD, v_LBHTD))
+
+
+def _relative(x: Any, exact: Any) -> float:
+    x, exact = (np.asarray(a, np.float64) for a in (x, exact))
+    return float(np.linalg.norm(x - exact) / max(np.linalg.norm(exact), 1e-30))
+
+
+def _pair(recipe: str) -> tuple[Codec, Codec]:
+    name, settings = parse_recipe(recipe)
+    return presets.pair(name, **settings)
+
+
+class Bench:
+    """Captured tensors with their exact attention output, to score recipes on.
+
+    Raises:
+        ValueError: `span_tokens` is not between 1 and the captured tokens.
+    """
+
+    def __init__(self, captured: Captured, span_tokens: int):
+        tokens = captured.k_LBHTD.shape[3]
+        if not 1 <= span_tokens <= tokens:
+            raise ValueError(f"span_tokens={span_tokens} is not accepted: give 1 to {tokens}")
+        self.captured, self.span_tokens = captured, span_tokens
+        self._exact = self._attention(captured.k_LBHTD, captured.v_LBHTD)
+
+    def _attention(self, k: Any, v: Any) -> Array:
+        pairing, f32 = self.captured.pairing, jnp.float32
+        turn = jax.vmap(lambda x, t: rotated(x, t, pairing), (0, None))
+        q = turn(jnp.asarray(self.captured.q_LBHQD, f32), jnp.asarray(self.captured.turn_q))
+        k = turn(jnp.asarray(k, f32), jnp.asarray(self.captured.turn_k))
+        return _outputs(q, k, jnp.asarray(v, f32))
+
+    def bits(self, recipe: str) -> float:
+        """Bits per element of one recipe on these spans, K and V together.
+
+        Raises:
+            ValueError: an unknown recipe, or one that these spans do not allow.
+        """
+        _, batch, heads, _, dim = self.captured.k_LBHTD.shape
+        return pair_bits(_pair(recipe), (batch, heads, self.span_tokens, dim))
+
+    def score(self, recipe: str) -> Score:
+        """Encodes and decodes K and V with one recipe.
+
+        Raises:
+            ValueError: as `bits`.
+        """
+        pair = _pair(recipe)
+        k, v = (
+            restored(codec, x, self.span_tokens)
+            for codec, x in zip(pair, (self.captured.k_LBHTD, self.captured.v_LBHTD), strict=True)
+        )
+        return Score(
+            recipe=recipe,
+            bits=self.bits(recipe),
+            key_error=_relative(k, self.captured.k_LBHTD),
+            value_error=_relative(v, self.captured.v_LBHTD),
+            attention_error=_relative(self._attention(k, v), self._exact),
+        )
+
+
+def pareto(scores: Iterable[Score]) -> list[Score]:
+    """The scores by size, each marked whether none is both smaller and closer in attention."""
+    out, least = [], math.inf
+    for s in sorted(scores, key=lambda s: (s.bits, s.attention_error)):
+        out.append(dataclasses.replace(s, best=s.attention_error < least))
+        least = min(least, s.attention_error)
+    return out
+
+
+def tune(
+    captured: Captured,
+    span_tokens: int,
+    recipes: Iterable[str] | None = None,
+    *,
+    budget: float = math.inf,
+    progress: Callable[[Score], None] | None = None,
+) -> list[Score]:
+    """Scores all recipes within a budget of bits per element; smallest first.
+
+    Args:
+        captured: from `load_captured`.
+        span_tokens: tokens that are compressed together.
+        recipes: None is `candidates(span_tokens)`.
+        budget: recipes above it are left out.
+        progress: called with every score.
+
+    Raises:
+        ValueError: a recipe that is unknown or not possible here, or none within the budget.
+    """
+    bench = Bench(captured, span_tokens)
+    scores = []
+    for recipe in candidates(span_tokens) if recipes is None else recipes:
+        try:
+            bits = bench.bits(recipe)
+        except ValueError:
+            if recipes is not None:
+                raise
+            continue  # a candidate of ours that such spans do not allow
+        if bits > budget:
+            continue
+        scores.append(bench.score(recipe))
+        if progress is not None:
+            progress(scores[-1])
+    if not scores:
+        raise ValueError(f"budget={budget} bits: no recipe is that small; accepted: a larger one")
+    return pareto(scores)
+
+
+def draw(path: str | os.PathLike, scores: Iterable[Score]) -> None:
+    """Attention error over bits per element, the Pareto front joined by a line, as PNG."""
+    scores = list(scores)
+    figure = Figure((9, 5.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    front = [s for s in scores if s.best]
+    axes.plot([s.bits for s in front], [s.attention_error for s in front], color="#1f77d0", lw=1.2)
+    for s in scores:
+        axes.plot(s.bits, s.attention_error, "o", ms=5, color="#1f77d0" if s.best else "#9aa2ae")
+        if s.best:
+            at, where = (s.bits, s.attention_error), (4, 4)
+            axes.annotate(s.recipe, at, where, textcoords="offset points", fontsize=7)
+    axes.set(xlabel="bits per element", ylabel="relative error of attention", yscale="log")
+    axes.grid(alpha=0.3)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})
