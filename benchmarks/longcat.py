@@ -97,10 +97,10 @@ class Setup:
         import jax
         import numpy as np
 
-        from models.common.prompts import stand_in_embedding
         from models.longcat import LongCat, LongCatConfig, Prompt, Segments, random_dit, standard
         from models.longcat.segments import segment_noise
         from models.longcat.sharding import heads_mesh, placement
+        from models.runs.prompts import stand_in_embedding
 
         config = LongCatConfig.longcat_video()
         if args.tiny:
@@ -162,10 +162,10 @@ def _codec_arm(setup: Setup, codec: str, arms: dict[str, Any], outs: dict[str, A
     import jax
     import numpy as np
 
-    from models.common.asked import codec_pair
     from models.common.attention import with_attention
     from models.longcat.condition import build_condition
     from models.longcat.sampler import cached_step
+    from models.runs.request_checks import codec_pair
     from qvg_jax.cache.health import cache_bytes, raise_if_bad
 
     key_codec, value_codec = codec_pair(codec)

@@ -100,7 +100,7 @@ class Setup:
     def __init__(self, args: argparse.Namespace, *, vae: bool = True):
         import jax
 
-        from models.common.prompts import stand_in_embedding
+        from models.runs.prompts import stand_in_embedding
         from models.self_forcing.params import WEIGHTS
         from models.self_forcing.settings import released_sizes
         from models.wan_vae.params import WEIGHTS as VAE
@@ -230,7 +230,7 @@ def _compiled_decoder(setup: Setup) -> list[float]:
     import jax
     import jax.numpy as jnp
 
-    from models.common import player
+    from models.runs import decode as player
 
     _, request = setup.pipeline("bf16", 21)
     n, channels = setup.sizes.dit.frames_per_block, request.done_BFZYX.shape[2]
@@ -257,7 +257,7 @@ def _video(
     """Blocks of a video as the command makes them; what was measured before an error is kept."""
     import jax
 
-    from models.common import player
+    from models.runs import decode as player
     from qvg_jax.cache.health import cache_bytes
 
     pipeline, request = setup.pipeline(arm, frames, capacity)

@@ -312,7 +312,7 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
     import jax
     import numpy as np
 
-    from models.common import player
+    from models.runs import decode as player
     from models.worldplay import WorldPlay
     from qvg_jax.cache.health import cache_bytes
 

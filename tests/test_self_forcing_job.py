@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from models.common import player
-from models.common.kept import Kept
-from models.common.pictures import as_video, pictures
-from models.common.prompts import stand_in_embedding
+from models.runs import decode as player
+from models.runs.pictures import as_video, pictures
+from models.runs.prompts import stand_in_embedding
+from models.runs.saved_latents import Kept
 from models.self_forcing import initial, job
 from models.umt5 import Tokenizer
 from models.umt5 import pipeline as text_pipeline

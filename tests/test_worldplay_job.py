@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from models.common import player
 from models.common.weights import Weights
+from models.runs import decode as player
 from models.umt5 import Tokenizer
 from models.worldplay import job
 from qvg_jax.app import cli

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from models.common.parts import Sizes
 from models.longcat import LongCatConfig
+from models.runs.checkpoint_folder import Sizes
 from tests import tiny_self_forcing as shared
 from tests.test_longcat_params import released_shapes
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from models.common.parts import Sizes
+from models.runs.checkpoint_folder import Sizes
 from models.self_forcing.config import SelfForcingConfig
 from models.umt5 import Tokenizer, UMT5Config
 from models.wan_vae import WanVAEConfig

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.common.parts import Sizes
 from models.common.weights import Weights
+from models.runs.checkpoint_folder import Sizes
 from models.worldplay import WorldPlayConfig
 from tests import tiny_self_forcing
 from tests.test_wan_vae_22 import case, case_config

@@ -10,12 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.asked import RANDOM, attention_of, check_needed, file_digest, plain_config
 from models.common.attention import with_attention
-from models.common.kept import Kept
-from models.common.parts import Parts, find_parts
-from models.common.pictures import as_video, pictures
-from models.common.prompts import embed_prompts, stand_in_embedding
 from models.longcat.lora import merge_lora
 from models.longcat.params import check_dit, load_dit, random_dit
 from models.longcat.pipeline import LongCat, Prompt
@@ -30,6 +25,11 @@ from models.longcat.settings import (
     settle,
 )
 from models.longcat.sharding import heads_mesh, placement
+from models.runs.checkpoint_folder import Parts, find_parts
+from models.runs.pictures import as_video, pictures
+from models.runs.prompts import embed_prompts, stand_in_embedding
+from models.runs.request_checks import RANDOM, attention_of, check_needed, file_digest, plain_config
+from models.runs.saved_latents import Kept
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app import job as compare

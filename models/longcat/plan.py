@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from models.common.needs import text_encoder_bytes, text_kv_bytes
-from models.common.parts import Sizes
 from models.longcat.condition import build_condition
 from models.longcat.modeling import TextKV
 from models.longcat.params import skeleton
 from models.longcat.sampler import StepInput, cached_step, clip_step
 from models.longcat.segments import decode, encode
 from models.longcat.settings import TEXT_SLOTS, Settings, chosen_sizes, settle
+from models.runs.checkpoint_folder import Sizes
+from models.runs.memory import text_encoder_bytes, text_kv_bytes
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.job import Request
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes

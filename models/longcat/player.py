@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
-from models.common.kept import Kept
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.segments import VideoVAE, next_clip, segment_noise, to_frames
 from models.longcat.settings import Settings
+from models.runs.saved_latents import Kept
 from qvg_jax.app.job import Played
 from qvg_jax.cache.health import CacheBytes, Regions
 

@@ -7,13 +7,13 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from models.common.asked import arm_names, check_seed, check_size, codec_pair, with_layers
-from models.common.parts import Parts, Sizes
 from models.longcat.condition import build_condition
 from models.longcat.config import LongCatConfig
 from models.longcat.params import skeleton
 from models.longcat.schedule import Schedule, continuation, distilled, standard
 from models.longcat.segments import Segments
+from models.runs.checkpoint_folder import Parts, Sizes
+from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from qvg_jax.app.job import Request

@@ -16,11 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.common.asked import check_seed
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.runs.request_checks import check_seed
 from qvg_jax.app.job import BASELINE, HISTORY_OPTIONS, Arm, Block, Job, Request
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.codecs import presets

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from models.common.asked import check_seed
 from models.pocket_world import camera, job, params, pipeline, world
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.runs.request_checks import check_seed
 from qvg_jax.app.job import Request
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.play.walk import World

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from models.common.pictures import as_video, pictures
+from models.runs.pictures import as_video, pictures
 from models.self_forcing.config import SelfForcingConfig
 from models.wan_vae import Past, WanVAE
 

@@ -5,8 +5,8 @@ import logging
 
 import jax
 
-from models.common.asked import arm_names, check_seed, check_size, codec_pair, with_layers
-from models.common.parts import Parts, Sizes, wanted_keys
+from models.runs.checkpoint_folder import Parts, Sizes, wanted_keys
+from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.schedule import plan_blocks

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from models.common import player
-from models.common.asked import RANDOM, attention_of, check_needed, file_digest, plain_config
 from models.common.attention import with_attention
-from models.common.kept import Kept
-from models.common.parts import Parts, find_parts
-from models.common.prompts import embed_prompts, stand_in_embedding
+from models.runs import decode as player
+from models.runs.checkpoint_folder import Parts, find_parts
+from models.runs.prompts import embed_prompts, stand_in_embedding
+from models.runs.request_checks import RANDOM, attention_of, check_needed, file_digest, plain_config
+from models.runs.saved_latents import Kept
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from models.worldplay.params import WEIGHTS

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from models.common.pictures import as_video, pictures
+from models.runs.pictures import as_video, pictures
 from models.wan_vae import WanVAE
 
 LEAST_KEPT = 0.5  # of a picture; what is cut off more is no longer that picture

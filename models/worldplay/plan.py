@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from models.common import player
-from models.common.needs import most, text_encoder_bytes, text_kv_bytes, with_decoder
-from models.common.parts import Sizes
 from models.common.wan_text import TextKV
+from models.runs import decode as player
+from models.runs.checkpoint_folder import Sizes
+from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from models.worldplay.block import BlockInput, Frames, State
 from models.worldplay.params import WEIGHTS

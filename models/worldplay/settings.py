@@ -5,8 +5,8 @@ import logging
 
 import jax
 
-from models.common.asked import arm_names, check_seed, check_size, codec_pair, with_layers
-from models.common.parts import Sizes
+from models.runs.checkpoint_folder import Sizes
+from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from models.worldplay.cameras import CameraPath

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.kept import Kept
+from models.runs.saved_latents import Kept
 from models.wan_vae import Past, WanVAE, to_uint8
 from qvg_jax.app.job import Played
 from qvg_jax.cache.health import CacheBytes, CacheFullError, NonFiniteError

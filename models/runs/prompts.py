@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from models.common.parts import Parts
+from models.runs.checkpoint_folder import Parts
 from models.umt5 import PromptTooLongWarning, Tokenizer, clean_prompt
 from models.umt5.config import UMT5Config
 from models.umt5.pipeline import borrow_umt5, encode_tokens
