@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.triton_launch import missing
+from pallas_kernels.gpu.triton_launch import missing
 
 __all__ = ["capability", "no_triton", "processors"]
 

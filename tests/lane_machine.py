@@ -1,4 +1,4 @@
-"""A machine for kernels written in `pallas_kernels.lanes`: every thread of every block at once, in numpy.
+"""A machine for kernels written in `pallas_kernels.gpu.lanes`: every thread of every block at once, in numpy.
 
 Pallas cannot interpret such kernels. They use few operations, though, each of which is a line of numpy; so
 their numbers can be compared without a GPU. The machine is strict: an access must be aligned and lie inside an
@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import lanes
 from pallas_kernels.dequant_attention import queries
 from pallas_kernels.dequantize import mosaic_gpu
+from pallas_kernels.gpu import lanes
 
 __all__ = ["Machine"]
 

@@ -14,13 +14,13 @@ pytest.importorskip("jax_triton", reason="Triton is for Linux on x86-64")
 import triton
 import triton.language as tl
 
+from pallas_kernels.gpu.triton_launch import Launch
+from pallas_kernels.gpu.triton_words import e4m3_byte, e4m3_float
 from pallas_kernels.kmeans import api as kmeans_api
 from pallas_kernels.kmeans import kmeans_sums
 from pallas_kernels.kmeans import triton as kmeans
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 from pallas_kernels.quantize_pack import triton as pack
-from pallas_kernels.triton_launch import Launch
-from pallas_kernels.triton_words import e4m3_byte, e4m3_float
 from qvg_jax.codecs import compose
 from tests.kernel_cases import ENCODERS, clustered, round_trip_error
 from tests.triton_cases import SHARED, compiled, interpreted, run_interpreted, usage

@@ -26,7 +26,7 @@ from pallas_kernels.dequant_attention.schedule import (
 )
 from pallas_kernels.dequant_attention.sizes import BLOCK, TUNING, Tuning
 from pallas_kernels.dequantize.types import HEAD_DIMS, PAD
-from pallas_kernels.triton_launch import missing
+from pallas_kernels.gpu.triton_launch import missing
 
 __all__ = ["Queries", "finish", "prepare", "prepare_tokens", "splits_for", "visit"]
 

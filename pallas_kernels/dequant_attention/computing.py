@@ -27,7 +27,9 @@ from jaxtyping import Array
 
 from pallas_kernels.dequant_attention.memory import Arrays, Shared
 from pallas_kernels.dequant_attention.reference import FAR
-from pallas_kernels.dequant_attention.registers import (
+from pallas_kernels.dequant_attention.sizes import ROWS, Form
+from pallas_kernels.dequant_attention.tasks import Task
+from pallas_kernels.gpu.registers import (
     as_words,
     constant,
     fold,
@@ -36,8 +38,6 @@ from pallas_kernels.dequant_attention.registers import (
     product,
     row_of,
 )
-from pallas_kernels.dequant_attention.sizes import ROWS, Form
-from pallas_kernels.dequant_attention.tasks import Task
 
 __all__ = ["Computing"]
 

@@ -32,10 +32,10 @@ from pallas_kernels.dequant_attention.computing import Computing
 from pallas_kernels.dequant_attention.loading import load, load_queries
 from pallas_kernels.dequant_attention.memory import Arrays, scratch
 from pallas_kernels.dequant_attention.reference import FAR
-from pallas_kernels.dequant_attention.registers import constant, over_columns, row_of
 from pallas_kernels.dequant_attention.schedule import Schedule
 from pallas_kernels.dequant_attention.sizes import ROWS, Form, Tuning
 from pallas_kernels.dequant_attention.tasks import Tasks
+from pallas_kernels.gpu.registers import constant, over_columns, row_of
 
 __all__ = ["segment"]
 

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.mosaic_gpu import load_turn, rotate
 from pallas_kernels.dequantize.rows import CHANNELS, channels_at, store_channels
-from pallas_kernels.lanes import (
+from pallas_kernels.gpu.lanes import (
     bf16_pair,
     block,
     e4m3_words,

@@ -23,7 +23,7 @@ import triton.language as tl
 from jaxtyping import Array
 
 from pallas_kernels.dequant_attention.reference import FAR
-from pallas_kernels.triton_launch import Launch
+from pallas_kernels.gpu.triton_launch import Launch
 
 __all__ = ["TUNING", "Tuning", "launch_for", "segment"]
 

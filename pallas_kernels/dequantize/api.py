@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequantize import mosaic_gpu, reference
 from pallas_kernels.dequantize.types import HEAD_DIMS, Encoded, Scheme, width_of
-from pallas_kernels.triton_launch import missing
+from pallas_kernels.gpu.triton_launch import missing
 
 __all__ = ["decode_keys", "decode_values", "supported"]
 

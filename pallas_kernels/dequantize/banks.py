@@ -11,7 +11,7 @@ each other share a line of them, and w is swapped by the number of that pair.
 import dataclasses
 
 from pallas_kernels.dequantize.rows import CHANNELS
-from pallas_kernels.lanes import Lane
+from pallas_kernels.gpu.lanes import Lane
 
 __all__ = ["QUADS", "Banks"]
 

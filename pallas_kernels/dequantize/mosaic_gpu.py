@@ -29,7 +29,7 @@ from pallas_kernels.dequantize.rows import (
     store_channels,
 )
 from pallas_kernels.dequantize.types import Encoded, Scheme, padded, picked, width_of
-from pallas_kernels.lanes import (
+from pallas_kernels.gpu.lanes import (
     Halves,
     Lane,
     bf16_pair,

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.rows import past
 from pallas_kernels.dequantize.types import PAD, padded
-from pallas_kernels.lanes import Lane, block, global_address, integer, load, select
+from pallas_kernels.gpu.lanes import Lane, block, global_address, integer, load, select
 
 __all__ = ["Place", "blocks_of", "control_of", "place_of"]
 

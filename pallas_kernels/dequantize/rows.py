@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.dequantize.types import Scheme
-from pallas_kernels.lanes import (
+from pallas_kernels.gpu.lanes import (
     Halves,
     Lane,
     global_address,

@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.dequantize.types import PAD, Encoded, Scheme, padded
-from pallas_kernels.triton_launch import Launch
-from pallas_kernels.triton_words import e4m3_float
+from pallas_kernels.gpu.triton_launch import Launch
+from pallas_kernels.gpu.triton_words import e4m3_float
 
 __all__ = ["decode_keys", "decode_values", "launch_for"]
 

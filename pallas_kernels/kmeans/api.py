@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gpu.triton_launch import missing
 from pallas_kernels.kmeans import mosaic_gpu, reference
 from pallas_kernels.kmeans.mosaic_gpu import TILE, Tuning
-from pallas_kernels.triton_launch import missing
 
 __all__ = ["Sums", "check", "kmeans_sums", "padded_table", "parts_for", "supported", "whole_eights"]
 

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.dequant_attention.registers import fold, product
+from pallas_kernels.gpu.registers import fold, product
 
 __all__ = [
     "D",

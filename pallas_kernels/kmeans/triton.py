@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Array
 
-from pallas_kernels.triton_launch import Launch
+from pallas_kernels.gpu.triton_launch import Launch
 
 __all__ = ["TILE", "assign", "assign_launch", "sums", "sums_launch"]
 

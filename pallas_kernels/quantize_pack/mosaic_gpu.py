@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.dequant_attention.registers import fold, over_columns
+from pallas_kernels.gpu.registers import fold, over_columns
 from pallas_kernels.kmeans import mosaic_gpu as kmeans
 from pallas_kernels.kmeans.mosaic_gpu import ROWS, TILE, D, Tuning, nearest, swizzled
 from pallas_kernels.quantize_pack.types import Integers, Midrise

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Array
 
+from pallas_kernels.gpu.triton_launch import Launch
+from pallas_kernels.gpu.triton_words import e4m3_byte, e4m3_float
 from pallas_kernels.quantize_pack.types import Integers, Midrise
-from pallas_kernels.triton_launch import Launch
-from pallas_kernels.triton_words import e4m3_byte, e4m3_float
 
 __all__ = ["finish", "launch_for"]
 
