@@ -15,7 +15,7 @@ from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs.base import identity
 from qvg_jax.rollout import rollout, run_chunk, stream
-from tests.cache_model import SIZES, coarse
+from tests.support.cache_model import SIZES, coarse
 
 COARSE, IDENTITY = coarse(), identity()
 ROPE = axial_rope([frequency_ladder(8)])

@@ -22,7 +22,7 @@ from models.worldplay.encoding import (
 )
 from models.worldplay.prope import camera_matrices
 from qvg_jax.attention.api import attend
-from tests.worldplay_model import close, close_kv, frames_at, frames_first, loader
+from tests.support.worldplay_model import close, close_kv, frames_at, frames_first, loader
 
 BLOCK = 4  # latent frames, as the README of the vectors says
 FORMS = [(s, f) for s in ("append", "recompute") for f in ("packed", "single")]

@@ -20,7 +20,7 @@ from models.worldplay import (
 from models.worldplay.block import generate_block
 from models.worldplay.request import block_inputs
 from qvg_jax.codecs.base import identity
-from tests.worldplay_model import close, close_kv, loader
+from tests.support.worldplay_model import close, close_kv, loader
 
 PLAIN = identity(jnp.float32)
 BLOCK = 4  # latent frames, as the README of the vectors says

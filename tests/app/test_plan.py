@@ -1,0 +1,172 @@
+"""`qvg plan`: what fits, from shapes and from compiled programs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models.self_forcing import job
+from models.self_forcing.plan import _step, make_plan
+from models.self_forcing.settings import released_sizes, settle
+from qvg_jax.app import cli
+from qvg_jax.app.job import Request
+from qvg_jax.app.memory_plan import (
+    Need,
+    Plan,
+    parse_bytes,
+    plan_table,
+    shape_bytes,
+    temporary_bytes,
+)
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.rollout import run_chunk
+from tests.support import tiny_self_forcing as tiny
+from tests.support.tiny_world import as_in_its_own_process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process(tmp_path_factory):
+    with (
+        as_in_its_own_process(tmp_path_factory.getbasetemp()),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(job, "released_sizes", tiny.sizes)
+        yield
+
+
+def request(**changes):
+    fields = dict(frames=48, codecs=(tiny.CODEC, "bf16"), height=tiny.HEIGHT, width=tiny.WIDTH)
+    return Request(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(request(), 10**9, tiny.sizes())
+
+
+def test_sizes_in_words():
+    assert parse_bytes("24GB") == 24 * 10**9 == parse_bytes("24e9") == parse_bytes("24 gb")
+    assert parse_bytes("22.5GiB") == int(22.5 * 2**30)
+    assert parse_bytes("512M") == 512 * 10**6 and parse_bytes("100") == 100
+    for bad in ("", "GB", "24XB", "-1GB", "0GB", "1.2.3GB", "0.1"):
+        with pytest.raises(ValueError, match="24GB"):
+            parse_bytes(bad)
+
+
+def test_bytes_of_shapes_and_of_programs():
+    tree = {"a": jax.ShapeDtypeStruct((3, 5), jnp.bfloat16), "b": jnp.zeros(4, jnp.uint8)}
+    assert shape_bytes(tree) == 34
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    in_place = jax.jit(lambda x: x + 1, donate_argnums=0)
+    assert temporary_bytes(in_place, x) == 0
+    assert temporary_bytes(jax.jit(lambda x: x + 1), x) == 2**18
+    assert temporary_bytes(jax.jit(lambda x: jnp.tanh(x @ x) @ x), x) >= 2 * 2**18
+
+
+def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
+    settings = settle(request(), tiny.sizes())
+    model, vae = job.WEIGHTS.random(settings.sizes.dit), job.VAE_WEIGHTS.random(settings.sizes.vae)
+    assert [need.name for need in plan.needs] == ["bf16", tiny.CODEC]
+    for need in plan.needs:
+        cache = settings.cache(need.name)
+        real = KVCache.create(
+            **{
+                field.name: getattr(cache.layout, field.name)
+                for field in dataclasses.fields(cache.layout)
+            },
+            dtype=jnp.float32,
+        )
+        buffers = sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(real))
+        assert need.held["cache"] == buffers
+        assert need.held["transformer"] == sum(x.nbytes for x in jax.tree.leaves(model))
+        assert need.held["VAE"] == sum(x.nbytes for x in jax.tree.leaves(vae))
+        assert all(size > 0 for size in need.temporaries.values())
+        assert need.total > sum(need.held.values())
+    assert plan.needs[1].held["cache"] < plan.needs[0].held["cache"]
+    assert plan.before["text encoder"] > 0 and plan.backend == "cpu" and plan.seconds > 0
+
+
+def test_a_block_of_real_size_needs_no_second_cache():
+    """XLA copied the dense K and V of all layers once: 7.5 GB with 30 of them."""
+    sizes, temporaries = released_sizes(), {}
+    wanted = Request(frames=63, codecs=("qvg",), height=240, width=416)
+    for layers in (1, 2):
+        dit = dataclasses.replace(sizes.dit, layers=layers)
+        small = dataclasses.replace(sizes, dit=dit)
+        step = _step(
+            settle(wanted, small), job.WEIGHTS.skeleton(dit), settle(wanted, small).cache("qvg")
+        )
+        temporaries[layers] = temporary_bytes(run_chunk, *step)
+    cache = settle(wanted, small).cache("qvg")
+    dense_of_a_layer = shape_bytes((cache.dense_k, cache.dense_v)) / 2
+    # Fresh K and V of three frames, of the 26 in the window; twice, as they are cast and stored.
+    assert temporaries[2] - temporaries[1] < dense_of_a_layer / 3
+
+
+def test_the_longest_video_grows_with_the_memory_and_shrinks_with_the_bits(plan):
+    bf16, qvg = plan.needs
+    assert bf16.longest == qvg.longest == 63  # the RoPE table has 64 rows
+    settings = settle(request(), tiny.sizes())
+    for need in plan.needs:
+        size = lambda frames: shape_bytes(settings.cache(need.name, frames))  # noqa: B023, E731
+        memory = need.total - need.held["cache"] + size(30)
+        found = make_plan(request(codecs=(need.name,)), memory, tiny.sizes()).needs[0].longest
+        assert size(30) == size(found) < size(found + 3)  # spans come by the dozen
+
+
+def needs(*totals):
+    return tuple(
+        Need(name=f"c{i}", held={"weights": 1, "cache": n - 2}, temporaries={"a": 1, "b": 0})
+        for i, n in enumerate(totals)
+    )
+
+
+def test_what_fits():
+    plan = Plan(
+        what="x", before={"text": 50}, needs=needs(40, 60), backend="gpu", seconds=1, advice="less"
+    )
+    small, large = plan.needs
+    assert (small.total, large.total) == (40, 60)
+    assert not plan.fits(small, 49) and plan.fits(small, 50)  # the text encoder comes first
+    assert not plan.fits(large, 59) and plan.fits(large, 60)
+    assert "Fits: c0." in plan_table(plan, 55) and "Fits: c0, c1." in plan_table(plan, 60)
+    assert "Nothing fits: less" in plan_table(plan, 40)
+
+
+def command(*argv):
+    sizes = ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--frames", "48"]
+    return cli.main(["plan", "--codec", f"bf16,{tiny.CODEC}", *sizes, *argv])
+
+
+def test_the_command(capsys):
+    assert command("--memory", "1GB") == 0
+    out = capsys.readouterr().out
+    assert "48 latent frames of 32 x 48" in out and f"Fits: bf16, {tiny.CODEC}." in out
+    assert "compiled for cpu" in out and "text encoder" in out and "at most" in out
+    assert command("--memory", "10KB") == 1
+    out = capsys.readouterr().out
+    assert "Nothing fits: not one block; accepted: fewer --frames" in out
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--memory", "much"], ["'much'", "24GB"]),
+        ([], ["--memory"]),
+        (["--memory", "1GB", "--codec", "zip"], ["'zip'", "accepted: qvg"]),
+        (["--memory", "1GB", "--frames", "7"], ["frames=7", "6 and 9"]),
+        (["--memory", "1GB", "--model", "pocket-world"], ["has no plan", "self-forcing"]),
+    ],
+)
+def test_bad_input(argv, parts, capsys):
+    assert command(*argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("qvg: error: ") and all(part in err for part in parts), err
+
+
+def test_what_runs_when_the_cache_is_gone_needs_its_own_room_only():
+    need = Need(name="c", held={"weights": 10, "cache": 5}, temporaries={"a block": 3})
+    for decoding, total in ((4, 18), (8, 18), (9, 19)):
+        late = dataclasses.replace(need, in_place_of_cache={"decoding": decoding})
+        assert late.total == total

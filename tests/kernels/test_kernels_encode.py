@@ -1,0 +1,242 @@
+"""Encoding kernels without a GPU: in Pallas' interpreter against their references, and compiled.
+
+The interpreter has no products with an operand in registers: `multiply_into` is replaced by the
+same product written down. Numbers on a GPU are in test_kernels_encode_gpu.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import kmeans, quantize_pack
+from pallas_kernels.kmeans import kmeans_sums, mosaic_gpu
+from pallas_kernels.kmeans.api import parts_for
+from pallas_kernels.kmeans.mosaic_gpu import Tuning
+from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from qvg_jax.codecs import compose, presets
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize.grid import grid_quantize
+from qvg_jax.codecs.quantize.integer import residual_quantize
+from qvg_jax.codecs.smoothing import kmeans_smoothing
+from tests.support.kernel_cases import ENCODERS, clustered, encoded_twice, lowered, round_trip_error
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    def product(acc, left, right):
+        return acc + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
+
+    monkeypatch.setattr(mosaic_gpu, "multiply_into", product)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+        assert not interpret_pallas_call.get_races().races_found
+
+
+# -- k-means
+
+
+@pytest.mark.parametrize(
+    "tokens, clusters, parts, late", [(300, 256, 2, True), (100, 40, 1, False)]
+)
+def test_sums_equal_the_reference(interpreted, tokens, clusters, parts, late):
+    """A partial last tile, fewer centroids than the table holds, several blocks per row."""
+    x, c = clustered(2, tokens, clusters)
+    right = kmeans_sums(x, c, scores=True, implementation="xla")
+    ours = kmeans_sums(x, c, scores=True, parts=parts, tuning=Tuning(late=late))
+    np.testing.assert_array_equal(ours.ids_RT, right.ids_RT)
+    np.testing.assert_array_equal(ours.number_RK, right.number_RK)
+    np.testing.assert_allclose(ours.total_RKD, right.total_RKD, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours.score_RT, right.score_RT, rtol=2**-14, atol=1e-6)
+    assert int(right.number_RK.sum()) == 2 * tokens
+
+
+def test_a_token_of_zeros_finds_the_centroid_at_zero(interpreted):
+    """Its score is zero, which has no bits to spare for a centroid's number."""
+    x, c = clustered(1, 64, 20)
+    x, c = x.at[0, 5].set(0), c.at[0, 7].set(0)
+    assert int(kmeans_sums(x, c, scores=True).ids_RT[0, 5]) == 7
+
+
+def test_not_finite_tokens_show_in_the_sums():
+    """What the codec relies on to find them without a pass of its own."""
+    x, c = clustered(2, 100, 30)
+    sums = kmeans_sums(x.at[1, 3, 4].set(jnp.nan), c, implementation="xla")
+    np.testing.assert_array_equal(jnp.isfinite(sums.total_RKD).all((1, 2)), [True, False])
+
+
+def test_blocks_fill_the_gpu():
+    assert parts_for(32, 29_640) == 4 and parts_for(12, 37_440) == 11
+    assert parts_for(1, 1) == 1 and parts_for(400, 128) == 1
+    with pytest.raises(ValueError, match="parts=4; accepted: 1 to 3"):
+        kmeans_sums(*clustered(1, 300, 8), parts=4)
+
+
+# -- the last pass
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Integers(2, 64),
+        Integers(4, 16),
+        Midrise(2, 0.9957, 2, recode=True),
+        Midrise(1, 1.5958, 1, recode=False),
+    ],
+    ids=str,
+)
+def test_packing_equals_the_reference(interpreted, form):
+    x, c = clustered(1, 140, 256)
+    x = x.at[0, 9].set(c[0, 3])  # nothing is left of it
+    x = x.at[0, 10].set(c[0, 4] + 2.0**-9)  # a scale among e4m3's smallest
+    right = assign_and_pack(x, c, form, implementation="xla")
+    ours = assign_and_pack(x, c, form)
+    np.testing.assert_array_equal(ours[0], right[0])
+    assert (np.asarray(ours[1]) != np.asarray(right[1])).mean() < 1e-3  # ties
+    if isinstance(form, Integers):
+        np.testing.assert_array_equal(ours[2], right[2])
+    else:
+        np.testing.assert_allclose(ours[2], right[2], rtol=1e-5, atol=1e-7)
+
+
+def test_codes_of_one_bit_are_written_in_whole_tiles():
+    """Their copies end with the array and not with a row: there must be room for a last tile."""
+    x, c = clustered(2, 140, 256)
+    x, bias = jnp.pad(x, ((0, 0), (0, 4), (0, 0))), c[..., 0].astype(jnp.float32)
+    for bits, tokens in ((1, 256), (2, 144)):
+        form = Midrise(bits, 1.0, 2, recode=False)
+        here = dict(tokens=140, parts=1, tuning=Tuning())
+        finish = functools.partial(quantize_pack.mosaic_gpu.finish, form=form, **here)
+        codes = jax.eval_shape(finish, x, c, bias)[1]
+        assert codes.shape == (2, tokens, 16 * bits)
+
+
+def test_the_residual_equals_the_reference(interpreted):
+    x, c = clustered(1, 128, 100)
+    for ours, right in zip(
+        assign_and_subtract(x, c), assign_and_subtract(x, c, implementation="xla"), strict=True
+    ):
+        assert ours.dtype == right.dtype
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(right, np.float32))
+
+
+def test_kernels_compile_to_gpu_code():
+    x, c = clustered(2, 300, 256)
+    assert "mosaic_gpu" in lowered(lambda x, c: kmeans_sums(x, c, scores=True), x, c)
+    assert "mosaic_gpu" in lowered(assign_and_subtract, x, c)
+    for form in (Integers(2, 16), Integers(4, 128), Midrise(2, 1.0, 2, recode=True)):
+        assert "mosaic_gpu" in lowered(lambda x, c, f=form: assign_and_pack(x, c, f), x, c)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=jnp.zeros((2, 9, 64), jnp.bfloat16)), ValueError, r"\(2, 9, 64\)"),
+        (dict(x=jnp.zeros((2, 9, 128), jnp.float32)), NotImplementedError, "float32.*'xla'"),
+        (dict(c=jnp.zeros((2, 300, 128))), NotImplementedError, "300 centroids.*'xla'"),
+        (dict(implementation="cuda"), ValueError, "implementation='cuda'"),
+        (dict(form=Integers(3, 64)), NotImplementedError, "bits=3"),
+        (dict(form=Integers(2, 4)), NotImplementedError, "group=4"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    x, c = clustered(2, 9, 4)
+    args = dict(x=x, c=c, form=Integers(2, 64), implementation="mosaic") | change
+    with pytest.raises(error, match=message):
+        assign_and_pack(args["x"], args["c"], args["form"], implementation=args["implementation"])
+
+
+# -- the codec
+
+
+@pytest.fixture
+def references(monkeypatch):
+    """Codecs encode as on a Hopper GPU, with every kernel replaced by its reference."""
+    monkeypatch.setattr(compose, "is_hopper", lambda: True)
+    for module, name in (
+        (kmeans, "kmeans_sums"),
+        (quantize_pack, "assign_and_pack"),
+        (quantize_pack, "assign_and_subtract"),
+    ):
+        kernel = getattr(module, name)
+        by_reference = lambda *args, implementation, kernel=kernel, **more: kernel(  # noqa: E731
+            *args, implementation="xla", **more
+        )
+        monkeypatch.setattr(module, name, by_reference)
+
+
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "1 bit keys"])
+def test_codecs_encode_as_well_on_the_kernels(references, name):
+    """Two spans, the second one warm: the same arrays, and as small an error."""
+    codec = ENCODERS[name]()
+    ours, right = (encoded_twice(codec, implementation) for implementation in ("mosaic", "xla"))
+    # A difference in rounding may lead a second span to another local optimum.
+    for a, b, most in zip(ours, right, (1.002, 1.03), strict=True):
+        forms = [jax.tree.map(lambda y: (y.shape, y.dtype), x) for x in (a[1:], b[1:])]
+        assert forms[0] == forms[1] and jax.tree.structure(a) == jax.tree.structure(b)
+        assert round_trip_error(codec, a) < most * round_trip_error(codec, b)
+
+
+def test_a_bad_token_is_encoded_without_kernels(references):
+    codec = ENCODERS["qvg"]()
+    x = clustered(2, 300, 64)[0][None].at[0, 1, 3, 4].set(jnp.inf)
+    state = codec.init(x.shape, x.dtype)
+    ours, right = (codec.encode(x, state, implementation=i) for i in ("mosaic", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, ours, right)
+
+
+def test_spare_centroids_move_to_badly_served_tokens(references):
+    """Content that changed: the old centroids attract little, and restart."""
+    x, _ = clustered(1, 600, 64)
+    spans = x[None, :, :300], x[None, :, 300:] * 3 + 5
+    errors = {}
+    for reseed in (True, False):
+        codec = chain(kmeans_smoothing(64, reseed=reseed), residual_quantize())
+        state = codec.init(spans[0].shape, x.dtype)
+        encode = jax.jit(functools.partial(codec.encode, implementation="mosaic"))
+        for span in spans:
+            packed, state = encode(span, state)
+        errors[reseed] = round_trip_error(codec, (spans[1], packed))
+    assert errors[True] < 0.9 * errors[False]
+
+
+def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
+    x = clustered(1, 64, 8)[0][None]
+
+    def encode(codec, implementation="mosaic", x=x):
+        return codec.encode(x, codec.init(x.shape, x.dtype), implementation=implementation)
+
+    with pytest.raises(ValueError, match="implementation='cuda'"):
+        encode(presets.get("qvg", num_centroids=8), "cuda")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="Hopper.*'xla' serves it"):
+            encode(presets.get("qvg", num_centroids=8))
+    monkeypatch.setattr(compose, "is_hopper", lambda: True)
+    smoothing = kmeans_smoothing(8)
+    for codec, message in (
+        (chain(smoothing, grid_quantize(grid="lloyd_max")), "neither symmetric"),
+        (chain(smoothing, residual_quantize(mode="asymmetric")), "neither symmetric"),
+        (chain(smoothing, residual_quantize(bits=3)), "bits=3"),
+        (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "float32"),
+        (chain(smoothing, smoothing, residual_quantize()), "one kmeans_smoothing"),
+        (chain(residual_quantize()), "one kmeans_smoothing"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            encode(codec)
+        jax.eval_shape(lambda c=codec: encode(c, None))  # XLA serves it
+    with pytest.raises(NotImplementedError, match="float32"):
+        encode(chain(smoothing, residual_quantize()), x=x.astype(jnp.float32))
+
+
+def test_a_span_compiles_to_kernels(monkeypatch):
+    """Warm or cold is data; heads may be mapped over layers."""
+    monkeypatch.setattr(compose, "is_hopper", lambda: True)
+    codec = ENCODERS["midrise values"]()
+    x = jax.ShapeDtypeStruct((3, 1, 2, 300, 128), jnp.bfloat16)
+    state = jax.eval_shape(jax.vmap(lambda x: codec.init(x.shape, x.dtype)), x)
+    encode = functools.partial(codec.encode, implementation="mosaic")
+    assert "mosaic_gpu" in lowered(jax.vmap(encode), x, state)

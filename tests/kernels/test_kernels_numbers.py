@@ -1,0 +1,217 @@
+"""Numbers of the kernels that read, without a GPU, for all head_dims.
+
+Of decoding and of grouping queries every thread, in numpy; of attention all but the products, in Pallas's
+interpreter.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dequant_attention import (
+    Schedule,
+    finish,
+    join,
+    prepare,
+    prepare_tokens,
+    visit,
+)
+from pallas_kernels.dequant_attention import reference as attention_reference
+from pallas_kernels.dequantize import decode_keys, decode_values
+from pallas_kernels.dequantize.reference import key_row_of_token
+from tests.support.interpreted_attention import interpreted
+from tests.support.kernel_cases import E4M3, FORMATS, encoded, turns
+from tests.support.lane_machine import Machine
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3], ids=["bf16", "e4m3"])
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 128, 256])
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    machine.install(monkeypatch)
+    return machine
+
+
+def _agree(ours, right, dtype, read, axis=1):
+    """As test_kernels_gpu.py bounds it, of what attention reads."""
+    assert ours.shape == right.shape and ours.dtype == right.dtype
+    ours, right = (np.asarray(x, np.float32).take(range(read), axis) for x in (ours, right))
+    bound = 4e-3 if dtype == jnp.bfloat16 else 1.5e-2
+    assert np.linalg.norm(ours - right) <= bound * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@DTYPES
+@HEAD_DIMS
+def test_decoding_equals_the_reference(machine, name, dtype, head_dim):
+    source, scheme = encoded(name, 5, 150, head_dim=head_dim)
+    here = dict(first_row=1, rows=2, valid=140, dtype=dtype, unit_n=jnp.asarray([0.5, 4.0]))
+    for pairing in ("half", "interleaved"):
+        turned = dict(tables=turns(0, 4, 150, head_dim), first_table=1, batch=2, pairing=pairing)
+        ours, right = (
+            decode_keys(source, scheme, **here, **turned, implementation=i)
+            for i in ("mosaic", "reference")
+        )
+        _agree(ours, right, dtype, 256)
+    ours, right = (
+        decode_values(source, scheme, **here, implementation=i) for i in ("mosaic", "reference")
+    )
+    _agree(ours, right, dtype, 256, 2 if dtype == E4M3 else 1)
+    if dtype == E4M3:  # a warp meets every bank of shared memory once
+        assert machine.reads == machine.writes == 1
+
+
+@DTYPES
+@HEAD_DIMS
+@pytest.mark.parametrize("valid", [3, 1, 0])
+def test_several_spans_are_decoded_behind_each_other(machine, valid, dtype, head_dim):
+    tokens, slot = 112, jnp.asarray([3, 0, 2])
+    source, scheme = encoded("qvg", 8, tokens, head_dim=head_dim)
+    here = dict(first_row=slot * 2, rows=2, valid=valid * tokens, dtype=dtype)
+    here |= dict(unit_n=jnp.asarray([1.0, 4.0]))
+    turned = dict(tables=turns(0, 4, tokens, head_dim), first_table=slot)
+    read = -(-valid * tokens // 256) * 256
+    keys, right = (
+        decode_keys(source, scheme, **here, **turned, implementation=i)
+        for i in ("mosaic", "reference")
+    )
+    _agree(keys, right, dtype, read)
+    values, right = (
+        decode_values(source, scheme, **here, implementation=i) for i in ("mosaic", "reference")
+    )
+    _agree(values, right, dtype, read, 2 if dtype == E4M3 else 1)
+
+
+@DTYPES
+@HEAD_DIMS
+def test_a_window_of_plain_tokens_is_decoded(machine, dtype, head_dim):
+    x = np.random.default_rng(0).standard_normal((4, 300, head_dim))
+    x = jnp.asarray(x, jnp.bfloat16).at[:, 240:].set(jnp.nan)
+    here = dict(first_row=1, rows=2, valid=140, dtype=dtype, unit_n=jnp.ones(2))
+    here |= dict(window=(100, 200))
+    for decode in (decode_keys, decode_values):
+        ours, right = (decode(x, None, **here, implementation=i) for i in ("mosaic", "reference"))
+        transposed = dtype == E4M3 and decode is decode_values
+        _agree(ours, right, dtype, 256, 2 if transposed else 1)
+
+
+@DTYPES
+@HEAD_DIMS
+@pytest.mark.parametrize("slots, valid", [(1, 1), (2, 0), (2, 1), (2, 2)])
+def test_new_tokens_are_laid_behind_spans(machine, slots, valid, dtype, head_dim):
+    """As (B, T, H, D), rotated, not all of them valid; what is before them stays, and zeros follow."""
+    tokens, stored, new = 208, 75, 70
+    source, scheme = encoded("qvg", 8, tokens, head_dim=head_dim)
+    x = np.random.default_rng(1).standard_normal((2, stored, 2, head_dim))
+    x = jnp.asarray(x, jnp.bfloat16).at[:, new:].set(jnp.nan)
+    here = dict(rows=4, dtype=dtype, unit_n=jnp.asarray([1.0, 4.0, 0.5, 2.0]))
+    spans = here | dict(first_row=jnp.asarray([4, 0]) if slots > 1 else 4)
+    spans |= dict(valid=valid * tokens, room=stored)
+    at, read = valid * tokens, -(-(valid * tokens + new) // 256) * 256
+    here |= dict(first_row=0, valid=new)
+    turned = dict(tables=turns(0, 2, stored, head_dim), batch=2, pairing="interleaved")
+    for decode, more in ((decode_keys, turned), (decode_values, {})):
+        axis = 2 if dtype == E4M3 and decode is decode_values else 1
+        before, ours, right = [], [], []
+        for implementation, after in (("mosaic", ours), ("reference", right)):
+            how = dict(implementation=implementation)
+            before.append(decode(source, scheme, **spans, **how))
+            after.append(decode(x, None, into=(before[-1], jnp.int32(at)), **here, **more, **how))
+        _agree(ours[0], right[0], dtype, read, axis)
+        ours, old = (np.asarray(y, np.float32) for y in (ours[0], before[0]))
+        kept = [*range(at), *range(read, ours.shape[axis])]
+        np.testing.assert_array_equal(ours.take(kept, axis), old.take(kept, axis))
+        behind = np.arange(at + new, read)
+        if dtype == E4M3 and decode is decode_keys:
+            behind = np.asarray(key_row_of_token(read))[behind]
+        assert not ours.take(behind, axis).any()
+
+
+@HEAD_DIMS
+@pytest.mark.parametrize("pairing", ["half", "interleaved", None])
+@pytest.mark.parametrize("heads, branches, narrow", [(2, 1, True), (3, 2, True), (2, 2, False)])
+def test_queries_are_rotated_and_grouped(machine, pairing, heads, branches, narrow, head_dim):
+    """Two query heads for each, two videos; a row of zeros, and magnitudes far apart."""
+    rng, tokens = np.random.default_rng(0), 75
+    q = rng.standard_normal((2 * branches, tokens, 2 * heads, head_dim))
+    q *= 10.0 ** rng.integers(-4, 5, (*q.shape[:3], 1))
+    q[0, 3, 1] = 0
+    here = dict(batch=2, heads=heads, pairing=pairing or "half", narrow=narrow)
+    here |= dict(tables=turns(0, 2, tokens, head_dim) if pairing else None)
+    q, scale = jnp.asarray(q, jnp.bfloat16), jnp.float32(0.1)
+    ours, right = (
+        prepare_tokens(q, scale, **here, implementation=i) for i in ("mosaic", "reference")
+    )
+    forms = [jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (ours, right)]
+    assert forms[0] == forms[1]
+
+    def logits(x):
+        q_nQD, factor_nQ = (np.asarray(y, np.float32) for y in x)
+        assert np.isfinite(factor_nQ).all() and (factor_nQ > 0).all()
+        return q_nQD * factor_nQ[..., None]
+
+    exact = logits(right[0])
+    norms = np.linalg.norm(exact, axis=-1)
+    for x, bound in zip(ours, (4e-3, 4e-2 if narrow else 4e-3), strict=True):  # of every row
+        assert np.all(np.linalg.norm(logits(x) - exact, axis=-1) <= bound * norms)
+
+
+def _attended(monkeypatch, dtype, head_dim, rows, queries, segments, splits):
+    """The state that the kernel leaves after segments of one workspace, and the reference's output."""
+    rng, tokens = np.random.default_rng(2), 512
+    q = jnp.asarray(rng.standard_normal((rows, queries, head_dim)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((rows, tokens, head_dim)) + m) for m in (0, 1))
+    unit = jnp.asarray([0.5, 2.0])[:rows]
+    here = dict(first_row=0, rows=rows, valid=tokens, dtype=dtype, unit_n=unit)
+    here |= dict(implementation="reference")
+    workspace = decode_keys(k, None, **here), decode_values(v, None, **here)
+    units = unit if dtype == E4M3 else jnp.ones(rows)
+    prepared = prepare(q, jnp.float32(head_dim**-0.5), dtype)
+    right = attention_reference.empty(1, *prepared.q_nQD.shape)
+    for valid in segments:
+        right = attention_reference.segment(*prepared, *workspace, valid, units, units, right)
+    two = dict(k_unit_n=units, v_unit_n=units, splits=splits)
+    with interpreted(monkeypatch):
+        refs = [jax.new_ref(x) for x in visit(prepared, *workspace, segments[0], **two)]
+        for valid in segments[1:]:
+            visit(prepared, *workspace, valid, state=refs, **two)
+    return [r[...] for r in refs], finish(right, queries)
+
+
+def _attends(ours, right, dtype):
+    bound = 1e-3 if dtype == jnp.bfloat16 else 1e-2
+    assert np.linalg.norm(ours - right) < bound * np.linalg.norm(right)
+
+
+@DTYPES
+@HEAD_DIMS
+def test_attention_equals_the_reference(monkeypatch, dtype, head_dim):
+    """A partial tile, a part without keys, and a second segment in the state of the first."""
+    state, right = _attended(monkeypatch, dtype, head_dim, 1, 100, (300, 1), 2)
+    _attends(finish(state, 100), right, dtype)
+
+
+# Warpgroups that miss each other at a barrier either raise an error or wait for ever.
+@pytest.mark.timeout(300, method="thread")
+@pytest.mark.parametrize(
+    "schedule, dtype, head_dim",
+    [
+        (Schedule(4, 3, 2, processors=2), jnp.bfloat16, 64),
+        (Schedule(4, 2, 3, processors=3), jnp.bfloat16, 128),
+        (Schedule(4, 0, 3, processors=1), jnp.bfloat16, 256),
+        (Schedule(4, 3, 2, processors=2), E4M3, 128),
+    ],
+    ids=["3 and 2 parts, bf16", "2 and 6 parts, bf16", "12 parts, bf16", "3 and 2 parts, e4m3"],
+)
+def test_pieces_one_after_another_equal_the_reference(monkeypatch, schedule, dtype, head_dim):
+    """First one tile, so that some pieces have none; no keys at all; odd and even numbers of tiles.
+
+    In e4m3 every piece is a block of its own, and the state between visits is bf16.
+    """
+    assert schedule.programs < schedule.pieces
+    state, right = _attended(monkeypatch, dtype, head_dim, 2, 200, (50, 0, 300, 512), schedule)
+    assert state[0].dtype == (jnp.float32 if dtype == jnp.bfloat16 else jnp.bfloat16)
+    _attends(join(state, schedule, 2, 200), right, dtype)

@@ -1,0 +1,52 @@
+"""Triton kernels on a GPU with jax_triton: `python -m pytest -n 0 -m gpu tests/test_triton_gpu.py`."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dequantize import decode_keys, decode_values
+from qvg_jax.capability import no_triton
+from qvg_jax.codecs import presets
+from tests.kernels.test_kernels_gpu import _layers
+from tests.support.kernel_cases import (
+    FORMATS,
+    HALF,
+    INTERLEAVED,
+    codecs,
+    difference,
+    encoded,
+    filled_cache,
+    turns,
+    with_window_garbage,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(no_triton() is not None, reason=str(no_triton()))]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_equals_the_reference(name):
+    source, scheme = encoded(name, 12, 300)
+    here = dict(first_row=4, rows=6, valid=300, dtype=jnp.bfloat16, unit_n=jnp.ones(6))
+    bound = 4e-3 if name.startswith("midrise") else 2e-3  # 8-bit tables are rounded once more
+    for pairing in ("half", "interleaved"):
+        keys = functools.partial(
+            decode_keys, source, scheme, **here, tables=turns(0, 6, 300), first_table=2, batch=2,
+            pairing=pairing,
+        )  # fmt: skip
+        ours, right = keys(implementation="triton"), keys(implementation="reference")
+        assert difference(ours, right) < bound
+    values = functools.partial(decode_values, source, scheme, **here)
+    ours, right = values(implementation="triton"), values(implementation="reference")
+    assert difference(ours, right) < bound
+
+
+@pytest.mark.parametrize("name", [*codecs(), "1 and 3 bits"])
+def test_attend_equals_xla_inside_a_scan_over_layers(name):
+    more = {"1 and 3 bits": presets.pair("midrise-k1v3", num_centroids=16)}
+    cache = with_window_garbage(filled_cache((codecs() | more)[name]))
+    rope = INTERLEAVED if name == "midrise" else HALF
+    ours, again, right = (_layers(cache, rope, i) for i in ("triton", "triton", "xla"))
+    assert difference(ours, right) < 1e-2
+    np.testing.assert_array_equal(ours, again)
