@@ -24,13 +24,15 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from qvg_jax.errors import UserError
+
 type Placed = jax.Device | jax.sharding.Sharding | None
 type Device = Placed | Callable[[str, tuple[int, ...]], Placed]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that does not fit the model; the message lists everything that is wrong."""
 
 

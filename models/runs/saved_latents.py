@@ -9,10 +9,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from qvg_jax.errors import UserError
+
 FOLDER, REQUEST = "latents", "request.json"
 
 
-class Kept:
+class SavedLatents:
     """The clean latents of every block that was generated, for each arm a file that grows.
 
     A block is bytes appended to `latents/ARM.bin`; one that was cut off by a crash is ignored and
@@ -38,7 +40,7 @@ class Kept:
             resume: whether to read what is there; if not, the first block replaces it.
 
         Raises:
-            ValueError: there is nothing to go on from, or it belongs to another request; says
+            UserError: there is nothing to go on from, or it belongs to another request; says
                 what differs.
         """
         self._folder = Path(out) / FOLDER
@@ -90,14 +92,14 @@ class Kept:
         try:
             stored = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--resume: {path} is not there or not readable ({error}); leave out --resume to "
                 "start anew"
             ) from error
         ours = json.loads(json.dumps(self._request))
         for key in sorted({*stored, *ours}):
             if stored.get(key) != ours.get(key):
-                raise ValueError(
+                raise UserError(
                     f"--resume: {self._folder} was made with {key}={stored.get(key)!r}, now it is "
                     f"{ours.get(key)!r}; give the same, or leave out --resume to start anew"
                 )

@@ -18,6 +18,7 @@ from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.base import identity as _identity
 from qvg_jax.codecs.compose import chain, encoded_by
 from qvg_jax.codecs.quantize.integer import residual_quantize
+from qvg_jax.codecs.recommended import CAUTIOUS, MEASURED, recommended
 from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
 
 __all__ = [
@@ -161,21 +162,6 @@ def rtn(
     Source: arXiv 2602.02958, Table 1 ("RTN").
     """
     return chain(residual_quantize(bits, group, mode, scale_dtype))
-
-
-# What was best in a model's own loop, see BENCHMARKS.md; other models: `CAUTIOUS`.
-MEASURED = {"pocket-world": "trellis"}
-CAUTIOUS = "midrise"
-
-
-def recommended(model: str | None = None) -> str:
-    """The name of the recipe that the evidence supports: `auto` without building it.
-
-    Args:
-        model: as the command names it, such as "pocket-world"; None or any other is a model in
-            whose loop nothing was measured.
-    """
-    return MEASURED.get(model, CAUTIOUS)
 
 
 def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:

@@ -347,7 +347,7 @@ def test_a_port_in_use_is_one_line(command):
         (["--host", "203.0.113.7", "--port", "0"], ["203.0.113.7", "address of this machine"]),
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),
         (["--model", "wan"], ["'wan' is not known", "accepted: pocket-world"]),
-        (["--model", "self-forcing"], ["cannot be walked in yet", "accepted: pocket-world"]),
+        (["--model", "self-forcing"], ["cannot be used with `qvg play`", "accepted: pocket-world"]),
         (["--weights", "nowhere.safetensors"], ["'nowhere.safetensors'", "missing or corrupt"]),
         (["--seed", str(2**31)], [f"seed={2**31}"]),
         (["--memory", "0"], ["--memory", "'0'"]),

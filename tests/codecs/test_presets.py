@@ -1,7 +1,6 @@
 """Every recipe: bytes, one program, determinism, edges; and what they do to KV-like tokens."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax.app.options import MODELS
+from models import registry
 from qvg_jax.attention.api import attend
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.codecs import presets
@@ -354,7 +353,6 @@ def test_auto_is_the_cautious_recipe_unless_a_models_loop_says_otherwise():
         presets.auto(mood=1)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", registry.BUILT_IN)
 def test_every_models_default_is_what_auto_recommends(model):
-    job = importlib.import_module(MODELS[model])
-    assert job.DEFAULT_CODEC.partition(":")[0] == presets.recommended(model)
+    assert registry.named(model).default_codec.partition(":")[0] == presets.recommended(model)

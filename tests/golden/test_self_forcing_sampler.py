@@ -7,23 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.self_forcing import (
-    BlockNoise,
-    History,
-    Request,
-    SamplerConfig,
-    SelfForcing,
-    SelfForcingConfig,
-    compressions,
-    load_dit,
-    network_calls,
-    plan_blocks,
-    recall,
-)
-from models.self_forcing.block import cached_forward, denoise_block
-from models.self_forcing.history import append_frames, block_positions
+from models.self_forcing.block import BlockNoise, cached_forward, denoise_block
+from models.self_forcing.config import SamplerConfig, SelfForcingConfig
+from models.self_forcing.history import History, append_frames, block_positions, recall
+from models.self_forcing.params import load_dit
+from models.self_forcing.pipeline import Generation, SelfForcing
 from models.self_forcing.rope import model_rope
 from models.self_forcing.sampler import Ladder, add_noise, flow_to_x0, x0_to_flow
+from models.self_forcing.schedule import compressions, network_calls, plan_blocks
 from qvg_jax.codecs.base import Codec, identity
 
 ATOL = 1e-4  # float32 roll-outs; the README's tolerance, measured distance is below 1e-5
@@ -116,7 +107,7 @@ def roll_out(m, v, run, history, *, alone=None, capacity=None):
     frames = start.shape[1] + initial_frames
     blocks = plan_blocks(m.config, frames, initial_frames=initial_frames, first_frame_alone=alone)
     text = v["context"][: start.shape[0]]
-    request = Request(
+    request = Generation(
         text_BUE=text,
         frames=frames,
         latent_height=start.shape[-2],
@@ -196,7 +187,7 @@ def test_every_pass_of_a_roll_out_matches(vectors, model):
     v, m = vectors("sampler_io"), model()
     blocks = plan_blocks(m.config, v["t2v_noise"].shape[1])
     start = v["t2v_noise"]
-    request = Request(
+    request = Generation(
         text_BUE=v["context"][: start.shape[0]],
         frames=start.shape[1],
         latent_height=start.shape[-2],

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.worldplay import History, SamplerConfig, State, make_cache, recall
 from models.worldplay.attention import cached_attention, dense_branches
-from models.worldplay.block import look_from, remember_context
+from models.worldplay.block import State, look_from, remember_context
+from models.worldplay.config import SamplerConfig
 from models.worldplay.encoding import (
     apart,
     decode_outputs,
@@ -20,6 +20,8 @@ from models.worldplay.encoding import (
     here,
     positions,
 )
+from models.worldplay.history import History, make_cache
+from models.worldplay.memory import recall
 from models.worldplay.prope import camera_matrices
 from qvg_jax.attention.api import attend
 from tests.support.worldplay_model import close, close_kv, frames_at, frames_first, loader

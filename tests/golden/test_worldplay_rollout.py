@@ -7,18 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.worldplay import (
-    CameraPath,
-    History,
-    Request,
-    SamplerConfig,
-    WorldPlay,
-    compressions,
-    network_calls,
-    recall,
-)
 from models.worldplay.block import generate_block
-from models.worldplay.request import block_inputs
+from models.worldplay.cameras import CameraPath
+from models.worldplay.config import SamplerConfig
+from models.worldplay.history import History
+from models.worldplay.memory import recall
+from models.worldplay.pipeline import WorldPlay
+from models.worldplay.request import Walk, block_inputs
+from models.worldplay.schedule import compressions, network_calls
 from qvg_jax.codecs.base import identity
 from tests.support.worldplay_model import close, close_kv, loader
 
@@ -48,7 +44,7 @@ def request(v, frames, *, image, **changes):
     condition = v["first_image_condition"][:, :, 0] if image else None
     fields = dict(text_BUE=v["text"], path=path, frames=frames, image_BZYX=condition)
     fields |= dict(zip(("latent_height", "latent_width"), v["noise"].shape[-2:], strict=True))
-    return Request(**(fields | dict(noise=np.swapaxes(v["noise"], 1, 2)) | changes))
+    return Walk(**(fields | dict(noise=np.swapaxes(v["noise"], 1, 2)) | changes))
 
 
 def frames_of(v, name):

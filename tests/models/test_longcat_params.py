@@ -10,7 +10,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from models.common.checkpoint import CheckpointError
-from models.longcat import LongCatConfig, load_dit, merge_lora, skeleton
+from models.longcat.config import LongCatConfig
+from models.longcat.lora import merge_lora
+from models.longcat.params import load_dit, skeleton
 
 TINY = LongCatConfig(
     layers=2,

@@ -10,27 +10,24 @@ import pytest
 from flax import nnx
 
 from models.common.attention import dense_attention
-from models.longcat import (
-    LongCat,
-    LongCatConfig,
-    Prompt,
-    Segments,
-    TextKV,
-    build_condition,
-    cached_forward,
-    continuation,
-    distilled,
-    first_clip,
-    long_video,
-    random_dit,
-    read_text,
-    skeleton,
-    standard,
-    view_condition,
-)
+from models.longcat.condition import build_condition, view_condition
+from models.longcat.config import LongCatConfig
+from models.longcat.modeling import TextKV
+from models.longcat.params import random_dit, skeleton
+from models.longcat.passes import cached_forward
+from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.sampler import StepInput, cached_step
-from models.longcat.segments import from_bytes, segment_keys, segment_noise, to_bytes
-from models.longcat.text import kept_rows
+from models.longcat.schedule import continuation, distilled, standard
+from models.longcat.segments import (
+    Segments,
+    first_clip,
+    from_bytes,
+    long_video,
+    segment_keys,
+    segment_noise,
+    to_bytes,
+)
+from models.longcat.text import kept_rows, read_text
 from qvg_jax.cache.health import NonFiniteError, cache_bytes
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity

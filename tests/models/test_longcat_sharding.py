@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from models.longcat import (
-    LongCat,
-    LongCatConfig,
-    Prompt,
-    load_dit,
-    merge_lora,
-    random_dit,
-    standard,
-)
+from models.longcat.config import LongCatConfig
+from models.longcat.lora import merge_lora
+from models.longcat.params import load_dit, random_dit
+from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.sampler import StepInput, cached_step
+from models.longcat.schedule import standard
 from models.longcat.sharding import AXIS, heads_mesh, placement, spread
 from qvg_jax.codecs import presets
 from tests.models.test_longcat_params import released_shapes

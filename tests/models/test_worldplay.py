@@ -11,29 +11,16 @@ import pytest
 from flax import nnx
 
 from models.common.wan_text import TextKV
-from models.worldplay import (
-    BlockInput,
-    CameraPath,
-    Frames,
-    History,
-    Request,
-    SamplerConfig,
-    State,
-    WorldPlay,
-    WorldPlayConfig,
-    action_ids,
-    ball_points,
-    make_cache,
-    network_calls,
-    random_dit,
-    select_frames,
-    skeleton,
-    walk,
-)
-from models.worldplay.block import generate_block
+from models.worldplay.block import BlockInput, Frames, State, generate_block
+from models.worldplay.cameras import CameraPath, action_ids, walk
+from models.worldplay.config import SamplerConfig, WorldPlayConfig
 from models.worldplay.encoding import encode_keys, encode_values, growth, model_encodings
-from models.worldplay.history import side_by_side
-from models.worldplay.request import block_inputs
+from models.worldplay.history import History, make_cache, side_by_side
+from models.worldplay.params import random_dit, skeleton
+from models.worldplay.pipeline import WorldPlay
+from models.worldplay.request import Walk, block_inputs
+from models.worldplay.retrieval import ball_points, select_frames
+from models.worldplay.schedule import network_calls
 from qvg_jax.attention.api import attend
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
@@ -82,7 +69,7 @@ def request(frames=12, **changes):
     text_BUE = np.random.default_rng(0).normal(size=(1, 4, CONFIG.text_width)).astype(np.float32)
     fields = dict(text_BUE=text_BUE, path=PATH, frames=frames, latent_height=4, latent_width=4)
     fields |= dict(noise=jax.random.key(1), capacity=12)  # one program for most tests
-    return Request(**(fields | changes))
+    return Walk(**(fields | changes))
 
 
 @functools.cache

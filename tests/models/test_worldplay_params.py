@@ -8,7 +8,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from models.common.checkpoint import CheckpointError
-from models.worldplay import WorldPlayConfig, load_dit, skeleton
+from models.worldplay.config import WorldPlayConfig
+from models.worldplay.params import load_dit, skeleton
 
 TINY = WorldPlayConfig(
     layers=2,

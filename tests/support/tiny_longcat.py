@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from models.longcat import LongCatConfig
+from models.longcat.config import LongCatConfig
 from models.runs.checkpoint_folder import Sizes
 from tests.models.test_longcat_params import released_shapes
 from tests.support import tiny_self_forcing as shared

@@ -10,7 +10,7 @@ from flax import nnx
 
 from models.common.weights import Weights
 from models.runs.checkpoint_folder import Sizes
-from models.worldplay import WorldPlayConfig
+from models.worldplay.config import WorldPlayConfig
 from tests.models.test_wan_vae_22 import case, case_config
 from tests.support import tiny_self_forcing
 
