@@ -10,7 +10,6 @@ import numpy as np
 from qvg_jax.app.job import BASELINE, Request
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import Codec
-from qvg_jax.codecs.recipes import parse_recipe
 
 RANDOM = "random"  # in place of a folder of weights
 LARGEST_SEED = 2**31 - 1
@@ -61,8 +60,7 @@ def codec_pair(recipe: str) -> tuple[Codec | None, Codec | None]:
     """Codecs of K and V; None for the baseline, which keeps the model's dtype."""
     if recipe == BASELINE:
         return None, None
-    name, settings = parse_recipe(recipe)
-    return presets.pair(name, **settings)
+    return presets.parse_pair(recipe)
 
 
 def with_layers[C](config: C, request: Request) -> C:

@@ -4,8 +4,7 @@ With implementations named, one `kmeans_smoothing` and the quantizer behind it a
 kernels of `pallas_kernels`.
 """
 
-import functools
-import inspect
+import dataclasses
 from typing import Any
 
 import jax
@@ -23,14 +22,16 @@ from qvg_jax.codecs.base import (
     check_span,
     per_element,
 )
+from qvg_jax.codecs.spec import FACTORIES, Spec, factory
 from qvg_jax.devices import is_hopper
 
-__all__ = ["ENCODERS", "chain", "encoded_by"]
+__all__ = ["ENCODERS", "chain", "encoded_by", "labelled"]
 
 ENCODERS = ("xla", "mosaic", "triton")
 
 
-def chain(*transforms: Smoothing | Codec) -> Codec:
+@factory
+def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
     """Smoothings in order, then one codec for what they leave: the result is again a codec.
 
     With smoothings s1 .. sn and codec q,
@@ -40,12 +41,13 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     Args:
         *transforms: any number of `Smoothing`s followed by exactly one `Codec` (which may itself
             be a chain).
+        encoder: what encodes: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
+            those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
+            mid-rise grid; None is "mosaic" where that serves, else "xla".
 
     Returns:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
-        takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
-        those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
-        mid-rise grid; None is "mosaic" where that serves, else "xla".
+        takes `implementation`, which is for one call what `encoder` is for all.
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
@@ -64,6 +66,8 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     if not isinstance(last, Codec):
         what = getattr(last, "name", repr(last))
         raise ValueError(f"the last transform, {what}, is not a codec; accepted: {accepted}")
+    if encoder is not None:
+        _check_encoder(encoder)
 
     def init(shape: Shape, dtype: Any = jnp.bfloat16) -> State:
         check_span(shape, dtype)
@@ -85,7 +89,7 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
-        chosen = _implementation(implementation, fused, x_BHTD)
+        chosen = _implementation(implementation or encoder, fused, x_BHTD)
         if chosen != "xla":
             return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key), chosen)
         return by_xla(x_BHTD, state, key)
@@ -119,19 +123,41 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
 
 
 def encoded_by(codec: Codec, implementation: str) -> Codec:
-    """The same codec with `implementation` fixed in its encode: what a cache then compresses with.
+    """The same codec with the `encoder` of its chain chosen: what a cache then compresses with.
 
     Args:
-        codec: one that `chain` made.
+        codec: one that `chain` made, or the codec of a preset that is a chain.
         implementation: "xla", "mosaic" or "triton", see `chain`.
 
     Raises:
-        ValueError: another implementation, or a codec whose encode knows none.
+        ValueError: another implementation, or a codec that is not a chain.
     """
     _check_encoder(implementation)
-    if "implementation" not in inspect.signature(codec.encode).parameters:
+    spec = codec.spec
+    if spec is not None and spec.factory == "preset":
+        chosen = encoded_by(spec["codec"], implementation)
+        return labelled(spec["name"], chosen, f"{spec.text}:encoder={implementation}")
+    if spec is None or spec.factory != "chain":
         raise ValueError(f"codec={codec.name!r} has no encoders to choose from; accepted: a chain")
-    return codec._replace(encode=functools.partial(codec.encode, implementation=implementation))
+    return chain(*spec["transforms"], encoder=implementation)
+
+
+def labelled(name: str, codec: Codec, text: str) -> Codec:
+    """The same codec as the preset called `name`: another name, and written as `text`.
+
+    Args:
+        name: what reports call it. Codecs of different names are different values.
+        codec: any codec; of one that has a label, what is below it.
+        text: how `presets.parse` reads it, such as "qvg:group=32".
+    """
+    if codec.spec is not None and codec.spec.factory == "preset":
+        codec = codec.spec["codec"]
+    named = dataclasses.replace(codec, name=name)
+    object.__setattr__(named, "spec", Spec("preset", (("name", name), ("codec", codec)), text))
+    return named
+
+
+FACTORIES["preset"] = labelled
 
 
 def _check_encoder(name: str) -> None:

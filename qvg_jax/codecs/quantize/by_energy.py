@@ -11,6 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, UInt8
 from qvg_jax.codecs.base import Codec, Packed, Shape, State, check_span, per_element
 from qvg_jax.codecs.quantize.bitstream import pack_bits, packed_bits_width, unpack_bits
 from qvg_jax.codecs.quantize.scales import span_exponent, times_power_of_two
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["ByEnergyPacked", "by_energy"]
 
@@ -23,6 +24,7 @@ class ByEnergyPacked(NamedTuple):
     small: Packed
 
 
+@factory
 def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
     """Encodes the share of each head's tokens with the most energy by `large`, the rest by `small`.
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from pallas_kernels.quantize_pack import Midrise
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, Written, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.levels import (
     best_ratio,
     lloyd_max_levels,
@@ -26,13 +27,13 @@ from qvg_jax.codecs.quantize.radix import (
     unpack_levels,
 )
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["GridPacked", "grid_quantize"]
 
@@ -50,13 +51,14 @@ class GridPacked:
     head_dim: int = dataclasses.field(metadata=dict(static=True))  # bytes of trits do not tell
 
 
+@factory
 def grid_quantize(
     bits: int | None = None,
     grid: str | tuple[float, ...] = "midrise",
     group: int | None = None,
     *,
     levels: int | None = None,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
     gain: str | float = "match",
     refine: int = 2,
 ) -> Codec:

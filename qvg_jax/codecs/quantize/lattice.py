@@ -13,14 +13,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["LatticePacked", "lattice_quantize", "patterns"]
 
@@ -57,7 +58,10 @@ def patterns() -> Float[np.ndarray, "K 8"]:
     return np.asarray(near + filling, np.float32)
 
 
-def lattice_quantize(*, scale_dtype: Any = "e4m3", gain: float = 0.0, refine: int = 1) -> Codec:
+@factory
+def lattice_quantize(
+    *, scale_dtype: FormatLike = "e4m3", gain: float = 0.0, refine: int = 1
+) -> Codec:
     """Rounds every eight channels to the nearest of 2^16 points of a shifted E8 lattice.
 
     x_octet ~ g_t (s * sigma + shift), with s one of 256 patterns of half-integers, sigma signs of

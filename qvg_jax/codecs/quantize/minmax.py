@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.packing import BITS, pack, packed_width, unpack
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["MinMaxPacked", "minmax_quantize"]
 
@@ -34,6 +35,7 @@ class MinMaxPacked(NamedTuple):
     exponents_BH: Int8[Array, "B H"] | None
 
 
+@factory
 def minmax_quantize(
     bits: int = 2,
     group: int = 128,
@@ -41,7 +43,7 @@ def minmax_quantize(
     *,
     clip: float = 1.0,
     percentile: float = 0.0,
-    scale_dtype: Any = "bf16",
+    scale_dtype: FormatLike = "bf16",
 ) -> Codec:
     """Rounds each group to q + 1 = 2^bits even steps between its ends, which are stored.
 

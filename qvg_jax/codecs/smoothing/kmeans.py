@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray, UInt
 
 from qvg_jax.codecs.base import Codec, EmptyState, Fused, Shape, Smoothing, check_span
+from qvg_jax.codecs.number_format import FormatLike, dtype_of
 from qvg_jax.codecs.smoothing.kmeans_kernels import LARGEST, Clustering, encode_kernels, unsupported
 from qvg_jax.codecs.smoothing.lloyd import assign, lloyd, rows
 from qvg_jax.codecs.smoothing.tables import load_table, store_table, table_format, table_nbytes
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["KMeansPacked", "KMeansState", "kmeans_smoothing", "start_tokens"]
 
@@ -60,13 +62,14 @@ def start_tokens(tokens: int, num_centroids: int) -> np.ndarray:
     return np.sort(np.argsort(fraction_T, kind="stable")[:num_centroids]).astype(np.int32)
 
 
+@factory
 def kmeans_smoothing(
     num_centroids: int = 256,
     iters: int = 2,
     stages: int = 1,
     *,
     cold_iters: int | None = None,
-    centroid_dtype: Any = jnp.bfloat16,
+    centroid_dtype: FormatLike = "bf16",
     warm_start: bool = True,
     reseed: bool = False,
 ) -> Smoothing:
@@ -122,7 +125,7 @@ def kmeans_smoothing(
     if stages < 1:
         raise ValueError(f"stages={stages} is not accepted: give 1 or more")
     form = table_format(centroid_dtype)
-    state_dtype = jnp.dtype("float32" if form in ("int8", "e4m3") else form)
+    state_dtype = dtype_of("f32" if form in ("int8", "e4m3") else form)
     id_dtype = jnp.dtype(jnp.uint8 if num_centroids <= 256 else jnp.uint16)
 
     def check(shape: Shape, dtype: Any = jnp.float32) -> None:

@@ -53,8 +53,8 @@ def unsupported(
     """Why the kernels, "mosaic" or "triton", cannot encode x, or None if they can."""
     if written is None:
         return "the quantizer is neither symmetric integers nor a mid-rise grid, with e4m3 scales"
-    if clustering.table in ("float16", "float32"):
-        return f"centroid_dtype={clustering.table}; the kernels read bfloat16, int8 or e4m3"
+    if clustering.table in ("f16", "f32"):
+        return f"centroid_dtype={clustering.table}; the kernels read bf16, int8 or e4m3"
     return (
         kmeans.supported(x_BHTD, clustering.num_centroids, kernels)
         or quantize_pack.supported(written.form, x_BHTD.shape[3])
