@@ -127,11 +127,13 @@ def side_by_side(codec: Codec) -> Codec:
         B, H, T, E = x.shape
         return jnp.swapaxes(x.reshape(B, H, T, 2, E // 2), 2, 3).reshape(B, 2 * H, T, E // 2)
 
+    storage = codec.storage and replace(codec.storage, heads=2 * codec.storage.heads)
     return replace(
         codec,
         init=init,
         encode=encode,
         decode=decode,
+        storage=storage,
         bits_per_element=lambda shape: codec.bits_per_element(joined(shape)),
         nbytes=lambda shape: codec.nbytes(joined(shape)),
     )

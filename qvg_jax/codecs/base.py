@@ -22,13 +22,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from qvg_jax.codecs.number_format import FormatLike, dtype_of
 from qvg_jax.codecs.spec import Spec, Value, factory
+from qvg_jax.codecs.storage import Centroids, Storage, Values
 
 __all__ = [
     "Codec",
     "Decode",
     "EmptyState",
     "Encode",
-    "Fused",
     "IdentityPacked",
     "Init",
     "Packed",
@@ -37,7 +37,6 @@ __all__ = [
     "Smooth",
     "Smoothing",
     "State",
-    "Written",
     "check_span",
     "identity",
     "per_element",
@@ -112,7 +111,8 @@ class Codec(Value):
             eight times the bytes of `packed`'s buffers divided by the number of elements.
         name: what reports call it.
         nbytes: `nbytes(shape) -> int`, the bytes of `packed` for that span.
-        written: `Written` if the GPU kernels can write the codec's bytes.
+        storage: what the bytes of `packed` stand for, for kernels; None if nothing is declared. It
+            goes with `decode`: a copy that decodes otherwise needs another.
         deficit: `deficit(packed) -> (B, H, T)`, per token the variance of an element of what is
             encoded less that of what is decoded, by the codec's model of its error (`key_bias`);
             None if it has none.
@@ -125,7 +125,7 @@ class Codec(Value):
     bits_per_element: Callable[[Shape], float]
     name: str
     nbytes: Callable[[Shape], int]
-    written: Any = None
+    storage: Storage | None = None
     deficit: Callable[[Packed], Array] | None = None
     spec: Spec | None = dataclasses.field(default=None, init=False)
 
@@ -141,8 +141,7 @@ class Smoothing(Value):
         decode: `decode(node, residual_BHTD) -> x_BHTD`, float32, the inverse of `encode`.
         nbytes: `nbytes(shape) -> int`, the bytes of `node`.
         name: what reports call it.
-        fuse: `fuse(codec) -> Fused`, for GPU kernels that do the encoding of this smoothing and
-            the codec behind it at once; None if there are none.
+        storage: what `node` holds, for kernels, or the phrase that names it; None is the name.
         isometric: whether the residual's differences are those of the span, so that the deficit of
             what follows is the deficit of the whole.
         spec: the factory and the settings that made the smoothing; None if it was made by hand.
@@ -153,35 +152,9 @@ class Smoothing(Value):
     decode: Restore
     nbytes: Callable[[Shape], int]
     name: str
-    fuse: Any = None
+    storage: Centroids | str | None = None
     isometric: bool = True
     spec: Spec | None = dataclasses.field(default=None, init=False)
-
-
-class Written(NamedTuple):
-    """How GPU kernels write what a quantizer stores.
-
-    Attributes:
-        form: what they compute, see `pallas_kernels.quantize_pack`.
-        collect: `collect(codes_BHTC, scales) -> packed`, with scales as `assign_and_pack` gives them.
-    """
-
-    form: Any
-    collect: Callable[[Array, Array], Packed]
-
-
-class Fused(NamedTuple):
-    """A smoothing and a codec whose encoding GPU kernels can do at once.
-
-    Attributes:
-        unsupported: `unsupported(x_BHTD, kernels) -> str | None`, why these kernels, "mosaic" or
-            "triton", cannot encode x, or None.
-        encode: `encode(x_BHTD, state, otherwise, kernels) -> (packed, state)` of the chain of both;
-            `otherwise(x_BHTD, state)` does the same without kernels.
-    """
-
-    unsupported: Callable[[Array, str], str | None]
-    encode: Callable[..., tuple[Packed, State]]
 
 
 class IdentityPacked(NamedTuple):
@@ -248,4 +221,5 @@ def identity(dtype: FormatLike = "bf16") -> Codec:
     def deficit(packed: IdentityPacked) -> Array:
         return jnp.zeros(packed.values_BHTD.shape[:3], jnp.float32)
 
-    return Codec(init, encode, decode, per_element(nbytes), dtype, nbytes, deficit=deficit)
+    more = dict(storage=Storage(Values(dtype)), deficit=deficit)
+    return Codec(init, encode, decode, per_element(nbytes), dtype, nbytes, **more)

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.capability import no_triton
 from qvg_jax.codecs.base import (
     Codec,
-    Fused,
     Packed,
     Shape,
     Smoothing,
@@ -22,7 +22,9 @@ from qvg_jax.codecs.base import (
     check_span,
     per_element,
 )
+from qvg_jax.codecs.kernel_encoding import KernelEncoding, unsupported
 from qvg_jax.codecs.spec import FACTORIES, Spec, factory
+from qvg_jax.codecs.storage import Storage
 from qvg_jax.devices import is_hopper
 
 __all__ = ["ENCODERS", "chain", "encoded_by", "labelled"]
@@ -73,8 +75,7 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
         check_span(shape, dtype)
         return tuple(t.init(shape, dtype) for t in transforms)
 
-    first = smoothings[0] if len(smoothings) == 1 else None
-    fused = first.fuse(last) if first and first.fuse else None
+    storage = _storage(smoothings, last)
 
     def encode(
         x_BHTD: Array,
@@ -89,10 +90,16 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
-        chosen = _implementation(implementation or encoder, fused, x_BHTD)
-        if chosen != "xla":
-            return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key), chosen)
-        return by_xla(x_BHTD, state, key)
+        chosen = _implementation(implementation or encoder, storage, x_BHTD)
+        if chosen == "xla":
+            return by_xla(x_BHTD, state, key)
+        kernels = KernelEncoding.of(storage, chosen)
+        first = kernels.first_sums(x_BHTD, state)
+        return lax.cond(
+            kernels.usual(first),
+            lambda: kernels.encode(x_BHTD, state, first),
+            lambda: by_xla(x_BHTD, state, key),
+        )
 
     def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
         keys = [None if key is None else jax.random.fold_in(key, i) for i in range(len(state))]
@@ -119,7 +126,16 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
     name = " > ".join(t.name for t in transforms)
     told = last.deficit is not None and all(t.isometric for t in smoothings)
     deficit = (lambda packed: last.deficit(packed[-1])) if told else None
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)
+
+
+def _storage(smoothings: list[Smoothing], last: Codec) -> Storage | None:
+    """What a chain stores, from what its parts declare."""
+    if last.storage is None:
+        return None
+    before = tuple(s.storage or f"the smoothing {s.name!r}" for s in smoothings)
+    codes = "a chain inside the chain" if last.storage.chained else last.storage.codes
+    return Storage(codes, before, chained=True, heads=last.storage.heads)
 
 
 def encoded_by(codec: Codec, implementation: str) -> Codec:
@@ -165,17 +181,15 @@ def _check_encoder(name: str) -> None:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
 
 
-def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
+def _implementation(name: str | None, storage: Storage | None, x_BHTD: Array) -> str:
     """What encodes x; a named implementation is never replaced by another."""
     if name is None:
-        serves = fused is not None and is_hopper() and fused.unsupported(x_BHTD, "mosaic") is None
+        serves = is_hopper() and unsupported(storage, x_BHTD, "mosaic") is None
         return "mosaic" if serves else "xla"
     _check_encoder(name)
     if name == "xla":
         return name
-    if fused is None:
-        missing = "the kernels know one kmeans_smoothing before integers or a mid-rise grid"
-    elif (missing := fused.unsupported(x_BHTD, name)) is None:
+    if (missing := unsupported(storage, x_BHTD, name)) is None:
         if name == "triton":
             missing = no_triton()
         elif not is_hopper():

@@ -146,6 +146,13 @@ def _rebuilt(function: Callable[..., Any], settings: Any, text: str | None) -> A
     return function(*bound.args, **(bound.kwargs | more))
 
 
+def _tuple(value: Any) -> Any:
+    """Lists and NumPy arrays, also inside each other, as tuples."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
+
+
 _KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -172,8 +179,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     elif value is None:
         if types.NoneType in kinds:
             return None
-    elif isinstance(value, list | np.ndarray):
-        value = tuple(value.tolist() if isinstance(value, np.ndarray) else value)
+    elif isinstance(value, list | tuple | np.ndarray):
+        value = _tuple(value)
     accepted = [text for kind, text in _KINDS.items() if kind in kinds]
     if not accepted or any(typing.get_origin(k) is tuple for k in kinds):
         return value

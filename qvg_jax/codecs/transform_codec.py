@@ -131,4 +131,13 @@ def transform_codec(
     first = f"kmeans{num_centroids} > " if num_centroids else ""
     name = f"{first}transform{budget:g}" + (f"-gain{gain:g}" if gain else "")
     name += "-heads" if across_heads else ""
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=any_parts.deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        any_parts.storage,
+        any_parts.deficit,
+    )

@@ -20,6 +20,7 @@ from qvg_jax.codecs.quantize.scales import (
     times_power_of_two,
 )
 from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["AllocatedPacked", "allocate", "allocated_quantize"]
 
@@ -216,7 +217,16 @@ def allocated_quantize(
 
     least = f"-min{min_bits}" if min_bits else ""
     name = f"allocated{bits:g}{least}" + (f"-gain{gain:g}{gain_axis}" if gain else "")
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage("bits that differ from channel to channel"),
+        deficit,
+    )
 
 
 def _steps(x_BHDT: Array, scale_BHT: Array, bits_BHD: Array, ratios: tuple[float, ...]) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.codecs.base import Codec, Packed, Shape, State, check_span, per_element
 from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["HeadsPacked", "heads_as_channels", "heads_as_tokens"]
 
@@ -108,4 +109,13 @@ def _joined(codec: Codec, what: str, form: Any, join: Any, part: Any, deficit: A
         return codec.nbytes(shaped(shape))
 
     name = f"heads as {what}: {codec.name}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage(f"all heads as {what} of one"),
+        deficit,
+    )

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
-from pallas_kernels.quantize_pack import Integers
-from qvg_jax.codecs.base import Codec, EmptyState, Shape, Written, check_span, per_element
+from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
 from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.packing import BITS, pack, packed_width, unpack
 from qvg_jax.codecs.quantize.scales import (
@@ -21,6 +20,7 @@ from qvg_jax.codecs.quantize.scales import (
     times_power_of_two,
 )
 from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import LargestFit, Levels, Storage
 
 __all__ = ["IntegerPacked", "residual_quantize"]
 
@@ -169,10 +169,6 @@ def residual_quantize(
         scales = d // group * dtype.itemsize * (1 if symmetric else 2)
         return math.prod(lead) * (packed_width(d, bits) + scales) + normalize * lead[0] * lead[1]
 
-    def collect(codes_BHTC: Array, scales_BHTG: Array) -> IntegerPacked:
-        scales_BHTG = lax.bitcast_convert_type(scales_BHTG, jnp.float8_e4m3fn)
-        return IntegerPacked(codes_BHTC, scales_BHTG, None)
-
     def deficit(packed: IntegerPacked) -> Array:
         """v - v_hat of `key_bias` for rounding to a fine grid: -step^2 / 12, mean over the groups."""
         scale_BHTG = packed.scales_BHTG.astype(jnp.float32)
@@ -180,8 +176,17 @@ def residual_quantize(
             scale_BHTG = times_power_of_two(scale_BHTG, packed.exponents_BH)
         return -jnp.mean(jnp.square(scale_BHTG), axis=3) / 12
 
-    kernels_can = symmetric and rounds_first and not normalize
-    written = Written(Integers(bits, group), collect) if kernels_can else None
+    storage = Storage(
+        Levels(
+            bits,
+            group,
+            offset=q if symmetric else 0,
+            scale_dtype=format_name(dtype),
+            zero_points=not symmetric,
+            exponents=normalize,
+            fit=LargestFit() if symmetric and rounds_first and not normalize else None,
+        )
+    )
     name = f"int{bits}-{'sym' if symmetric else 'asym'}-g{group}-{format_name(dtype)}"
     name += "-normalized" if normalize else ""
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written, deficit)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)

@@ -22,6 +22,7 @@ from qvg_jax.codecs.quantize.scales import (
     times_power_of_two,
 )
 from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["LatticePacked", "lattice_quantize", "patterns"]
 
@@ -151,9 +152,8 @@ def lattice_quantize(
         return b * h * (t * (d // 4 + dtype.itemsize) + (dtype.itemsize == 1))
 
     short = f"-gain{gain:g}" if gain else ""
-    return Codec(
-        init, encode, decode, per_element(nbytes), f"e8{short}-{format_name(dtype)}", nbytes
-    )
+    name, storage = f"e8{short}-{format_name(dtype)}", Storage("points of a lattice")
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage)
 
 
 def _parity() -> np.ndarray:

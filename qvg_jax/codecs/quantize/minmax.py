@@ -20,6 +20,7 @@ from qvg_jax.codecs.quantize.scales import (
     times_power_of_two,
 )
 from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Levels, Storage
 
 __all__ = ["MinMaxPacked", "minmax_quantize"]
 
@@ -168,4 +169,9 @@ def minmax_quantize(
 
     clipped = (f"-clip{clip:g}" if clip < 1 else "") + (f"-p{percentile:g}" if percentile else "")
     name = f"minmax{bits}-{axis}-g{group}{clipped}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    codes = "scales and zero points of a channel, for a group of tokens"
+    if not by_channel:
+        codes = Levels(
+            bits, group, 0, format_name(dtype), zero_points=True, exponents=dtype.itemsize == 1
+        )
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, Storage(codes))

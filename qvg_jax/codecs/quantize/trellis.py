@@ -24,6 +24,7 @@ from qvg_jax.codecs.quantize.scales import (
 from qvg_jax.codecs.quantize.trellis_levels import ERRORS, MEMORY, trellis_levels
 from qvg_jax.codecs.quantize.viterbi import closed_path
 from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["TrellisPacked", "trellis_quantize"]
 
@@ -146,7 +147,16 @@ def trellis_quantize(
 
     short = {0.0: "lsq", 1.0: "match"}.get(power, f"gain{power:g}")
     name = f"trellis{bits}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage("codes of a trellis"),
+        deficit,
+    )
 
 
 def _paths(z_ND: Array, bits: int) -> Array:
