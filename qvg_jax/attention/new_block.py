@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.dequantize import decode_keys, decode_values
-from qvg_jax.attention.formats import pairing_of
-from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Rope
 from qvg_jax.cache.view import CacheView
 
@@ -24,10 +22,9 @@ def unit_of(bound: Array) -> Array:
 
 def pairing_in(view: CacheView) -> str | None:
     """Which channels a view's rope turns together, or None if kernels cannot turn them."""
-    lay: Layout = view.cache.layout
     if not isinstance(view.rope, Rope):
         return "half"
-    return pairing_of(view.rope, lay.head_dim, lay.pos_dims)
+    return view.rope.pairing
 
 
 def turning(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, dict[str, Any]]:

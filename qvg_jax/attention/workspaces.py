@@ -1,6 +1,6 @@
 """Workspaces: keys and values of new tokens, sink, window and spans as attention kernels read them.
 
-Bytes that the kernels know (`kernel_formats`) they decode, and rotate on the way; what else there is,
+Bytes that the kernels know (`formats`) they decode, and rotate on the way; what else there is,
 other codecs and `Encodings` of stored K and V, XLA brings into the workspace.
 """
 

@@ -1,5 +1,6 @@
 """The Self-Forcing sampler, roll-outs and cache schedule against the PyTorch reference (CPU)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -238,7 +239,7 @@ def towards_the_mean() -> Codec:
         mean = x_BHTD.mean(axis=2, keepdims=True)
         return plain.encode(mean + 0.8 * (x_BHTD - mean), state, key=key)
 
-    return plain._replace(encode=encode, name="towards the mean")
+    return dataclasses.replace(plain, encode=encode, name="towards the mean")
 
 
 @pytest.mark.parametrize("kind", ["none", "fake"])

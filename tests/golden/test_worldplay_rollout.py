@@ -1,5 +1,6 @@
 """WorldPlay roll-outs, network calls and the compression schedule against the reference (CPU)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -125,7 +126,7 @@ def stand_in(factor, offset):
     def encode(x_BHTD, state, *, key=None):
         return PLAIN.encode(factor * x_BHTD + offset, state, key=key)
 
-    return PLAIN._replace(encode=encode, name="stand-in")
+    return dataclasses.replace(PLAIN, encode=encode, name="stand-in")
 
 
 def test_compression_schedule_and_reading_match(vectors, model):

@@ -218,10 +218,10 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     monkeypatch.setattr(compose, "is_hopper", lambda: True)
     smoothing = kmeans_smoothing(8)
     for codec, message in (
-        (chain(smoothing, grid_quantize(grid="lloyd_max")), "neither symmetric"),
-        (chain(smoothing, residual_quantize(mode="asymmetric")), "neither symmetric"),
+        (chain(smoothing, grid_quantize(grid="lloyd_max")), "lloyd_max levels"),
+        (chain(smoothing, residual_quantize(mode="asymmetric")), "zero points"),
         (chain(smoothing, residual_quantize(bits=3)), "bits=3"),
-        (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "float32"),
+        (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "f32"),
         (chain(smoothing, smoothing, residual_quantize()), "one kmeans_smoothing"),
         (chain(residual_quantize()), "one kmeans_smoothing"),
     ):
