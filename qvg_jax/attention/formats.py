@@ -17,7 +17,15 @@ from jax import lax
 from jax.sharding import AbstractMesh, use_abstract_mesh
 from jaxtyping import Array
 
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, supported
+from pallas_kernels.dequantize import (
+    Encoded,
+    Rotation,
+    Scheme,
+    Spans,
+    Tokens,
+    decode_keys,
+    supported,
+)
 from pallas_kernels.dequantize.reference import decoded
 from qvg_jax.cache.rope import Rope
 from qvg_jax.cache.slots import Float8Bytes
@@ -105,7 +113,7 @@ def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
             packed = (*packed[:at], kmeans._replace(ids_BHST=ids), *packed[at + 1 :])
         theirs = codec.decode(packed, jnp.float32)[0]
         source = encoded(packed) if len(theirs) == 1 else halves(packed)
-        ours = decoded(source, scheme, jnp.int32(0), len(theirs))
+        ours = decoded(Spans(source, scheme, 0, len(theirs)))
         return bool(jnp.allclose(ours, theirs, rtol=1e-5, atol=1e-5))
 
 
@@ -193,8 +201,8 @@ def pairing_of(rope: Rope, head_dim: int, pos_dims: int) -> str | None:
         theirs = rope.rotate(x, jax.tree.unflatten(jax.tree.structure(form), tables))[0]
         for pairing in ("half", "interleaved"):
             ours = decode_keys(
-                x[0].astype(jnp.float32), None, first_row=0, rows=1, valid=4, dtype=jnp.bfloat16,
-                unit_n=jnp.ones(1), tables=tables, pairing=pairing, implementation="reference",
+                Tokens(x[0].astype(jnp.float32), 0, 1), valid=4, dtype=jnp.bfloat16,
+                rotation=Rotation(tables, pairing), implementation="reference",
             )  # fmt: skip
             if bool(jnp.allclose(ours[:, :4].astype(jnp.float32), theirs, rtol=1e-2, atol=2e-2)):
                 return pairing
