@@ -31,7 +31,14 @@ import jax.numpy as jnp
 
 from benchmarks.device_time import table, traced
 from benchmarks.kernel_cases import DECODE, PLANS, READS, ROWS, Row, inputs, noise
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize import (
+    Encoded,
+    Rotation,
+    Scheme,
+    Spans,
+    decode_keys,
+    decode_values,
+)
 from pallas_kernels.dequantize.mosaic_gpu import Tuning
 
 E4M3 = jnp.float8_e4m3fn
@@ -154,8 +161,7 @@ def decode_table(
     sizes = {"": None} | (DECODE_SIZES if variants else {})
     for heads, tokens in DECODE:
         jobs, traffic = {}, {}
-        unit = jnp.ones((heads,), jnp.float32)
-        tables = tuple(noise((1, tokens, 64), i, jnp.float32) for i in (1, 2))
+        rotation = Rotation(tuple(noise((1, tokens, 64), i, jnp.float32) for i in (1, 2)))
         x = noise((heads, tokens, 128), 3)
         jobs["copy bf16"] = (lambda x: -x, (x,))
         traffic["copy bf16"] = 2 * x.nbytes
@@ -167,18 +173,18 @@ def decode_table(
                 ids_RST=_bytes((heads, 1, tokens), 6),
                 centroids_RSKD=noise((heads, 1, 256, 128), 7),
             )
-            here = dict(first_row=0, rows=heads, valid=tokens, unit_n=unit)
+            here = dict(valid=tokens, scale_n=jnp.ones((heads,), jnp.float32))
             for dtype, name in ((jnp.bfloat16, "bf16"), (E4M3, "e4m3")):
-                for what, decode, turn in (
+                for what, decode, how in (
                     ("values", decode_values, {}),
-                    ("keys, rotated", decode_keys, dict(tables=tables)),
+                    ("keys, rotated", decode_keys, dict(rotation=rotation)),
                 ):
                     label = f"{what} to {name}, group {group}"
-                    for size, tuning in (sizes if turn else {"": None}).items():
-                        more = turn | dict(tuning=tuning) if tuning else turn
+                    for size, tuning in (sizes if how else {"": None}).items():
+                        more = how | dict(tuning=tuning) if tuning else how
                         jobs[label + size] = (
-                            lambda s, f=decode, c=scheme, d=dtype, m=more, h=here: f(
-                                s, c, dtype=d, **h, **m
+                            lambda s, f=decode, c=scheme, d=dtype, m=here | more, n=heads: f(
+                                Spans(s, c, 0, n), dtype=d, **m
                             ),
                             (source,),
                         )

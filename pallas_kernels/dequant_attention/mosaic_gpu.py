@@ -5,7 +5,7 @@ another, and the next one's keys are loaded while the last one's result is writt
 in tiles, with a running maximum and sum in base 2 and the weighted values in float32, which start from
 what earlier segments left and are left for the next, in e4m3 as bf16: the history is one softmax however
 many segments it comes in. A segment's tiles can be split among blocks, each with its own running state;
-`finish` and `join` put them together.
+`combine_splits` puts them together.
 
 Here is what a block of the GPU does as a whole, and the state. `tasks.py` says which keys and queries it
 has, `loading.py` and `computing.py` what its warpgroups do with them, `memory.py` what they share.
@@ -56,14 +56,14 @@ def segment(
     """Visits the first `control[0]` keys of a workspace.
 
     Args:
-        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `BLOCK`, D 64, 128 or 256.
+        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `Q_TILE`, D 64, 128 or 256.
         factor_nQ: what turns q . k into base-2 logits.
         k_mTD: keys as `decode_keys` gives them, of q's dtype; T a multiple of the tile.
         v: values as `decode_values` gives them.
         control: int32 [1], valid keys.
         k_unit_m, v_unit_m: units of the rows of k and v.
         state: running weighted values (P, n, Q, D), maximum and sum (P, n, Q) of P splits, or
-            (pieces, BLOCK, D) and (pieces, BLOCK) of a schedule, as jax references that are
+            (pieces, Q_TILE, D) and (pieces, Q_TILE) of a schedule, as jax references that are
             updated; None for a first segment.
         splits: P, or a schedule of all blocks of queries.
         tuning: sizes.

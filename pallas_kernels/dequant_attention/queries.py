@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.mosaic_gpu import load_turn, rotate
 from pallas_kernels.dequantize.rows import CHANNELS, channels_at, store_channels
+from pallas_kernels.dequantize.types import Rotation
 from pallas_kernels.gpu.lanes import (
     bf16_pair,
     block,
@@ -25,50 +26,56 @@ from pallas_kernels.gpu.lanes import (
     thread,
 )
 
-__all__ = ["TOP", "grouped"]
+__all__ = ["LARGEST", "grouped"]
 
-TOP = 256  # the largest number of a row in e4m3, which ends at 448
+LARGEST = 256  # the largest number of a row in e4m3, which ends at 448
 _TINY = 1e-30  # of a row of zeros, instead of 0
 _QUERIES = 64  # of a block
 
 
 def grouped(
     q_BTHD: Array,
-    scale: Array,
-    tables: tuple[Array, Array] | None,
+    logits_scale: Array,
+    rotation: Rotation | None,
     *,
     batch: int,
     heads: int,
     size: int,
-    pairing: str,
-    narrow: bool,
+    fp8: bool,
 ) -> list[Array]:
-    """See `api.prepare_tokens`; scale is that of base-2 logits, and size a multiple of 64.
+    """Queries by the rows of a cache; see `api.prepare_tokens`.
+
+    Args:
+        q_BTHD, rotation, batch, heads, fp8: as in `api.prepare_tokens`.
+        logits_scale: factor of the base-2 logits.
+        size: queries of a row of the result, a multiple of 64.
 
     Returns:
-        bf16 queries (n, size, D), zero beyond the last one; if `narrow` also e4m3 ones and the
-        factor of each (n, size).
+        bf16 queries (n, size, D), zero beyond the last one; if `fp8` also e4m3 queries and the
+        scale of the logits of each (n, size).
     """
+    cos_sin = () if rotation is None else rotation.cos_sin
+    pairing = None if rotation is None else rotation.pairing
     rows, tokens, all_heads, d = q_BTHD.shape
     lanes = d // CHANNELS  # threads per query
     at_once = 128 // lanes  # queries that a warpgroup holds
     branches, group = rows // batch, all_heads // heads
     queries = branches * group * tokens
     pair = 1 if heads % 2 else 2  # heads that share the sines
-    operands = (scale.astype(jnp.float32).reshape(1), q_BTHD, *(tables or ()))
+    operands = (logits_scale.astype(jnp.float32).reshape(1), q_BTHD, *cos_sin)
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def run(ctx, *refs):
             del ctx
-            scale_g, q_g, *table_g = refs[: len(operands)]
-            wide_g, *narrow_g = (global_address(r) for r in refs[len(operands) :])
+            scale_g, q_g, *angles_g = refs[: len(operands)]
+            bf16_g, *fp8_g = (global_address(r) for r in refs[len(operands) :])
             (scale,) = load(global_address(scale_g), 4)
             zero = integer(0).as_float()
             row = block("y") * pair
             b, head = row // heads, row % heads
             lane, mine = thread() % lanes, thread() // lanes
-            starts = [global_address(t) + (b * (tokens * d * 2)).wide() for t in table_g]
+            starts = [global_address(t) + (b * (tokens * d * 2)).wide() for t in angles_g]
             for step in range(_QUERIES // at_once):
                 query = block("x") * _QUERIES + mine + step * at_once
                 there = query < queries
@@ -84,22 +91,20 @@ def grouped(
                     x = [select(there, y, zero) for y in x]
                     to = (row + h).wide() * size + query.wide()
                     words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
-                    store_channels(wide_g + to * (2 * d) + (lane * 16).wide(), words, d)
-                    if narrow:
+                    store_channels(bf16_g + to * (2 * d) + (lane * 16).wide(), words, d)
+                    if fp8:
                         most = largest_of(x, lanes, at_least=_TINY)
-                        share = most.reciprocal() * float(TOP)
+                        share = most.reciprocal() * float(LARGEST)
                         pairs = [halves(x[i] * share, x[i + 1] * share) for i in range(0, 16, 2)]
-                        store_channels(
-                            narrow_g[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d
-                        )
-                        factor = most * scale.as_float() * (1 / TOP)
-                        store(narrow_g[1] + to * 4, [factor], lane < 1)
+                        store_channels(fp8_g[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d)
+                        factor = most * scale.as_float() * (1 / LARGEST)
+                        store(fp8_g[1] + to * 4, [factor], lane < 1)
 
         run(*refs)
 
     form = (batch * heads, size)
     out = [jax.ShapeDtypeStruct((*form, d), jnp.bfloat16)]
-    if narrow:
+    if fp8:
         out += [jax.ShapeDtypeStruct((*form, d), jnp.float8_e4m3fn)]
         out += [jax.ShapeDtypeStruct(form, jnp.float32)]
     return plgpu.kernel(

@@ -7,22 +7,22 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.dequantize.reference import key_row_of_token, rotated
+from pallas_kernels.dequantize.types import Rotation
 
 __all__ = ["empty", "grouped", "segment"]
 
 FAR = -1e30
 
 
-def grouped(
-    q_BTHD: Array, tables: tuple[Array, Array] | None, batch: int, heads: int, pairing: str
-) -> Array:
+def grouped(q_BTHD: Array, rotation: Rotation | None, batch: int, heads: int) -> Array:
     """Rotated queries (n, Q, D) in q's dtype by the rows of a cache; see `api.prepare_tokens`."""
     rows, tokens, _, d = q_BTHD.shape
     q = jnp.swapaxes(q_BTHD, 1, 2).reshape(rows // batch, batch, heads, -1, tokens, d)
     q = jnp.transpose(q, (1, 2, 0, 3, 4, 5)).reshape(batch, -1, tokens, d)
     x_nTD = q.reshape(-1, tokens, d).astype(jnp.float32)
-    x_nTD = rotated(x_nTD, tables, pairing).astype(q_BTHD.dtype)
-    return x_nTD.reshape(batch * heads, -1, d)
+    if rotation is not None:
+        x_nTD = rotated(x_nTD, rotation.cos_sin, rotation.pairing)
+    return x_nTD.astype(q_BTHD.dtype).reshape(batch * heads, -1, d)
 
 
 def empty(splits: int, rows: int, queries: int, head_dim: int) -> tuple[Array, Array, Array]:

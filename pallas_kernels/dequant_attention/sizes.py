@@ -5,10 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["BLOCK", "ROWS", "TUNING", "Form", "Tuning"]
+__all__ = ["Q_TILE", "ROWS", "TUNING", "Form", "Tuning"]
 
 ROWS = 64  # queries of a computing warpgroup
-BLOCK = 2 * ROWS  # queries of a block
+Q_TILE = 2 * ROWS  # queries of a CTA
 _MOST_BESIDE = 128  # channels of weighted values beside which a product of as many fits
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.dequant_attention.schedule import Schedule
-from pallas_kernels.dequant_attention.sizes import BLOCK, ROWS, Form
+from pallas_kernels.dequant_attention.sizes import Q_TILE, ROWS, Form
 
 __all__ = ["Task", "Tasks"]
 
@@ -51,8 +51,8 @@ class Tasks:
     def grid(self) -> tuple[int, ...]:
         """Blocks of the GPU."""
         if self.scheduled:
-            return (self.splits.pieces if self.form.alone else self.splits.programs,)
-        return self.splits, self.rows, self.queries // BLOCK
+            return (self.splits.pieces if self.form.alone else self.splits.ctas,)
+        return self.splits, self.rows, self.queries // Q_TILE
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class Tasks:
     def state(self) -> tuple[int, ...]:
         """Shape of the maxima and sums of all queries."""
         if self.scheduled:
-            return self.splits.pieces, BLOCK
+            return self.splits.pieces, Q_TILE
         return self.splits, self.rows, self.queries
 
     def task(self, piece: Any, wg: Any, valid: Any) -> Task:
@@ -76,16 +76,16 @@ class Tasks:
         """
         if self.scheduled:
             block, part, parts = self.splits.place(piece)
-            blocks = self.queries // BLOCK
+            blocks = self.queries // Q_TILE
             head, block = lax.div(block, blocks), lax.rem(block, blocks)
             own = (piece, pl.ds(wg * ROWS, ROWS))
         else:
             part, head, block = (lax.axis_index(a) for a in self.axes)
-            own, parts = (part, head, pl.ds(block * BLOCK + wg * ROWS, ROWS)), self.splits
+            own, parts = (part, head, pl.ds(block * Q_TILE + wg * ROWS, ROWS)), self.splits
         tile = self.form.tile
         tiles = (valid + (tile - 1)) // tile
         first, last = part * tiles // parts, (part + 1) * tiles // parts
-        return Task(head, block * BLOCK, own, last, last - first)
+        return Task(head, block * Q_TILE, own, last, last - first)
 
     def each(self, do: Callable[[Task, Any], None], wg: Any, valid: Any) -> None:
         """do(task, tiles of the tasks before it), for one task of this block after another."""
@@ -93,7 +93,7 @@ class Tasks:
         if self.form.alone:
             do(self.task(start, wg, valid), 0)
             return
-        programs = self.splits.programs
+        programs = self.splits.ctas
 
         def one(i, done):
             mine = self.task(start + i * programs, wg, valid)

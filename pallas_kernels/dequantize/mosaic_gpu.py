@@ -28,7 +28,7 @@ from pallas_kernels.dequantize.rows import (
     past,
     store_channels,
 )
-from pallas_kernels.dequantize.types import Encoded, Scheme, padded, picked, width_of
+from pallas_kernels.dequantize.types import Encoded, Rotation, Source, padded, picked, width_of
 from pallas_kernels.gpu.lanes import (
     Halves,
     Lane,
@@ -119,108 +119,101 @@ def _rotate_halves(x: list[Halves], turn: tuple[list[Halves], ...], pairing: str
 
 
 def _prepared(
-    source: Encoded | Array, scheme: Scheme | None, first_row: Array, rows: int, share_n: Any
-) -> tuple[tuple[Array, ...], Array, type]:
-    """The arrays a kernel reads, the factor of the scales of the rows, or of those of every span, and
-    who reads them.
+    source: Source, factor_n: Array | None
+) -> tuple[tuple[Array, ...], Array, type[DenseRow] | type[EncodedRow]]:
+    """The arrays that a kernel reads, a factor of every row, and the class that reads a row.
 
-    The few centroids of the decoded rows are cut out. For e4m3 they become float16 times the rows'
-    share: half the instructions, and eleven bits are plenty under e4m3's four. All this is for
-    the rows of one span, or of one span after the other.
+    The few centroids of the decoded rows are cut out. For e4m3 they become float16 times `factor_n`,
+    which takes half the instructions; eleven bits are plenty under e4m3's four. The factor of a row
+    multiplies its scales; rows whose exponents differ from span to span have one for every span.
     """
-    share = jnp.ones((rows,), jnp.float32) if share_n is None else share_n
-    if not isinstance(source, Encoded):
-        return (source,), share, DenseRow
-    spans = first_row.size
-    arrays = [source.codes_RTC, source.scales_RTG]
-    pick = lambda x: picked(x, first_row, rows)  # noqa: E731
-    if source.exponents_R is not None:
-        share = jnp.tile(share, spans) * jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
+    stored, scheme, rows = source.stored, source.scheme, source.rows
+    factor = jnp.ones((rows,), jnp.float32) if factor_n is None else factor_n
+    if not isinstance(stored, Encoded):
+        return (stored,), factor, DenseRow
+    first_row, spans = source.first_row, source.first_row.size
+    arrays = [stored.codes_RTC, stored.scales_RTG]
+    if stored.exponents_R is not None:
+        exponents = picked(stored.exponents_R, first_row, rows)
+        factor = jnp.tile(factor, spans) * jnp.exp2(exponents.astype(jnp.float32))
     if scheme.stages:
-        tables = source.tables(first_row, rows)
-        if share_n is None:
-            tables = tables.astype(jnp.bfloat16)
+        centroids = stored.centroids(first_row, rows)
+        if factor_n is None:
+            centroids = centroids.astype(jnp.bfloat16)
         else:
-            tables *= jnp.tile(share_n, spans)[:, None, None, None]
-            tables = tables.astype(jnp.float16)
-        arrays += [source.ids_RST, tables]
-    return tuple(arrays), share, EncodedRow
+            centroids *= jnp.tile(factor_n, spans)[:, None, None, None]
+            centroids = centroids.astype(jnp.float16)
+        arrays += [stored.ids_RST, centroids]
+    return tuple(arrays), factor, EncodedRow
 
 
 def decode_keys(
-    source: Encoded | Array,
-    scheme: Scheme | None,
-    first_row: Array,
-    rows: int,
+    source: Source,
     valid: Array,
     dtype: Any,
-    unit_n: Array,
-    tables: tuple[Array, Array] | None,
-    first_table: Array,
-    batch: int,
-    pairing: str,
-    window: tuple[Array, int] | None = None,
+    scale_n: Array | None,
+    rotation: Rotation | None,
+    *,
     room: int = 0,
     into: tuple[Array, Array] | None = None,
     tuning: Tuning | None = None,
 ) -> Array:
-    """See `api.decode_keys`."""
+    """See `api.decode_keys`, or with `into`, a workspace and a token of it, `api.append_keys`."""
     tuning = Tuning() if tuning is None else tuning
-    narrow, share_n = dtype != jnp.bfloat16, 1 / unit_n
-    arrays, share_n, reader = _prepared(
-        source, scheme, first_row, rows, share_n if narrow else None
-    )
+    fp8, rows = dtype != jnp.bfloat16, source.rows
+    arrays, factor, reader = _prepared(source, 1 / scale_n if fp8 else None)
     shapes, stored = [x.shape for x in arrays], arrays[0].shape[1]
-    d = width_of(source, scheme)
-    lanes, block_tokens = d // CHANNELS, tuning.tokens * 128 // d
+    d = width_of(source.stored, source.scheme)
+    lanes, cta_tokens = d // CHANNELS, tuning.tokens * 128 // d
     at_once = 128 // lanes  # tokens that a warpgroup holds
-    start, tokens = (None, stored) if window is None else window
-    spans, behind = first_row.size, into is not None
+    spans, tokens = source.first_row.size, source.tokens
+    windowed, behind = source.window is not None, into is not None
     size = into[0].shape[1] if behind else padded(spans * tokens + room)
-    heads = rows // batch
+    heads = rows if rotation is None else rows // rotation.batch
     pair = max(p for p in (1, 2, 4) if p <= tuning.heads and heads % p == 0)
-    control = control_of(first_row, valid, first_table, start, into[1] if behind else None)
-    extra = tuple(tables) if tables is not None else ()
+    control = control_of(source, valid, rotation, into)
+    cos_sin = () if rotation is None else tuple(rotation.cos_sin)
+    pairing = None if rotation is None else rotation.pairing
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def run(ctx, *refs):
             del ctx
-            control, unit, *rest, out = refs
-            packed, tables = rest[: len(arrays)], rest[len(arrays) :]
-            place = place_of(control, spans, tokens, rows, pair, window is not None, behind)
+            control, factors, *rest, out = refs
+            packed, cos_sin = rest[: len(arrays)], rest[len(arrays) :]
+            place = place_of(control, spans, tokens, rows, pair, windowed, behind)
             head, valid = place.head, place.valid
             lane, mine = thread() % lanes, thread() // lanes
-            readers, units, outs = [], [], []
+            readers, share, outs = [], [], []
             for h in range(pair):
                 row = place.row + head + h
-                readers.append(reader(packed, shapes, scheme, row, place.cut + h))
-                at = (head if share_n.size == rows else place.cut) + h
-                (word,) = load(global_address(unit) + (at * 4).wide(), 4)
-                units.append(word.as_float())
-                width = d * (1 if narrow else 2)
+                readers.append(reader(packed, shapes, source.scheme, row, place.cut + h))
+                at = (head if factor.size == rows else place.cut) + h
+                (word,) = load(global_address(factors) + (at * 4).wide(), 4)
+                share.append(word.as_float())
+                width = d * (1 if fp8 else 2)
                 outs.append(global_address(out) + (head + h).wide() * (size * width))
-            if tables:
-                row = place.table + head // heads
-                starts = [global_address(t) + row.wide() * (stored * d * 2) for t in tables]
+            if cos_sin:
+                row = place.angles + head // heads
+                starts = [global_address(x) + row.wide() * (stored * d * 2) for x in cos_sin]
 
-            with utils.when(place.needed(block("x") * block_tokens)):
-                for step in range(block_tokens // at_once):
-                    token = block("x") * block_tokens + mine + step * at_once
+            with utils.when(place.needed(block("x") * cta_tokens)):
+                for step in range(cta_tokens // at_once):
+                    token = block("x") * cta_tokens + mine + step * at_once
                     there = token < valid
                     safe = place.read(select(there, token, integer(0)))
-                    turn = load_turn(starts if tables else [], safe, lane, pairing, d)
-                    if turn and narrow:
+                    turn = load_turn(starts if cos_sin else [], safe, lane, pairing, d)
+                    if turn and fp8:
                         turn = _half_turn(turn, pairing)
                     for h in range(pair):
-                        if narrow:
-                            x = readers[h].halves(safe, lane, units[h])
+                        if fp8:
+                            x = readers[h].halves(safe, lane, share[h])
                             words = e4m3_words(_rotate_halves(x, turn, pairing) if turn else x)
                             # See reference.key_row_of_token.
                             inside = ((token & 2) << 2) | ((token >> 1) & 6) | (token & 1)
                             to = place.to((token & -16) | inside) * d + lane * 8
                         else:
-                            x = readers[h].floats(safe, lane, units[h])
+                            x = readers[h].floats(safe, lane, share[h])
                             x = rotate(x, turn, pairing) if turn else x
                             words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
                             to = place.to(token) * (2 * d) + lane * 16
@@ -231,10 +224,10 @@ def decode_keys(
 
     return _run(
         body,
-        (control, share_n, *arrays, *extra),
+        (control, factor, *arrays, *cos_sin),
         jax.ShapeDtypeStruct((rows, size, d), dtype),
         into,
-        grid=(spans * rows // pair, blocks_of(spans, tokens, block_tokens, behind)),
+        grid=(spans * rows // pair, blocks_of(spans, tokens, cta_tokens, behind)),
         kernel_name="decode_keys",
     )
 
@@ -258,44 +251,38 @@ def _run(
 
 
 def decode_values(
-    source: Encoded | Array,
-    scheme: Scheme | None,
-    first_row: Array,
-    rows: int,
+    source: Source,
     valid: Array,
     dtype: Any,
-    unit_n: Array,
-    window: tuple[Array, int] | None = None,
+    scale_n: Array | None,
+    *,
     room: int = 0,
     into: tuple[Array, Array] | None = None,
     tuning: Tuning | None = None,
 ) -> Array:
-    """See `api.decode_values`."""
-    first_table = jnp.zeros_like(valid)
+    """See `api.decode_values`, or with `into`, a workspace and a token of it, `api.append_values`."""
     if dtype == jnp.bfloat16:
-        return decode_keys(
-            source, scheme, first_row, rows, valid, dtype, unit_n, None, first_table, 1, "half",
-            window, room, into, tuning,
-        )  # fmt: skip
-    arrays, share_n, reader = _prepared(source, scheme, first_row, rows, 1 / unit_n)
+        return decode_keys(source, valid, dtype, None, None, room=room, into=into, tuning=tuning)
+    rows = source.rows
+    arrays, factor, reader = _prepared(source, 1 / scale_n)
     shapes = [x.shape for x in arrays]
-    start, tokens = (None, arrays[0].shape[1]) if window is None else window
-    spans, behind = first_row.size, into is not None
+    spans, tokens = source.first_row.size, source.tokens
+    windowed, behind = source.window is not None, into is not None
     size = into[0].shape[2] if behind else padded(spans * tokens + room)
-    control = control_of(first_row, valid, first_table, start, into[1] if behind else None)
-    banks = Banks(d := width_of(source, scheme))
+    control = control_of(source, valid, None, into)
+    banks = Banks(d := width_of(source.stored, source.scheme))
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def run(ctx, *refs):
             del ctx
-            control, unit, *packed, out, tile = refs
-            place = place_of(control, spans, tokens, rows, 1, window is not None, behind)
+            control, factors, *packed, out, tile = refs
+            place = place_of(control, spans, tokens, rows, 1, windowed, behind)
             head, lane, mine = place.head, thread() % banks.lanes, thread() // banks.lanes
-            row = reader(packed, shapes, scheme, place.row + head, place.cut)
-            at = head if share_n.size == rows else place.cut
-            (word,) = load(global_address(unit) + (at * 4).wide(), 4)
-            unit, tile = word.as_float(), shared_address(tile)
+            row = reader(packed, shapes, source.scheme, place.row + head, place.cut)
+            at = head if factor.size == rows else place.cut
+            (word,) = load(global_address(factors) + (at * 4).wide(), 4)
+            share, tile = word.as_float(), shared_address(tile)
             first = block("x") * _VALUE_TOKENS
             with utils.when(place.needed(first)):
                 quad0 = banks.first_quad(mine)
@@ -305,7 +292,7 @@ def decode_values(
                     token = first + inside
                     there = token < place.valid
                     safe = place.read(select(there, token, integer(0)))
-                    words = e4m3_words(row.halves(safe, lane, unit))
+                    words = e4m3_words(row.halves(safe, lane, share))
                     for w, word in enumerate(words):
                         column = lane * 2 + (d // 8 * (w // 2) + w % 2)
                         word = select(there, word, integer(0))
@@ -327,7 +314,7 @@ def decode_values(
 
     return _run(
         body,
-        (control, share_n, *arrays),
+        (control, factor, *arrays),
         jax.ShapeDtypeStruct((rows, d, size), dtype),
         into,
         scratch_types=[plgpu.SMEM((_VALUE_TOKENS * d // 4,), jnp.int32)],

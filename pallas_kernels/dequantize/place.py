@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.dequantize.rows import past
-from pallas_kernels.dequantize.types import PAD, padded
+from pallas_kernels.dequantize.types import PAD, Rotation, Source, padded
 from pallas_kernels.gpu.lanes import Lane, block, global_address, integer, load, select
 
 __all__ = ["Place", "blocks_of", "control_of", "place_of"]
@@ -24,7 +24,7 @@ class Place:
 
     Attributes:
         row: of the stored arrays.
-        table: first row of the rope tables.
+        angles: first row of the cosines and sines.
         head: among the decoded rows.
         cut: the same among the rows of all spans, for what was cut out of the arrays.
         first: token of the arrays at which the span begins; None is 0.
@@ -35,7 +35,7 @@ class Place:
     """
 
     row: Lane
-    table: Lane
+    angles: Lane
     head: Lane
     cut: Lane
     first: Lane | None
@@ -59,20 +59,19 @@ class Place:
 
 
 def control_of(
-    first_row: Array, valid: Array, first_table: Array, start: Array | None, at: Array | None
+    source: Source, valid: Array, rotation: Rotation | None, into: tuple[Array, Array] | None
 ) -> Array:
-    """int32 numbers that `place_of` reads.
+    """The int32 numbers that `place_of` reads.
 
-    Args:
-        first_row, first_table: of every span.
-        valid: tokens.
-        start: first token of the arrays; None is 0.
-        at: token of the workspace from which on it is written; None is 0.
+    They are the valid tokens, the first token of the arrays, the token of the workspace from which on
+    it is written, and for every span its first row and its first row of cosines and sines.
     """
-    start, at = (jnp.asarray(0 if x is None else x, jnp.int32) for x in (start, at))
-    rows = jnp.atleast_1d(first_row)
-    tables = jnp.broadcast_to(first_table, rows.shape)
-    return jnp.concatenate([jnp.stack([valid, start, at]), rows, tables]).astype(jnp.int32)
+    start = jnp.int32(0 if source.window is None else source.window[0])
+    at = jnp.int32(0 if into is None else into[1])
+    rows = jnp.atleast_1d(source.first_row)
+    first = jnp.int32(0) if rotation is None else rotation.first
+    angles = jnp.broadcast_to(first, rows.shape)
+    return jnp.concatenate([jnp.stack([valid, start, at]), rows, angles]).astype(jnp.int32)
 
 
 def place_of(

@@ -16,9 +16,9 @@ from models.common.wan_rope import wan_rope
 from models.longcat.rope import longcat_rope
 from models.pocket_world.config import PocketWorldConfig
 from models.worldplay.history import side_by_side
-from pallas_kernels.dequant_attention import finish, prepare
+from pallas_kernels.dequant_attention import combine_splits, prepare
 from pallas_kernels.dequant_attention import reference as attention_reference
-from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize import Rotation, Scheme, Spans, Tokens, decode_keys, decode_values
 from pallas_kernels.dequantize.reference import decoded
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
@@ -71,8 +71,8 @@ def test_two_heads_in_one_vector_are_two_rows_to_the_kernels():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 64, 128)), jnp.bfloat16)
     packed, _ = jax.jit(codec.encode)(x, codec.init(x.shape, x.dtype))
     source = halves(packed)
-    here = dict(first_row=0, rows=4, valid=64, dtype=jnp.bfloat16, unit_n=jnp.ones(4))
-    rows = decode_keys(source, scheme_of(codec, 128, 2), implementation="reference", **here)
+    here = dict(valid=64, dtype=jnp.bfloat16, implementation="reference")
+    rows = decode_keys(Spans(source, scheme_of(codec, 128, 2), 0, 4), **here)
     np.testing.assert_array_equal(rows[:, :64], codec.decode(packed)[0])
 
 
@@ -95,11 +95,9 @@ def test_ropes_turn_the_channels_that_they_declare(name):
     assert isinstance(form, tuple) and [f.shape for f in form] == [(1, 4, 64)] * 2
     x, tables = draw(1, 1, 4, 128), (draw(1, 4, 64), draw(1, 4, 64))
     theirs = rope.rotate(x, jax.tree.unflatten(jax.tree.structure(form), tables))[0]
-    here = dict(first_row=0, rows=1, valid=4, dtype=jnp.bfloat16, unit_n=jnp.ones(1))
+    here = dict(valid=4, dtype=jnp.bfloat16, implementation="reference")
     turned = {
-        pairing: decode_keys(
-            x[0], None, **here, tables=tables, pairing=pairing, implementation="reference"
-        )[:, :4]
+        pairing: decode_keys(Tokens(x[0], 0, 1), rotation=Rotation(tables, pairing), **here)[:, :4]
         for pairing in ("half", "interleaved")
     }
     agree = {p: np.allclose(y, theirs, rtol=1e-2, atol=2e-2) for p, y in turned.items()}
@@ -172,7 +170,7 @@ def test_the_declared_storage_decodes_as_the_codec_does(name):
     form = jax.eval_shape(lambda x: codec.encode(x, codec.init(x.shape, x.dtype))[0], x)
     packed = random_bytes(form)
     source = encoded_of(packed) if joined == 1 else halves(packed)
-    ours = decoded(source, scheme, jnp.int32(0), 2)
+    ours = decoded(Spans(source, scheme, 0, 2))
     theirs = codec.decode(packed, jnp.float32)[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -275,15 +273,13 @@ def test_e4m3_adds_little_to_the_error_of_two_bits():
     stored = exact_attention(
         np.asarray(q), *(np.asarray(codec.decode(p, jnp.float32)[0]) for p in packed)
     )
-    unit = jnp.full(2, 2.0**-5)
-    sources = [encoded_of(p) for p in packed]
-    here = dict(first_row=0, rows=2, valid=1024, dtype=E4M3, unit_n=unit)
-    scheme = scheme_of(codec, 128)
-    keys = decode_keys(sources[0], scheme, implementation="reference", **here)
-    values = decode_values(sources[1], scheme, implementation="reference", **here)
+    scale = jnp.full(2, 2.0**-5)
+    spans = [Spans(encoded_of(p), scheme_of(codec, 128), 0, 2) for p in packed]
+    here = dict(valid=1024, dtype=E4M3, scale_n=scale, implementation="reference")
+    keys, values = decode_keys(spans[0], **here), decode_values(spans[1], **here)
     queries = prepare(q, jnp.float32(128**-0.5), E4M3)
     state = attention_reference.empty(1, *queries.q_nQD.shape)
-    state = attention_reference.segment(*queries, keys, values, 1024, unit, unit, state)
-    narrow = np.asarray(finish(state, 64))
+    state = attention_reference.segment(*queries, keys, values, 1024, scale, scale, state)
+    narrow = np.asarray(combine_splits(state, 64))
     error = lambda x: np.linalg.norm(x - exact)  # noqa: E731
     assert error(narrow) < 1.1 * error(stored)

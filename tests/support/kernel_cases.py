@@ -108,8 +108,8 @@ def exact_attention(q, k, v) -> np.ndarray:
     return np.einsum("nqt,ntd->nqd", p / p.sum(-1, keepdims=True), v)
 
 
-def turns(seed: int, rows: int, tokens: int, head_dim: int = 128) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of random angles."""
+def angles(seed: int, rows: int, tokens: int, head_dim: int = 128) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of random angles, (rows, tokens, head_dim / 2)."""
     form = (rows, tokens, head_dim // 2)
     angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, form)
     return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
