@@ -18,8 +18,7 @@ import jax
 
 from benchmarks.kernel_cases import DECODE, noise
 from benchmarks.kernels import compiled, milliseconds
-from pallas_kernels.kmeans import kmeans_sums
-from pallas_kernels.kmeans.mosaic_gpu import Tuning
+from pallas_kernels.kmeans import Tuning, kmeans_sums
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.compose import chain

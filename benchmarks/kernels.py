@@ -39,7 +39,7 @@ from pallas_kernels.dequantize import (
     decode_keys,
     decode_values,
 )
-from pallas_kernels.dequantize.mosaic_gpu import Tuning
+from pallas_kernels.dequantize.types import Tuning
 
 E4M3 = jnp.float8_e4m3fn
 DECODE_SIZES = {

@@ -14,10 +14,10 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import kmeans, quantize_pack
-from pallas_kernels.kmeans import kmeans_sums, mosaic_gpu
+from pallas_kernels.kmeans import Tuning, kmeans_sums, mosaic_gpu
 from pallas_kernels.kmeans.api import parts_for
-from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from pallas_kernels.quantize_pack import mosaic_gpu as pack_mosaic_gpu
 from qvg_jax.codecs import compose, presets
 from qvg_jax.codecs.compose import chain
 from qvg_jax.codecs.quantize.grid import grid_quantize
@@ -110,8 +110,8 @@ def test_codes_of_one_bit_are_written_in_whole_tiles():
     for bits, tokens in ((1, 256), (2, 144)):
         form = Midrise(bits, 1.0, 2, recode=False)
         here = dict(tokens=140, parts=1, tuning=Tuning())
-        finish = functools.partial(quantize_pack.mosaic_gpu.finish, form=form, **here)
-        codes = jax.eval_shape(finish, x, c, bias)[1]
+        encode = functools.partial(pack_mosaic_gpu.encode, form=form, **here)
+        codes = jax.eval_shape(encode, x, c, bias)[1]
         assert codes.shape == (2, tokens, 16 * bits)
 
 

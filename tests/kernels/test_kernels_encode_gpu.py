@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.kmeans import kmeans_sums
-from pallas_kernels.kmeans.mosaic_gpu import Tuning
+from pallas_kernels.kmeans import Tuning, kmeans_sums
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 from qvg_jax.attention import kernels as mosaic
 from tests.support.kernel_cases import ENCODERS, clustered, encoded_twice, on_cpu, round_trip_error

@@ -16,7 +16,7 @@ from jax import Array
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params, shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dequant_attention import computing
+from pallas_kernels.dequant_attention import warpgroups
 from pallas_kernels.dequantize.reference import key_row_of_token
 
 __all__ = ["interpreted"]
@@ -89,14 +89,14 @@ def interpreted(monkeypatch: Any) -> Iterator[None]:
         calls.append(state_of(*args, **more))
         return calls[-1]
 
-    pl, gpu = (SimpleNamespace(**vars(m)) for m in (computing.pl, computing.plgpu))
+    pl, gpu = (SimpleNamespace(**vars(m)) for m in (warpgroups.pl, warpgroups.plgpu))
     pl.run_scoped, pl.run_state = _Accumulator.scoped, _Accumulator.state
     gpu.wgmma, gpu.ACC = _Accumulator.add, _Form
     with monkeypatch.context() as patch:
         for name, fake in dict(
             pl=pl, plgpu=gpu, product=_product, as_words=lambda p: p, left_operand=_in_tokens
         ).items():
-            patch.setattr(computing, name, fake)
+            patch.setattr(warpgroups, name, fake)
         patch.setattr(shared_memory.Barrier, "deallocate", _let_go)
         patch.setattr(gpu_callbacks, "GPURaceDetectionState", noted)
         with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
