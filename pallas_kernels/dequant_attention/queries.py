@@ -74,10 +74,10 @@ def grouped(
             zero = integer(0).as_float()
             row = cta("y") * pair
             b, head = row // heads, row % heads
-            lane, mine = thread() % lanes, thread() // lanes
+            lane, lane_group = thread() % lanes, thread() // lanes
             starts = [global_address(x) + (b * (tokens * d * 2)).wide() for x in cos_sin_gmem]
             for step in range(_QUERIES // at_once):
-                query = cta("x") * _QUERIES + mine + step * at_once
+                query = cta("x") * _QUERIES + lane_group + step * at_once
                 exists = query < queries
                 safe = select(exists, query, integer(0))
                 branch, token = safe // (group * tokens), safe % tokens

@@ -120,7 +120,7 @@ def decode_keys(
             packed, cos_sin = rest[: len(arrays)], rest[len(arrays) :]
             work = work_of(control, spans, tokens, rows, pair, windowed, behind)
             head, valid = work.head, work.valid
-            lane, mine = thread() % lanes, thread() // lanes
+            lane, lane_group = thread() % lanes, thread() // lanes
             readers, row_factors, outs = [], [], []
             for h in range(pair):
                 row = work.row + head + h
@@ -136,7 +136,7 @@ def decode_keys(
 
             with utils.when(work.needed(cta("x") * cta_tokens)):
                 for step in range(cta_tokens // at_once):
-                    token = cta("x") * cta_tokens + mine + step * at_once
+                    token = cta("x") * cta_tokens + lane_group + step * at_once
                     in_span = token < valid
                     safe = work.read(select(in_span, token, integer(0)))
                     angles = load_cos_sin(starts if cos_sin else [], safe, lane, pairing, d)
@@ -216,14 +216,14 @@ def decode_values(
             del ctx
             control, factors, *packed, out, tile = refs
             work = work_of(control, spans, tokens, rows, 1, windowed, behind)
-            head, lane, mine = work.head, thread() % swizzle.lanes, thread() // swizzle.lanes
+            head, lane, lane_group = work.head, thread() % swizzle.lanes, thread() // swizzle.lanes
             row = reader(packed, shapes, source.scheme, work.row + head, work.cut_row)
             at = head if factor.size == rows else work.cut_row
             (word,) = load(global_address(factors) + (at * 4).wide(), 4)
             row_factor, tile = word.as_float(), shared_address(tile)
             first = cta("x") * _VALUE_TOKENS
             with utils.when(work.needed(first)):
-                quad0 = swizzle.first_quad(mine)
+                quad0 = swizzle.first_quad(lane_group)
                 for step in range(swizzle.steps):
                     quad, i = swizzle.token(quad0, step)
                     inside = quad * 4 + i

@@ -34,11 +34,11 @@ class Swizzle:
         """Steps in which 128 threads write all tokens."""
         return self.lanes
 
-    def first_quad(self, mine: Lane) -> Lane:
-        """The quad of the token that a thread writes first; `mine` is the number of its group of lanes."""
+    def first_quad(self, lane_group: Lane) -> Lane:
+        """The quad of the token that a thread writes first; `lane_group` is the number of its group of lanes."""
         if self.width == 256:
-            return mine
-        return (mine & 1) + ((mine >> 2) << 1) + (((mine >> 1) & 1) << 4)
+            return lane_group
+        return (lane_group & 1) + ((lane_group >> 2) << 1) + (((lane_group >> 1) & 1) << 4)
 
     def token(self, first_quad: Lane, step: int) -> tuple[Lane, int]:
         """(quad, number of the token within it) that a thread writes in a step."""

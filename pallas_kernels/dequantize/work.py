@@ -105,12 +105,12 @@ def work_of(
     span, head = y // (rows // pair), y % (rows // pair) * pair
     before = span * tokens
     left = valid - before
-    mine = select(left < tokens, left, integer(tokens))
+    own = select(left < tokens, left, integer(tokens))
     # Only the last span has zeros behind it; behind another one is the next.
-    end = select(left < tokens + 1, ((valid + (PAD - 1)) & -PAD) - before, mine)
+    end = select(left < tokens + 1, ((valid + (PAD - 1)) & -PAD) - before, own)
     return Work(
         number(span + 3), number(span + (3 + spans)), head, span * rows + head, first, before,
-        mine, select(left < 1, integer(0), end),
+        own, select(left < 1, integer(0), end),
     )  # fmt: skip
 
 

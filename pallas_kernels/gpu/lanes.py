@@ -1,7 +1,8 @@
-"""What one GPU thread does: integers, floats, loads and stores, for bodies of `inline_mgpu`.
+"""Numbers of one GPU thread, their arithmetic, loads and stores, for bodies of `inline_mgpu`.
 
-Pallas Mosaic GPU describes work on whole arrays and infers who holds what. Unpacking interleaved
-bits and gathering centroid rows are simpler the other way round: every thread knows its channels.
+Pallas Mosaic GPU describes work on whole arrays and infers which thread holds which element. Unpacking
+interleaved bits and gathering rows of centroids are simpler the other way round: every thread knows its
+channels.
 `Lane` wraps one MLIR value of one thread with Python's operators; addresses are integers, 64 bits
 for global and 32 bits for shared memory.
 """

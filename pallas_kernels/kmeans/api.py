@@ -28,7 +28,7 @@ def supported(x_RTD: Array, clusters: int, implementation: str = "mosaic") -> st
 
 
 def check(x_RTD: Array, c_RKD: Array, implementation: str) -> None:
-    """Raises what the functions of `kmeans` and `quantize_pack` document."""
+    """Raises the errors that the functions of `kmeans` and `quantize_pack` document."""
     if implementation not in ("xla", "mosaic", "triton"):
         raise ValueError(f"implementation={implementation!r}; accepted: 'xla', 'mosaic', 'triton'")
     shapes = [x_RTD.shape, c_RKD.shape]

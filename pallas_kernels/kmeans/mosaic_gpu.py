@@ -36,7 +36,7 @@ _W = plgpu.Layout.WGMMA
 
 
 def swizzled(*shape: int) -> Any:
-    """Shared memory for bf16 operands of products."""
+    """The shared memory of bf16 operands of products."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
@@ -114,7 +114,7 @@ def sums(
     scores: bool,
     tuning: Tuning,
 ) -> tuple[Array, ...]:
-    """Sums and numbers of the tokens nearest to each centroid, of `parts` ranges of tokens.
+    """Sums and numbers of the tokens nearest to each centroid, of `parts` parts of the tokens.
 
     Args:
         x_RTD: tokens, bf16; T a multiple of 8, as copies move eight rows.

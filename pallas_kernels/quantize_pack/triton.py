@@ -21,7 +21,7 @@ _TILE = 32  # tokens of a program
 
 @triton.jit
 def _bytes(code, TILE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
-    """Codes of consecutive channels in one byte, the first one highest."""
+    """Bytes of the codes of consecutive channels, the first one in the highest bits."""
     EACH: tl.constexpr = 8 // BITS
     shift = (EACH - 1 - tl.arange(0, EACH)) * BITS
     apart = tl.reshape(code, (TILE, D // EACH, EACH)) << shift[None, None, :]
@@ -86,7 +86,7 @@ def _encode(
     BITS: tl.constexpr, GROUP: tl.constexpr, RATIO: tl.constexpr, REFINE: tl.constexpr,
     RECODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens of a row; FORM says whether `main` gets codes or the residual."""
+    """Encodes a tile of tokens of a row; FORM says whether `main` gets codes or the residual."""
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     exists = token < TOKENS

@@ -1,4 +1,4 @@
-"""Encoding kernels on a Hopper GPU: `python -m pytest -m gpu tests/test_kernels_encode_gpu.py`.
+"""Encoding kernels on a Hopper GPU: `python -m pytest -m gpu tests/kernels/test_kernels_encode_gpu.py`.
 
 Tokens nearly as near to two centroids may go to either, so what depends on which is compared by
 what it is for: the distance to the chosen centroid, the error of a round trip.
