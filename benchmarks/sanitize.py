@@ -56,7 +56,7 @@ def _packed(rows: int, bits: int, group: int, stages: int, head_dim: int) -> tup
 
 
 def calls() -> Iterator[tuple[str, Callable, tuple]]:
-    """(name, function, its arguments) of every call."""
+    """Yields the name, the function and the arguments of every call."""
     for head_dim in (64, 128, 256):
         for dtype in (jnp.bfloat16, E4M3):
             yield from _reading(head_dim, dtype)
@@ -154,7 +154,7 @@ def _attention(head_dim: int, dtype: jnp.dtype, name: str) -> Iterator[tuple[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs all calls; the number of those that failed."""
+    """Runs all calls and returns the number of those that failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="calls whose name contains this")
     args = parser.parse_args(argv)

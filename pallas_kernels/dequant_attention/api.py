@@ -1,4 +1,4 @@
-"""Attention of a block of queries to segments of decoded keys and values, in one running softmax.
+"""Attention of queries to segments of decoded keys and values, in one running softmax.
 
     queries = prepare(q_nQD, logits_scale, dtype)
     state = visit(queries, k, v, valid, splits=P)            # a first segment
@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dequant_attention import mosaic_gpu, reference
-from pallas_kernels.dequant_attention.queries import LARGEST, grouped
+from pallas_kernels.dequant_attention import reference
 from pallas_kernels.dequant_attention.schedule import Schedule
-from pallas_kernels.dequant_attention.sizes import Q_TILE, TUNING, Tuning
+from pallas_kernels.dequant_attention.tuning import LARGEST_QUERY, Q_TILE, TUNING, Tuning
 from pallas_kernels.dequantize.types import HEAD_DIMS, PAD, Rotation
 from pallas_kernels.gpu.triton_launch import missing
 
@@ -42,7 +41,7 @@ def prepare(q_nQD: Float[Array, "n Q D"], logits_scale: Float[Array, ""], dtype:
         return Queries(q_nQD.astype(dtype), logits_scale_nQ)
     q_nQD = q_nQD.astype(jnp.float32)
     largest_nQ = jnp.max(jnp.abs(q_nQD), axis=-1)
-    scale_nQ = jnp.where(largest_nQ > 0, largest_nQ, 1) / LARGEST
+    scale_nQ = jnp.where(largest_nQ > 0, largest_nQ, 1) / LARGEST_QUERY
     return Queries((q_nQD / scale_nQ[..., None]).astype(dtype), logits_scale_nQ * scale_nQ)
 
 
@@ -80,6 +79,8 @@ def prepare_tokens(
         q_nQD = reference.grouped(q_BTHD, rotation, batch, heads)
         wide = prepare(q_nQD, logits_scale, jnp.bfloat16)
         return wide, prepare(q_nQD, logits_scale, jnp.float8_e4m3fn) if fp8 else wide
+    from pallas_kernels.dequant_attention.queries import grouped
+
     rows, tokens, all_heads, _ = q_BTHD.shape
     size = -(-rows * tokens * all_heads // (batch * heads) // Q_TILE) * Q_TILE
     logits_scale = logits_scale * math.log2(math.e)
@@ -103,16 +104,16 @@ def visit(
     tuning: Tuning | None = None,
     implementation: str = "mosaic",
 ) -> tuple[Array, Array, Array] | None:
-    """Merges one segment into the running softmax; see `segment` of `mosaic_gpu` and `triton`.
+    """Merges one segment into the running softmax (acc, m, l); see `segment` of `mosaic_gpu` and `triton`.
 
     Args:
         queries: from `prepare`.
         k_nTD, v: from `decode_keys` and `decode_values`, of the same dtype.
-        valid: tokens that count; may be traced, may be zero.
+        valid: keys that count; may be traced, may be zero.
         k_scale_n, v_scale_n: scales of the rows they were decoded with; None is one.
         state: jax references to update, or None for a first segment.
         splits: P, or for "mosaic" a `Schedule`; the same for all segments of a state.
-        tuning: of "mosaic"; None takes the measured one.
+        tuning: sizes for "mosaic"; None takes the measured ones.
         implementation: "mosaic" (Hopper), or "triton" (bfloat16); both know D 64, 128 and 256.
 
     Raises:
@@ -149,6 +150,8 @@ def visit(
         raise ValueError(
             f"T={tokens} and Q={q_nQD.shape[1]}; accepted: multiples of {tuning.tile}, {Q_TILE}"
         )
+    from pallas_kernels.dequant_attention import mosaic_gpu
+
     ones = jnp.ones((n,), jnp.float32)
     return mosaic_gpu.segment(
         q_nQD,
@@ -187,5 +190,5 @@ def _visit_by_triton(queries, k_nTD, v_nTD, valid, k_scale_n, v_scale_n, state, 
 
     ones = jnp.ones((n,), jnp.float32)
     scales = [ones if s is None else s for s in (k_scale_n, v_scale_n)]
-    control = jnp.asarray(valid, jnp.int32).reshape(1)
-    return triton.segment(*queries, k_nTD, v_nTD, control, *scales, state, splits=splits)
+    valid = jnp.asarray(valid, jnp.int32).reshape(1)
+    return triton.segment(*queries, k_nTD, v_nTD, valid, *scales, state, splits=splits)

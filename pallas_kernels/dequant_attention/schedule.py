@@ -1,4 +1,4 @@
-"""How an attention is spread over the multiprocessors: splits of the keys, schedules, and their combination.
+"""How an attention is spread over the multiprocessors: splits of the keys, schedules, tasks of a CTA.
 
 CTAs run in waves, one on each multiprocessor, and a last wave that is nearly empty costs as much as
 a full one. So the query tiles of all full waves keep their keys to themselves, and only those of the
@@ -10,15 +10,24 @@ Source of the idea to split only what is left of the last wave: Osama et al., St
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_attention.sizes import Q_TILE
+from pallas_kernels.dequant_attention.tuning import Q_TILE, ROWS, Config
 
-__all__ = ["NUM_SMS", "Schedule", "combine_splits", "schedule_for", "splits_for"]
+__all__ = [
+    "NUM_SMS",
+    "Schedule",
+    "Task",
+    "Tasks",
+    "combine_splits",
+    "schedule_for",
+    "splits_for",
+]
 
 # Measured on an H100 SXM with 128 channels a head. With other head dims the times of keys and of
 # states grow alike, and the balance hardly moves.
@@ -165,3 +174,95 @@ def _combined(acc: Array, m: Array, l: Array) -> Array:
     alpha = jnp.exp2(m - m.max(axis=0, keepdims=True))
     l = jnp.sum(alpha * l, axis=0)
     return jnp.sum(alpha[..., None] * acc, axis=0) / l[..., None]
+
+
+class Task(NamedTuple):
+    """Some tiles of keys for a query tile, as a warpgroup sees them."""
+
+    head: Any
+    query: Any  # the first query of the query tile
+    state: tuple[Any, ...]  # leading indices of the state
+    state_row: Any  # the row of the state at which this warpgroup's queries begin
+    end: Any  # the tile after the last one
+    num_tiles: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """All tasks of a kernel, and its grid.
+
+    With a number of splits every CTA has one task. With a schedule a CTA of a persistent kernel has one
+    piece after another, and a CTA of another kernel one piece.
+
+    Attributes:
+        config: properties of the kernel.
+        splits: number of splits of the keys, or a schedule.
+        rows, queries: n and Q.
+    """
+
+    config: Config
+    splits: int | Schedule
+    rows: int
+    queries: int
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a schedule says which tasks there are."""
+        return isinstance(self.splits, Schedule)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Sizes of the grid of CTAs."""
+        if self.scheduled:
+            return (self.splits.ctas if self.config.persistent else self.splits.pieces,)
+        return self.splits, self.rows, self.queries // Q_TILE
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of the grid."""
+        return ("cta",) if self.scheduled else ("split", "head", "query_tile")
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of m and l of all queries."""
+        if self.scheduled:
+            return self.splits.pieces, Q_TILE
+        return self.splits, self.rows, self.queries
+
+    def task(self, piece: Any, wg: Any, valid: Any) -> Task:
+        """A task of this CTA.
+
+        Args:
+            piece: the piece of a schedule; without one, the CTA's place in the grid is the task.
+            wg: the warpgroup that asks.
+            valid: keys that count.
+        """
+        if self.scheduled:
+            tile, split, splits = self.splits.place(piece)
+            query_tiles = self.queries // Q_TILE
+            head, tile = lax.div(tile, query_tiles), lax.rem(tile, query_tiles)
+            state, state_row = (piece,), wg * ROWS
+        else:
+            split, head, tile = (lax.axis_index(a) for a in self.axes)
+            state, splits = (split, head), self.splits
+            state_row = tile * Q_TILE + wg * ROWS
+        size = self.config.tile
+        tiles = (valid + (size - 1)) // size
+        first, end = split * tiles // splits, (split + 1) * tiles // splits
+        return Task(head, tile * Q_TILE, state, state_row, end, end - first)
+
+    def each(self, do: Callable[[Task, Any], None], wg: Any, valid: Any) -> None:
+        """Calls do(task, tiles of the tasks before it) for one task of this CTA after another."""
+        cta = lax.axis_index("cta") if self.scheduled else None
+        if not self.config.persistent:
+            do(self.task(cta, wg, valid), 0)
+            return
+        ctas = self.splits.ctas
+
+        def one(i, tiles_done):
+            task = self.task(cta + i * ctas, wg, valid)
+            do(task, tiles_done)
+            return tiles_done + task.num_tiles
+
+        some = lax.div(self.splits.pieces - cta + (ctas - 1), ctas)
+        lax.fori_loop(0, some, one, jnp.int32(0))

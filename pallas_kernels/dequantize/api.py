@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dequantize import mosaic_gpu, reference
+from pallas_kernels.dequantize import reference
 from pallas_kernels.dequantize.types import (
     HEAD_DIMS,
     Encoded,
@@ -19,6 +19,7 @@ from pallas_kernels.dequantize.types import (
     Source,
     Spans,
     Tokens,
+    Tuning,
     width_of,
 )
 from pallas_kernels.gpu.triton_launch import missing
@@ -55,7 +56,7 @@ def decode_keys(
     rotation: Rotation | None = None,
     room: int = 0,
     implementation: str = "mosaic",
-    tuning: mosaic_gpu.Tuning | None = None,
+    tuning: Tuning | None = None,
 ) -> Float[Array, "n W D"]:
     """A workspace of keys, decoded and rotated, in bf16 or e4m3.
 
@@ -82,10 +83,12 @@ def decode_keys(
     source, rotation = _checked(source, dtype, scale_n, rotation, room, implementation)
     valid = jnp.asarray(valid, jnp.int32)
     if implementation == "triton":
-        return _triton().decode_keys(source, valid, rotation)
+        return _kernels(implementation).decode_keys(source, valid, rotation)
     if implementation == "reference":
         return reference.decode_keys(source, valid, dtype, scale_n, rotation, room)
-    return mosaic_gpu.decode_keys(source, valid, dtype, scale_n, rotation, room=room, tuning=tuning)
+    return _kernels(implementation).decode_keys(
+        source, valid, dtype, scale_n, rotation, room=room, tuning=tuning
+    )
 
 
 def decode_values(
@@ -105,10 +108,10 @@ def decode_values(
     source, _ = _checked(source, dtype, scale_n, None, room, implementation)
     valid = jnp.asarray(valid, jnp.int32)
     if implementation == "triton":
-        return _triton().decode_values(source, valid)
+        return _kernels(implementation).decode_values(source, valid)
     if implementation == "reference":
         return reference.decode_values(source, valid, dtype, scale_n, room)
-    return mosaic_gpu.decode_values(source, valid, dtype, scale_n, room=room)
+    return _kernels(implementation).decode_values(source, valid, dtype, scale_n, room=room)
 
 
 def append_keys(
@@ -145,7 +148,9 @@ def append_keys(
     if implementation == "reference":
         x = reference.decode_keys(tokens, valid, dtype, scale_n, rotation)
         return reference.laid_into(workspace, x, at, valid, 1)
-    return mosaic_gpu.decode_keys(tokens, valid, dtype, scale_n, rotation, into=(workspace, at))
+    return _kernels(implementation).decode_keys(
+        tokens, valid, dtype, scale_n, rotation, into=(workspace, at)
+    )
 
 
 def append_values(
@@ -167,16 +172,25 @@ def append_values(
     if implementation == "reference":
         x = reference.decode_values(tokens, valid, dtype, scale_n)
         return reference.laid_into(workspace, x, at, valid, 1 if dtype == jnp.bfloat16 else 2)
-    return mosaic_gpu.decode_values(tokens, valid, dtype, scale_n, into=(workspace, at))
+    return _kernels(implementation).decode_values(
+        tokens, valid, dtype, scale_n, into=(workspace, at)
+    )
 
 
-def _triton() -> Any:
-    """The module of the Triton kernels, whose packages are not always installed."""
-    if (why := missing()) is not None:
-        raise NotImplementedError(f"implementation='triton': {why}")
-    from pallas_kernels.dequantize import triton
+def _kernels(implementation: str) -> Any:
+    """The module of an implementation, imported when it is first asked for.
 
-    return triton
+    Mosaic takes long to import, and Triton is not always installed.
+    """
+    if implementation == "triton":
+        if (why := missing()) is not None:
+            raise NotImplementedError(f"implementation='triton': {why}")
+        from pallas_kernels.dequantize import triton
+
+        return triton
+    from pallas_kernels.dequantize import mosaic_gpu
+
+    return mosaic_gpu
 
 
 def _checked(

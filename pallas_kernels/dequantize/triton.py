@@ -1,8 +1,8 @@
 """Decoding in Triton, for GPUs from Ampere on: one pass, bounded by memory.
 
 A program decodes a tile of tokens of a few rows (heads), which share the cosines and sines it read.
-Where channels j and j + D / 2 are turned together, both halves of a token are decoded apart;
-neighbouring channels are split and joined in registers.
+Where channels j and j + D / 2 are a pair, the two halves of a token are decoded apart; neighbouring channels
+are split and joined in registers.
 
 Source of the language: Tillet, Kung and Cox, Triton (MAPL 2019).
 """
@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from pallas_kernels.dequantize.types import PAD, Encoded, Rotation, Spans, Tokens, padded
 from pallas_kernels.gpu.triton_launch import Launch
-from pallas_kernels.gpu.triton_words import e4m3_float
+from pallas_kernels.gpu.triton_words import e4m3_float, rotate
 
 __all__ = ["decode_keys", "decode_values", "launch_for"]
 
@@ -71,7 +71,7 @@ def _channels(
     TOKENS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
 ):  # fmt: skip
-    """The same of a packed row or, if BITS is 16, of a plain one, whose values are `codes`."""
+    """The channels of some tokens of a packed row or, if BITS is 16, of a bf16 row, which is `codes`."""
     if BITS == 16:
         channel = FIRST + tl.arange(0, WIDTH)
         x = tl.load(codes + row * (TOKENS * D) + token[:, None] * D + channel[None, :])
@@ -99,8 +99,8 @@ def _decode(
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)
     # Attention reads whole tiles: up to the next multiple of PAD, and nothing behind it.
     if tl.program_id(1) * TILE < (valid + _PAD - 1) // _PAD * _PAD:
-        there = token < valid
-        safe = tl.where(there, token, 0)
+        in_span = token < valid
+        safe = tl.where(in_span, token, 0)
         HALF: tl.constexpr = D // 2
         low = tl.arange(0, HALF)
         channel = tl.arange(0, D)
@@ -122,8 +122,8 @@ def _decode(
                     codes, scales, ids, centroids, factors, row, head, safe,
                     HALF, HALF, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
                 )  # fmt: skip
-                y = tl.where(there[:, None], a * c - b * s, 0)
-                z = tl.where(there[:, None], a * s + b * c, 0)
+                a, b = rotate(a, b, c, s)
+                y, z = tl.where(in_span[:, None], a, 0), tl.where(in_span[:, None], b, 0)
                 tl.store(to + low[None, :], y.to(out.dtype.element_ty))
                 tl.store(to + (HALF + low)[None, :], z.to(out.dtype.element_ty))
             else:
@@ -133,8 +133,9 @@ def _decode(
                 )  # fmt: skip
                 if PAIRING == "interleaved":
                     a, b = tl.split(tl.reshape(x, (TILE, HALF, 2)))
-                    x = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (TILE, D))
-                x = tl.where(there[:, None], x, 0)
+                    a, b = rotate(a, b, c, s)
+                    x = tl.reshape(tl.join(a, b), (TILE, D))
+                x = tl.where(in_span[:, None], x, 0)
                 tl.store(to + channel[None, :], x.to(out.dtype.element_ty))
 
 

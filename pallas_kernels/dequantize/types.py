@@ -22,6 +22,7 @@ __all__ = [
     "Source",
     "Spans",
     "Tokens",
+    "Tuning",
     "Window",
     "padded",
     "picked",
@@ -30,12 +31,13 @@ __all__ = [
 
 HEAD_DIMS = (64, 128, 256)  # the head dims that kernels read
 
-# Workspaces hold a multiple of this many tokens, zeros behind the valid ones: a tile of attention.
+# Workspaces hold a multiple of this many tokens, the largest tile of attention, with zeros behind the
+# valid ones.
 PAD = 256
 
 
 def padded(tokens: int) -> int:
-    """Tokens of a workspace that holds `tokens`."""
+    """The size of a workspace for `tokens` tokens: the next multiple of `PAD`."""
     return -(-tokens // PAD) * PAD
 
 
@@ -52,7 +54,8 @@ class Scheme:
     """How codes become numbers: x = (code - offset) scale 2^exponent + sum of the centroids.
 
     Attributes:
-        bits: 1, 2, 3, 4 or 8, packed with consecutive channels together, the first one highest.
+        bits: 1, 2, 3, 4 or 8 bits of a code; codes of consecutive channels are packed together, the
+            first one in the highest bits.
         group: channels that share a scale.
         offset: code of zero; half integers are the grids without a zero (mid-rise).
         stages: centroids per token; 0 for none.
@@ -67,7 +70,7 @@ class Scheme:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Packed keys or values. Numbers in e4m3 come as bytes.
+    """Packed rows of keys or values; numbers in e4m3 are stored as bytes.
 
     Scales may have a power of two for each row. Centroids are bf16 or float32 numbers, int8 with a
     step per channel, or e4m3 with a power of two per row and stage.
@@ -83,7 +86,7 @@ class Encoded:
     steps_RS: Float[Array, "R S D"] | Int8[Array, "R S"] | None = None
 
     def centroids(self, first_row: Array, rows: int) -> Float[Array, "n S K D"]:
-        """Centroids of some rows as float32 numbers; of several groups of rows if there are."""
+        """Centroids of the rows from `first_row` on in float32, or from each of several first rows."""
         pick = lambda x: picked(x, jnp.asarray(first_row), rows)  # noqa: E731
         x = pick(self.centroids_RSKD)
         if x.dtype == jnp.uint8:
@@ -97,11 +100,11 @@ class Encoded:
         return x * jnp.exp2(steps.astype(jnp.float32))[:, :, None, None]
 
 
-def width_of(source: Encoded | Array, scheme: Scheme | None) -> int:
-    """Channels of a packed or plain row."""
-    if isinstance(source, Encoded):
-        return source.codes_RTC.shape[2] * 8 // scheme.bits
-    return source.shape[-1]
+def width_of(stored: Encoded | Array, scheme: Scheme | None) -> int:
+    """Channels of packed or bf16 rows."""
+    if isinstance(stored, Encoded):
+        return stored.codes_RTC.shape[2] * 8 // scheme.bits
+    return stored.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,3 +215,18 @@ class Rotation:
     pairing: str = "half"
     batch: int = 1
     first: Int[Array, ""] | Int[Array, "N"] | int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Sizes of the Hopper kernel that do not change the result.
+
+    Attributes:
+        tokens: tokens of a CTA at 128 channels, half as many at 256, twice as many at 64; a multiple
+            of 16.
+        heads: heads of a CTA, which share cosines and sines; the largest of 1, 2, 4 up to it that
+            divides the heads is taken.
+    """
+
+    tokens: int = 64
+    heads: int = 2

@@ -1,4 +1,4 @@
-"""Numbers of the kernels on a Hopper GPU: `python -m pytest -m gpu tests/test_kernels_gpu.py`.
+"""Numbers of the kernels on a Hopper GPU: `python -m pytest -m gpu tests/kernels/test_kernels_gpu.py`.
 
 Everything is compared with a reference on the same packed bytes: 2e-3 relative in bf16, 4e-3 where tables of
 8 bits are one more rounding; in e4m3 the reference rounds the same values, so differences are those of one

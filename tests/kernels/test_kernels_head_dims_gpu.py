@@ -1,6 +1,6 @@
 """Numbers of the kernels that read, for heads of 64 and 256 channels, on a Hopper GPU:
 
-    python -m pytest -n 1 -m gpu tests/test_kernels_head_dims_gpu.py
+    python -m pytest -n 1 -m gpu tests/kernels/test_kernels_head_dims_gpu.py
 
 Bounds as in test_kernels_gpu.py, which has 128 channels, more formats and more shapes.
 """

@@ -28,9 +28,9 @@ from pallas_kernels.dequantize import (
     decode_values,
 )
 from pallas_kernels.dequantize.reference import key_row_of_token
-from tests.support.interpreted_attention import interpreted
 from tests.support.kernel_cases import E4M3, FORMATS, angles, encoded
 from tests.support.lane_machine import Machine
+from tests.support.pallas_interpreter import interpreted_attention
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3], ids=["bf16", "e4m3"])
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -185,7 +185,7 @@ def _attended(monkeypatch, dtype, head_dim, rows, queries, segments, splits):
     for valid in segments:
         right = attention_reference.segment(*prepared, *workspace, valid, scales, scales, right)
     two = dict(k_scale_n=scales, v_scale_n=scales, splits=splits)
-    with interpreted(monkeypatch):
+    with interpreted_attention(monkeypatch):
         refs = [jax.new_ref(x) for x in visit(prepared, *workspace, segments[0], **two)]
         for valid in segments[1:]:
             visit(prepared, *workspace, valid, state=refs, **two)

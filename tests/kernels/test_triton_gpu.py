@@ -1,4 +1,4 @@
-"""Triton kernels on a GPU with jax_triton: `python -m pytest -n 0 -m gpu tests/test_triton_gpu.py`."""
+"""Triton kernels on a GPU with jax_triton: `python -m pytest -n 0 -m gpu tests/kernels/test_triton_gpu.py`."""
 
 import functools
 
