@@ -23,24 +23,13 @@ from qvg_jax.codecs.base import identity
 from tests.support.worldplay_model import close, close_kv, loader
 
 PLAIN = identity(jnp.float32)
+SUBJECT = "worldplay"
 BLOCK = 4  # latent frames, as the README of the vectors says
 
 
-@pytest.fixture(autouse=True)
-def _true_float32():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def vectors(golden):
-    folder = golden("worldplay")
-    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
-
-
-@pytest.fixture(scope="module")
-def model(golden):
-    return loader(golden("worldplay"))
+def model(folder):
+    return loader(folder)
 
 
 def request(v, frames, *, image, **changes):
