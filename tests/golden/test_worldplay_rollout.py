@@ -1,6 +1,7 @@
 """WorldPlay roll-outs, network calls and the compression schedule against the reference (CPU)."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -134,8 +135,11 @@ def test_compression_schedule_and_reading_match(vectors, model):
     asked = request(v, frames, image=True)
     latents = WorldPlay(m, history=history).generate(asked, chunk=1, progress=look)
     close(frames_last(latents), v["pq_latents"])
-    close_kv(last["kv"][0][1], v["pq_layer1_k"])
-    close_kv(last["kv"][1][1], v["pq_layer1_v"])
+    layers = [int(name[len("pq_layer") : -2]) for name in v if re.fullmatch(r"pq_layer\d+_k", name)]
+    assert layers
+    for i in layers:
+        close_kv(last["kv"][0][i], v[f"pq_layer{i}_k"])
+        close_kv(last["kv"][1][i], v[f"pq_layer{i}_v"])
 
     blocks = frames // BLOCK
     events = compressions(m.config, history, blocks)
