@@ -25,9 +25,6 @@ from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec, identity
 from qvg_jax.sharding import head_shardings
 
-# One object per dtype: jit keys on a codec's functions, so a fresh one would compile again.
-_plain = functools.cache(identity)
-
 
 @functools.partial(jax.jit, static_argnames=("key_codec", "value_codec"))
 def build_condition(
@@ -148,7 +145,7 @@ def _one_layer(config: LongCatConfig, shape: tuple[int, ...], key_codec, value_c
     """An empty cache of one layer with room for one span, and the positions of its tokens; with a
     share of the heads."""
     positions_BTP = clip_positions(config, 0, shape)
-    plain = _plain(jnp.dtype(config.dtype))
+    plain = identity(config.dtype)
     cache = KVCache.create(
         batch=shape[0],
         heads=config.heads // share,

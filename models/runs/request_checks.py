@@ -11,7 +11,6 @@ from models.runs.latent_options import LatentOptions
 from qvg_jax.app.job import BASELINE
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import Codec
-from qvg_jax.codecs.recipes import parse_recipe
 from qvg_jax.errors import UserError, told_to_user
 
 RANDOM = "random"  # in place of a folder of weights
@@ -74,8 +73,7 @@ def codec_pair(recipe: str) -> tuple[Codec | None, Codec | None]:
     if recipe == BASELINE:
         return None, None
     with told_to_user():
-        name, settings = parse_recipe(recipe)
-        return presets.pair(name, **settings)
+        return presets.parse_pair(recipe)
 
 
 def with_layers[C](config: C, options: LatentOptions) -> C:

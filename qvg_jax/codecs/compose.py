@@ -4,18 +4,17 @@ With implementations named, one `kmeans_smoothing` and the quantizer behind it a
 kernels of `pallas_kernels`.
 """
 
-import functools
-import inspect
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.capability import no_triton
 from qvg_jax.codecs.base import (
     Codec,
-    Fused,
     Packed,
     Shape,
     Smoothing,
@@ -23,14 +22,18 @@ from qvg_jax.codecs.base import (
     check_span,
     per_element,
 )
+from qvg_jax.codecs.kernel_encoding import KernelEncoding, unsupported
+from qvg_jax.codecs.spec import FACTORIES, Spec, factory
+from qvg_jax.codecs.storage import Storage
 from qvg_jax.devices import is_hopper
 
-__all__ = ["ENCODERS", "chain", "encoded_by"]
+__all__ = ["ENCODERS", "chain", "encoded_by", "labelled"]
 
 ENCODERS = ("xla", "mosaic", "triton")
 
 
-def chain(*transforms: Smoothing | Codec) -> Codec:
+@factory
+def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
     """Smoothings in order, then one codec for what they leave: the result is again a codec.
 
     With smoothings s1 .. sn and codec q,
@@ -40,12 +43,13 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     Args:
         *transforms: any number of `Smoothing`s followed by exactly one `Codec` (which may itself
             be a chain).
+        encoder: what encodes: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
+            those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
+            mid-rise grid; None is "mosaic" where that serves, else "xla".
 
     Returns:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
-        takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
-        those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
-        mid-rise grid; None is "mosaic" where that serves, else "xla".
+        takes `implementation`, which is for one call what `encoder` is for all.
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
@@ -64,13 +68,14 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     if not isinstance(last, Codec):
         what = getattr(last, "name", repr(last))
         raise ValueError(f"the last transform, {what}, is not a codec; accepted: {accepted}")
+    if encoder is not None:
+        _check_encoder(encoder)
 
     def init(shape: Shape, dtype: Any = jnp.bfloat16) -> State:
         check_span(shape, dtype)
         return tuple(t.init(shape, dtype) for t in transforms)
 
-    first = smoothings[0] if len(smoothings) == 1 else None
-    fused = first.fuse(last) if first and first.fuse else None
+    storage = _storage(smoothings, last)
 
     def encode(
         x_BHTD: Array,
@@ -85,10 +90,16 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
-        chosen = _implementation(implementation, fused, x_BHTD)
-        if chosen != "xla":
-            return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key), chosen)
-        return by_xla(x_BHTD, state, key)
+        chosen = _implementation(implementation or encoder, storage, x_BHTD)
+        if chosen == "xla":
+            return by_xla(x_BHTD, state, key)
+        kernels = KernelEncoding.of(storage, chosen)
+        first = kernels.first_sums(x_BHTD, state)
+        return lax.cond(
+            kernels.usual(first),
+            lambda: kernels.encode(x_BHTD, state, first),
+            lambda: by_xla(x_BHTD, state, key),
+        )
 
     def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
         keys = [None if key is None else jax.random.fold_in(key, i) for i in range(len(state))]
@@ -115,23 +126,54 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     name = " > ".join(t.name for t in transforms)
     told = last.deficit is not None and all(t.isometric for t in smoothings)
     deficit = (lambda packed: last.deficit(packed[-1])) if told else None
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)
+
+
+def _storage(smoothings: list[Smoothing], last: Codec) -> Storage | None:
+    """What a chain stores, from what its parts declare."""
+    if last.storage is None:
+        return None
+    before = tuple(s.storage or f"the smoothing {s.name!r}" for s in smoothings)
+    codes = "a chain inside the chain" if last.storage.chained else last.storage.codes
+    return Storage(codes, before, chained=True, heads=last.storage.heads)
 
 
 def encoded_by(codec: Codec, implementation: str) -> Codec:
-    """The same codec with `implementation` fixed in its encode: what a cache then compresses with.
+    """The same codec with the `encoder` of its chain chosen: what a cache then compresses with.
 
     Args:
-        codec: one that `chain` made.
+        codec: one that `chain` made, or the codec of a preset that is a chain.
         implementation: "xla", "mosaic" or "triton", see `chain`.
 
     Raises:
-        ValueError: another implementation, or a codec whose encode knows none.
+        ValueError: another implementation, or a codec that is not a chain.
     """
     _check_encoder(implementation)
-    if "implementation" not in inspect.signature(codec.encode).parameters:
+    spec = codec.spec
+    if spec is not None and spec.factory == "preset":
+        chosen = encoded_by(spec["codec"], implementation)
+        return labelled(spec["name"], chosen, f"{spec.text}:encoder={implementation}")
+    if spec is None or spec.factory != "chain":
         raise ValueError(f"codec={codec.name!r} has no encoders to choose from; accepted: a chain")
-    return codec._replace(encode=functools.partial(codec.encode, implementation=implementation))
+    return chain(*spec["transforms"], encoder=implementation)
+
+
+def labelled(name: str, codec: Codec, text: str) -> Codec:
+    """The same codec as the preset called `name`: another name, and written as `text`.
+
+    Args:
+        name: what reports call it. Codecs of different names are different values.
+        codec: any codec; of one that has a label, what is below it.
+        text: how `presets.parse` reads it, such as "qvg:group=32".
+    """
+    if codec.spec is not None and codec.spec.factory == "preset":
+        codec = codec.spec["codec"]
+    named = dataclasses.replace(codec, name=name)
+    object.__setattr__(named, "spec", Spec("preset", (("name", name), ("codec", codec)), text))
+    return named
+
+
+FACTORIES["preset"] = labelled
 
 
 def _check_encoder(name: str) -> None:
@@ -139,17 +181,15 @@ def _check_encoder(name: str) -> None:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
 
 
-def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
+def _implementation(name: str | None, storage: Storage | None, x_BHTD: Array) -> str:
     """What encodes x; a named implementation is never replaced by another."""
     if name is None:
-        serves = fused is not None and is_hopper() and fused.unsupported(x_BHTD, "mosaic") is None
+        serves = is_hopper() and unsupported(storage, x_BHTD, "mosaic") is None
         return "mosaic" if serves else "xla"
     _check_encoder(name)
     if name == "xla":
         return name
-    if fused is None:
-        missing = "the kernels know one kmeans_smoothing before integers or a mid-rise grid"
-    elif (missing := fused.unsupported(x_BHTD, name)) is None:
+    if (missing := unsupported(storage, x_BHTD, name)) is None:
         if name == "triton":
             missing = no_triton()
         elif not is_hopper():

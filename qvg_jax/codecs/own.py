@@ -7,6 +7,7 @@ from typing import Any
 
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.by_energy import by_energy
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.heads import heads_as_tokens
@@ -48,11 +49,11 @@ def midrise(
     stages: int = 1,
     iters: int = 2,
     cold_iters: int = 5,
-    centroid_dtype: Any = "int8",
+    centroid_dtype: FormatLike = "int8",
     warm_start: bool = True,
     key_gain: str | float = "lsq",
     value_gain: str | float = "match",
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
 ) -> tuple[Codec, Codec]:
     """K-means, then a mid-rise grid with one scale per token, gain-corrected for values.
 
@@ -111,11 +112,11 @@ def kmeans_e8(
     stages: int = 1,
     iters: int = 2,
     cold_iters: int = 5,
-    centroid_dtype: Any = "int8",
+    centroid_dtype: FormatLike = "int8",
     warm_start: bool = True,
     key_gain: float = 0.0,
     value_gain: float = 1.0,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
 ) -> tuple[Codec, Codec]:
     """K-means, then two bits per channel on the E8 lattice, gain-corrected for values.
 

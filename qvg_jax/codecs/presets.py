@@ -2,22 +2,22 @@
 
     codec = presets.get("qvg", num_centroids=64)          # the same codec for K and V
     key_codec, value_codec = presets.pair("kivi")         # K and V may differ
+    codec = presets.parse("qvg:num_centroids=64")         # the same from a text
 
 Every keyword of a constructor can be overridden. Ratios below are against bf16, for a long span.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
-
-import jax.numpy as jnp
 
 from qvg_jax.codecs import own as candidates
 from qvg_jax.codecs import published as baselines
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.base import identity as _identity
-from qvg_jax.codecs.compose import chain, encoded_by
+from qvg_jax.codecs.compose import chain, encoded_by, labelled
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.integer import residual_quantize
+from qvg_jax.codecs.recipes import is_recipe, parse_call, parse_recipe, written
 from qvg_jax.codecs.recommended import CAUTIOUS, MEASURED, recommended
 from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
 
@@ -30,6 +30,8 @@ __all__ = [
     "get",
     "identity",
     "pair",
+    "parse",
+    "parse_pair",
     "qvg",
     "qvg_asymmetric",
     "qvg_pro",
@@ -47,8 +49,8 @@ def qvg(
     cold_iters: int = 5,
     stages: int = 1,
     mode: str = "symmetric",
-    scale_dtype: Any = "e4m3",
-    centroid_dtype: Any = jnp.bfloat16,
+    scale_dtype: FormatLike = "e4m3",
+    centroid_dtype: FormatLike = "bf16",
     warm_start: bool = True,
     reseed: bool = True,
     normalize: bool = False,
@@ -146,7 +148,7 @@ def qvg_pro(
 
 
 def rtn(
-    bits: int = 2, group: int = 16, mode: str = "symmetric", scale_dtype: Any = "e4m3"
+    bits: int = 2, group: int = 16, mode: str = "symmetric", scale_dtype: FormatLike = "e4m3"
 ) -> Codec:
     """Round to nearest, the baseline without smoothing: integers, an e4m3 scale per 16 channels.
 
@@ -183,7 +185,7 @@ def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
     return pair(recommended(model), **overrides)
 
 
-def identity(dtype: Any = jnp.bfloat16) -> Codec:
+def identity(dtype: FormatLike = "bf16") -> Codec:
     """No compression: the values in `dtype`."""
     return _identity(dtype)
 
@@ -229,12 +231,8 @@ PAIRS: dict[str, Callable[..., tuple[Codec, Codec]]] = {
 }
 
 
-@functools.lru_cache(maxsize=64)
 def get(name: str, **overrides: Any) -> Codec:
     """The codec of the recipe called `name`, with some of its settings overridden.
-
-    The same arguments give the same object, so that jit, which keys on a codec's functions, does
-    not compile a second time.
 
     Args:
         name: a key of `PRESETS`.
@@ -242,7 +240,7 @@ def get(name: str, **overrides: Any) -> Codec:
             chain encodes with, "xla" (the default), "mosaic" or "triton".
 
     Returns:
-        The codec; its name is the recipe's.
+        The codec; its name is the recipe's, and `str(codec)` the recipe with its overrides.
 
     Raises:
         ValueError: an unknown name, an override the recipe does not have, a bad value, or a recipe
@@ -250,10 +248,9 @@ def get(name: str, **overrides: Any) -> Codec:
     """
     if name in PAIRS:
         raise ValueError(f"codec={name!r} has one codec for K and one for V: use presets.pair")
-    return _built(name, PRESETS, overrides)._replace(name=name)
+    return labelled(name, _built(name, PRESETS, overrides), written(name, overrides))
 
 
-@functools.lru_cache(maxsize=64)
 def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
     """The codecs for K and for V of the recipe called `name`: for every recipe there is.
 
@@ -262,8 +259,8 @@ def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
         **overrides: keywords of its constructor, and `encoder`.
 
     Returns:
-        (key codec, value codec), the same objects for the same arguments; both have the recipe's
-        name.
+        (key codec, value codec); both have the recipe's name. Of a recipe of `PAIRS` they are
+        written "kivi.key" and "kivi.value", with the overrides behind.
 
     Raises:
         ValueError: an unknown name, an override the recipe does not have, or a bad value.
@@ -272,7 +269,51 @@ def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
         codec = get(name, **overrides)
         return codec, codec
     key_codec, value_codec = _built(name, PAIRS, overrides)
-    return key_codec._replace(name=name), value_codec._replace(name=name)
+    return (
+        labelled(name, key_codec, written(f"{name}.key", overrides)),
+        labelled(name, value_codec, written(f"{name}.value", overrides)),
+    )
+
+
+def parse(text: str) -> Codec:
+    """One codec from its text; `parse(str(codec)) == codec` for every codec that factories made.
+
+    Args:
+        text: a recipe of `PRESETS` with its overrides, "qvg:group=32"; one half of a recipe of
+            `PAIRS`, "kivi.key:bits=4" or "kivi.value:bits=4"; or what is composed by hand,
+            "kmeans_smoothing(num_centroids=64) > residual_quantize(bits=2, group=64)".
+
+    Raises:
+        ValueError: text that is none of these, or a setting that is not accepted.
+    """
+    if not is_recipe(text):
+        codec = parse_call(text, parse)
+        if not isinstance(codec, Codec):
+            raise ValueError(f"codec={text!r} is a smoothing; accepted: smoothings > a codec")
+        return codec
+    name, settings = parse_recipe(text)
+    name, dot, part = name.partition(".")
+    if not dot:
+        return get(name, **settings)
+    if name not in PAIRS or part not in ("key", "value"):
+        raise ValueError(f"codec={text!r} is not known; accepted: NAME.key or NAME.value of a pair")
+    return pair(name, **settings)[part == "value"]
+
+
+def parse_pair(text: str) -> tuple[Codec, Codec]:
+    """The codecs for K and for V from one text: of any recipe, or of one codec that serves both.
+
+    Args:
+        text: "midrise:num_centroids=64", or as for `parse`.
+
+    Raises:
+        ValueError: as for `parse`.
+    """
+    if is_recipe(text) and "." not in text.partition(":")[0]:
+        name, settings = parse_recipe(text)
+        return pair(name, **settings)
+    codec = parse(text)
+    return codec, codec
 
 
 def _built(name: str, recipes: dict[str, Callable[..., Any]], overrides: dict[str, Any]) -> Any:

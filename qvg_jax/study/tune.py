@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.codecs.base import Codec
-from qvg_jax.codecs.recipes import parse_recipe
 from qvg_jax.errors import UserError, told_to_user
 from qvg_jax.files import replacing
 from qvg_jax.study.capture import Captured, rotated
@@ -114,8 +113,7 @@ def _relative(x: Any, exact: Any) -> float:
 
 def _pair(recipe: str) -> tuple[Codec, Codec]:
     with told_to_user():
-        name, settings = parse_recipe(recipe)
-        return presets.pair(name, **settings)
+        return presets.parse_pair(recipe)
 
 
 class Bench:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import av
 import numpy as np
@@ -18,8 +19,9 @@ import pytest
 from PIL import Image
 
 from qvg_jax.app import cli
-from tests.conftest import REPO
 from tests.support.tiny_world import as_in_its_own_process, random_weights
+
+REPO = Path(__file__).resolve().parents[2]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 TOUR, SECONDS = 8, 30_000  # ms that anything may take on a busy machine

@@ -1,7 +1,5 @@
 """WorldPlay's cameras, actions, retrieval, positions and sampler against the reference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +15,7 @@ from models.worldplay.prope import Camera, camera_matrices, per_token, transform
 from models.worldplay.retrieval import select_frames, similarity
 from models.worldplay.sampler import euler_step, step_sizes
 
-
-@pytest.fixture(scope="module")
-def vectors(golden):
-    folder = golden("worldplay")
-    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
+SUBJECT = "worldplay"
 
 
 def within(actual, expected, atol):

@@ -23,11 +23,11 @@ from qvg_jax.app import cli
 from qvg_jax.app.memory_plan import shape_bytes
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import NonFiniteError
-from tests.models.test_wan_vae_22 import case, save_weights
-from tests.models.test_worldplay_params import stored_shapes
 from tests.support import tiny_self_forcing
 from tests.support import tiny_worldplay as tiny
+from tests.support.checkpoint_shapes import worldplay_shapes
 from tests.support.tiny_world import as_in_its_own_process
+from tests.support.wan_vae_22 import case, save_weights
 
 WALK, LATENTS = "w-4,right-3,s-4", 12  # six blocks: spans of two before the third and the fifth
 FRAMES = 1 + 4 * (LATENTS - 1)
@@ -180,7 +180,7 @@ def test_weights_from_a_folder(tmp_path, picture):
     save_weights(case("wan_vae_22")["stored"], folder / "Wan2.2_VAE.safetensors")
     arrays = {
         f"model.{name}": (draw.normal(size=shape) / 4).astype(np.float32)
-        for name, shape in stored_shapes(c.dit).items()
+        for name, shape in worldplay_shapes(c.dit).items()
     }
     save_file(arrays, folder / "worldplay_distilled.safetensors")
     out = tmp_path / "out"

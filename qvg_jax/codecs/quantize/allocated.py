@@ -12,12 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.levels import best_ratio, midrise_levels, normal_error
 from qvg_jax.codecs.quantize.scales import (
     scale_format,
     span_exponent,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["AllocatedPacked", "allocate", "allocated_quantize"]
 
@@ -71,12 +74,13 @@ def allocate(
     return jnp.sum(rank_BHbD < total, axis=2, dtype=jnp.int32)
 
 
+@factory
 def allocated_quantize(
     bits: float = 2.0,
     *,
     max_bits: int = 8,
     min_bits: int = 0,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
     gain: float = 0.0,
     gain_axis: str = "channel",
     refine: int = 2,
@@ -213,7 +217,16 @@ def allocated_quantize(
 
     least = f"-min{min_bits}" if min_bits else ""
     name = f"allocated{bits:g}{least}" + (f"-gain{gain:g}{gain_axis}" if gain else "")
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage("bits that differ from channel to channel"),
+        deficit,
+    )
 
 
 def _steps(x_BHDT: Array, scale_BHT: Array, bits_BHD: Array, ratios: tuple[float, ...]) -> Array:

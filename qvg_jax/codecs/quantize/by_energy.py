@@ -11,6 +11,8 @@ from jaxtyping import Array, PRNGKeyArray, UInt8
 from qvg_jax.codecs.base import Codec, Packed, Shape, State, check_span, per_element
 from qvg_jax.codecs.quantize.bitstream import pack_bits, packed_bits_width, unpack_bits
 from qvg_jax.codecs.quantize.scales import span_exponent, times_power_of_two
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["ByEnergyPacked", "by_energy"]
 
@@ -23,6 +25,7 @@ class ByEnergyPacked(NamedTuple):
     small: Packed
 
 
+@factory
 def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
     """Encodes the share of each head's tokens with the most energy by `large`, the rest by `small`.
 
@@ -117,5 +120,6 @@ def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
 
     name = f"{large.name} | {small.name}" + ("" if share == 0.5 else f" {share:g}")
     told = large.deficit is not None and small.deficit is not None
-    more = dict(deficit=deficit if told else None)
+    storage = Storage("two codecs, for tokens of more and of less energy")
+    more = dict(storage=storage, deficit=deficit if told else None)
     return Codec(init, encode, decode, per_element(nbytes), name, nbytes, **more)

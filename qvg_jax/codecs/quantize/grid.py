@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from pallas_kernels.quantize_pack import Midrise
-from qvg_jax.codecs.base import Codec, EmptyState, Shape, Written, check_span, per_element
+from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.levels import (
     best_ratio,
     lloyd_max_levels,
@@ -21,18 +21,20 @@ from qvg_jax.codecs.quantize.levels import (
 )
 from qvg_jax.codecs.quantize.radix import (
     LEVEL_COUNTS,
+    code_bits,
     pack_levels,
     packed_levels_width,
     unpack_levels,
 )
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import LeastSquaresFit, Levels, Storage
 
 __all__ = ["GridPacked", "grid_quantize"]
 
@@ -50,13 +52,14 @@ class GridPacked:
     head_dim: int = dataclasses.field(metadata=dict(static=True))  # bytes of trits do not tell
 
 
+@factory
 def grid_quantize(
     bits: int | None = None,
     grid: str | tuple[float, ...] = "midrise",
     group: int | None = None,
     *,
     levels: int | None = None,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
     gain: str | float = "match",
     refine: int = 2,
 ) -> Codec:
@@ -183,26 +186,6 @@ def grid_quantize(
         exponents = b * h if dtype.itemsize == 1 else 0
         return b * h * t * (packed_levels_width(d, n) + g * dtype.itemsize) + exponents
 
-    def collect(codes_BHTC: Array, stats_BH3T: Array) -> GridPacked:
-        lsq_BHT, match_BHT, largest_BHT = (stats_BH3T[:, :, i] for i in range(3))
-        scale_BHT = lsq_BHT ** (1 - gain_power) * match_BHT**gain_power if gain_power else lsq_BHT
-        exponent_BH = span_exponent(largest_BHT)
-        scale_BHT1 = times_power_of_two(scale_BHT, -exponent_BH)[..., None]
-        stored_BHT1, exponents_BH, _ = store_scale(scale_BHT1, exponent_BH, dtype)
-        return GridPacked(
-            codes_BHTC, stored_BHT1, exponents_BH, codes_BHTC.shape[-1] * 8 // (n.bit_length() - 1)
-        )
-
-    written = None
-    if (
-        uniform
-        and group is None
-        and gain_power is not None
-        and dtype.itemsize == 1
-        and n & (n - 1) == 0
-    ):
-        form = Midrise(n.bit_length() - 1, ratio, refine, recode=not gain_power)
-        written = Written(form, collect)
     lost = normal_error(levels_n, ratio)  # share of the energy, at least squares
 
     def deficit(packed: GridPacked) -> Array:
@@ -211,10 +194,28 @@ def grid_quantize(
         variance_BHTG = jnp.square(scale_BHTG / ratio) * (1 - lost) ** (2 * p)
         return jnp.mean(variance_BHTG, axis=3) * (1 - (1 - lost) ** (1 - 2 * p))
 
+    bits_each, fit = code_bits(n), None
+    if gain_power is not None and group is None and dtype.itemsize == 1 and n & (n - 1) == 0:
+        fit = LeastSquaresFit(ratio, refine, gain_power)
+    if bits_each is None:
+        codes = f"digits of base {n}, several to a byte"
+    elif not uniform:
+        codes = (
+            f"{grid if isinstance(grid, str) else 'chosen'} levels, which are not equally spaced"
+        )
+    else:
+        codes = Levels(
+            bits_each,
+            group,
+            offset=(n - 1) / 2,
+            scale_dtype=format_name(dtype),
+            exponents=dtype.itemsize == 1,
+            fit=fit,
+        )
     short = {None: "none", 0.0: "lsq", 1.0: "match"}.get(gain_power, f"gain{gain_power}")
     what = grid if isinstance(grid, str) else "levels"
     name = f"{what}{n}-g{group or 'all'}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written, deficit)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, Storage(codes), deficit)
 
 
 def nearest_level(x: Array, levels: tuple[float, ...], uniform: bool) -> UInt8[Array, "..."]:

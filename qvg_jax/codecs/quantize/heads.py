@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.codecs.base import Codec, Packed, Shape, State, check_span, per_element
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["HeadsPacked", "heads_as_channels", "heads_as_tokens"]
 
@@ -24,6 +26,7 @@ class HeadsPacked:
     heads: int = dataclasses.field(metadata=dict(static=True))
 
 
+@factory
 def heads_as_tokens(codec: Codec) -> Codec:
     """The codec on H T tokens of one head: for `by_energy`, whose large tokens then are of any head.
 
@@ -54,6 +57,7 @@ def heads_as_tokens(codec: Codec) -> Codec:
     return _joined(codec, "tokens", lambda b, h, t, d: (b, 1, h * t, d), join, part, deficit)
 
 
+@factory
 def heads_as_channels(codec: Codec) -> Codec:
     """The codec on tokens of H D channels: for `allocated_quantize`, which then chooses among all.
 
@@ -105,4 +109,13 @@ def _joined(codec: Codec, what: str, form: Any, join: Any, part: Any, deficit: A
         return codec.nbytes(shaped(shape))
 
     name = f"heads as {what}: {codec.name}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage(f"all heads as {what} of one"),
+        deficit,
+    )

@@ -13,14 +13,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["LatticePacked", "lattice_quantize", "patterns"]
 
@@ -57,7 +59,10 @@ def patterns() -> Float[np.ndarray, "K 8"]:
     return np.asarray(near + filling, np.float32)
 
 
-def lattice_quantize(*, scale_dtype: Any = "e4m3", gain: float = 0.0, refine: int = 1) -> Codec:
+@factory
+def lattice_quantize(
+    *, scale_dtype: FormatLike = "e4m3", gain: float = 0.0, refine: int = 1
+) -> Codec:
     """Rounds every eight channels to the nearest of 2^16 points of a shifted E8 lattice.
 
     x_octet ~ g_t (s * sigma + shift), with s one of 256 patterns of half-integers, sigma signs of
@@ -147,9 +152,8 @@ def lattice_quantize(*, scale_dtype: Any = "e4m3", gain: float = 0.0, refine: in
         return b * h * (t * (d // 4 + dtype.itemsize) + (dtype.itemsize == 1))
 
     short = f"-gain{gain:g}" if gain else ""
-    return Codec(
-        init, encode, decode, per_element(nbytes), f"e8{short}-{format_name(dtype)}", nbytes
-    )
+    name, storage = f"e8{short}-{format_name(dtype)}", Storage("points of a lattice")
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage)
 
 
 def _parity() -> np.ndarray:

@@ -9,12 +9,19 @@ from jaxtyping import Array, UInt8
 
 from qvg_jax.codecs.quantize.packing import pack, packed_width, unpack
 
-__all__ = ["LEVEL_COUNTS", "pack_levels", "packed_levels_width", "unpack_levels"]
+__all__ = ["LEVEL_COUNTS", "code_bits", "pack_levels", "packed_levels_width", "unpack_levels"]
 
 LEVEL_COUNTS = (*range(2, 17), 256)
 
 _DIGITS = {2: 8, 3: 5, 5: 3, 6: 3}  # base -> digits in a byte
 _BITS = {4: 2, 256: 8} | dict.fromkeys(range(7, 9), 3) | dict.fromkeys(range(9, 17), 4)
+
+
+def code_bits(levels: int) -> int | None:
+    """Bits of a code below `levels`; None where codes are digits that share a byte."""
+    if levels in _DIGITS:
+        return 1 if levels == 2 else None
+    return _BITS[levels]
 
 
 def packed_levels_width(channels: int, levels: int) -> int:

@@ -4,41 +4,33 @@ e4m3 reaches from 2^-9 to 448. Captured values reach +-700 and residuals go far 
 span is first divided by a power of two taken from its largest entry; that exponent is stored.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
-__all__ = ["load_scale", "scale_format", "span_exponent", "store_scale", "times_power_of_two"]
+from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
 
-_FORMATS = {
-    "e4m3": jnp.dtype(jnp.float8_e4m3fn),
-    "bf16": jnp.dtype(jnp.bfloat16),
-    "f32": jnp.dtype(jnp.float32),
-}
+__all__ = [
+    "load_scale",
+    "saturate",
+    "scale_format",
+    "span_exponent",
+    "store_scale",
+    "times_power_of_two",
+]
+
+_FORMATS = ("e4m3", "bf16", "f32")
 
 # A scale of 1 for the normalised span is stored as 2^6: of e4m3's 2^-9 .. 448, seven times the
 # span's largest entry is then the top, and 2^-12 of it is the smallest scale in full precision.
 _SHIFT = 6
 
 
-def scale_format(scale_dtype: Any) -> jnp.dtype:
+def scale_format(scale_dtype: FormatLike) -> jnp.dtype:
     """The dtype of "e4m3", "bf16" or "f32" (or of that jax dtype); ValueError otherwise."""
-    if isinstance(scale_dtype, str) and scale_dtype in _FORMATS:
-        return _FORMATS[scale_dtype]
-    try:
-        known = jnp.dtype(scale_dtype) in _FORMATS.values()
-    except TypeError:
-        known = False
-    if not known:
+    if format_name(scale_dtype) not in _FORMATS:
         raise ValueError(f"scale_dtype={scale_dtype!r} is not accepted: give e4m3, bf16 or f32")
-    return jnp.dtype(scale_dtype)
-
-
-def format_name(dtype: jnp.dtype) -> str:
-    """ "e4m3", "bf16" or "f32"."""
-    return next(name for name, known in _FORMATS.items() if known == dtype)
+    return dtype_of(format_name(scale_dtype))
 
 
 def span_exponent(x_BH: Float[Array, "B H *rest"]) -> Int[Array, "B H"]:
@@ -78,10 +70,10 @@ def store_scale(
         Saturates at the format's largest number.
     """
     if dtype.itemsize == 1:
-        stored = _saturate(scale_BH * 2.0**_SHIFT, dtype)
+        stored = saturate(scale_BH * 2.0**_SHIFT, dtype)
         exponents = (exponent_BH - _SHIFT).astype(jnp.int8)
         return stored, exponents, stored.astype(jnp.float32) * 2.0**-_SHIFT
-    stored = _saturate(times_power_of_two(scale_BH, exponent_BH), dtype)
+    stored = saturate(times_power_of_two(scale_BH, exponent_BH), dtype)
     return stored, None, times_power_of_two(stored, -exponent_BH)
 
 
@@ -94,7 +86,8 @@ def load_scale(
     return times_power_of_two(stored_BH.astype(jnp.float32), exponents_BH)
 
 
-def _saturate(x: Array, dtype: jnp.dtype) -> Array:
+def saturate(x: Array, dtype: jnp.dtype) -> Array:
+    """x in `dtype`; what is too large becomes the largest number of that format."""
     # e4m3 has no infinity: XLA would turn anything above 448 into NaN.
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)

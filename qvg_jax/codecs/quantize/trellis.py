@@ -11,10 +11,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.bitstream import pack_bits
 from qvg_jax.codecs.quantize.grid import power_of_gain
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
@@ -23,6 +23,8 @@ from qvg_jax.codecs.quantize.scales import (
 )
 from qvg_jax.codecs.quantize.trellis_levels import ERRORS, MEMORY, trellis_levels
 from qvg_jax.codecs.quantize.viterbi import closed_path
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["TrellisPacked", "trellis_quantize"]
 
@@ -38,8 +40,9 @@ class TrellisPacked(NamedTuple):
     exponents_BH: Int8[Array, "B H"] | None
 
 
+@factory
 def trellis_quantize(
-    bits: int = 2, *, scale_dtype: Any = "e4m3", gain: str | float = "match"
+    bits: int = 2, *, scale_dtype: FormatLike = "e4m3", gain: str | float = "match"
 ) -> Codec:
     """k bits per element, decoded from the eight latest bits of the stream.
 
@@ -144,7 +147,16 @@ def trellis_quantize(
 
     short = {0.0: "lsq", 1.0: "match"}.get(power, f"gain{power:g}")
     name = f"trellis{bits}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage("codes of a trellis"),
+        deficit,
+    )
 
 
 def _paths(z_ND: Array, bits: int) -> Array:

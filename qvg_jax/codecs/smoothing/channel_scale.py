@@ -11,6 +11,7 @@ from jaxtyping import Array, Int8, PRNGKeyArray
 
 from qvg_jax.codecs.base import EmptyState, Shape, Smoothing, check_span
 from qvg_jax.codecs.quantize.scales import span_exponent, times_power_of_two
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["ChannelScalePacked", "channel_scale"]
 
@@ -21,6 +22,7 @@ class ChannelScalePacked(NamedTuple):
     exponents_BHD: Int8[Array, "B H D"]
 
 
+@factory
 def channel_scale() -> Smoothing:
     """Divides channel d by 2^e_d, the power of two nearest to its RMS over the span's tokens.
 

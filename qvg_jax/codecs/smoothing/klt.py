@@ -18,6 +18,7 @@ from qvg_jax.codecs.smoothing.reflections import (
     reflections_of,
     rotation_of,
 )
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["KLTPacked", "klt_rotation"]
 
@@ -29,6 +30,7 @@ class KLTPacked(NamedTuple):
     reflections: Reflections
 
 
+@factory
 def klt_rotation(rank: int | None = None, vector_bits: int = 6) -> Smoothing:
     """Removes the mean token of a span and rotates the rest onto the span's principal axes.
 

@@ -14,6 +14,7 @@ from qvg_jax.codecs.quantize.bitstream import pack_bits, packed_bits_width, unpa
 from qvg_jax.codecs.quantize.levels import best_ratio, midrise_levels
 from qvg_jax.codecs.quantize.scales import times_power_of_two
 from qvg_jax.codecs.smoothing.mean import centred
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["LowRankPacked", "low_rank_smoothing", "principal_axes"]
 
@@ -59,6 +60,7 @@ def principal_axes(
     return jnp.matmul(q_BHDR, turn_BHRR[..., ::-1], precision=_HIGHEST)
 
 
+@factory
 def low_rank_smoothing(rank: int = 4, iters: int = 4, bits: int = 2) -> Smoothing:
     """Subtracts the span's mean token and every token's quantized part in R principal axes.
 

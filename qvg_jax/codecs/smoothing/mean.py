@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.codecs.base import EmptyState, Shape, Smoothing, check_span
 from qvg_jax.codecs.quantize.scales import span_exponent, times_power_of_two
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["MeanPacked", "centred", "mean_smoothing"]
 
@@ -41,6 +42,7 @@ def centred(
     return times_power_of_two(mean_BHD, exponent_BH).astype(jnp.bfloat16), y_BHTD, exponent_BH
 
 
+@factory
 def mean_smoothing() -> Smoothing:
     """Subtracts from every channel its mean over the tokens of the span.
 

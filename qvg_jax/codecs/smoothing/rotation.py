@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qvg_jax.codecs.base import EmptyState, Shape, Smoothing, check_span
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["hadamard", "rotation", "token_signs"]
 
@@ -57,6 +58,7 @@ def token_signs(tokens: int, size: int, seed: int) -> Float[Array, "1 1 T D"]:
     return 1 - 2 * bit_Twb.reshape(1, 1, tokens, -1)[..., :size].astype(jnp.float32)
 
 
+@factory
 def rotation(kind: str = "hadamard", seed: int = 0, signs: str = "span") -> Smoothing:
     """Rotates every token by a fixed random rotation: y = x R, decoding x = y R^T.
 

@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures: shapes, caches full of random codes, and rival reads."""
+"""Cases of the attention benchmark: shapes, caches full of random codes, and other ways to read them."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ __all__ = ["DECODE", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
 
 @functools.cache
 def rope(head_dim: int) -> Rope:
-    """Of three axes, the first with what is left: 44, 42 and 42 channels of 128."""
+    """RoPE of three axes: 44, 42 and 42 channels of 128, or the like of another head dim."""
     side = head_dim // 6 * 2
     return axial_rope([frequency_ladder(n) for n in (head_dim - 2 * side, side, side)])
 
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def flops(self) -> int:
-        """Of the two matrix products."""
+        """Floating-point operations of the two matrix products."""
         return 4 * self.heads * self.queries * self.keys * self.head_dim
 
 
@@ -77,7 +77,7 @@ def noise(shape: tuple[int, ...], seed: int, dtype: Any = jnp.bfloat16) -> jax.A
 
 
 def inputs(row: Row, codec: Any = None) -> tuple[Any, ...]:
-    """q, view, k, v of one layer: a cache whose spans hold random codes, its window nothing."""
+    """q, view, k and v of one layer; the spans of the cache hold random codes, its window is empty."""
     codec = presets.get("qvg") if codec is None else codec
     cache = KVCache.create(
         heads=row.heads,
@@ -128,14 +128,14 @@ def _with(implementation: str) -> Any:
 
 
 def _planned(narrow: bool, plan: Plan) -> Any:
-    """attend under another plan than its own."""
+    """`attend` under another plan than its own."""
     return lambda q, view, k, v: attend_kernels(
         q, view, k, v, jnp.int32(0), jnp.float32(q.shape[-1] ** -0.5), narrow=narrow, plan=plan
     )
 
 
 def _whole_history(q, view, k, v):
-    """Keys rotated and values of everything, (B, T, H, D), as an uncompressed cache has them."""
+    """Rotated queries, and all keys, rotated, and values, (B, T, H, D), as in an uncompressed cache."""
     cache, lay = view.cache, view.cache.layout
     keys, values = [_turn(view, k, view.table_new)], [v]
     for slot in range(lay.max_spans):
@@ -153,7 +153,7 @@ def _turn(view, x_BTHD, table):
 
 
 def _official(q, view, k, v):
-    """As released integrations read: rebuild K and V in bf16, concatenate, rotate, attend."""
+    """Attention as released integrations do it: K and V rebuilt in bf16, concatenated and rotated."""
     q, k, v = _whole_history(q, view, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 

@@ -1,8 +1,7 @@
-"""Reading rows on Hopper: what one of the threads of a token does to get its channels.
+"""Readers of packed and of bf16 rows on Hopper: how a thread gets its channels of a token.
 
-A thread holds the channels 8 i .. 8 i + 7 and D / 2 + 8 i .. of a token: four threads share one of 64
-channels, eight one of 128, sixteen one of 256. In e4m3 kernels values are pairs of float16, which have
-eleven bits where e4m3 has four, at half the instructions of float32.
+In e4m3 kernels values are pairs of float16, which have eleven bits where e4m3 has four, at half the
+instructions of float32.
 """
 
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.dequantize.types import Scheme
+from pallas_kernels.gpu.channels import bf16_floats, load_channels, past
 from pallas_kernels.gpu.lanes import (
     Halves,
     Lane,
@@ -19,12 +19,9 @@ from pallas_kernels.gpu.lanes import (
     integer,
     load,
     permute_bytes,
-    store,
 )
 
-__all__ = ["CHANNELS", "DenseRow", "EncodedRow", "channels_at", "past", "store_channels"]
-
-CHANNELS = 16  # of a thread
+__all__ = ["DenseRow", "EncodedRow"]
 
 
 def _scale(byte: Lane) -> Lane:
@@ -33,7 +30,7 @@ def _scale(byte: Lane) -> Lane:
 
 
 def _levels(words: tuple[Lane, ...], scheme: Scheme) -> list[Lane]:
-    """2 (code - offset) of eight channels as floats, exact for half-integer offsets."""
+    """2 (code - offset) of eight channels as floats, which are exact for half-integer offsets."""
     out = []
     for i in range(8):
         word, bit = words[i * scheme.bits // 32], i * scheme.bits % 32
@@ -47,9 +44,9 @@ def _levels(words: tuple[Lane, ...], scheme: Scheme) -> list[Lane]:
 
 
 def _three_bytes(row: Lane, lane: Lane) -> Lane:
-    """Bytes 3 i .. 3 i + 2 of a row, i the lane, as one number of which the first is the highest.
+    """Bytes 3 i .. 3 i + 2 of a row, i the lane, as one number whose highest bits are the first byte.
 
-    From the words that the first and the last of them lie in; the highest byte is garbage.
+    They are taken from the words that the first and the last of them lie in. Bits 24 to 31 are garbage.
     """
     byte = lane * 3
     first, last = (load(row + (b & -4).wide(), 4)[0] for b in (byte, byte + 2))
@@ -86,18 +83,19 @@ def _level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, 
     return out
 
 
-def _bf16_floats(words: tuple[Lane, ...]) -> list[Lane]:
-    out = []
-    for w in words:
-        out += [(w << 16).as_float(), (w & -65536).as_float()]
-    return out
-
-
 class EncodedRow:
-    """Reads the two times eight channels of a thread in a token of one packed row."""
+    """A packed row, of whose tokens a thread reads its channels.
 
-    def __init__(self, refs: list[Any], shapes: Any, scheme: Scheme, row: Lane, head: Lane):
-        codes, scales, *tables = refs
+    Args:
+        refs: arrays of codes and scales, and with stages of ids and centroids.
+        shapes: their shapes.
+        scheme: how codes become numbers.
+        row: the row of the arrays.
+        cut_row: the row of the centroids, which were cut to the decoded rows before.
+    """
+
+    def __init__(self, refs: list[Any], shapes: Any, scheme: Scheme, row: Lane, cut_row: Lane):
+        codes, scales, *stages = refs
         self.scheme = scheme
         (_, self.tokens, self.code_bytes), (_, _, self.groups) = shapes[:2]
         self.width = self.code_bytes * 8 // scheme.bits
@@ -105,53 +103,52 @@ class EncodedRow:
         self.codes = global_address(codes) + row * (self.tokens * self.code_bytes)
         self.scales = global_address(scales) + row * (self.tokens * self.groups)
         if scheme.stages:
-            ids, centroids = tables
-            self.table_bytes = shapes[3][2] * self.width * 2
+            ids, centroids = stages
+            self.stage_bytes = shapes[3][2] * self.width * 2
             self.ids = global_address(ids) + row * (scheme.stages * self.tokens)
-            # The tables were cut to the decoded rows before.
-            self.tables = global_address(centroids) + head.wide() * (
-                scheme.stages * self.table_bytes
+            self.centroids = global_address(centroids) + cut_row.wide() * (
+                scheme.stages * self.stage_bytes
             )
 
     def _parts(
         self, token: Lane, lane: Lane
     ) -> Iterator[tuple[tuple[Lane, ...], Lane, list[tuple[Lane, ...]]]]:
         """For each eight channels: code words, scale, centroid words of every stage."""
-        scheme, wide = self.scheme, self.scheme.bits  # eight codes take as many bytes as bits
+        scheme, nbytes = self.scheme, self.scheme.bits  # eight codes take as many bytes as bits
         width, half_width = self.width, self.width // 2
-        place = token * self.code_bytes + (0 if wide == 3 else lane * wide)
+        place = token * self.code_bytes + (0 if nbytes == 3 else lane * nbytes)
         codes = self.codes + place.wide()
         scales = self.scales + (token * self.groups).wide()
         starts = []
         for s in range(scheme.stages):
             (row,) = load(self.ids + (token + s * self.tokens).wide(), 1)
-            place = row * (2 * width) + lane * 16 + s * self.table_bytes
-            starts.append(self.tables + place.wide())
+            place = row * (2 * width) + lane * 16 + s * self.stage_bytes
+            starts.append(self.centroids + place.wide())
         scale = None
         for half in range(2):
-            if wide == 3:
+            if nbytes == 3:
                 words = (_three_bytes(past(codes, half * half_width * 3 // 8), lane),)
             else:
-                words = load(past(codes, half * half_width * wide // 8), wide)
+                words = load(past(codes, half * half_width * nbytes // 8), nbytes)
             if scale is None or scheme.group < width:
                 group = (lane * 8 + half * half_width) // scheme.group
                 scale = _scale(load(scales + group.wide(), 1)[0])
             yield words, scale, [load(past(start, half * width), 16) for start in starts]
 
-    def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
-        """The values, their scales times `share`."""
+    def floats(self, token: Lane, lane: Lane, factor: Lane) -> list[Lane]:
+        """The channels of lane `lane` as floats; the scales are multiplied by `factor`."""
         out = []
         for words, scale, rows in self._parts(token, lane):
-            base, scale = None, scale * (share * 2.0**119)
+            base, scale = None, scale * (factor * 2.0**119)
             for row in rows:
-                row = _bf16_floats(row)
+                row = bf16_floats(row)
                 base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
             for i, x in enumerate(_levels(words, self.scheme)):
                 out.append(x * scale if base is None else x.fma(scale, base[i]))
         return out
 
-    def halves(self, token: Lane, lane: Lane, share: Lane) -> list[Halves]:
-        """The same; the tables have been multiplied before."""
+    def halves(self, token: Lane, lane: Lane, factor: Lane) -> list[Halves]:
+        """The same channels as pairs of float16; the centroids have been multiplied before."""
         out = []
         for words, scale, rows in self._parts(token, lane):
             base, scales = None, {}
@@ -160,16 +157,17 @@ class EncodedRow:
                 base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
             for i, (x, weight) in enumerate(_level_pairs(words, self.scheme)):
                 if weight not in scales:
-                    s = scale * (share * (2.0**120 / weight))
+                    s = scale * (factor * (2.0**120 / weight))
                     scales[weight] = halves(s, s)
                 out.append(x * scales[weight] if base is None else x.fma(scales[weight], base[i]))
         return out
 
 
 class DenseRow:
-    """Reads the same channels of one bf16 row, of rows (R, T, D) or of tokens (B, T, H, D)."""
+    """A row of bf16 numbers, of rows (R, T, D) or of tokens (B, T, H, D); see `EncodedRow`."""
 
-    def __init__(self, refs: list[Any], shapes: Any, scheme: None, row: Lane, head: Lane):
+    def __init__(self, refs: list[Any], shapes: Any, scheme: None, row: Lane, cut_row: Lane):
+        del scheme, cut_row  # of packed rows
         self.rows, (_, tokens, *heads, self.width) = global_address(refs[0]), shapes[0]
         self.token_bytes = 2 * self.width
         if heads:
@@ -180,28 +178,13 @@ class DenseRow:
         else:
             self.rows += row.wide() * (tokens * self.token_bytes)
 
-    def floats(self, token: Lane, lane: Lane, share: Lane) -> list[Lane]:
-        del share  # only for e4m3
+    def floats(self, token: Lane, lane: Lane, factor: Lane) -> list[Lane]:
+        """The channels of lane `lane` as floats, without the factor, which is for e4m3."""
+        del factor
         start = self.rows + token.wide() * self.token_bytes + (lane * 16).wide()
-        return channels_at(start, self.width)
+        return load_channels(start, self.width)
 
-    def halves(self, token: Lane, lane: Lane, share: Lane) -> list[Halves]:
-        x = [v * share for v in self.floats(token, lane, share)]
+    def halves(self, token: Lane, lane: Lane, factor: Lane) -> list[Halves]:
+        """The same channels times the factor as pairs of float16."""
+        x = [v * factor for v in self.floats(token, lane, factor)]
         return [halves(a, b) for a, b in zip(x[0::2], x[1::2], strict=True)]
-
-
-def channels_at(start: Lane, width: int) -> list[Lane]:
-    """A thread's channels of a bf16 token of so many, from the address of the first eight."""
-    return _bf16_floats(load(start, 16)) + _bf16_floats(load(past(start, width), 16))
-
-
-def store_channels(to: Lane, words: list[Any], width: int, where: Lane | None = None) -> None:
-    """The words of a thread's channels, at the address of the first eight and half a token further."""
-    n = len(words) // 2
-    store(to, words[:n], where)
-    store(past(to, width * n // 4), words[n:], where)
-
-
-def past(address: Lane, nbytes: int) -> Lane:
-    """The address some bytes further."""
-    return address + nbytes if nbytes else address

@@ -1,26 +1,26 @@
-"""Where 128 tokens of e4m3 values lie in shared memory while a block transposes them.
+"""The swizzle of 128 tokens of e4m3 values in shared memory, where a CTA transposes them.
 
 A word is four channels of a token. A warp writes the words of a few tokens, and reads a column of words
 of all tokens, of which each thread takes a quad: four tokens in a row. Both should touch all 32 banks.
 
 So word w of a token lies at w ^ quad, and the tokens that a warp writes at once are of quads that differ
-in the bits which the words leave free. Tokens of 64 channels fill half of the banks only: two quads beside
-each other share a line of them, and w is swapped by the number of that pair.
+in the bits which the words leave free. Tokens of 64 channels fill only half of the banks: two neighbouring
+quads share a line of them, and w is swizzled by the number of that pair of quads.
 """
 
 import dataclasses
 
-from pallas_kernels.dequantize.rows import CHANNELS
+from pallas_kernels.gpu.channels import CHANNELS
 from pallas_kernels.gpu.lanes import Lane
 
-__all__ = ["QUADS", "Banks"]
+__all__ = ["QUADS", "Swizzle"]
 
-QUADS = 32
+QUADS = 32  # groups of four tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Banks:
-    """The places of tokens of so many channels; offsets are in bytes."""
+class Swizzle:
+    """Where tokens of `width` channels lie; offsets are in bytes."""
 
     width: int
 
@@ -31,33 +31,33 @@ class Banks:
 
     @property
     def steps(self) -> int:
-        """In how many steps 128 threads write all tokens."""
+        """Steps in which 128 threads write all tokens."""
         return self.lanes
 
-    def first_quad(self, mine: Lane) -> Lane:
-        """Of the token that a thread writes first, `mine` the number of its group of lanes."""
+    def first_quad(self, lane_group: Lane) -> Lane:
+        """The quad of the token that a thread writes first; `lane_group` is the number of its group of lanes."""
         if self.width == 256:
-            return mine
-        return (mine & 1) + ((mine >> 2) << 1) + (((mine >> 1) & 1) << 4)
+            return lane_group
+        return (lane_group & 1) + ((lane_group >> 2) << 1) + (((lane_group >> 1) & 1) << 4)
 
     def token(self, first_quad: Lane, step: int) -> tuple[Lane, int]:
-        """(quad, which of its tokens) that a thread writes in a step."""
+        """(quad, number of the token within it) that a thread writes in a step."""
         apart = self.steps // 4
         return first_quad + 8 * (step % apart), step // apart
 
     def row(self, inside: Lane, quad: Lane, i: int) -> Lane:
-        """Where a token begins: number `inside`, the i-th of its quad."""
+        """The offset of a token, number `inside` of all and the i-th of its quad."""
         return (quad + QUADS * i if self.width == 64 else inside) * self.width
 
     def start(self, quad: Lane) -> Lane:
-        """Where the first token of a quad begins."""
+        """The offset of the first token of a quad."""
         return quad * (self.width if self.width == 64 else 4 * self.width)
 
     @property
     def next_token(self) -> int:
-        """From a token of a quad to the next."""
+        """The distance from a token of a quad to the next."""
         return QUADS * self.width if self.width == 64 else self.width
 
     def word(self, column: Lane, quad: Lane) -> Lane:
-        """Where a word lies in a token of a quad."""
+        """The offset of a word within a token of a quad."""
         return (column ^ (quad >> 1 if self.width == 64 else quad)) << 2

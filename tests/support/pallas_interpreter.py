@@ -1,8 +1,8 @@
-"""The attention kernel in Pallas's interpreter, with products that it can do.
+"""Pallas's interpreter of GPU kernels: everything that the tests take from JAX's private modules.
 
-Those with an operand in registers it cannot do. So accumulators become plain arrays, and products dot
-products of what operands hold. The rest is as on a GPU: warpgroups that wait for each
-other at barriers, tiles that are loaded and released, the state in place.
+The interpreter has no products with an operand in registers, and no accumulators. So accumulators become
+plain arrays, and products become dot products of the operands. The rest is as on a GPU: warpgroups that
+wait for each other at barriers, tiles that are loaded and released, the state in place.
 """
 
 import contextlib
@@ -13,13 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params, shared_memory
+from jax._src.pallas.mosaic_gpu.interpret import (
+    gpu_callbacks,
+    interpret_pallas_call,
+    params,
+    shared_memory,
+)
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dequant_attention import computing
+from pallas_kernels.dequant_attention import warpgroups
 from pallas_kernels.dequantize.reference import key_row_of_token
+from pallas_kernels.kmeans import mosaic_gpu as kmeans
 
-__all__ = ["interpreted"]
+__all__ = ["interpreted_attention", "interpreted_encoding"]
 
 
 class _Accumulator:
@@ -32,7 +38,7 @@ class _Accumulator:
     def add(self, left: Any, right: Any) -> None:
         """Operands are references, which hold an array, or arrays."""
         left, right = (x[...].astype(jnp.float32) for x in (left, right))
-        # A matrix unit reads as copies write, and needs no fence between; loads, which are here, do.
+        # Tensor cores read as copies write, and need no fence between; loads, which are here, do.
         plgpu.commit_smem()
         self.x += jnp.dot(left, right)
 
@@ -50,8 +56,8 @@ class _Accumulator:
         return run
 
 
-class _Form:
-    """In place of `plgpu.ACC`: the shape of an accumulator, or what it begins with."""
+class _Shape:
+    """In place of `plgpu.ACC`: the shape of an accumulator, or the array that it begins with."""
 
     def __new__(cls, shape: tuple[int, int], dtype: Any) -> Any:
         del dtype
@@ -68,6 +74,10 @@ def _product(left: Any, right: Any, shape: tuple[int, int]) -> Array:
     return acc.x
 
 
+def _multiply_into(acc: Array, left: Array, right: Any) -> Array:
+    return acc + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
+
+
 def _in_tokens(p: Array, dtype: Any) -> Array:
     """Probabilities, whose columns are rows of keys, in the order of the values."""
     del dtype
@@ -75,31 +85,41 @@ def _in_tokens(p: Array, dtype: Any) -> Array:
 
 
 def _let_go(barrier: Any) -> None:
-    """As the interpreter does, but some barriers end with a phase for which nobody waits."""
+    """Ends a barrier as the interpreter does, also in a phase for which nobody waits."""
     with barrier.cv:
         barrier.ref_count -= 1
 
 
 @contextlib.contextmanager
-def interpreted(monkeypatch: Any) -> Iterator[None]:
-    """The kernel inside runs in the interpreter, which must find no race in any call."""
+def interpreted_attention(monkeypatch: Any) -> Iterator[None]:
+    """The attention kernel runs in the interpreter, which must find no race in any call."""
     calls, state_of = [], gpu_callbacks.GPURaceDetectionState
 
     def noted(*args: Any, **more: Any) -> Any:
         calls.append(state_of(*args, **more))
         return calls[-1]
 
-    pl, gpu = (SimpleNamespace(**vars(m)) for m in (computing.pl, computing.plgpu))
+    pl, gpu = (SimpleNamespace(**vars(m)) for m in (warpgroups.pl, warpgroups.plgpu))
     pl.run_scoped, pl.run_state = _Accumulator.scoped, _Accumulator.state
-    gpu.wgmma, gpu.ACC = _Accumulator.add, _Form
+    gpu.wgmma, gpu.ACC = _Accumulator.add, _Shape
     with monkeypatch.context() as patch:
         for name, fake in dict(
             pl=pl, plgpu=gpu, product=_product, as_words=lambda p: p, left_operand=_in_tokens
         ).items():
-            patch.setattr(computing, name, fake)
+            patch.setattr(warpgroups, name, fake)
         patch.setattr(shared_memory.Barrier, "deallocate", _let_go)
         patch.setattr(gpu_callbacks, "GPURaceDetectionState", noted)
         with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
             yield
             jax.effects_barrier()  # calls may still run
     assert calls and not any(c.races_found for c in calls)
+
+
+@contextlib.contextmanager
+def interpreted_encoding(monkeypatch: Any) -> Iterator[None]:
+    """The encoding kernels run in the interpreter, which must find no race in the last call."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kmeans, "multiply_into", _multiply_into)
+        with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
+            yield
+            assert not interpret_pallas_call.get_races().races_found
