@@ -1,4 +1,4 @@
-"""One small call of every Mosaic kernel, for compute-sanitizer on a Hopper GPU:
+"""One small call of every Mosaic kernel, for compute-sanitizer on a Hopper GPU.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.sanitize
 

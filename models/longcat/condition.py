@@ -142,8 +142,10 @@ def view_condition(config: LongCatConfig, cache: KVCache, shape: tuple[int, ...]
 
 
 def _one_layer(config: LongCatConfig, shape: tuple[int, ...], key_codec, value_codec, share=1):
-    """An empty cache of one layer with room for one span, and the positions of its tokens; with a
-    share of the heads."""
+    """An empty cache of one layer with room for one span, and the positions of its tokens.
+
+    `share` is the number of devices among which the heads are divided.
+    """
     positions_BTP = clip_positions(config, 0, shape)
     plain = identity(config.dtype)
     cache = KVCache.create(

@@ -68,8 +68,11 @@ class PocketWorldConfig:
 
 
 def _rope(half: int) -> Rope:
-    """Time turns with the world clock's first two harmonics and eight slower or faster frequencies;
-    places from half a patch to the extent of a long walk."""
+    """The rotation of a head: channels for time, altitude and the two axes of the ground.
+
+    Time turns with the world clock's first two harmonics and eight slower or faster frequencies,
+    places from half a patch to the extent of a long walk.
+    """
     n_time, n_altitude = 10 * half // 64, 6 * half // 64
     n_place = (half - n_time - n_altitude) // 2
     clock = (2 * math.pi / CLOCK, 4 * math.pi / CLOCK)

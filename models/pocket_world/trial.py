@@ -169,6 +169,7 @@ def draw(path: pathlib.Path, arms: dict[str, dict], tour: int, frames: int = 7) 
 
 
 def main(argv=None):
+    """Runs a trial of recipes from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True)

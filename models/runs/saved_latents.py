@@ -1,4 +1,4 @@
-"""Latents on disk, block by block: what an interrupted run goes on from."""
+"""Latents on disk, block by block, from which an interrupted run goes on."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,17 @@ class SavedLatents:
     A block is bytes appended to `latents/ARM.bin`; one that was cut off by a crash is ignored and
     overwritten. `latents/request.json` holds the request, for a run may only go on from latents of
     its own. A minute of 480 x 832 video is 48 MB.
+
+    Args:
+        out: folder of the run.
+        request: all that the latents depend on, as JSON types.
+        shape: (B, F, Z, Y, X) of a block.
+        dtype: of the latents.
+        resume: whether to read what is there; if not, the first block replaces it.
+
+    Raises:
+        UserError: there is nothing to go on from, or it belongs to another request; the message
+            says what differs.
     """
 
     def __init__(
@@ -31,18 +42,6 @@ class SavedLatents:
         *,
         resume: bool,
     ):
-        """
-        Args:
-            out: folder of the run.
-            request: all that the latents depend on, as JSON types.
-            shape: (B, F, Z, Y, X) of a block.
-            dtype: of the latents.
-            resume: whether to read what is there; if not, the first block replaces it.
-
-        Raises:
-            UserError: there is nothing to go on from, or it belongs to another request; says
-                what differs.
-        """
         self._folder = Path(out) / FOLDER
         self._request, self._shape, self._dtype = request, shape, np.dtype(dtype)
         self._begun = resume

@@ -214,7 +214,6 @@ def _seen(k_LBHTD, v_LBHTD, pos_BTP, rope):
 @jax.jit
 def _decoded(cache, slot):
     """K and V of one span of all layers, as attention decodes them."""
-
     lay = cache.layout
 
     def decoded(codec, slots):

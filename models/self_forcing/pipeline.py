@@ -225,8 +225,11 @@ def _known_blocks(
 def generating_step(
     sampler: SamplerConfig, shape: tuple[int, ...] | None, resumable: bool = False
 ) -> Callable:
-    """step(model, state, x): x is the block's key, or its noise if `shape` is None; with
-    `resumable`, (that, what is known of the block)."""
+    """The step that makes a block, `step(model, state, x)`.
+
+    x is the block's key, or its noise if `shape` is None; with `resumable` it is a pair of this and
+    what is known of the block.
+    """
 
     def step(model, state, x):
         x, known = x if resumable else (x, None)

@@ -125,6 +125,8 @@ class WorldPlay:
 # Cached, because jit recognises a step by the identity of its function.
 @functools.cache
 def generating_step(sampler: SamplerConfig, history: History) -> Callable:
+    """The step that makes a block, `step(model, state, x) -> (state, latents)`."""
+
     def step(model, state, x):
         return generate_block(model, state, x, sampler, history)[:2]
 

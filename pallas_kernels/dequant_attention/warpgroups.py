@@ -262,7 +262,7 @@ class Compute:
         return left_operand(p, self.config.dtype) if self.config.fp8 else p
 
     def _accumulated(self, acc: Array, alpha: Array, p: Array, v: Any) -> Array:
-        """acc alpha + p v"""
+        """The accumulator after one more tile: acc alpha + p v."""
         rescaled = acc * over_columns(alpha, acc.shape)
         if self.config.fp8:
             return rescaled + product(self._left(p), v, acc.shape)

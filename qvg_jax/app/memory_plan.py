@@ -72,8 +72,9 @@ def shape_bytes(tree: Any) -> int:
 
 
 def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """What a jitted function needs beside its arguments: temporaries, and results that do not
-    take an argument's place.
+    """Bytes that a jitted function needs beside its arguments.
+
+    They are temporaries, and results that do not take an argument's place.
 
     Args:
         function: from `jax.jit`.

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from pallas_kernels.dequantize import Encoded, Scheme, supported
 from qvg_jax.cache.slots import Float8Bytes
 from qvg_jax.codecs.base import Codec, IdentityPacked
-from qvg_jax.codecs.storage import Centroids, Storage, Values
+from qvg_jax.codecs.storage import Centroids, Levels, Storage, Values
 
 __all__ = ["E4M3", "encoded", "halves", "scheme_of"]
 
@@ -34,9 +34,10 @@ def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | s
         return f"{codec.name}: no storage is declared"
     if storage.heads != joined:
         return f"{storage.heads} heads in one vector, not {joined}"
-    if (why := _unknown_part(storage)) is not None:
-        return why
-    codes = storage.codes
+    parts = _known_parts(storage)
+    if isinstance(parts, str):
+        return parts
+    centroids, codes = parts
     if isinstance(codes, Values):
         if joined > 1:
             return "plain values of two heads in one vector"
@@ -46,34 +47,36 @@ def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | s
     groups = width // group
     if joined > 1 and groups > 1 and groups % joined:
         return f"{groups} scales for two heads"
-    centroids = storage.smoothings[0] if storage.smoothings else None
     stages = 0 if centroids is None else centroids.stages
     scheme = Scheme(bits=codes.bits, group=min(group, head_dim), offset=codes.offset, stages=stages)
     return supported(_forms(scheme, head_dim, centroids), scheme) or scheme
 
 
-def _unknown_part(storage: Storage) -> str | None:
-    """The phrase for the first part of a declaration that kernels do not read, if there is one."""
+def _known_parts(storage: Storage) -> tuple[Centroids | None, Levels | Values] | str:
+    """Returns centroids and codes of a declaration, or the first part that kernels do not read."""
+    centroids = None
     for smoothing in storage.smoothings:
         if isinstance(smoothing, str):
             return f"{smoothing} in front of the codes; the kernels read k-means there"
+        centroids = smoothing
     if len(storage.smoothings) > 1:
         return f"{len(storage.smoothings)} k-means in a row; the kernels read one, of any stages"
     codes = storage.codes
     if isinstance(codes, str):
         return f"{codes}; the kernels read equally spaced levels"
     if isinstance(codes, Values):
-        return f"plain values behind k-means in {codes.dtype}" if storage.smoothings else None
+        behind = f"plain values in {codes.dtype} behind k-means"
+        return (None, codes) if centroids is None else behind
     if codes.zero_points:
         return "zero points; the kernels read a scale per group, without"
     if codes.scale_dtype != "e4m3":
         return f"{codes.scale_dtype} scales; the kernels read e4m3"
-    return None
+    return centroids, codes
 
 
 def _forms(scheme: Scheme, head_dim: int, centroids: Centroids | None) -> Encoded:
     """Arrays of one token, for what `supported` looks at."""
-    form = jax.ShapeDtypeStruct
+    form: Any = jax.ShapeDtypeStruct
     ids = None
     if centroids is not None:
         small = centroids.num_centroids <= 256
@@ -110,7 +113,7 @@ def halves(packed: Any) -> Encoded:
 
     It copies, so it is for one span and not for all slots.
     """
-    rows = encoded(packed)
+    rows: Any = encoded(packed)
 
     def split(x, axis):  # [R, ..., 2 n, ...] -> [2 R, ..., n, ...]
         apart = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])

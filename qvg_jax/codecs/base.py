@@ -1,4 +1,4 @@
-"""What a compressor of K or V is: a frozen record of pure functions, and a value.
+"""The codec, a compressor of K or V: a frozen record of pure functions that compares by value.
 
 A `Codec` turns a span of tokens into a pytree of small arrays and back. A `Smoothing` takes
 something out of the span, stores it, and leaves a residual. `chain` (`compose`) puts any number of
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from qvg_jax.codecs.number_format import FormatLike, dtype_of
+from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
 from qvg_jax.codecs.spec import Spec, Value, factory
 from qvg_jax.codecs.storage import Centroids, Storage, Values
 
@@ -55,7 +55,7 @@ class EmptyState(NamedTuple):
 class Init(Protocol):
     """Returns the state before the first span of a shape (B, H, T, D)."""
 
-    def __call__(self, shape: Shape, dtype: Any = jnp.bfloat16) -> State: ...
+    def __call__(self, shape: Shape, dtype: Any = jnp.bfloat16, /) -> State: ...
 
 
 @runtime_checkable
@@ -63,7 +63,7 @@ class Encode(Protocol):
     """Returns the packed form of a span, and the state for the next one."""
 
     def __call__(
-        self, x_BHTD: Array, state: State, *, key: PRNGKeyArray | None = None
+        self, x_BHTD: Array, state: State, /, *, key: PRNGKeyArray | None = None
     ) -> tuple[Packed, State]: ...
 
 
@@ -71,7 +71,7 @@ class Encode(Protocol):
 class Decode(Protocol):
     """Returns the span of a packed form."""
 
-    def __call__(self, packed: Packed, dtype: Any = jnp.bfloat16) -> Array: ...
+    def __call__(self, packed: Packed, dtype: Any = jnp.bfloat16, /) -> Array: ...
 
 
 @runtime_checkable
@@ -79,7 +79,7 @@ class Smooth(Protocol):
     """Returns what a smoothing stores of a span, the residual in float32, and the state for the next."""
 
     def __call__(
-        self, x_BHTD: Array, state: State, *, key: PRNGKeyArray | None = None
+        self, x_BHTD: Array, state: State, /, *, key: PRNGKeyArray | None = None
     ) -> tuple[Packed, Array, State]: ...
 
 
@@ -87,7 +87,7 @@ class Smooth(Protocol):
 class Restore(Protocol):
     """Returns the span, in float32, of what a smoothing stored and its residual."""
 
-    def __call__(self, packed: Packed, residual_BHTD: Array) -> Array: ...
+    def __call__(self, packed: Packed, residual_BHTD: Array, /) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -158,7 +158,7 @@ class Smoothing(Value):
 
 
 class IdentityPacked(NamedTuple):
-    """What `identity` stores: the values themselves."""
+    """The packed form of `identity`: the values themselves."""
 
     values_BHTD: Float[Array, "B H T D"]
 
@@ -174,7 +174,7 @@ def check_span(shape: Shape, dtype: Any = jnp.float32) -> None:
 
 
 def per_element(nbytes: Callable[[Shape], int]) -> Callable[[Shape], float]:
-    """Turns bytes of a span into bits per element: 8 * nbytes(shape) / prod(shape)."""
+    """Returns the function of a shape that gives bits per element: 8 * nbytes(shape) / prod(shape)."""
 
     def bits_per_element(shape: Shape) -> float:
         return 8 * nbytes(shape) / math.prod(shape)
@@ -184,7 +184,7 @@ def per_element(nbytes: Callable[[Shape], int]) -> Callable[[Shape], float]:
 
 @factory
 def identity(dtype: FormatLike = "bf16") -> Codec:
-    """The codec that only stores: x is rounded to `dtype` and nothing else happens.
+    """Returns the codec that only stores: x is rounded to `dtype` and nothing else happens.
 
     "No compression" is a codec and not a special case, so the plain cache and the compressed
     cache run the same code.
@@ -198,7 +198,7 @@ def identity(dtype: FormatLike = "bf16") -> Codec:
     Raises:
         ValueError: `dtype` is not floating point.
     """
-    stored = dtype_of(dtype)
+    name, stored = format_name(dtype), dtype_of(dtype)
     if not jnp.issubdtype(stored, jnp.floating):
         raise ValueError(f"dtype={stored.name} is not accepted: give a floating point dtype")
 
@@ -221,5 +221,5 @@ def identity(dtype: FormatLike = "bf16") -> Codec:
     def deficit(packed: IdentityPacked) -> Array:
         return jnp.zeros(packed.values_BHTD.shape[:3], jnp.float32)
 
-    more = dict(storage=Storage(Values(dtype)), deficit=deficit)
-    return Codec(init, encode, decode, per_element(nbytes), dtype, nbytes, **more)
+    storage = Storage(Values(name))
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)

@@ -1,7 +1,7 @@
-"""chain: how smoothings and a codec become one codec, and what encodes it.
+"""Composition: `chain` makes one codec of smoothings and a codec, and chooses what encodes it.
 
-With implementations named, one `kmeans_smoothing` and the quantizer behind it are encoded at once, by the
-kernels of `pallas_kernels`.
+Plain XLA encodes every chain. The kernels of `pallas_kernels` encode k-means and the quantizer behind
+it together, see `kernel_encoding`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from qvg_jax.codecs.base import (
     check_span,
     per_element,
 )
-from qvg_jax.codecs.kernel_encoding import KernelEncoding, unsupported
+from qvg_jax.codecs.kernel_encoding import KernelEncoding, kernel_encoding
 from qvg_jax.codecs.spec import FACTORIES, Spec, factory
 from qvg_jax.codecs.storage import Storage
 from qvg_jax.devices import is_hopper
@@ -34,7 +34,7 @@ ENCODERS = ("xla", "mosaic", "triton")
 
 @factory
 def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
-    """Smoothings in order, then one codec for what they leave: the result is again a codec.
+    """Returns the codec that applies smoothings in order, then one codec to the residual they leave.
 
     With smoothings s1 .. sn and codec q,
     r0 = x, (node_i, r_i) = s_i.encode(r_{i-1}), packed = (node_1, ..., node_n, q.encode(r_n));
@@ -60,11 +60,13 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
     accepted += "residual_quantize(bits=2, group=64))"
     if not transforms:
         raise ValueError(f"chain() got no transforms; accepted: {accepted}")
-    *smoothings, last = transforms
-    for i, t in enumerate(smoothings):
+    *before, last = transforms
+    smoothings: list[Smoothing] = []
+    for i, t in enumerate(before):
         if not isinstance(t, Smoothing):
             what = getattr(t, "name", repr(t))
             raise ValueError(f"transforms[{i}]={what} is not a smoothing; accepted: {accepted}")
+        smoothings.append(t)
     if not isinstance(last, Codec):
         what = getattr(last, "name", repr(last))
         raise ValueError(f"the last transform, {what}, is not a codec; accepted: {accepted}")
@@ -90,10 +92,9 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
-        chosen = _implementation(implementation or encoder, storage, x_BHTD)
-        if chosen == "xla":
+        kernels = _kernels(implementation or encoder, storage, x_BHTD)
+        if kernels is None:
             return by_xla(x_BHTD, state, key)
-        kernels = KernelEncoding.of(storage, chosen)
         first = kernels.first_sums(x_BHTD, state)
         return lax.cond(
             kernels.usual(first),
@@ -124,13 +125,14 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
         return sum(t.nbytes(shape) for t in transforms)
 
     name = " > ".join(t.name for t in transforms)
-    told = last.deficit is not None and all(t.isometric for t in smoothings)
-    deficit = (lambda packed: last.deficit(packed[-1])) if told else None
+    deficit, of_last = None, last.deficit
+    if of_last is not None and all(t.isometric for t in smoothings):
+        deficit = lambda packed: of_last(packed[-1])  # noqa: E731
     return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)
 
 
 def _storage(smoothings: list[Smoothing], last: Codec) -> Storage | None:
-    """What a chain stores, from what its parts declare."""
+    """Returns the storage of a chain, from what its parts declare."""
     if last.storage is None:
         return None
     before = tuple(s.storage or f"the smoothing {s.name!r}" for s in smoothings)
@@ -139,7 +141,7 @@ def _storage(smoothings: list[Smoothing], last: Codec) -> Storage | None:
 
 
 def encoded_by(codec: Codec, implementation: str) -> Codec:
-    """The same codec with the `encoder` of its chain chosen: what a cache then compresses with.
+    """Returns the same codec with another `encoder` of its chain, which a cache then compresses with.
 
     Args:
         codec: one that `chain` made, or the codec of a preset that is a chain.
@@ -159,7 +161,7 @@ def encoded_by(codec: Codec, implementation: str) -> Codec:
 
 
 def labelled(name: str, codec: Codec, text: str) -> Codec:
-    """The same codec as the preset called `name`: another name, and written as `text`.
+    """Returns the same codec under the name of a preset, written as `text`.
 
     Args:
         name: what reports call it. Codecs of different names are different values.
@@ -181,19 +183,23 @@ def _check_encoder(name: str) -> None:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
 
 
-def _implementation(name: str | None, storage: Storage | None, x_BHTD: Array) -> str:
-    """What encodes x; a named implementation is never replaced by another."""
+def _kernels(name: str | None, storage: Storage | None, x_BHTD: Array) -> KernelEncoding | None:
+    """Returns the kernels that encode x, None for XLA; a named implementation is never replaced."""
     if name is None:
-        serves = is_hopper() and unsupported(storage, x_BHTD, "mosaic") is None
-        return "mosaic" if serves else "xla"
+        found = kernel_encoding(storage, x_BHTD, "mosaic") if is_hopper() else None
+        return None if isinstance(found, str) else found
     _check_encoder(name)
     if name == "xla":
-        return name
-    if (missing := unsupported(storage, x_BHTD, name)) is None:
-        if name == "triton":
-            missing = no_triton()
-        elif not is_hopper():
-            missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
-    if missing is None:
-        return name
+        return None
+    found = kernel_encoding(storage, x_BHTD, name)
+    if isinstance(found, str):
+        missing = found
+    elif name == "triton":
+        missing = no_triton()
+    elif not is_hopper():
+        missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
+    else:
+        missing = None
+    if missing is None and not isinstance(found, str):
+        return found
     raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")

@@ -1,9 +1,9 @@
-"""Encoding of a span on the GPU kernels: k-means and the quantizer behind it, read from `Storage`.
+"""Encoding of a span by GPU kernels: k-means and the quantizer behind it, as `Storage` declares them.
 
 Every Lloyd iteration is one kernel, which reads x once; the last assignment, the residual, its scales and
 codes are another. Between them XLA handles what is as small as the table of centroids.
 
-Differs from the way without kernels: nearest centroids are found with centroids rounded to bfloat16 and scores
+The result differs from that of XLA: nearest centroids are found with centroids rounded to bfloat16 and scores
 compared to 16 bits, so a token nearly as near to two of them may go to the other; the residual is
 relative to the stored centroids rounded to bfloat16 (as decoding kernels read them), and between
 stages it is bfloat16. The objective agrees to a part in a thousand.
@@ -28,7 +28,6 @@ from qvg_jax.codecs.smoothing.lloyd import restarted
 from qvg_jax.codecs.smoothing.tables import store_table
 from qvg_jax.codecs.storage import (
     Centroids,
-    LargestFit,
     LeastSquaresFit,
     Levels,
     Lloyd,
@@ -37,13 +36,29 @@ from qvg_jax.codecs.storage import (
 )
 from qvg_jax.devices import on_several_devices
 
-__all__ = ["KernelEncoding", "unsupported", "unsupported_form"]
+__all__ = ["KernelEncoding", "kernel_encoding"]
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
 
-def unsupported_form(storage: Storage | None) -> str | None:
-    """Which part of a codec the encoding kernels do not know, or None if they know all of it."""
+def kernel_encoding(storage: Storage | None, x_BHTD: Array, kernels: str) -> "KernelEncoding | str":
+    """Returns what encodes x in this form by kernels, or why they, "mosaic" or "triton", cannot."""
+    from pallas_kernels import kmeans, quantize_pack
+
+    parts = _known_parts(storage)
+    if isinstance(parts, str):
+        return parts
+    encoding = KernelEncoding(*parts, kernels)
+    why = (
+        kmeans.supported(x_BHTD, encoding.centroids.num_centroids, kernels)
+        or quantize_pack.supported(encoding.form, x_BHTD.shape[3])
+        or on_several_devices(x_BHTD)
+    )
+    return encoding if why is None else why
+
+
+def _known_parts(storage: Storage | None) -> tuple[Centroids, Levels] | str:
+    """Returns the centroids and levels of a form that kernels write, or which part they do not know."""
     known = "the kernels know one kmeans_smoothing before symmetric integers or a mid-rise grid"
     if storage is None or not storage.chained:
         return f"the codec is not a chain; {known}"
@@ -64,31 +79,7 @@ def unsupported_form(storage: Storage | None) -> str | None:
         return f"the way in which scales and codes are chosen; {known}"
     if centroids.dtype in ("f16", "f32"):
         return f"centroid_dtype={centroids.dtype}; the kernels read bf16, int8 or e4m3"
-    return None
-
-
-def unsupported(storage: Storage | None, x_BHTD: Array, kernels: str) -> str | None:
-    """Why the kernels, "mosaic" or "triton", cannot encode x in this form, or None if they can."""
-    from pallas_kernels import kmeans, quantize_pack
-
-    if (why := unsupported_form(storage)) is not None:
-        return why
-    encoding = KernelEncoding.of(storage, kernels)
-    return (
-        kmeans.supported(x_BHTD, encoding.centroids.num_centroids, kernels)
-        or quantize_pack.supported(_form(encoding.levels), x_BHTD.shape[3])
-        or on_several_devices(x_BHTD)
-    )
-
-
-def _form(levels: Levels) -> Any:
-    """What the kernels call the fit of these levels."""
-    from pallas_kernels.quantize_pack import Integers, Midrise
-
-    if isinstance(levels.fit, LeastSquaresFit):
-        fit = levels.fit
-        return Midrise(levels.bits, fit.ratio, fit.refine, recode=not fit.gain)
-    return Integers(levels.bits, levels.group)
+    return centroids, codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +98,23 @@ class KernelEncoding:
     levels: Levels
     kernels: str
 
-    @classmethod
-    def of(cls, storage: Storage, kernels: str) -> "KernelEncoding":
-        """The encoding of a form that is not `unsupported_form`."""
-        return cls(storage.smoothings[0], storage.codes, kernels)
+    @property
+    def form(self) -> Any:
+        """The kernels' own description of levels and their fit."""
+        from pallas_kernels.quantize_pack import Integers, Midrise
+
+        bits, fit = self.levels.bits, self.levels.fit
+        if isinstance(fit, LeastSquaresFit):
+            return Midrise(bits, fit.ratio, fit.refine, recode=not fit.gain)
+        assert self.levels.group is not None  # integers have a scale per group
+        return Integers(bits, self.levels.group)
 
     @property
     def fit(self) -> Lloyd:
         return self.centroids.fit
 
     def first_sums(self, x_BHTD: Array, state: State) -> tuple[Array, Any]:
-        """The first stage's first centroids, and the sums of the tokens nearest to each of them."""
+        """Returns the first stage's first centroids, and the sums of the tokens nearest to each of them."""
         c_BHKD = self._start(x_BHTD, state, 0)
         return c_BHKD, self._sums(x_BHTD, c_BHKD, self.fit.reseed)
 
@@ -130,7 +127,7 @@ class KernelEncoding:
         return jnp.all(jnp.abs(first[1].total_RKD) <= LARGEST)
 
     def encode(self, x_BHTD: Array, state: State, first: tuple[Array, Any]) -> tuple[Packed, State]:
-        """Packed form and state of the chain, from the result of `first_sums`."""
+        """Returns the packed form and the state of the chain, from the result of `first_sums`."""
         from pallas_kernels import quantize_pack
 
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
@@ -142,12 +139,12 @@ class KernelEncoding:
                 sums = self._sums(r_BHTD, c_BHKD, self.fit.reseed)
             c_BHKD = self._clustered(r_BHTD, sums, c_BHKD, state)
             codes_BHKD, steps, c_BHKD = store_table(c_BHKD, self.centroids.dtype)
-            args, by = (_rows(r_BHTD), _rows(c_BHKD)), dict(implementation=self.kernels)
+            args, by = (_rows(r_BHTD), _rows(c_BHKD)), self.kernels
             if stage < self.centroids.stages - 1:
-                ids_RT, r_RTD = quantize_pack.assign_and_subtract(*args, **by)
+                ids_RT, r_RTD = quantize_pack.assign_and_subtract(*args, implementation=by)
                 r_BHTD = heads(r_RTD)
             else:
-                ids_RT, *codes = quantize_pack.assign_and_pack(*args, _form(self.levels), **by)
+                ids_RT, *codes = quantize_pack.assign_and_pack(*args, self.form, implementation=by)
             ids.append(heads(ids_RT))
             tables.append((codes_BHKD, steps))
             learned.append(c_BHKD)
@@ -159,7 +156,7 @@ class KernelEncoding:
         return (kmeans_packed, self._collected(*map(heads, codes))), state
 
     def _start(self, x_BHTD: Array, state: State, stage: int) -> Array:
-        """First centroids of a stage: some of the tokens, or the previous span's centroids."""
+        """Returns the first centroids of a stage: some of the tokens, or the previous span's centroids."""
         start = start_tokens(x_BHTD.shape[2], self.centroids.num_centroids)
         c_BHKD = x_BHTD[:, :, start].astype(jnp.float32)
         if not self.fit.warm_start:
@@ -173,10 +170,10 @@ class KernelEncoding:
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
         args = (_rows(x_BHTD), _rows(c_BHKD))
         out = kmeans.kmeans_sums(*args, scores=scores, implementation=self.kernels)
-        return kmeans.Sums(*(y if y is None else heads(y) for y in out))
+        return jax.tree.map(heads, out)
 
     def _clustered(self, x_BHTD: Array, sums: Any, c_BHKD: Array, state: State) -> Array:
-        """Centroids after all iterations, of which `sums` was the first."""
+        """Returns the centroids after all iterations, of which `sums` was the first."""
         n = self.fit.cold_iters
         if self.fit.warm_start and self.fit.iters != n:
             n = jnp.where(state[0].warm, self.fit.iters, n)
@@ -191,8 +188,8 @@ class KernelEncoding:
         return lax.fori_loop(1, n, step, c_BHKD)
 
     def _collected(self, codes_BHTC: Array, scales: Array) -> IntegerPacked | GridPacked:
-        """The quantizer's packed form of what `assign_and_pack` gives."""
-        if isinstance(self.levels.fit, LargestFit):
+        """Returns the quantizer's packed form of the codes and scales that `assign_and_pack` gives."""
+        if not isinstance(self.levels.fit, LeastSquaresFit):
             return IntegerPacked(codes_BHTC, lax.bitcast_convert_type(scales, E4M3), None)
         lsq_BHT, match_BHT, largest_BHT = (scales[:, :, i] for i in range(3))
         gain = self.levels.fit.gain
@@ -209,7 +206,7 @@ def _rows(x_BH: Array) -> Array:
 
 
 def _moved(sums: Any, c_BHKD: Array) -> Array:
-    """The means of the tokens, or the old centroids where there are none."""
+    """Returns the mean of every cluster's tokens, or the old centroid of a cluster without tokens."""
     mean_BHKD = sums.total_RKD / jnp.maximum(sums.number_RK, 1)[..., None]
     return jnp.where(sums.number_RK[..., None] > 0, mean_BHKD, c_BHKD)
 

@@ -10,8 +10,7 @@ Every keyword of a constructor can be overridden. Ratios below are against bf16,
 from collections.abc import Callable
 from typing import Any
 
-from qvg_jax.codecs import own as candidates
-from qvg_jax.codecs import published as baselines
+from qvg_jax.codecs import own, published
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.base import identity as _identity
 from qvg_jax.codecs.compose import chain, encoded_by, labelled
@@ -167,7 +166,7 @@ def rtn(
 
 
 def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
-    """The default: what was best in the loop of `model`, the cautious `midrise` for any other.
+    """Returns the default: what was best in the loop of `model`, the cautious `midrise` for any other.
 
     `midrise` spends as many bits on keys as on values and decodes as cheaply as QVG. Its errors of K
     and V are about half of QVG's on captured and on made-up tensors alike, it won every paired test
@@ -186,7 +185,7 @@ def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
 
 
 def identity(dtype: FormatLike = "bf16") -> Codec:
-    """No compression: the values in `dtype`."""
+    """Returns the codec without compression: the values in `dtype`."""
     return _identity(dtype)
 
 
@@ -207,32 +206,32 @@ PRESETS: dict[str, Callable[..., Codec]] = {
     "qvg-asym": qvg_asymmetric,
     "rtn": rtn,
     "rtn-4bit": _at_4_bits(rtn),
-    "quarot": baselines.quarot,
-    "turboquant": baselines.turboquant,
-    "pca": baselines.pca,
-    "nvfp4": baselines.nvfp4,
+    "quarot": published.quarot,
+    "turboquant": published.turboquant,
+    "pca": published.pca,
+    "nvfp4": published.nvfp4,
     "bf16": identity,
 }
 
 # One for K and one for V.
 PAIRS: dict[str, Callable[..., tuple[Codec, Codec]]] = {
     "auto": auto,
-    "kivi": baselines.kivi,
-    "midrise": candidates.midrise,
-    "midrise-k1v3": candidates.midrise_k1v3,
-    "midrise2": candidates.midrise2,
-    "midrise-1bit": candidates.midrise_1bit,
-    "kmeans-e8": candidates.kmeans_e8,
-    "klt": candidates.klt,
-    "klt-kmeans": candidates.klt_kmeans,
-    "klt-tiny": candidates.klt_tiny,
-    "trellis": candidates.trellis,
-    "trellis-tiny": candidates.trellis_tiny,
+    "kivi": published.kivi,
+    "midrise": own.midrise,
+    "midrise-k1v3": own.midrise_k1v3,
+    "midrise2": own.midrise2,
+    "midrise-1bit": own.midrise_1bit,
+    "kmeans-e8": own.kmeans_e8,
+    "klt": own.klt,
+    "klt-kmeans": own.klt_kmeans,
+    "klt-tiny": own.klt_tiny,
+    "trellis": own.trellis,
+    "trellis-tiny": own.trellis_tiny,
 }
 
 
 def get(name: str, **overrides: Any) -> Codec:
-    """The codec of the recipe called `name`, with some of its settings overridden.
+    """Returns the codec of the recipe called `name`, with some of its settings overridden.
 
     Args:
         name: a key of `PRESETS`.
@@ -252,7 +251,7 @@ def get(name: str, **overrides: Any) -> Codec:
 
 
 def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
-    """The codecs for K and for V of the recipe called `name`: for every recipe there is.
+    """Returns the codecs for K and for V of any recipe.
 
     Args:
         name: a key of `PRESETS`, whose codec serves both, or of `PAIRS`.
@@ -276,7 +275,7 @@ def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
 
 
 def parse(text: str) -> Codec:
-    """One codec from its text; `parse(str(codec)) == codec` for every codec that factories made.
+    """Returns the codec of a text; `parse(str(codec)) == codec` for every codec that factories made.
 
     Args:
         text: a recipe of `PRESETS` with its overrides, "qvg:group=32"; one half of a recipe of
@@ -301,7 +300,7 @@ def parse(text: str) -> Codec:
 
 
 def parse_pair(text: str) -> tuple[Codec, Codec]:
-    """The codecs for K and for V from one text: of any recipe, or of one codec that serves both.
+    """Returns the codecs for K and for V of one text: any recipe, or one codec that serves both.
 
     Args:
         text: "midrise:num_centroids=64", or as for `parse`.

@@ -15,12 +15,12 @@ __all__ = ["is_recipe", "parse_call", "parse_recipe", "written"]
 
 
 def is_recipe(text: str) -> bool:
-    """Whether a text is `NAME` or `NAME:...`, and not calls of factories."""
+    """Returns whether a text is `NAME` or `NAME:...`, and not calls of factories."""
     return re.fullmatch(r"[^(>:]*(:.*)?", text, re.DOTALL) is not None
 
 
 def parse_recipe(text: str) -> tuple[str, dict[str, Any]]:
-    """The preset's name and the settings that change it: for `presets.get(name, **settings)`.
+    """Returns the preset's name and the settings that change it: for `presets.get(name, **settings)`.
 
     Args:
         text: such as "qvg" or "qvg:group=32:num_centroids=64". Numbers, True, False and None are
@@ -43,12 +43,12 @@ def parse_recipe(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def written(name: str, settings: Mapping[str, Any]) -> str:
-    """The text of a recipe, from which `parse_recipe` gives the name and the settings again."""
+    """Returns the text of a recipe, from which `parse_recipe` gives the name and the settings again."""
     return ":".join([name, *(f"{key}={_text(value)}" for key, value in settings.items())])
 
 
 def parse_call(text: str, preset: Callable[[str], Any]) -> Any:
-    """The codec or smoothing that calls of factories make: "f(n=1) > g(m=2)", as codecs print.
+    """Returns the codec or smoothing that calls of factories make: "f(n=1) > g(m=2)", as codecs print.
 
     Args:
         text: Python's notation for calls with literals as arguments; `a > b` is `chain(a, b)`.
@@ -106,7 +106,7 @@ class _Calls:
 
 
 def _value(text: str) -> Any:
-    """A literal's value; a text that is none is a string."""
+    """Returns the value of a literal, and any other text as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -1,4 +1,4 @@
-"""Codecs as values: what made a codec, in a form that compares, hashes, prints and can be rebuilt.
+"""Specs make codecs values: a spec says what made a codec, and compares, hashes, prints and rebuilds it.
 
 A codec is a handful of functions, and functions compare by identity only. So every factory of codecs
 is decorated with `factory`, which checks the arguments by their annotations and attaches a `Spec`: the
@@ -52,7 +52,7 @@ class Spec:
         return f"{self.factory}({', '.join(self._arguments())})"
 
     def _arguments(self) -> list[str]:
-        """The arguments of the call, without those that have their default."""
+        """Returns the arguments of the call, without those that have their default."""
         written, leading = [], True
         for name, p in inspect.signature(FACTORIES[self.factory]).parameters.items():
             value = self[name]
@@ -84,7 +84,7 @@ class Value:
         return type(self), *self._fields()
 
     def _fields(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.init)
+        return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.init)  # pyright: ignore[reportArgumentType]
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -147,7 +147,7 @@ def _rebuilt(function: Callable[..., Any], settings: Any, text: str | None) -> A
 
 
 def _tuple(value: Any) -> Any:
-    """Lists and NumPy arrays, also inside each other, as tuples."""
+    """Returns lists and NumPy arrays, also inside each other, as tuples."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
@@ -157,7 +157,7 @@ _KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a s
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """The value as an object of the annotated type; ValueError if it is not one."""
+    """Returns the value in the annotated type; ValueError if it is of another."""
     if hint is FormatLike:
         return format_name(value)
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
@@ -190,7 +190,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def _written(value: Any, inside_chain: bool = False) -> str:
-    """A setting as `presets.parse` reads it."""
+    """Returns the text of a setting, as `presets.parse` reads it."""
     if not isinstance(value, Value):
         return repr(value)
     if value.spec is None:

@@ -27,7 +27,7 @@ class LargestFit:
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquaresFit:
-    """Scale and codes are chosen in turn, as in `grid_quantize`.
+    """Scale and codes are chosen in turn by least squares, as in `grid_quantize`.
 
     Attributes:
         ratio: the first scale over the root mean square of the group.
@@ -57,7 +57,7 @@ class Levels:
 
     bits: int
     group: int | None
-    offset: float
+    offset: int | float
     scale_dtype: str
     zero_points: bool = False
     exponents: bool = False
@@ -73,7 +73,7 @@ class Values:
 
 @dataclasses.dataclass(frozen=True)
 class Lloyd:
-    """How centroids are chosen: the settings of `kmeans_smoothing` that storage does not show."""
+    """Centroids are chosen by Lloyd's algorithm, with these settings of `kmeans_smoothing`."""
 
     iters: int
     cold_iters: int
@@ -83,7 +83,7 @@ class Lloyd:
 
 @dataclasses.dataclass(frozen=True)
 class Centroids:
-    """Tables of centroids and, for every token and stage, which row of its table is added.
+    """Tables of centroids and, for every token and stage, the id of the row that is added.
 
     Attributes:
         num_centroids: rows of a table; ids take a byte up to 256, else two.
@@ -101,7 +101,7 @@ class Centroids:
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """What a packed span holds.
+    """The declaration of a packed span: its codes, and what was taken out before them.
 
     Attributes:
         codes: what is stored of every channel, or the phrase that names another form.

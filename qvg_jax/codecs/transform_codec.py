@@ -34,7 +34,7 @@ def transform_codec(
     refine: int = 2,
     across_heads: bool = False,
 ) -> Codec:
-    """`klt_rotation` then `allocated_quantize`, with as many code bits as a budget leaves.
+    """Returns `klt_rotation` and `allocated_quantize` with as many code bits as a budget leaves.
 
     For spans of T tokens: R = min(D, T // 12) axes, and the largest number of code bytes per
     token such that codes, scales, axes, means, steps and bit counts together stay within `budget`

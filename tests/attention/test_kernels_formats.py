@@ -192,7 +192,7 @@ def test_the_declared_storage_decodes_as_the_codec_does(name):
         (heads_as_tokens(grid_quantize()), "all heads as tokens of one"),
         (chain(*[kmeans_smoothing(4)] * 2, grid_quantize()), "2 k-means in a row"),
         (chain(kmeans_smoothing(4), chain(grid_quantize())), "a chain inside the chain"),
-        (chain(kmeans_smoothing(4), identity()), "plain values behind k-means"),
+        (chain(kmeans_smoothing(4), identity()), "plain values in bf16 behind k-means"),
         (chain(kmeans_smoothing(300), grid_quantize()), "at most 256 centroids"),
         (identity("f32"), "plain values in f32"),
         (grid_quantize(group=4), "group=4"),

@@ -44,7 +44,7 @@ _GAINS = {"lsq": 0.0, "match": 1.0}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GridPacked:
-    """What grid quantization stores. `exponents_BH` is None unless scales are e4m3."""
+    """The packed form of `grid_quantize`. `exponents_BH` is None unless scales are e4m3."""
 
     codes_BHTC: Any  # uint8
     scales_BHTG: Any
@@ -189,7 +189,7 @@ def grid_quantize(
     lost = normal_error(levels_n, ratio)  # share of the energy, at least squares
 
     def deficit(packed: GridPacked) -> Array:
-        """v - v_hat of `key_bias`, for normal channels: the mean over the groups of a token."""
+        """Returns v - v_hat of `key_bias` for normal channels: the mean over the groups of a token."""
         p, scale_BHTG = gain_power or 0.0, load_scale(packed.scales_BHTG, packed.exponents_BH)
         variance_BHTG = jnp.square(scale_BHTG / ratio) * (1 - lost) ** (2 * p)
         return jnp.mean(variance_BHTG, axis=3) * (1 - (1 - lost) ** (1 - 2 * p))
@@ -219,7 +219,7 @@ def grid_quantize(
 
 
 def nearest_level(x: Array, levels: tuple[float, ...], uniform: bool) -> UInt8[Array, "..."]:
-    """Index of the level nearest to each x; halfway, the upper one. `uniform`: step 1 around 0."""
+    """Returns the index of the level nearest to each x; halfway, the upper one. `uniform`: step 1 around 0."""
     n = len(levels)
     if uniform:
         return jnp.clip(jnp.floor(x + n / 2), 0, n - 1).astype(jnp.uint8)
@@ -230,7 +230,7 @@ def nearest_level(x: Array, levels: tuple[float, ...], uniform: bool) -> UInt8[A
 
 
 def level_of(codes: Array, levels: tuple[float, ...], uniform: bool) -> Float[Array, "..."]:
-    """The levels of codes, float32; the inverse of `nearest_level` without a table look-up."""
+    """Returns the levels of codes, float32; the inverse of `nearest_level` without a table look-up."""
     if uniform:
         return codes.astype(jnp.float32) - (len(levels) - 1) / 2
     x = jnp.full(codes.shape, levels[0], jnp.float32)
@@ -269,7 +269,7 @@ def _levels(bits: int | None, grid: Any, count: int | None) -> tuple[float, ...]
 
 
 def power_of_gain(gain: Any) -> float | None:
-    """None for no refinement, else p of lsq^(1 - p) match^p."""
+    """Returns p of lsq^(1 - p) match^p for a setting `gain`, or None for no refinement."""
     if isinstance(gain, str) and gain in ("none", *_GAINS):
         return _GAINS.get(gain)
     if isinstance(gain, int | float) and not isinstance(gain, bool) and 0 <= gain <= 2:

@@ -30,7 +30,7 @@ _FLOOR = 1e-10  # least scale, as in the official kernels; zero once rounded to 
 
 
 class IntegerPacked(NamedTuple):
-    """What integer quantization stores.
+    """The packed form of `residual_quantize`.
 
     `zeros_BHTG` is None in symmetric mode, `exponents_BH` unless the span is normalized.
     """
@@ -170,7 +170,7 @@ def residual_quantize(
         return math.prod(lead) * (packed_width(d, bits) + scales) + normalize * lead[0] * lead[1]
 
     def deficit(packed: IntegerPacked) -> Array:
-        """v - v_hat of `key_bias` for rounding to a fine grid: -step^2 / 12, mean over the groups."""
+        """Returns v - v_hat of `key_bias` for rounding to a fine grid: -step^2 / 12, mean over the groups."""
         scale_BHTG = packed.scales_BHTG.astype(jnp.float32)
         if normalize:
             scale_BHTG = times_power_of_two(scale_BHTG, packed.exponents_BH)

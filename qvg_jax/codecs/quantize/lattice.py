@@ -1,4 +1,4 @@
-"""Eight channels at a time on the E8 lattice: two bits per channel, less error than a grid's.
+"""Quantization of eight channels at a time to the E8 lattice: two bits per channel, less error than a grid.
 
 Axes: B batch, H heads, T tokens, D head dim, G octets of channels, N octets in a row, K patterns.
 """
@@ -35,7 +35,7 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 class LatticePacked(NamedTuple):
-    """What lattice quantization stores: per octet a pattern, and a byte of signs and shift."""
+    """The packed form of `lattice_quantize`: per octet a pattern, and a byte of signs and shift."""
 
     patterns_BHTG: UInt8[Array, "B H T G"]
     signs_BHTG: UInt8[Array, "B H T G"]
@@ -45,7 +45,7 @@ class LatticePacked(NamedTuple):
 
 @functools.cache
 def patterns() -> Float[np.ndarray, "K 8"]:
-    """The 256 patterns of absolute values: all positive half-integers of norm^2 <= 10, some of 12.
+    """Returns the 256 patterns of absolute values: all positive half-integers of norm^2 <= 10, some of 12.
 
     227 have norm^2 2 to 10; of the 224 of norm^2 12 the list is filled up with 29, evenly spaced in
     lexicographic order.
@@ -157,12 +157,12 @@ def lattice_quantize(
 
 
 def _parity() -> np.ndarray:
-    """Per pattern, 1 if an odd number of signs must be negative for the sum to be even."""
+    """Returns, per pattern, 1 if an odd number of signs must be negative for the sum to be even."""
     return (patterns().sum(1) % 2).astype(np.int32)
 
 
 def _nearest(x_BHTD: Array, scale_BHT: Array) -> tuple[Array, Array]:
-    """Pattern and sign byte (7 signs, the first one highest, then the shift) of every octet."""
+    """Returns pattern and sign byte (7 signs, the first one highest, then the shift) of every octet."""
     unit_BHT1 = jnp.where(scale_BHT > 0, scale_BHT, 1)[..., None]
     y_N8 = (x_BHTD / unit_BHT1).reshape(-1, OCTET)
     s_K8 = jnp.asarray(patterns())
@@ -207,7 +207,7 @@ def _nearest(x_BHTD: Array, scale_BHT: Array) -> tuple[Array, Array]:
 
 
 def _points(patterns_BHTG: Array, signs_BHTG: Array) -> Array:
-    """Lattice points of codes, float32, octets joined."""
+    """Returns the lattice points of codes, float32, octets joined."""
     b, h, t, g = patterns_BHTG.shape
     index = patterns_BHTG.astype(jnp.int32)
     s = jnp.asarray(patterns()).at[index].get(mode="promise_in_bounds")

@@ -28,7 +28,7 @@ _AXES = ("channel", "token")
 
 
 class MinMaxPacked(NamedTuple):
-    """What min-max quantization stores; scales and zeros are (B, H, M, N), see `axis`."""
+    """The packed form of `minmax_quantize`; scales and zeros are (B, H, M, N), see `axis`."""
 
     codes_BHTC: UInt8[Array, "B H T C"]
     scales_BHMN: Float[Array, "B H M N"]
@@ -106,7 +106,7 @@ def minmax_quantize(
         return d // group
 
     def split(x_BHTD: Array, n: int) -> Array:
-        """(B, H, M, N, g): the grouped axis last, its last group filled up with its last member."""
+        """Returns (B, H, M, N, g): the grouped axis last, its last group filled up with its last member."""
         x_BHMT = jnp.swapaxes(x_BHTD, 2, 3) if by_channel else x_BHTD
         b, h, m, t = x_BHMT.shape
         g = min(group, t)

@@ -22,7 +22,7 @@ _E4M3_MAX = 448.0
 
 
 class NVFP4Packed(NamedTuple):
-    """What NVFP4 stores: code = sign << 3 | E2M1, the first channel of a pair in the high half."""
+    """The packed form of `nvfp4_quantize`: code = sign << 3 | E2M1, the first channel of a pair in the high half."""
 
     codes_BHTC: UInt8[Array, "B H T C"]
     scales_BHTG: Float[Array, "B H T G"]

@@ -27,14 +27,14 @@ _SHIFT = 6
 
 
 def scale_format(scale_dtype: FormatLike) -> jnp.dtype:
-    """The dtype of "e4m3", "bf16" or "f32" (or of that jax dtype); ValueError otherwise."""
+    """Returns the dtype of "e4m3", "bf16" or "f32" (or of that jax dtype); ValueError otherwise."""
     if format_name(scale_dtype) not in _FORMATS:
         raise ValueError(f"scale_dtype={scale_dtype!r} is not accepted: give e4m3, bf16 or f32")
     return dtype_of(format_name(scale_dtype))
 
 
 def span_exponent(x_BH: Float[Array, "B H *rest"]) -> Int[Array, "B H"]:
-    """The e with max |x| in [2^(e-1), 2^e) per batch row and head, over the finite entries.
+    """Returns the e with max |x| in [2^(e-1), 2^e) per batch row and head, over the finite entries.
 
     Limited to -100 .. 120, where 2^e and 2^-e are ordinary float32 numbers; 0 for an all-zero span.
     """
@@ -46,7 +46,7 @@ def span_exponent(x_BH: Float[Array, "B H *rest"]) -> Int[Array, "B H"]:
 def times_power_of_two(
     x_BH: Float[Array, "B H *rest"], exponent_BH: Int[Array, "B H"]
 ) -> Float[Array, "B H *rest"]:
-    """x * 2^exponent per batch row and head, float32, exact; exponents in -126 .. 127."""
+    """Returns x * 2^exponent per batch row and head, float32, exact; exponents in -126 .. 127."""
     # From the bits: XLA's exp2 of an integer is not exact everywhere.
     bits_BH = (exponent_BH.astype(jnp.int32) + 127) << 23
     power_BH = lax.bitcast_convert_type(bits_BH, jnp.float32)
@@ -80,14 +80,14 @@ def store_scale(
 def load_scale(
     stored_BH: Float[Array, "B H *rest"], exponents_BH: Int8[Array, "B H"] | None
 ) -> Float[Array, "B H *rest"]:
-    """Scales in the units of the span, float32, from what `store_scale` stored."""
+    """Returns scales in the units of the span, float32, from what `store_scale` stored."""
     if exponents_BH is None:
         return stored_BH.astype(jnp.float32)
     return times_power_of_two(stored_BH.astype(jnp.float32), exponents_BH)
 
 
 def saturate(x: Array, dtype: jnp.dtype) -> Array:
-    """x in `dtype`; what is too large becomes the largest number of that format."""
+    """Returns x in `dtype`; what is too large becomes the largest number of that format."""
     # e4m3 has no infinity: XLA would turn anything above 448 into NaN.
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)

@@ -30,7 +30,7 @@ LARGEST = 1e15
 
 
 class KMeansPacked(NamedTuple):
-    """What k-means stores: per stage, the cluster of every token and the centroids.
+    """The stored part of `kmeans_smoothing`: per stage, the cluster of every token and the centroids.
 
     Centroids in int8 or e4m3 come with steps (bfloat16, per channel) or exponents (int8).
     """
@@ -41,14 +41,14 @@ class KMeansPacked(NamedTuple):
 
 
 class KMeansState(NamedTuple):
-    """What one span hands to the next: its centroids, and whether there was one before."""
+    """The state of `kmeans_smoothing`: the previous span's centroids, and whether there was a span."""
 
     centroids_BHSKD: Float[Array, "B H S K D"]
     warm: Bool[Array, ""]
 
 
 def start_tokens(tokens: int, num_centroids: int) -> np.ndarray:
-    """Which tokens the first centroids are: the K with the smallest frac(t / golden ratio).
+    """Returns the tokens that become the first centroids: the K with the smallest frac(t / golden ratio).
 
     They are spread as evenly as a stride of T / K but with three different gaps, so that they do
     not fall on the same pixels of every frame as a constant stride may. Measured on captured K

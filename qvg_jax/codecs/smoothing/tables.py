@@ -1,4 +1,4 @@
-"""Centroids in small formats: int8 with a step per channel, or e4m3 with one power of two.
+"""Storage of centroids in small formats: int8 with a step per channel, or e4m3 with one power of two.
 
 Axes: B batch, H heads, S stages, K centroids, D head dim.
 """
@@ -20,7 +20,7 @@ _FORMATS = ("bf16", "f16", "f32", "int8", "e4m3")
 
 
 def table_format(centroid_dtype: FormatLike) -> str:
-    """The short name of an accepted format: bf16, f16, f32, int8 or e4m3.
+    """Returns the short name of an accepted format: bf16, f16, f32, int8 or e4m3.
 
     Raises:
         ValueError: anything else.
@@ -34,7 +34,7 @@ def table_format(centroid_dtype: FormatLike) -> str:
 
 
 def table_nbytes(form: str, k: int, d: int) -> int:
-    """Bytes of one table of K centroids."""
+    """Returns the bytes of one table of K centroids."""
     if form == "int8":
         return k * d + 2 * d
     if form == "e4m3":
@@ -70,7 +70,7 @@ def store_table(
 
 
 def load_table(codes: Array, steps: Array | None, form: str) -> Float[Array, "B H K D"]:
-    """Centroids from what `store_table` stored; small formats as float32, floats as they are."""
+    """Returns centroids from what `store_table` stored; small formats as float32, floats as they are."""
     if form == "e4m3":
         return load_scale(codes, steps)
     if form == "int8":

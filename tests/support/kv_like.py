@@ -1,4 +1,4 @@
-"""Tokens that look like the keys and values of a video model, for tests and for a first impression.
+"""Tokens that look like the keys and values of a video model.
 
 Axes: F latent frames, Y rows, X columns, T = F Y X tokens in that order, D head dim.
 """
