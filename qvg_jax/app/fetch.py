@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +21,7 @@ from qvg_jax.app.hub import Address, Download, Offer, explained, hub_client, off
 from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
 
-__all__ = ["fetch", "fetch_address"]
+__all__ = ["ask", "fetch", "fetch_address", "fetched", "remember"]
 
 PICKLED = (".pt", ".pth", ".bin")
 SOURCES, ACCEPTED = "sources.json", "accepted_licences.json"
@@ -91,6 +92,39 @@ def _at(address: Address, download: Download) -> Download:
     if address.subfolder:
         changes |= dict(subfolder=address.subfolder)
     return dataclasses.replace(download, **changes)
+
+
+def ask(offered: Sequence[Offer]) -> bool:
+    """Shows on stderr what would be downloaded and under which licences, and asks the user.
+
+    Where nobody can answer (stdin is no terminal) the answer is no.
+    """
+    for offer in offered:
+        size = sum(size for _, size, _ in offer.files)
+        print(
+            f"{offer.download.what}: {offer.download.repo} at {offer.commit[:12]}, "
+            f"{size / 1e9:.3f} GB ({offer.bytes_missing / 1e9:.3f} GB to download), licence: "
+            f"{offer.licence}",
+            file=sys.stderr,
+        )
+    if not sys.stdin.isatty():
+        return False
+    print("Download under these licences? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def remember(model: str, folder: Path, *, cache: str | Path | None = None) -> None:
+    """Makes a folder of weights the one that a model reads when its user names none."""
+    link = _cache(cache) / "models" / model
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(link) as partial:
+        partial.symlink_to(folder.resolve())
+
+
+def fetched(model: str, *, cache: str | Path | None = None) -> Path | None:
+    """The folder that `qvg fetch` made for a model, or None."""
+    link = _cache(cache) / "models" / model
+    return link.resolve() if link.is_dir() else None
 
 
 def _downloaded(offer: Offer, cache: Path) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from qvg_jax.app import fetch as fetching
 from qvg_jax.app.fetch import fetch, fetch_address
 from qvg_jax.app.hub import Address, Download, offers
 from qvg_jax.errors import UserError
-from tests.support.loopback_hub import LoopbackHub, Repository
+from tests.support.loopback_hub import Repository, served
 
 BIG = 3_000_000
 
@@ -23,7 +23,7 @@ def tensors(seed: int, size: int = 64) -> bytes:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(tmp_path):
     """A hub with a release in two repositories, and a client whose cache is the test's own."""
     transformer = Repository({"checkpoints/tiny_dmd.safetensors": tensors(0, BIG // 4)})
     parts = Repository(
@@ -35,15 +35,8 @@ def hub(tmp_path, monkeypatch):
         },
         licence="mit",
     )
-    served = LoopbackHub(**{"lab/tiny": transformer, "lab/parts": parts})
-    monkeypatch.setattr(constants, "ENDPOINT", served.address)
-    template = served.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with served:
-        yield served
+    with served(tmp_path / "hub", {"lab/tiny": transformer, "lab/parts": parts}) as hub:
+        yield hub
 
 
 NEEDED = (

@@ -1,11 +1,17 @@
 """A model hub on the loopback address: repositories in memory, served as the hub's client asks for them."""
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
 import json
 import threading
 import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
 
 
 @dataclasses.dataclass
@@ -152,3 +158,21 @@ class LoopbackHub:
             to.send_header(name, value)
         to.send_header("Content-Length", str(length))
         to.end_headers()
+
+
+@contextlib.contextmanager
+def served(cache: Path, repositories: dict[str, Repository]) -> Iterator[LoopbackHub]:
+    """A hub with these repositories, to which the client of this process talks meanwhile.
+
+    Args:
+        cache: folder for what the client downloads.
+        repositories: by "ORGANISATION/NAME".
+    """
+    with LoopbackHub(**repositories) as hub, pytest.MonkeyPatch.context() as patch:
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield hub
