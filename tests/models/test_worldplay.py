@@ -153,7 +153,7 @@ def test_codecs_see_both_encodings_of_a_head_as_one_vector():
         seen.append(x_BHTD)
         return PLAIN.encode(x_BHTD, state, key=key)
 
-    codec = side_by_side(PLAIN._replace(encode=encode))
+    codec = side_by_side(dataclasses.replace(PLAIN, encode=encode))
     x_BCTD = jax.random.normal(jax.random.key(0), (2, 6, 5, 4))
     packed, _ = codec.encode(x_BCTD, codec.init(x_BCTD.shape, x_BCTD.dtype))
     np.testing.assert_array_equal(codec.decode(packed, jnp.float32), x_BCTD)
