@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0"
 ).strip()
 # Most programs run a few times on tiny sizes, so that a CPU spends its time on compiling them.
-# `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests what users run; the checks of a push do so.
+# `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do; the checks of a push say so.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One folder of compiled programs for the run, which the worker processes inherit.

@@ -3,6 +3,7 @@
 import dataclasses
 
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
+from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
 from qvg_jax.app.option_types import Count
 from qvg_jax.codecs.recommended import recommended
@@ -10,6 +11,19 @@ from qvg_jax.codecs.recommended import recommended
 __all__ = ["ENTRY", "Options", "PlanOptions"]
 
 NAME = "longcat"
+
+# Source: the file list of the repository meituan-longcat/LongCat-Video.
+NEEDS = (
+    Download(
+        what="the transformer, the video VAE, the text encoder and its tokenizer",
+        repo="meituan-longcat/LongCat-Video",
+        files=(
+            "dit/*.json", "dit/*.safetensors", "vae/*.json", "vae/*.safetensors",
+            "text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*",
+        ),
+        licence="mit",
+    ),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +70,7 @@ ENTRY = ModelEntry(
     name=NAME,
     summary="LongCat-Video (13.6B): a prompt becomes a long video, segment by segment.",
     options=Options,
+    needs=NEEDS,
     prepare=deferred("models.longcat.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.longcat.job:plan"),

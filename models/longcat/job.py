@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.longcat.entry import NAME, Options, PlanOptions
+from models.longcat.entry import NAME, NEEDS, Options, PlanOptions
 from models.longcat.lora import merge_lora
 from models.longcat.params import check_dit, load_dit, random_dit
 from models.longcat.pipeline import LongCat, Prompt
@@ -46,6 +46,7 @@ class _LongCat(LatentModel[Options, Settings]):
     """LongCat-Video as a latent model."""
 
     name = NAME
+    needs = NEEDS
     fps = 15
     dit_names = ("dit", "LongCat*", "longcat*", "transformer", "diffusion_pytorch_model*")
     config_folder = "dit"

@@ -22,6 +22,8 @@ from models.runs.request_checks import RANDOM, attention_of, check_needed, plain
 from models.runs.saved_latents import SavedLatents
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
+from qvg_jax.app.fetch import ask, fetch_address, fetched
+from qvg_jax.app.hub import PREFIX, Download
 from qvg_jax.app.job import Arm, Block, Job, Played
 
 __all__ = ["LatentModel", "Run", "prepare"]
@@ -73,12 +75,14 @@ class LatentModel[O: LatentOptions, S](abc.ABC):
     Attributes:
         name: as the command knows it.
         fps: frames a second of its videos.
+        needs: files on a hub that the release is made of, see `ModelEntry`.
         dit_names: patterns of the transformer's name in a folder of weights, the best first.
         config_folder: folder inside of the weights that has the transformer's config.json.
     """
 
     name: str
     fps: int
+    needs: tuple[Download, ...]
     dit_names: tuple[str, ...]
     config_folder: str = "."
 
@@ -160,6 +164,7 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
+    options = dataclasses.replace(options, weights=_weights(model, options.weights))
     check_needed(model.name, options)
     random = options.weights == RANDOM
     parts = None if random else find_parts(
@@ -219,6 +224,16 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
         truth=False,
         config=identity | common | model.report(run),
     )
+
+
+def _weights(model: LatentModel, asked: str | None) -> str | None:
+    """The folder of weights that a user means: a path, an address on a hub, or the fetched release."""
+    if asked is None:
+        folder = fetched(model.name)
+        return None if folder is None else str(folder)
+    if asked.startswith(PREFIX):
+        return str(fetch_address(asked, model.needs, accept=ask))
+    return asked
 
 
 def _identity(

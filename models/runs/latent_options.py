@@ -15,7 +15,9 @@ class LatentOptions(GenerateOptions):
 
     Attributes:
         frames: latent frames to generate.
-        weights: folder laid out like the release, or "random" for random weights of the true size.
+        weights: folder laid out like the release, an address hf:ORGANISATION/NAME[@REVISION][:FOLDER]
+            of another transformer on a hub, or "random" for random weights of the true size; what
+            `qvg fetch` got if left out.
         prompt: what to see.
         height: height of the video in pixels, whole tokens.
         width: width of the video in pixels, whole tokens.

@@ -19,9 +19,12 @@ LARGEST_SEED = 2**31 - 1
 
 def check_needed(model: str, options: LatentOptions) -> None:
     """Raises UserError if weights or prompt are missing, or options exclude each other."""
-    for name in ("weights", "prompt"):
-        if not getattr(options, name):
-            raise UserError(f"{name} is missing: model {model} needs --{name}")
+    if not options.weights:
+        raise UserError(
+            f"weights is missing: model {model} needs --weights FOLDER, or `qvg fetch {model}` before"
+        )
+    if not options.prompt:
+        raise UserError(f"prompt is missing: model {model} needs --prompt")
     if options.image and getattr(options, "video", None):
         raise UserError("--image and --video: give one of them")
     if options.layers is not None and options.weights != RANDOM:

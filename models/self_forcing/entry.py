@@ -3,6 +3,7 @@
 import dataclasses
 
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
+from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
 from qvg_jax.app.option_types import Count, Whole
 from qvg_jax.codecs.recommended import recommended
@@ -11,6 +12,24 @@ __all__ = ["ENTRY", "Options", "PlanOptions"]
 
 NAME = "self-forcing"
 FRAMES = 21
+
+# Source: the download instructions of the repository guandeh17/Self-Forcing.
+NEEDS = (
+    Download(
+        what="the transformer",
+        repo="gdhe17/Self-Forcing",
+        subfolder="checkpoints",
+        files=("self_forcing_dmd.pt",),
+        entry="generator_ema",
+        licence="as its repository states it",
+    ),
+    Download(
+        what="the video VAE, the text encoder and its tokenizer",
+        repo="Wan-AI/Wan2.1-T2V-1.3B",
+        files=("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"),
+        licence="apache-2.0",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +89,7 @@ ENTRY = ModelEntry(
     name=NAME,
     summary="Self-Forcing (Wan2.1 1.3B, causal): a prompt becomes a video.",
     options=Options,
+    needs=NEEDS,
     prepare=deferred("models.self_forcing.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.self_forcing.job:plan"),

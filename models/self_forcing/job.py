@@ -10,7 +10,7 @@ from models.runs import decode, latent_job
 from models.runs.checkpoint_folder import Parts
 from models.runs.latent_job import LatentModel, Run
 from models.runs.request_checks import attention_of, file_digest
-from models.self_forcing.entry import NAME, Options, PlanOptions
+from models.self_forcing.entry import NAME, NEEDS, Options, PlanOptions
 from models.self_forcing.initial import initial_latents
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import Generation, SelfForcing
@@ -28,6 +28,7 @@ class _SelfForcing(LatentModel[Options, Settings]):
     """Self-Forcing as a latent model."""
 
     name = NAME
+    needs = NEEDS
     fps = 16
     # Wan's own transformer, without Self-Forcing's training, comes last.
     dit_names = (

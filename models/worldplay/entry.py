@@ -3,6 +3,7 @@
 import dataclasses
 
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
+from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
 from qvg_jax.app.option_types import Count
 from qvg_jax.codecs.recommended import recommended
@@ -10,6 +11,23 @@ from qvg_jax.codecs.recommended import recommended
 __all__ = ["ENTRY", "Options", "PlanOptions"]
 
 NAME = "worldplay"
+# Source: the download instructions of the repository Tencent-Hunyuan/HY-WorldPlay.
+NEEDS = (
+    Download(
+        what="the distilled transformer",
+        repo="tencent/HY-WorldPlay",
+        subfolder="wan_distilled_model",
+        files=("model.pt",),
+        name="worldplay_distilled",
+        licence="as its repository states it",
+    ),
+    Download(
+        what="the video VAE, the text encoder and its tokenizer",
+        repo="Wan-AI/Wan2.2-TI2V-5B",
+        files=("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"),
+        licence="apache-2.0",
+    ),
+)
 CODEC = f"{recommended(NAME)}:storage=single"
 
 
@@ -57,6 +75,7 @@ ENTRY = ModelEntry(
     name=NAME,
     summary="HY-WorldPlay (Wan2.2 5B): a picture and a walk become a video.",
     options=Options,
+    needs=NEEDS,
     prepare=deferred("models.worldplay.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.worldplay.job:plan"),

@@ -10,7 +10,7 @@ from models.runs import decode, latent_job
 from models.runs.checkpoint_folder import Parts
 from models.runs.latent_job import LatentModel, Run
 from models.runs.request_checks import attention_of, file_digest
-from models.worldplay.entry import NAME, Options, PlanOptions
+from models.worldplay.entry import NAME, NEEDS, Options, PlanOptions
 from models.worldplay.params import WEIGHTS
 from models.worldplay.picture import check_picture, picture_latent
 from models.worldplay.pipeline import WorldPlay
@@ -29,6 +29,7 @@ class _WorldPlay(LatentModel[Options, Settings]):
     """WorldPlay as a latent model."""
 
     name = NAME
+    needs = NEEDS
     fps = 16
     # Wan's own transformer, which knows no actions, is refused by its names.
     dit_names = (

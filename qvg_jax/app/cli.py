@@ -233,6 +233,18 @@ def _tune(
     return commands.tune(file, entry, budget, span_tokens, codec, out)
 
 
+def _fetch(model: Annotated[str, Parameter(name="MODEL")], /, *, yes: bool = False) -> int:
+    """Download the released weights of a model.
+
+    Args:
+        model: name of the model, such as self-forcing.
+        yes: accept the licences without being asked; they are those of the repositories.
+    """
+    from qvg_jax.app import commands
+
+    return commands.fetch(_registry().named(model), yes)
+
+
 def _convert(
     file: Annotated[File, Parameter(name="FILE")],
     target: Annotated[File, Parameter(name="OUT.safetensors")],
@@ -263,7 +275,7 @@ def _codecs(*, shape: Shape = (1, 12, 37440, 128)) -> int:
     return commands.codecs(shape)
 
 
-_OTHERS = {"tune": _tune, "convert": _convert, "codecs": _codecs}
+_OTHERS = {"fetch": _fetch, "tune": _tune, "convert": _convert, "codecs": _codecs}
 
 
 if __name__ == "__main__":

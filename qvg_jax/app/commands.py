@@ -14,7 +14,7 @@ import jax
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
 from qvg_jax.errors import UserError, told_to_user
 
-__all__ = ["capture", "codecs", "convert", "generate", "plan", "play", "tune"]
+__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
@@ -126,6 +126,19 @@ def tune(
     with _written():
         print(run_tune(file, out, recipes=recipes or None, **options))  # type: ignore[arg-type]
     print(f"wrote tune.json and tune.png to {out}")
+    return 0
+
+
+def fetch(entry: ModelEntry, yes: bool) -> int:
+    """Downloads the released weights of a model, after its user accepted their licences."""
+    from qvg_jax.app import fetch as fetching
+
+    if not entry.needs:
+        raise UserError(f"model={entry.name!r} brings its weights along: there is nothing to fetch")
+    with _written():
+        folder = fetching.fetch(entry.needs, accept=(lambda _: True) if yes else fetching.ask)
+        fetching.remember(entry.name, folder)
+    print(f"weights of {entry.name} in {folder}; `qvg generate {entry.name}` reads them")
     return 0
 
 

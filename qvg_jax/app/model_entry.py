@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvg_jax.app.hub import Download
 from qvg_jax.app.option_types import ByteSize, Count, File, Indices, Names, Port, Whole
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ class ModelEntry:
             has none.
         capture_options, capture: options of `qvg capture`, and `capture(options) -> Captured`.
         play_options, play: options of `qvg play`, and `play(options) -> World`.
+        needs: files on a model hub that the released weights are made of, the transformer first;
+            `qvg fetch` gets them. Empty for a model that brings its weights along.
         loop: `loop(recipes, span_tokens) -> {recipe: dB to bf16}`, a short run for `qvg tune`.
         memory_advice: `memory_advice(options) -> str`, what to change where memory is not enough.
     """
@@ -161,6 +164,7 @@ class ModelEntry:
     capture: "Callable[[Any], Captured] | None" = None
     play_options: type[PlayOptions] | None = None
     play: "Callable[[Any], World] | None" = None
+    needs: tuple[Download, ...] = ()
     loop: Callable[[Sequence[str], int], dict[str, float]] | None = None
     memory_advice: Callable[[Any], str] = _no_advice
 

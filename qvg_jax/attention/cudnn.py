@@ -7,16 +7,17 @@ window, or more tokens of those, or a few spans. `flash` merges the results of t
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qvg_jax.attention.flash import BACKENDS, Softmax, no_keys, visit
+from qvg_jax.attention.flash import BACKENDS, Softmax, no_keys, split, visit
 from qvg_jax.cache.layout import Layout
-from qvg_jax.cache.rope import Encodings
+from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.cache.view import CacheView
 from qvg_jax.capability import capability
@@ -91,75 +92,84 @@ def attend_cudnn(
     batches, tokens, query_heads = q_BTHD.shape[:3]
     branches, group = batches // lay.batch, query_heads // view.heads
     rows = lay.batch * view.heads
-    reader = _Reader(view, layer, q_BTHD.dtype, workspaces)
-    call = functools.partial(visit, backend=backend, parts=workspaces.parts)
 
     q_BHTD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     k_BHTD, v_BHTD = k_BHTD.astype(q_BTHD.dtype), v_BHTD.astype(q_BTHD.dtype)
-    q_BHTD, k_BHTD = view.new(q_BHTD), view.new(k_BHTD)
+    q_BHTD = view.new(q_BHTD)
     # cuDNN's scale is a constant of the program. For the usual scale the factor is one, and exact.
     factor = scale.astype(jnp.float32) * math.sqrt(lay.head_dim)
     q_BHTD = (q_BHTD.astype(jnp.float32) * factor).astype(q_BTHD.dtype)
-
     # A key-value head is a row: query heads that share it are more queries, and so are branches.
-    sizes = (lay.batch, view.heads, group, tokens, lay.head_dim)
-    q_RBHGTD = q_BHTD.reshape(branches, *sizes)
+    q_RBHGTD = q_BHTD.reshape(branches, lay.batch, view.heads, group, tokens, lay.head_dim)
     q_nQD = jnp.moveaxis(q_RBHGTD, 0, 2).reshape(rows, -1, lay.head_dim)
 
-    run = no_keys(q_nQD)
-    first = 0  # part of sink and window
-    if branches > 1:  # each branch has a new block of its own
-        flat = lambda x: x.reshape(branches * rows, -1, lay.head_dim)  # noqa: E731
-        apart = q_RBHGTD.reshape(branches * rows, -1, lay.head_dim)
-        new = call(no_keys(apart), apart, flat(k_BHTD), flat(v_BHTD), tokens)
-        run = Softmax(*(_side_by_side(x, branches) for x in new))
-    else:
-        # Together with the first part of sink and window: one call where a window is short.
-        k_BHTD, v_BHTD, valid = reader.dense(0, k_BHTD, v_BHTD)
-        run = call(run, q_nQD, _rows(k_BHTD), _rows(v_BHTD), valid)
-        first = 1
+    reader = _Reader(view, layer, q_nQD, workspaces)
 
-    def dense(i: Array, run: Softmax) -> Softmax:
-        k_BHTD, v_BHTD, valid = reader.dense(i)
-        return call(run, q_nQD, _rows(k_BHTD), _rows(v_BHTD), valid)
+    def visit_keys(run: Softmax, keys: _Keys, offset: float = 0.0) -> Softmax:
+        k_nSD, v_nSD = (x.reshape(rows, -1, lay.head_dim) for x in (keys.k_BHTD, keys.v_BHTD))
+        parts = dict(parts=keys.parts, backend=backend, offset=offset)
+        return visit(run, q_nQD, k_nSD, v_nSD, keys.valid, **parts)
 
-    if first < reader.dense_parts:
-        run = lax.fori_loop(first, jnp.maximum(reader.valid_parts(), first), dense, run)
-
+    # The new block shares a call with spans, or else with the first part of sink and window. Not where
+    # each branch has its own, nor where an offset is added to the logits of spans only.
     offset = 0.0 if lay.key_bias is None else lay.key_bias.offset
+    first_part, first_group = 0, 0
+    nothing = functools.partial(no_keys, q_nQD)
+    if branches > 1 or offset:
+        apart_nQD = q_RBHGTD.reshape(branches * rows, -1, lay.head_dim)
+        keys = reader.new_block(k_BHTD, v_BHTD, apart_nQD)
+        k_nSD, v_nSD = (x.reshape(branches * rows, -1, lay.head_dim) for x in keys[:2])
+        run = visit(
+            no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, parts=keys.parts, backend=backend
+        )
+        run = Softmax(*(_side_by_side(x, branches) for x in run))
+    elif lay.max_spans:
+        has_spans = view.cache.num_spans > 0
+        run = lax.cond(
+            has_spans,
+            lambda: visit_keys(nothing(), reader.spans(0, k_BHTD, v_BHTD)),
+            lambda: visit_keys(nothing(), reader.dense(0, k_BHTD, v_BHTD)),
+        )
+        first_part, first_group = jnp.where(has_spans, 0, 1), 1
+    else:
+        run, first_part = visit_keys(nothing(), reader.dense(0, k_BHTD, v_BHTD)), 1
 
-    def spans(i: Array, run: Softmax) -> Softmax:
-        k_BHTD, v_BHTD, valid = reader.spans(i)
-        return call(run, q_nQD, _rows(k_BHTD), _rows(v_BHTD), valid, offset=offset)
+    if lay.max_spans or reader.dense_parts > 1 or first_part == 0:
+        part = lambda i, run: visit_keys(run, reader.dense(i))  # noqa: E731
+        run = lax.fori_loop(first_part, reader.valid_parts(), part, run)
+    if lay.max_spans > reader.at_once * first_group:
+        some = lambda i, run: visit_keys(run, reader.spans(i), offset)  # noqa: E731
+        run = lax.fori_loop(first_group, reader.valid_groups(), some, run)
 
-    if lay.max_spans:
-        run = lax.fori_loop(0, reader.valid_groups(), spans, run)
-
-    out = run.out_nQD.reshape(lay.batch, view.heads, branches, *sizes[2:])
+    out = run.out_nQD.reshape(lay.batch, view.heads, branches, group, tokens, lay.head_dim)
     out_RBTHGD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
     return out_RBTHGD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
 
 
-def _rows(x_BHTD: Array) -> Array:
-    return x_BHTD.reshape(-1, *x_BHTD.shape[2:])
-
-
 def _side_by_side(x: Array, branches: int) -> Array:
     """Queries of all branches' rows (R n, Q, ...) as queries of one row (n, R Q, ...)."""
-    x_RnQ = x.reshape(branches, -1, *x.shape[1:])
-    return jnp.moveaxis(x_RnQ, 0, 1).reshape(x_RnQ.shape[1], -1, *x.shape[2:])
+    return _behind(x.reshape(branches, -1, *x.shape[1:]), 1)
+
+
+class _Keys(NamedTuple):
+    """Keys and values of one call, as attention multiplies them."""
+
+    k_BHTD: Array
+    v_BHTD: Array
+    valid: Array | int  # tokens that count, the first ones
+    parts: int  # into how many the tokens are split; it divides their number
 
 
 class _Reader:
-    """Keys and values of one layer as attention multiplies them: valid tokens first, then zeros.
+    """Workspaces of one layer: valid tokens first, then zeros or tokens that do not count.
 
-    Zeros, because an unused slot may hold NaN, and a weight of zero times NaN is NaN.
+    What does not count is finite: an unused slot may hold NaN, and a weight of zero times NaN is NaN.
     """
 
-    def __init__(self, view: CacheView, layer: Array, dtype: Any, sizes: Workspaces):
+    def __init__(self, view: CacheView, layer: Array, q_nQD: Array, sizes: Workspaces):
         lay: Layout = view.cache.layout
-        self.view, self.layer, self.dtype = view, layer, dtype
-        token = 2 * lay.batch * view.heads * lay.head_dim * jnp.dtype(dtype).itemsize
+        self.view, self.layer, self.q_nQD, self.parts = view, layer, q_nQD, sizes.parts
+        token = 2 * lay.batch * view.heads * lay.head_dim * q_nQD.dtype.itemsize
         self.dense_tokens = lay.dense_blocks * lay.block_tokens
         self.dense_parts = -(-self.dense_tokens * token // sizes.dense_bytes)
         self.part_tokens = -(-self.dense_tokens // self.dense_parts)
@@ -178,71 +188,101 @@ class _Reader:
         """Groups of spans that hold one."""
         return (self.view.cache.num_spans + self.at_once - 1) // self.at_once
 
+    def new_block(self, k_BHTD: Array, v_BHTD: Array, q_nQD: Array) -> _Keys:
+        """The new block alone, for queries `q_nQD`."""
+        parts, room = split(*q_nQD.shape[:2], k_BHTD.shape[2], self.parts)
+        k_BHTD, v_BHTD = _joined([self.view.new(k_BHTD)], room), _joined([v_BHTD], room)
+        return _Keys(k_BHTD, v_BHTD, k_BHTD.shape[2], parts)
+
     def dense(
         self, i: Array | int, k_new_BHTD: Array | None = None, v_new_BHTD: Array | None = None
-    ) -> tuple[Array, Array, Array]:
-        """Keys, values and number of valid tokens of part i of sink and window, behind the new block."""
+    ) -> _Keys:
+        """Part i of sink and window, behind the new block before RoPE if that is given."""
         view, lay = self.view, self.view.cache.layout
         size, total = self.part_tokens, self.dense_tokens
         # The last part is moved back to stay inside the buffer.
         wanted = jnp.asarray(i, jnp.int32) * size
         start = jnp.minimum(wanted, total - size)
         valid = jnp.clip(view.cache.dense_blocks * lay.block_tokens - wanted, 0, size)
+        visible_T = jnp.arange(size) < valid
 
         def read(buffer: Array) -> Array:
             corner, form = (
                 (self.layer, 0, 0, start, 0),
                 (1, lay.batch, lay.heads, size, lay.head_dim),
             )
-            return lax.dynamic_slice(buffer, corner, form)[0].astype(self.dtype)
+            return lax.dynamic_slice(buffer, corner, form)[0].astype(self.q_nQD.dtype)
+
+        def valid_first(x_BHTD: Array) -> Array:
+            if total % size:
+                x_BHTD = _joined([x_BHTD], 2 * size)
+                x_BHTD = lax.dynamic_slice_in_dim(x_BHTD, wanted - start, size, 2)
+            return jnp.where(visible_T[None, None, :, None], x_BHTD, 0)
 
         table = view.dense_table(start, size)
-        k_BHTD = view.keys(read(view.cache.dense_k), table)
-        v_BHTD = view.values(read(view.cache.dense_v), table)
-        if total % size:
-            more = ((0, 0), (0, 0), (0, size), (0, 0))
-            k_BHTD, v_BHTD = (
-                lax.dynamic_slice_in_dim(jnp.pad(x, more), wanted - start, size, 2)
-                for x in (k_BHTD, v_BHTD)
-            )
-        k_BHTD, v_BHTD = _zeros_behind(k_BHTD, valid), _zeros_behind(v_BHTD, valid)
+        k = [valid_first(view.keys(read(view.cache.dense_k), table))]
+        v = [valid_first(view.values(read(view.cache.dense_v), table))]
         if k_new_BHTD is not None:
-            k_BHTD = jnp.concatenate([k_new_BHTD, k_BHTD], 2)
-            v_BHTD = jnp.concatenate([v_new_BHTD, v_BHTD], 2)
-            valid += k_new_BHTD.shape[2]
-        return k_BHTD, v_BHTD, valid
+            k, v = [view.new(k_new_BHTD), *k], [v_new_BHTD, *v]
+            size, valid = size + k_new_BHTD.shape[2], valid + k_new_BHTD.shape[2]
+        parts, room = split(*self.q_nQD.shape[:2], size, self.parts)
+        return _Keys(_joined(k, room), _joined(v, room), valid, parts)
 
-    def spans(self, i: Array) -> tuple[Array, Array, Array]:
-        """Keys, values and number of valid tokens of group i of the spans, oldest first."""
-        cache, lay, first = self.view.cache, self.view.cache.layout, i * self.at_once
-        count = jnp.clip(cache.num_spans - first, 0, self.at_once)
-        slot_N = (cache.first_span + first + jnp.arange(self.at_once)) % lay.max_spans
-        if self.at_once == 1:  # a vectorized slice is a gather, for which XLA copies what it reads
-            k_BHTD, v_BHTD = self._span(slot_N[0])
-        else:
-            both_NBHTD = jax.vmap(self._span)(slot_N)
-            k_BHTD, v_BHTD = (
-                jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, lay.head_dim) for x in both_NBHTD
-            )
-        valid = count * lay.span_tokens
-        if self.at_once > 1:
-            k_BHTD, v_BHTD = _zeros_behind(k_BHTD, valid), _zeros_behind(v_BHTD, valid)
-        return k_BHTD, v_BHTD, valid
-
-    def _span(self, slot: Array) -> tuple[Array, Array]:
+    def spans(
+        self, i: Array | int, k_new_BHTD: Array | None = None, v_new_BHTD: Array | None = None
+    ) -> _Keys:
+        """Group i of the spans, the oldest first, behind the new block before RoPE if that is given."""
         view, cache, lay = self.view, self.view.cache, self.view.cache.layout
-        packed_k, packed_v = (read_slot(x, self.layer, slot) for x in (cache.span_k, cache.span_v))
-        k_BHTD = lay.key_codec.decode(packed_k, self.dtype)
-        v_BHTD = lay.value_codec.decode(packed_v, self.dtype)
-        if view.rope is not None:
-            table = view.span_table(slot)
-            # Rotation reads each channel twice; without the barrier XLA decodes it twice.
+        first = jnp.asarray(i, jnp.int32) * self.at_once
+        count = jnp.clip(cache.num_spans - first, 0, self.at_once)
+        # In place of spans that do not exist the last one is read again, and does not count.
+        span_N = first + jnp.minimum(jnp.arange(self.at_once), jnp.maximum(count - 1, 0))
+        k_BHTD, v_BHTD, table = self._stored((cache.first_span + span_N) % lay.max_spans)
+        if isinstance(view.rope, Encodings):
+            # An encoding reads each channel more than once; without the barrier XLA decodes it again.
+            k_BHTD, v_BHTD = lax.optimization_barrier((k_BHTD, v_BHTD))
+            k_BHTD, v_BHTD = view.keys(k_BHTD, table), view.values(v_BHTD, table)
+        k, v, valid, tables = [k_BHTD], [v_BHTD], count * lay.span_tokens, [table]
+        if k_new_BHTD is not None:
+            k, v, tables = [k_new_BHTD, *k], [v_new_BHTD, *v], [view.table_new, *tables]
+            valid += k_new_BHTD.shape[2]
+        size = sum(x.shape[2] for x in k)
+        parts, room = split(*self.q_nQD.shape[:2], size, self.parts)
+        # Decoding writes to where rotation reads, so rotation has no cases. It reads each channel twice:
+        # without the barrier XLA decodes it twice.
+        k_BHTD, v_BHTD = _joined(k, room), _joined(v, room)
+        if isinstance(view.rope, Rope):
+            if room > lay.span_tokens:
+                table = jax.tree.map(lambda *t: _joined(t, room, 1), *tables)
+                table = lax.optimization_barrier(table)
             k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
-            if isinstance(view.rope, Encodings):
-                v_BHTD = view.values(lax.optimization_barrier(v_BHTD), table)
-        return k_BHTD, v_BHTD
+        return _Keys(k_BHTD, v_BHTD, valid, parts)
+
+    def _stored(self, slot_N: Array) -> tuple[Array, Array, Any]:
+        """Keys and values of spans behind each other as their codecs give them, and their rope table."""
+        view, cache, lay = self.view, self.view.cache, self.view.cache.layout
+
+        def one(slot: Array) -> tuple[Array, Array, Any]:
+            packed = (read_slot(x, self.layer, slot) for x in (cache.span_k, cache.span_v))
+            codecs = lay.key_codec, lay.value_codec
+            k, v = (c.decode(p, self.q_nQD.dtype) for c, p in zip(codecs, packed, strict=True))
+            return k, v, None if view.rope is None else view.span_table(slot)
+
+        if self.at_once == 1:  # a vectorized slice is a gather, for which XLA may copy
+            return one(slot_N[0])
+        k, v, table = jax.vmap(one)(slot_N)
+        return _behind(k, 2), _behind(v, 2), jax.tree.map(lambda t: _behind(t, 1), table)
 
 
-def _zeros_behind(x_BHTD: Array, valid: Array) -> Array:
-    visible_T = jnp.arange(x_BHTD.shape[2]) < valid
-    return jnp.where(visible_T[None, None, :, None], x_BHTD, 0)
+def _behind(x_N: Array, axis: int) -> Array:
+    """Arrays x_N[0], x_N[1], ... behind each other along `axis` of theirs."""
+    x = jnp.moveaxis(x_N, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _joined(arrays: Sequence[Array], tokens: int, axis: int = 2) -> Array:
+    """The arrays behind each other along `axis`, with zeros up to `tokens`."""
+    form = list(arrays[0].shape)
+    form[axis] = tokens - sum(x.shape[axis] for x in arrays)
+    zeros = [jnp.zeros(form, arrays[0].dtype)] if form[axis] else []
+    return jnp.concatenate([*arrays, *zeros], axis) if len(arrays) + len(zeros) > 1 else arrays[0]

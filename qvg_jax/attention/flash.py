@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from qvg_jax.capability import processors
 
-__all__ = ["BACKENDS", "Softmax", "no_keys", "parts_for", "visit"]
+__all__ = ["BACKENDS", "Softmax", "no_keys", "parts_for", "split", "visit"]
 
 _TILE_QUERIES = 128  # of one block of threads
 _ALIGNED_KEYS = 64  # parts that are chosen begin at multiples of it
@@ -53,6 +53,16 @@ def parts_for(rows: int, queries: int, keys: int, multiprocessors: int) -> int:
     return min(range(1, most + 1), key=cost)
 
 
+def split(rows: int, queries: int, keys: int, parts: int | None = None) -> tuple[int, int]:
+    """(number of parts, keys of all parts together); None lets `parts_for` choose their number."""
+    aligned = 1
+    if parts is None:
+        parts = parts_for(rows, queries, keys, processors())
+        aligned = _ALIGNED_KEYS if parts > 1 else 1
+    size = -(-keys // (parts * aligned)) * aligned
+    return parts, parts * size
+
+
 def visit(
     run: Softmax,
     q_nQD: Array,
@@ -60,22 +70,24 @@ def visit(
     v_nSD: Array,
     valid: Array | int,
     *,
+    parts: int,
     backend: str,
-    parts: int | None,
     offset: float = 0.0,
 ) -> Softmax:
-    """Merges attention to the first `valid` keys, at least one, with `offset` added to their logits."""
+    """Merges attention to the first `valid` keys, at least one, with `offset` added to their logits.
+
+    Args:
+        run: attention to other keys.
+        q_nQD, k_nSD, v_nSD: rows of queries, keys and values; `parts` divides S.
+        valid: how many keys count. What lies behind them is finite.
+        parts: how many pieces of the keys are entries of the call's batch.
+        backend: "cudnn" or "xla".
+        offset: a constant, which softmax notices only beside other keys.
+    """
     rows, queries, d = q_nQD.shape
-    total = k_nSD.shape[1]
-    if parts is None:
-        parts = parts_for(rows, queries, total, processors())
-        size = -(-total // parts)
-        size = -(-size // _ALIGNED_KEYS) * _ALIGNED_KEYS if parts > 1 else size
-    else:
-        size = -(-total // parts)
-    more = ((0, 0), (0, parts * size - total), (0, 0))
+    size = k_nSD.shape[1] // parts
     # Parts are neighbours in memory, so this moves nothing.
-    k, v = (jnp.pad(x, more).reshape(rows * parts, 1, size, d) for x in (k_nSD, v_nSD))
+    k, v = (x.reshape(rows * parts, 1, size, d) for x in (k_nSD, v_nSD))
     q = jnp.broadcast_to(q_nQD[:, None], (rows, parts, queries, d))
     q = q.reshape(rows * parts, 1, queries, d)
 

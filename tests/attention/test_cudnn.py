@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.cudnn import Workspaces, attend_cudnn, unsupported
-from qvg_jax.attention.flash import no_keys, parts_for, visit
+from qvg_jax.attention.flash import no_keys, parts_for, split, visit
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress, evict
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
@@ -304,6 +304,13 @@ def test_few_queries_are_split_and_many_are_not():
     assert parts_for(12, 256, 32_768, 132) == 5
     assert parts_for(132, 128 * 66, 32_768, 132) == 1
     assert parts_for(12, 256, 100, 132) == 1
+
+
+def test_parts_are_equal_and_hold_all_keys():
+    assert split(1, 1, 100) == (1, 100)
+    assert split(1, 1, 100, 3) == (3, 102)
+    parts, keys = split(12, 256, 32_768)
+    assert keys >= 32_768 and keys % (64 * parts) == 0
 
 
 # --- what is not served ------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def same(q, view, k, v, most=ROUNDING, **how):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("name", ["qvg", "bf16"])
 def test_head_dims(head_dim, name):
-    codec = presets.get(name, num_centroids=16) if name == "qvg" else presets.get(name)
+    settings = dict(num_centroids=16, group=32) if name == "qvg" else {}
+    codec = presets.get(name, **settings)
     cache = filled_cache(codec, head_dim=head_dim)
     q, k, v, pos = tokens(2, head_dim)
     same(q, cache.view(pos, rope_of(head_dim)), k, v, layer=1)

@@ -16,6 +16,7 @@ from pallas_kernels.dequant_attention import (
     Schedule,
     combine_splits,
     prepare,
+    prepare_tokens,
     schedule_for,
     splits_for,
     visit,
@@ -199,6 +200,9 @@ def test_attention_refuses_what_does_not_belong_together():
         visit(queries, good[:, :200], good[:, :200], 200)
     with pytest.raises(ValueError, match="one of 2 query tiles of 128"):
         visit(queries, good, good, 256, splits=Schedule(3, 0, 1))
+    q, rotation = jnp.zeros((2, 64, 2, 128), jnp.bfloat16), Rotation(angles(0, 2, 64))
+    with pytest.raises(ValueError, match="rotation.batch=1; accepted: batch=2, the cache's"):
+        prepare_tokens(q, jnp.float32(1), batch=2, heads=2, rotation=rotation, fp8=False)
 
 
 def test_several_spans_must_have_whole_sixteens_and_windows_are_of_plain_tokens():
