@@ -1,5 +1,6 @@
 """What the pages say is true: links lead somewhere, commands are accepted, and the code of "add a ..." works."""
 
+import ast
 import importlib.util
 import json
 import sys
@@ -15,7 +16,7 @@ import qvg_jax as qvg
 from models import registry
 from qvg_jax.app import cli
 from qvg_jax.attention.formats import scheme_of
-from tests.support.pages import ROOT, anchors, code_blocks, commands, links, pages
+from tests.support.pages import ROOT, anchors, code_blocks, commands, links, listed_files, pages
 from tests.support.tiny_world import as_in_its_own_process
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
@@ -50,6 +51,16 @@ def test_commands_are_accepted(name):
             assert importlib.util.find_spec(words[2]) is not None, words
             tests = [word for word in words[3:] if word.startswith("tests/")]
             assert all(Path(ROOT, test).exists() for test in tests), words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_the_code_exist(name):
+    """Imports of every Python block, and the files that tables list."""
+    for block in code_blocks(ROOT / name, "python"):
+        found = [n for n in ast.parse(block).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(found, []), name, "exec"), {})
+    for file in listed_files(ROOT / name):
+        assert file.exists(), file
 
 
 def test_a_codec_from_outside_is_a_value_and_serves_a_cache():

@@ -34,6 +34,15 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def listed_files(page: Path) -> list[Path]:
+    """Modules that the first column of a table names, and test files that the text names."""
+    text = page.read_text()
+    cells = re.findall(r"^\| (`[^|]*\.py`(?:, `[^|]*\.py`)*) \|", text, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([^`]*)`", cell)]
+    modules = [page.parent / name for name in names if not name.startswith("tests/")]
+    return modules + [ROOT / name for name in re.findall(r"`(tests/[\w/]+\.py)", text)]
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     """Commands of the page's shell blocks, as words: without comments, variables and `uv run`."""
     for language, block in _FENCE.findall(page.read_text()):
