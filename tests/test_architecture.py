@@ -21,8 +21,10 @@ FLOORS = (
     ("attention",),
     ("cache",),
     ("codecs",),
-    ("backends", "errors", "files", "capability", "devices"),
+    ("backends", "errors", "files"),
 )
+# Modules at the root that belong to the room of another name.
+PART_OF = {"__main__": "app", "capability": "backends", "devices": "backends"}
 MOST_ROOMS = 12
 MOST_LINES = 350
 LEAST_LINES = 15  # of a module that only passes names on
@@ -44,7 +46,7 @@ def _room(module):
     """The room of a module: `app` for `qvg_jax.app.cli`, the package's name for its root."""
     package, *inner = module.split(".")
     room = inner[0] if inner else package
-    return "app" if room == "__main__" else room  # the command under another name
+    return PART_OF.get(room, room)
 
 
 def _rooms(graph, package):
@@ -84,6 +86,19 @@ def test_rooms_import_lower_floors_only(graph):
     # The root passes names on to users; a room that imports it would close a circle.
     wrong = [why for (at, to), why in arrows.items() if floor[at] >= floor.get(to, -1)]
     assert not wrong
+
+
+def test_the_picture_shows_all_rooms(graph):
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    picture = page.split("```")[1]
+    _, *parts = re.split(r"^ (\w+)/ ", picture, flags=re.MULTILINE)
+    assert tuple(parts[::2]) == PACKAGES
+    for package, shown in zip(parts[::2], parts[1::2], strict=True):
+        rooms, _ = _rooms(graph, package)
+        assert not [room for room in rooms if not re.search(rf"\b{room}\b", shown)]
+    for number, names in enumerate(FLOORS):
+        (line,) = re.findall(rf"^ +{len(FLOORS) - number}  (.*)$", picture, re.MULTILINE)
+        assert all(re.search(rf"\b{name}\b", line) for name in names)
 
 
 def test_no_circle_of_modules(graph):
