@@ -22,7 +22,7 @@ __all__ = ["Profile", "collected", "table", "traced"]
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """One call. Milliseconds of device time.
+    """The device time of a call, in milliseconds.
 
     Attributes:
         kernels: name: (time, how often it ran), the longest first.
@@ -85,7 +85,7 @@ def collected(events: Iterable[tuple[str, float, float]], calls: int) -> Profile
 
 
 def table(profile: Profile, most: int = 24) -> str:
-    """Lines of text: time, count and name of the longest kernels, and sums."""
+    """A table in text: time, count and name of the longest kernels, and sums."""
     lines = [
         f"  {time:8.4f} ms {count:6.1f} x  {name[:80]}"
         for name, (time, count) in list(profile.kernels.items())[:most]

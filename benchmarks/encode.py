@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.kernel_cases import DECODE, noise
+from benchmarks.attention_cases import DECODE, noise
 from benchmarks.kernels import compiled, milliseconds
-from pallas_kernels.kmeans import kmeans_sums
-from pallas_kernels.kmeans.mosaic_gpu import Tuning
+from pallas_kernels.kmeans import Tuning, kmeans_sums
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.compose import chain
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """name: (function, its arguments, matrix products with all centroids)."""
+    """The jobs by name: (function, its arguments, number of matrix products with all centroids)."""
     x, c = noise((heads, tokens, 128), 1), noise((heads, 256, 128), 2)
     jobs: dict[str, Any] = {"copy": (lambda x: -x, (x,), 0)}
     for name, tuning in ({"": None} | (VARIANTS if args.variants else {})).items():
@@ -132,7 +131,7 @@ def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:
 def _measured(
     shape: str, jobs: dict[str, Any], options: dict, copies: dict[str, float], repeats: int
 ) -> list[dict[str, Any]]:
-    """Rows of one shape. The time of its copy is put into `copies`."""
+    """Rows of times of one shape; the time of a copy of it is put into `copies`."""
     (heads, tokens), rows = SHAPES[shape], []
     for name, call in compiled({n: job[:2] for n, job in jobs.items()}, **options):
         label = f"{heads} x {tokens} {name}"

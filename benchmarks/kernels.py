@@ -29,10 +29,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.attention_cases import DECODE, PLANS, READS, ROWS, Row, inputs, noise
 from benchmarks.device_time import table, traced
-from benchmarks.kernel_cases import DECODE, PLANS, READS, ROWS, Row, inputs, noise
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
-from pallas_kernels.dequantize.mosaic_gpu import Tuning
+from pallas_kernels.dequantize import (
+    Encoded,
+    Rotation,
+    Scheme,
+    Spans,
+    decode_keys,
+    decode_values,
+)
+from pallas_kernels.dequantize.types import Tuning
 
 E4M3 = jnp.float8_e4m3fn
 DECODE_SIZES = {
@@ -72,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _named(text: str) -> tuple[str, Callable]:
-    """(MODULE:FUNCTION, the function)."""
+    """The text MODULE:FUNCTION and the function that it names."""
     module, _, function = text.partition(":")
     try:
         return text, getattr(importlib.import_module(module), function)
@@ -83,7 +90,7 @@ def _named(text: str) -> tuple[str, Callable]:
 def compiled(
     jobs: dict[str, tuple[Callable, tuple]], **options: Any
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, call) of all jobs, compiled at the same time.
+    """Yields (name, call) of every job; the jobs are compiled at the same time.
 
     All before the first is given out: compiling searches for fast kernels on the GPU that is measured.
     A job that does not compile is left out, and said.
@@ -115,7 +122,7 @@ def milliseconds(
     at_least: float = 20.0,
     wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> dict[str, float]:
-    """Median and spread of a call's time; calls are queued, so that gaps do not count.
+    """The median and the spread of a call's time; calls are queued, so that gaps do not count.
 
     Args:
         call: starts the work and returns something.
@@ -145,7 +152,7 @@ def _bytes(shape: tuple[int, ...], seed: int) -> jax.Array:
 def decode_table(
     repeats: int, profile: bool = False, variants: bool = False
 ) -> list[dict[str, Any]]:
-    """Decoding one span of one layer, and the bandwidth of a copy of the same output.
+    """Rows of times of decoding a span of a layer, and of a copy of the same output.
 
     With `profile`, times are the device's: those of the host are longer than a small kernel's.
     """
@@ -154,8 +161,7 @@ def decode_table(
     sizes = {"": None} | (DECODE_SIZES if variants else {})
     for heads, tokens in DECODE:
         jobs, traffic = {}, {}
-        unit = jnp.ones((heads,), jnp.float32)
-        tables = tuple(noise((1, tokens, 64), i, jnp.float32) for i in (1, 2))
+        rotation = Rotation(tuple(noise((1, tokens, 64), i, jnp.float32) for i in (1, 2)))
         x = noise((heads, tokens, 128), 3)
         jobs["copy bf16"] = (lambda x: -x, (x,))
         traffic["copy bf16"] = 2 * x.nbytes
@@ -167,18 +173,18 @@ def decode_table(
                 ids_RST=_bytes((heads, 1, tokens), 6),
                 centroids_RSKD=noise((heads, 1, 256, 128), 7),
             )
-            here = dict(first_row=0, rows=heads, valid=tokens, unit_n=unit)
+            here = dict(valid=tokens, scale_n=jnp.ones((heads,), jnp.float32))
             for dtype, name in ((jnp.bfloat16, "bf16"), (E4M3, "e4m3")):
-                for what, decode, turn in (
+                for what, decode, how in (
                     ("values", decode_values, {}),
-                    ("keys, rotated", decode_keys, dict(tables=tables)),
+                    ("keys, rotated", decode_keys, dict(rotation=rotation)),
                 ):
                     label = f"{what} to {name}, group {group}"
-                    for size, tuning in (sizes if turn else {"": None}).items():
-                        more = turn | dict(tuning=tuning) if tuning else turn
+                    for size, tuning in (sizes if how else {"": None}).items():
+                        more = how | dict(tuning=tuning) if tuning else how
                         jobs[label + size] = (
-                            lambda s, f=decode, c=scheme, d=dtype, m=more, h=here: f(
-                                s, c, dtype=d, **h, **m
+                            lambda s, f=decode, c=scheme, d=dtype, m=here | more, n=heads: f(
+                                Spans(s, c, 0, n), dtype=d, **m
                             ),
                             (source,),
                         )
@@ -199,7 +205,7 @@ def decode_table(
 
 
 def profiled(name: str, call: Callable[[], Any], show: bool = False) -> dict[str, Any] | None:
-    """A call's device times, printed if `show`; None and a line of text if there are none."""
+    """The device times of a call, printed if `show`; None, with a printed line, if there are none."""
     try:
         profile = traced(call)
     except RuntimeError as error:
@@ -217,7 +223,7 @@ def attention_table(
     profile: bool = False,
     also: dict[str, Callable] | None = None,
 ) -> list[dict[str, Any]]:
-    """All reads of every shape, with the ratio to cuDNN bf16 and the difference from "xla".
+    """Rows of times of all reads of every shape, with the ratio to cuDNN bf16 and the difference from "xla".
 
     Args:
         repeats: timings of each.
@@ -271,7 +277,7 @@ def attention_table(
 
 
 def _measured(row: Row, name: str, cudnn: float | None, times: dict[str, float]) -> dict[str, Any]:
-    """What is kept of a read, with its ratio to cuDNN's milliseconds if those are known."""
+    """The row of a read, with the ratio to cuDNN's milliseconds if those are known."""
     entry = dict(row=row.name, heads=row.heads, queries=row.queries, keys=row.keys, read=name)
     entry |= times
     return entry if cudnn is None else entry | dict(cudnn_ms=cudnn, ratio=entry["ms"] / cudnn)

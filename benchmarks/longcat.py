@@ -97,8 +97,11 @@ class Setup:
         import jax
         import numpy as np
 
-        from models.longcat import LongCat, LongCatConfig, Prompt, Segments, random_dit, standard
-        from models.longcat.segments import segment_noise
+        from models.longcat.config import LongCatConfig
+        from models.longcat.params import random_dit
+        from models.longcat.pipeline import LongCat, Prompt
+        from models.longcat.schedule import standard
+        from models.longcat.segments import Segments, segment_noise
         from models.longcat.sharding import heads_mesh, placement
         from models.runs.prompts import stand_in_embedding
 

@@ -74,7 +74,7 @@ def measure(tour, args):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"benchmarks/play.py needs a browser: one of {', '.join(BROWSERS)}")
-    command = [sys.executable, "-m", "qvg_jax.app.cli", "play", "--no-browser", "--port", "0"]
+    command = [sys.executable, "-m", "qvg_jax", "play", "--no-browser", "--port", "0"]
     command += ["--codec", args.codec, "--steps", str(args.steps)]
     command += ["--memory", str(args.memory), "--tour", str(tour)]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""One small call of every Mosaic kernel, for compute-sanitizer on a Hopper GPU:
+"""One small call of every Mosaic kernel, for compute-sanitizer on a Hopper GPU.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.sanitize
 
@@ -21,7 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dequant_attention import Schedule, prepare, prepare_tokens, visit
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize import (
+    Encoded,
+    Rotation,
+    Scheme,
+    Spans,
+    Tokens,
+    Window,
+    append_keys,
+    append_values,
+    decode_keys,
+    decode_values,
+)
 from pallas_kernels.kmeans import kmeans_sums
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 
@@ -45,7 +56,7 @@ def _packed(rows: int, bits: int, group: int, stages: int, head_dim: int) -> tup
 
 
 def calls() -> Iterator[tuple[str, Callable, tuple]]:
-    """(name, function, its arguments) of every call."""
+    """Yields the name, the function and the arguments of every call."""
     for head_dim in (64, 128, 256):
         for dtype in (jnp.bfloat16, E4M3):
             yield from _reading(head_dim, dtype)
@@ -55,51 +66,66 @@ def calls() -> Iterator[tuple[str, Callable, tuple]]:
 
 def _reading(head_dim: int, dtype: jnp.dtype) -> Iterator[tuple[str, Callable, tuple]]:
     name = f"{jnp.dtype(dtype).name}, {head_dim} channels"
-    table = np.ones((3, _TOKENS, head_dim // 2), np.float32)
-    here = dict(rows=2, valid=_TOKENS, dtype=dtype, unit_n=np.ones(2, np.float32))
+    angle = np.ones((3, _TOKENS, head_dim // 2), np.float32)
+    here = dict(valid=_TOKENS, dtype=dtype, scale_n=np.ones(2, np.float32))
     for bits, group, stages in ((1, head_dim, 2), (2, 64, 1), (3, head_dim, 1), (4, 16, 0)):
         source, scheme = _packed(6, bits, group, stages, head_dim)
-        more = here | dict(first_row=4)
         yield (
             f"keys of {bits} bits to {name}",
-            lambda s, t, c=scheme, h=more: decode_keys(s, c, tables=(t, t), first_table=2, **h),
-            (source, table),
+            lambda s, x, c=scheme: decode_keys(
+                Spans(s, c, 4, 2), rotation=Rotation((x, x), first=2), **here
+            ),
+            (source, angle),
         )
         yield (
             f"values of {bits} bits to {name}",
-            lambda s, c=scheme, h=more: decode_values(s, c, **h),
+            lambda s, c=scheme: decode_values(Spans(s, c, 4, 2), **here),
             (source,),
         )
     source, scheme = _packed(6, 2, 64, 1, head_dim)
-    more = here | dict(first_row=np.asarray([4, 0, 2]), valid=2 * _TOKENS)
+    three, more = np.asarray([4, 0, 2]), here | dict(valid=2 * _TOKENS)
     yield (
         f"keys of three spans to {name}",
-        lambda s, t, c=scheme, h=more: decode_keys(
-            s, c, tables=(t, t), first_table=np.arange(3), **h
+        lambda s, x: decode_keys(
+            Spans(s, scheme, three, 2), rotation=Rotation((x, x), first=np.arange(3)), **more
         ),
-        (source, table),
+        (source, angle),
     )
     yield (
         f"values of three spans to {name}",
-        lambda s, c=scheme, h=more: decode_values(s, c, **h),
+        lambda s: decode_values(Spans(s, scheme, three, 2), **more),
         (source,),
     )
-    window = here | dict(first_row=1, valid=44, window=(260, 44))
     for decode in (decode_keys, decode_values):
         yield (
             f"{decode.__name__}, the end of plain tokens, to {name}",
-            lambda x, f=decode, h=window: f(x, None, **h),
+            lambda x, f=decode: f(Window(Tokens(x, 1, 2), 260, 44), **here | dict(valid=44)),
             (_noise(3, _TOKENS, head_dim),),
         )
-    yield f"new tokens behind spans to {name}", *_behind(source, scheme, more, head_dim, dtype)
+
+    def behind(source: Encoded, x: np.ndarray) -> list[jax.Array]:
+        spans, scale_n = Spans(source, scheme, three, 2), here["scale_n"]
+        return [
+            append(
+                decode(spans, room=70, **more), more["valid"], Tokens(x, 0, 2), valid=70,
+                scale_n=scale_n,
+            )
+            for decode, append in ((decode_keys, append_keys), (decode_values, append_values))
+        ]  # fmt: skip
+
+    yield (
+        f"new tokens behind spans to {name}",
+        behind,
+        (source, _noise(1, 70, 2, head_dim)),
+    )
     yield from _attention(head_dim, dtype, name)
 
 
 def _queries(head_dim: int) -> tuple[str, Callable, tuple]:
-    here = dict(batch=1, heads=1, pairing="half", narrow=True)
+    here = dict(batch=1, heads=1, fp8=True)
     return (
         f"queries of {head_dim} channels",
-        lambda q, t: prepare_tokens(q, jnp.float32(0.1), tables=(t, t), **here),
+        lambda q, x: prepare_tokens(q, jnp.float32(0.1), rotation=Rotation((x, x)), **here),
         (_noise(1, 75, 2, head_dim), np.ones((1, 75, head_dim // 2), np.float32)),
     )
 
@@ -110,19 +136,6 @@ def _encoding() -> Iterator[tuple[str, Callable, tuple]]:
     yield "subtract", assign_and_subtract, (x, c)
     for form in (Integers(2, 64), Midrise(1, 1.5958, 1, recode=False), Midrise(2, 1.0, 1, True)):
         yield f"pack, {form}", lambda x, c, f=form: assign_and_pack(x, c, f), (x, c)
-
-
-def _behind(
-    source: Encoded, scheme: Scheme, spans: dict, head_dim: int, dtype: jnp.dtype
-) -> tuple[Callable, tuple]:
-    def run(source, x):
-        here = dict(first_row=0, rows=2, valid=70, dtype=dtype, unit_n=np.ones(2, np.float32))
-        return [
-            decode(x, None, into=(decode(source, scheme, room=70, **spans), spans["valid"]), **here)
-            for decode in (decode_keys, decode_values)
-        ]
-
-    return run, (source, _noise(1, 70, 2, head_dim))
 
 
 def _attention(head_dim: int, dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, tuple]]:
@@ -141,7 +154,7 @@ def _attention(head_dim: int, dtype: jnp.dtype, name: str) -> Iterator[tuple[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs all calls; the number of those that failed."""
+    """Runs all calls and returns the number of those that failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="calls whose name contains this")
     args = parser.parse_args(argv)

@@ -101,17 +101,18 @@ class Setup:
         import jax
 
         from models.runs.prompts import stand_in_embedding
+        from models.self_forcing.entry import Options
         from models.self_forcing.params import WEIGHTS
         from models.self_forcing.settings import released_sizes
         from models.wan_vae.params import WEIGHTS as VAE
-        from qvg_jax.app import job as compare
 
         self.args = args
         sizes = released_sizes()
         dit = dataclasses.replace(sizes.dit, layers=args.layers)
         self.sizes = dataclasses.replace(sizes, dit=dit)
-        self.request = compare.Request(
-            codecs=("bf16", *(split_arm(a)[0] for a in (*args.arms, args.limit_arm))),
+        self.options = Options(
+            codec="bf16",
+            compare=tuple(split_arm(a)[0] for a in (*args.arms, args.limit_arm)),
             height=args.height,
             width=args.width,
             span=args.span,
@@ -129,13 +130,13 @@ class Setup:
         import numpy as np
 
         from models.common.attention import with_attention
-        from models.self_forcing import Request, SelfForcing
+        from models.self_forcing.pipeline import Generation, SelfForcing
         from models.self_forcing.settings import settle
 
         capacity = capacity or frames
-        plan = settle(dataclasses.replace(self.request, frames=capacity), self.sizes)
+        plan = settle(dataclasses.replace(self.options, frames=capacity), self.sizes)
         y, x = plan.latent
-        request = Request(
+        request = Generation(
             text_BUE=self.text,
             frames=frames,
             latent_height=y,

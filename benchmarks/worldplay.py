@@ -96,7 +96,10 @@ class Setup:
         import jax.numpy as jnp
         import numpy as np
 
-        from models.worldplay import CameraPath, Request, WorldPlayConfig, random_dit
+        from models.worldplay.cameras import CameraPath
+        from models.worldplay.config import WorldPlayConfig
+        from models.worldplay.params import random_dit
+        from models.worldplay.request import Walk
 
         config = WorldPlayConfig.wan_5b()
         if args.tiny:
@@ -109,7 +112,7 @@ class Setup:
         log.info("weights made in %.1f s", time.perf_counter() - begin)
         rng = np.random.default_rng(args.seed)
         text = rng.normal(size=(1, 7, config.text_width))
-        self.request = Request(
+        self.request = Walk(
             text_BUE=jnp.asarray(text, config.dtype),
             path=CameraPath.from_string(WALK),
             frames=args.frames,
@@ -126,7 +129,7 @@ class Setup:
 
     def history(self, arm: str) -> Any:
         """What an arm STORAGE or STORAGE@IMPLEMENTATION remembers."""
-        from models.worldplay import History
+        from models.worldplay.history import History
         from qvg_jax.codecs import presets
         from qvg_jax.codecs.recipes import parse_recipe
 
@@ -189,8 +192,9 @@ def _arm(setup: Setup, arm: str, history: Any) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from models.worldplay import SamplerConfig, WorldPlay
     from models.worldplay.block import generate_block
+    from models.worldplay.config import SamplerConfig
+    from models.worldplay.pipeline import WorldPlay
 
     args, config, n = setup.args, setup.config, setup.config.frames_per_block
     sampler = SamplerConfig()
@@ -313,7 +317,7 @@ def limited(setup: Setup, result: dict[str, Any]) -> None:
     import numpy as np
 
     from models.runs import decode as player
-    from models.worldplay import WorldPlay
+    from models.worldplay.pipeline import WorldPlay
     from qvg_jax.cache.health import cache_bytes
 
     args, arm = setup.args, setup.args.limit_arm

@@ -2,24 +2,60 @@
 
 Letters in array names: B batch, L layers, T tokens, H heads, D head dim, K centroids, G groups,
 C code bytes, S stages, F latent frames, N spans, P position components.
+
+A name is imported when it is used first, so that the `qvg` command answers before JAX is there.
 """
 
-from qvg_jax.attention.api import attend
-from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
-from qvg_jax.cache.key_bias import KeyBias
-from qvg_jax.cache.operations import KVCache, append, compress, evict
-from qvg_jax.cache.recode import recode
-from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
-from qvg_jax.codecs import presets
-from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
-from qvg_jax.codecs.base import Codec, identity
-from qvg_jax.codecs.compose import chain, encoded_by
-from qvg_jax.codecs.quantize.grid import grid_quantize
-from qvg_jax.codecs.quantize.integer import residual_quantize
-from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
-from qvg_jax.rollout import rollout, stream
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qvg_jax.attention.api import attend
+    from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
+    from qvg_jax.cache.key_bias import KeyBias
+    from qvg_jax.cache.operations import KVCache, append, compress, evict
+    from qvg_jax.cache.recode import recode
+    from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+    from qvg_jax.codecs import presets
+    from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
+    from qvg_jax.codecs.base import Codec, identity
+    from qvg_jax.codecs.compose import chain, encoded_by
+    from qvg_jax.codecs.quantize.grid import grid_quantize
+    from qvg_jax.codecs.quantize.integer import residual_quantize
+    from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
+    from qvg_jax.rollout import rollout, stream
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "attend": "attention.api",
+    "CacheFullError": "cache.health",
+    "NonFiniteError": "cache.health",
+    "cache_bytes": "cache.health",
+    "raise_if_bad": "cache.health",
+    "KeyBias": "cache.key_bias",
+    "KVCache": "cache.operations",
+    "append": "cache.operations",
+    "compress": "cache.operations",
+    "evict": "cache.operations",
+    "recode": "cache.recode",
+    "Rope": "cache.rope",
+    "axial_rope": "cache.rope",
+    "frequency_ladder": "cache.rope",
+    "presets": "codecs",
+    "bits_per_element": "codecs.accounting",
+    "compression_ratio": "codecs.accounting",
+    "packed_bytes": "codecs.accounting",
+    "Codec": "codecs.base",
+    "identity": "codecs.base",
+    "chain": "codecs.compose",
+    "encoded_by": "codecs.compose",
+    "grid_quantize": "codecs.quantize.grid",
+    "residual_quantize": "codecs.quantize.integer",
+    "kmeans_smoothing": "codecs.smoothing.kmeans",
+    "rollout": "rollout",
+    "stream": "rollout",
+}
 
 __all__ = [
     "CacheFullError",
@@ -50,3 +86,18 @@ __all__ = [
     "rollout",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    value = importlib.import_module(f"{module.__name__}.presets") if name == "presets" else getattr(
+        module, name
+    )  # fmt: skip
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,8 +2,6 @@
 
 import jax
 
-from pallas_kernels.gpu.triton_launch import missing
-
 __all__ = ["capability", "no_triton", "processors"]
 
 
@@ -24,6 +22,8 @@ def no_triton() -> str | None:
         device = jax.devices()[0]
         found = f"{device.platform} {getattr(device, 'compute_capability', '')}".strip()
         return f"the default device is {found}; it must be a GPU of compute capability 8.0 or more"
+    from pallas_kernels.gpu.triton_launch import missing
+
     return missing()
 
 

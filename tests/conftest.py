@@ -1,6 +1,11 @@
-"""Strict defaults for every test, and the golden vectors."""
+"""Strict and quick settings of JAX for every test."""
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 # Eight fake devices, so that sharding is tested without hardware. Before JAX is imported.
 # Programs run once, so a search for the fastest matrix products on a GPU costs more than it saves.
@@ -8,46 +13,27 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0"
 ).strip()
-
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+# Most programs run a few times on tiny sizes, so that a CPU spends its time on compiling them.
+# `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do; the checks of a push say so.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # One folder of compiled programs for the run, which the worker processes inherit.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qvg-compiled-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
-import numpy as np
 import pytest
 
 # Broadcasting between different ranks is how a [T, D] meets a [D, T] unnoticed.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-REPO = Path(__file__).resolve().parents[1]
+if jax.default_backend() != "cpu":  # programs for a GPU are tested as users compile them
+    jax.config.update("jax_disable_most_optimizations", False)
 
-
-class Golden(NamedTuple):
-    """One folder of test vectors and its sizes."""
-
-    path: Path
-    config: dict[str, Any]
-
-    def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """Everything in one .npz file of the folder."""
-        with np.load(self.path / name) as file:
-            return {key: file[key] for key in file.files}
-
-
-@pytest.fixture(scope="session")
-def golden() -> Callable[[str], Golden]:
-    """`golden("qvg")` is that folder of $QVG_GOLDEN_DIR (default ../shared/golden)."""
-    root = Path(os.environ.get("QVG_GOLDEN_DIR") or REPO.parent / "shared" / "golden")
-
-    def folder(subject: str) -> Golden:
-        path = root / subject
-        if not (path / "config.json").is_file():
-            pytest.skip(f"no golden vectors at {path}: set QVG_GOLDEN_DIR to their folder")
-        return Golden(path, json.loads((path / "config.json").read_text()))
-
-    return folder
+# Tracing makes millions of short-lived tuples, and the modules imported so far never die.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

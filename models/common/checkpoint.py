@@ -1,10 +1,10 @@
-"""Safetensors checkpoints into abstract `nnx` skeletons, by a table of rules.
+r"""Safetensors checkpoints into abstract `nnx` skeletons, by a table of rules.
 
 A model's `params.py` is a table of `Rule`s: regex on the stored name, our path, layout change.
 
     RULES = (
-        Rule(r"head\\.weight", "head.kernel", linear_kernel),
-        Rule(r"blocks\\.(\\d+)\\.attn\\.q\\.weight", "blocks.q.kernel", linear_kernel, layer=1),
+        Rule(r"head\.weight", "head.kernel", linear_kernel),
+        Rule(r"blocks\.(\d+)\.attn\.q\.weight", "blocks.q.kernel", linear_kernel, layer=1),
     )
     model = load(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0))), files, RULES)
 
@@ -24,13 +24,15 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from qvg_jax.errors import UserError
+
 type Placed = jax.Device | jax.sharding.Sharding | None
 type Device = Placed | Callable[[str, tuple[int, ...]], Placed]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that does not fit the model; the message lists everything that is wrong."""
 
 
@@ -55,18 +57,20 @@ def conv_kernel(x: np.ndarray) -> np.ndarray:
 
 
 def patch_kernel(x: np.ndarray) -> np.ndarray:
-    """`[out, in, *window]` to `[in * window, out]`: a convolution with stride = window as a matmul
-    over input vectors with the channel slowest."""
+    """The kernel of a convolution whose stride is its window, as a matrix for flattened patches.
+
+    `[out, in, *window]` becomes `[in * window, out]`: the channel is the slowest axis of a patch.
+    """
     return np.moveaxis(x, 0, -1).reshape(-1, x.shape[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where one family of stored tensors goes.
+    r"""Where one family of stored tensors goes.
 
     Args:
         pattern: regular expression that must match the whole stored name.
-        path: dotted path of our parameter, a template for `re.Match.expand` (`\\1`, `\\g<name>`).
+        path: dotted path of our parameter, a template for `re.Match.expand` (`\1`, `\g<name>`).
         layout: function from the stored numpy array to our layout; views only, it also runs on
             stand-ins without data to check shapes.
         layer: number of the regex group with the row of a stacked parameter (leading axis L) that

@@ -12,6 +12,7 @@ def _first_axis_off(x: np.ndarray) -> np.ndarray:
 
 
 def linear_rules(pattern: str, path: str, layer: int | None = None) -> tuple[Rule, Rule]:
+    """The rules for weight and bias of a linear layer; `pattern` and `path` as in `Rule`."""
     return (
         Rule(pattern + r"\.weight", path + ".kernel", linear_kernel, layer),
         Rule(pattern + r"\.bias", path + ".bias", layer=layer),

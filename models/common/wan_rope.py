@@ -6,7 +6,6 @@ float32 has lost four digits, so cosines and sines are computed in float64 on th
 looked up on the device; the rotation itself is float32.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from qvg_jax.cache.rope import Rope
+from qvg_jax.codecs.spec import factory
 
 
 class RopeTable(NamedTuple):
@@ -55,9 +55,9 @@ def rotate(x_BHTD: Float[Array, "B H T D"], table: RopeTable) -> Float[Array, "B
     return out.reshape(x_BHTD.shape).astype(x_BHTD.dtype)
 
 
-@functools.cache
+@factory
 def wan_rope(head_dim: int, rows: int = 1024, theta: float = 10000.0) -> Rope:
-    """The rotation in the form that `qvg_jax.attend` takes; one object per set of arguments.
+    """The rotation in the form that `qvg_jax.attend` takes; equal for equal arguments.
 
     Args:
         head_dim: D, even.
@@ -79,4 +79,4 @@ def wan_rope(head_dim: int, rows: int = 1024, theta: float = 10000.0) -> Rope:
 
         return RopeTable(*map(look_up, host))
 
-    return Rope(table, rotate)
+    return Rope(table, rotate, "interleaved")

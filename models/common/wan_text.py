@@ -19,8 +19,11 @@ class TextKV(NamedTuple):
 
 
 class TextConditioned(nnx.Module):
-    """Methods of a transformer with `config`, `text` (a projection to the model width) and
-    `blocks`, stacked layers that have a `cross_attn`."""
+    """A transformer's methods for the text that it reads by cross-attention.
+
+    The transformer has `config`, `text` (a projection to the model width) and `blocks`, stacked
+    layers that have a `cross_attn`.
+    """
 
     def layer(self, index: int) -> nnx.Module:
         """One layer taken out of the stack, to look at."""

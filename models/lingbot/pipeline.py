@@ -22,7 +22,7 @@ MASK_CHANNELS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
+class SteeredWalk:
     """One walk.
 
     Attributes:
@@ -62,7 +62,7 @@ def generate(
     model: LingBotDiT,
     sampler: SamplerConfig,
     history: History,
-    request: Request,
+    request: SteeredWalk,
     *,
     chunk: int = 8,
     progress: Callable[[int, int | None, State], None] | None = None,

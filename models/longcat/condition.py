@@ -25,9 +25,6 @@ from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec, identity
 from qvg_jax.sharding import head_shardings
 
-# One object per dtype: jit keys on a codec's functions, so a fresh one would compile again.
-_plain = functools.cache(identity)
-
 
 @functools.partial(jax.jit, static_argnames=("key_codec", "value_codec"))
 def build_condition(
@@ -145,10 +142,12 @@ def view_condition(config: LongCatConfig, cache: KVCache, shape: tuple[int, ...]
 
 
 def _one_layer(config: LongCatConfig, shape: tuple[int, ...], key_codec, value_codec, share=1):
-    """An empty cache of one layer with room for one span, and the positions of its tokens; with a
-    share of the heads."""
+    """An empty cache of one layer with room for one span, and the positions of its tokens.
+
+    `share` is the number of devices among which the heads are divided.
+    """
     positions_BTP = clip_positions(config, 0, shape)
-    plain = _plain(jnp.dtype(config.dtype))
+    plain = identity(config.dtype)
     cache = KVCache.create(
         batch=shape[0],
         heads=config.heads // share,

@@ -1,8 +1,8 @@
-"""The main job on LongCat-Video: a prompt becomes a long video, once for each kind of cache."""
+"""The job of LongCat-Video: a prompt becomes a long video, once for each kind of cache."""
 
 import collections
-import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.attention import with_attention
+from models.longcat.entry import NAME, NEEDS, Options, PlanOptions
 from models.longcat.lora import merge_lora
 from models.longcat.params import check_dit, load_dit, random_dit
 from models.longcat.pipeline import LongCat, Prompt
@@ -25,225 +25,187 @@ from models.longcat.settings import (
     settle,
 )
 from models.longcat.sharding import heads_mesh, placement
-from models.runs.checkpoint_folder import Parts, find_parts
+from models.runs import latent_job
+from models.runs.checkpoint_folder import Parts
+from models.runs.latent_job import LatentModel, Run
 from models.runs.pictures import as_video, pictures
 from models.runs.prompts import embed_prompts, stand_in_embedding
-from models.runs.request_checks import RANDOM, attention_of, check_needed, file_digest, plain_config
-from models.runs.saved_latents import Kept
-from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
-from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax.app import job as compare
-from qvg_jax.app.job import Arm, Job
+from models.runs.request_checks import file_digest
+from qvg_jax.app.job import Arm, Job, Played
 from qvg_jax.app.memory_plan import Plan
-from qvg_jax.codecs import presets
+from qvg_jax.errors import UserError
 
-MODEL = "longcat"
-DEFAULT_CODEC = presets.recommended("longcat")
-FPS = 15
-NAMES = ("dit", "LongCat*", "longcat*", "transformer", "diffusion_pytorch_model*")
+__all__ = ["plan", "prepare"]
+
 LORA_RANK = 128  # of the released ones
 
 log = logging.getLogger(__name__)
 
 
-def memory_advice(request: compare.Request) -> str:
-    """What to do when the device's memory is not enough, in words."""
-    codecs = ",".join(request.codecs)
-    return (
-        f"`qvg plan --model {MODEL} --codec {codecs} --memory SIZE` says what needs it; accepted: "
-        "a smaller codec, fewer --cond-frames, --height or --width, or more devices, of which all "
-        "that divide the heads are used"
-    )
+class _LongCat(LatentModel[Options, Settings]):
+    """LongCat-Video as a latent model."""
 
+    name = NAME
+    needs = NEEDS
+    fps = 15
+    dit_names = ("dit", "LongCat*", "longcat*", "transformer", "diffusion_pytorch_model*")
+    config_folder = "dit"
 
-def plan(request: compare.Request, memory: int) -> Plan:
-    """What of a request fits into so many bytes; see `make_plan`."""
-    request.refuse(
-        MODEL, "tour", "actions", *compare.HISTORY_OPTIONS, "resume", "lora", "decode_last"
-    )
-    return make_plan(request, memory, released_sizes())
+    def settle(self, options: Options, parts: Parts | None) -> Settings:
+        settings = settle(options, chosen_sizes(options, parts, released_sizes()))
+        self.mesh = _mesh(settings)
+        self.opening: np.ndarray | None = None
+        return settings
 
+    def identity(self, options: Options, settings: Settings) -> dict[str, Any]:
+        given = options.image or options.video
+        lora = options.lora and Path(options.lora)
+        return {
+            "lora": lora and {lora.name: lora.stat().st_size if lora.is_file() else None},
+            "steps": options.steps,
+            "cond_frames": settings.segments.num_cond_frames,
+            "given": given and file_digest(given),
+        }
 
-def prepare(request: compare.Request) -> Job:
-    """Checks the request, encodes the prompt, loads transformer and VAE.
+    def latent_block(self, settings: Settings) -> tuple[tuple[int, ...], Any]:
+        return settings.clip, np.float32
 
-    The text encoder is loaded first and gone before anything else is loaded.
+    def check_dit(self, files: tuple[Any, ...], settings: Settings) -> None:
+        check_dit(files, settings.sizes.dit)
 
-    Args:
-        request: what is wanted; `frames` are latent frames of the whole video: a first clip of 24
-            (or, with `video`, its last 73 frames as 19) and 5 for each segment.
+    def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
+        return _distilled(load_dit(files, settings.sizes.dit, device=placement(self.mesh)), options)
 
-    Returns:
-        The job; nothing has been generated yet.
+    def random_dit(self, options: Options, settings: Settings) -> Any:
+        return _distilled(random_dit(settings.sizes.dit, device=placement(self.mesh)), options)
 
-    Raises:
-        ValueError: a value that is not accepted, named with what would be.
-    """
-    request.refuse(MODEL, "tour", "actions", *compare.HISTORY_OPTIONS, "decode_last")
-    check_needed(MODEL, request)
-    parts = None if request.weights == RANDOM else find_parts(request.weights, NAMES, config="dit")
-    sizes = chosen_sizes(request, parts, released_sizes())
-    settings = settle(request, sizes)
-    mesh = _mesh(sizes.dit)
-    if parts:  # all files now: the last one is read when minutes have been spent on the others
-        check_dit(parts.dit, sizes.dit)
-        VAE_WEIGHTS.check(parts.vae, sizes.vae)
-        TEXT_WEIGHTS.check(parts.text, sizes.text)
-    beginning = _pictures(request, settings)
-    identity = _identity(request, settings, parts)
-    out, resume = request.out or "out", request.resume
-    kept = Kept(out, identity, settings.clip, np.float32, resume=resume)
-    log.info("encoding the prompt" if parts else "random weights, and a stand-in for the prompt")
-    prompt = _prompt(request, settings, parts)
-    log.info("loading the transformer and the VAE")
-    place = placement(mesh)
-    model = (
-        load_dit(parts.dit, sizes.dit, device=place)
-        if parts
-        else random_dit(sizes.dit, device=place)
-    )
-    if request.lora:
-        model = merge_lora(model, request.lora, rank=LORA_RANK)
-    vae = VAE_WEIGHTS.load(parts.vae, sizes.vae) if parts else VAE_WEIGHTS.random(sizes.vae)
-    image = image_latent(vae, beginning.pop("image")) if request.image else None
-    key = jax.random.key(request.seed)
+    def read_given(self, options: Options, settings: Settings) -> dict[str, np.ndarray]:
+        path = options.image or options.video
+        if path is None:
+            return {}
+        found = pictures(path, settings.height, settings.width)
+        if options.image:
+            return {"image": as_video([next(found)])}
+        wanted = settings.segments.num_cond_frames
+        tail = list(collections.deque(found, maxlen=wanted))
+        if len(tail) < wanted:
+            raise UserError(
+                f"--video {path} has {len(tail)} frames; a segment goes on from "
+                f"num_cond_frames={wanted}: give a longer video, or fewer --cond-frames (1 + 4 k)"
+            )
+        return {"given_BTYX3": np.stack([np.asarray(p.convert("RGB")) for p in tail])[None]}
 
-    @functools.cache
-    def first():
-        return first_clip(LongCat(model, mesh=mesh), prompt, settings, key, image)
+    def encode_given(
+        self, options: Options, settings: Settings, given: Any, vae: Any
+    ) -> dict[str, np.ndarray]:
+        if "image" not in given:
+            return given
+        return {"image_B1ZYX": image_latent(vae, given["image"])}
 
-    arms = tuple(Arm(name=name, state=settings.cache(name)) for name in settings.codecs)
+    def given_frames(self, run: Run[Options, Settings]) -> int:
+        return run.settings.segments.num_cond_frames if run.settings.continued else 0
 
-    def played(arm, xs):
-        key_codec, value_codec = settings.codecs[arm.name]
-        reader = with_attention(model, attention_of(arm.name, request))
+    def encode_prompt(self, options: Options, settings: Settings, parts: Parts | None) -> Prompt:
+        """The prompt and, for guidance, the empty one; padded, for padding counts here."""
+        text = options.prompt or ""
+        texts = [text, ""] if settings.guidance > 1 else [text]
+        if parts:
+            embedded = embed_prompts(texts, parts, settings.sizes.text, slots=TEXT_SLOTS)
+            text_BUE, mask_BU, said = embedded
+        else:
+            text_BUE, mask_BU, said = _stand_ins(texts, settings)
+        for warning in said:
+            log.warning(warning)
+        text_BUE, negative = np.asarray(text_BUE), {}
+        if len(texts) > 1:
+            negative = dict(negative_BUE=text_BUE[1:], negative_mask_BU=mask_BU[1:])
+        return Prompt(text_BUE=text_BUE[:1], mask_BU=mask_BU[:1], **negative)
+
+    def blocks(self, run: Run[Options, Settings]) -> range:
+        return range(1, 2 + run.settings.count)
+
+    def block_frames(self, settings: Settings) -> int:
+        return settings.segments.frames
+
+    def play(self, run: Run[Options, Settings], arm: Arm, xs: Iterator[Any]) -> Iterator[Played]:
+        key_codec, value_codec = run.settings.codecs[arm.name]
+        pipeline = LongCat(
+            run.reader(arm.name), key_codec=key_codec, value_codec=value_codec, mesh=self.mesh
+        )
         source = Source(
             arm=arm.name,
-            pipeline=LongCat(reader, key_codec=key_codec, value_codec=value_codec, mesh=mesh),
-            vae=vae,
-            prompt=prompt,
-            settings=settings,
-            key=key,
-            kept=kept,
+            pipeline=pipeline,
+            vae=run.vae,
+            prompt=run.prompt,
+            settings=run.settings,
+            key=run.seed_key,
+            saved=run.saved,
             size=condition_bytes(arm.state),
-            first=first,
-            **beginning,
+            first=lambda: self.first_clip(run),
+            given_BTYX3=run.given.get("given_BTYX3"),
         )
         return play(source, xs)
 
-    segments = settings.segments
-    tour = segments.num_cond_frames if settings.continued else 0
-    return Job(
-        model=MODEL,
-        play=played,
-        arms=arms,
-        blocks=(compare.Block(i) for i in range(1 + settings.count)),
-        cache=lambda cache: cache,
-        tour=tour,
-        frames=sizes.vae.video_frames(settings.frames) - tour,
-        block_frames=segments.frames,
-        height=settings.height,
-        width=settings.width,
-        fps=FPS,
-        truth=False,
-        config=_report(request, settings, identity, arms, tour, mesh),
-    )
+    def first_clip(self, run: Run[Options, Settings]) -> np.ndarray:
+        """Latents of the clip that the video begins with, made once: it reads no cache."""
+        if self.opening is None:
+            pipeline, image = LongCat(run.dit, mesh=self.mesh), run.given.get("image_B1ZYX")
+            self.opening = first_clip(pipeline, run.prompt, run.settings, run.seed_key, image)
+        return self.opening
+
+    def describe_cache(self, options: Options, settings: Settings, arm: Arm) -> dict[str, Any]:
+        return {
+            "given_latent_frames": settings.segments.given_latents,
+            "tokens": arm.state.layout.span_tokens,
+            "bytes_in_bf16": condition_bytes(arm.state).bf16,
+        }
+
+    def report(self, run: Run[Options, Settings]) -> dict[str, Any]:
+        settings = run.settings
+        return {
+            "segments": settings.count,
+            "clip_frames": settings.segments.frames,
+            "new_frames_of_a_segment": settings.segments.new_frames,
+            "sampler": {
+                "first_clip_evaluations": 0 if settings.continued else settings.first.steps,
+                "segment_evaluations": settings.next.steps,
+                "guidance": settings.guidance,
+            },
+            "devices": 1 if self.mesh is None else self.mesh.size,
+        }
 
 
-def _mesh(config):
-    """All devices if they divide the heads, else the first one."""
-    devices = jax.devices()
+def _distilled(dit: Any, options: Options) -> Any:
+    """The transformer with the user's LoRA merged into it, if there is one."""
+    return merge_lora(dit, options.lora, rank=LORA_RANK) if options.lora else dit
+
+
+def _mesh(settings: Settings) -> jax.sharding.Mesh | None:
+    """All devices if they divide the heads, else None for the first one."""
     try:
-        return heads_mesh(config, devices)
+        return heads_mesh(settings.sizes.dit, jax.devices())
     except ValueError as error:
         log.info(f"on one device: {error}")
         return None
 
 
-def _pictures(request: compare.Request, settings: Settings) -> dict[str, np.ndarray]:
-    """The frames that the video begins with, read before minutes are spent on weights."""
-    path = request.image or request.video
-    if path is None:
-        return {}
-    found = pictures(path, settings.height, settings.width)
-    if request.image:
-        return {"image": as_video([next(found)])}
-    wanted = settings.segments.num_cond_frames
-    tail = list(collections.deque(found, maxlen=wanted))
-    if len(tail) < wanted:
-        raise ValueError(
-            f"--video {path} has {len(tail)} frames; a segment goes on from "
-            f"num_cond_frames={wanted}: give a longer video, or fewer --cond-frames (1 + 4 k)"
-        )
-    return {"given_BTYX3": np.stack([np.asarray(p.convert("RGB")) for p in tail])[None]}
+def _stand_ins(texts: list[str], settings: Settings) -> tuple[jax.Array, np.ndarray, list[str]]:
+    """Stand-ins for the embeddings of prompts, padded to `TEXT_SLOTS`; their mask; warnings."""
+    dit = settings.sizes.dit
+    size = dict(slots=TEXT_SLOTS, width=dit.text_width, dtype=dit.dtype)
+    each = [stand_in_embedding(text, **size) for text in texts]
+    room = [TEXT_SLOTS - e.text_BUE.shape[1] for e in each]
+    pairs = list(zip(each, room, strict=True))
+    text_BUE = jnp.concatenate([jnp.pad(e.text_BUE, ((0, 0), (0, n), (0, 0))) for e, n in pairs])
+    mask_BU = np.concatenate([np.pad(e.mask_BU, ((0, 0), (0, n))) for e, n in pairs])
+    return text_BUE, mask_BU, each[0].said
 
 
-def _prompt(request: compare.Request, settings: Settings, parts: Parts | None) -> Prompt:
-    """The prompt and, for guidance, the empty one; padded, for padding counts here."""
-    texts = [request.prompt, ""] if settings.guidance > 1 else [request.prompt]
-    if parts:
-        text_BUE, mask_BU, said = embed_prompts(texts, parts, settings.sizes.text, slots=TEXT_SLOTS)
-    else:
-        dit = settings.sizes.dit
-        size = dict(slots=TEXT_SLOTS, width=dit.text_width, dtype=dit.dtype)
-        each = [stand_in_embedding(text, **size) for text in texts]
-        room = [TEXT_SLOTS - e.text_BUE.shape[1] for e in each]
-        pairs = list(zip(each, room, strict=True))
-        text_BUE = jnp.concatenate(
-            [jnp.pad(e.text_BUE, ((0, 0), (0, n), (0, 0))) for e, n in pairs]
-        )
-        mask_BU = np.concatenate([np.pad(e.mask_BU, ((0, 0), (0, n))) for e, n in pairs])
-        said = each[0].said
-    for warning in said:
-        log.warning(warning)
-    text_BUE, negative = np.asarray(text_BUE), {}
-    if len(texts) > 1:
-        negative = dict(negative_BUE=text_BUE[1:], negative_mask_BU=mask_BU[1:])
-    return Prompt(text_BUE=text_BUE[:1], mask_BU=mask_BU[:1], **negative)
+def prepare(options: Options) -> Job:
+    """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
+    return latent_job.prepare(_LongCat(), options)
 
 
-def _report(request, settings: Settings, identity, arms, tour, mesh) -> dict[str, Any]:
-    def described(arm: Arm) -> dict[str, Any]:
-        lay = arm.state.layout
-        return {
-            "given_latent_frames": settings.segments.given_latents,
-            "tokens": lay.span_tokens,
-            "bytes_in_bf16": condition_bytes(arm.state).bf16,
-        }
-
-    stand_in = "stand-in: noise drawn from each word"
-    return identity | {
-        "prompt_embedding": stand_in if request.weights == RANDOM else "umT5",
-        "latent_frames": settings.frames,
-        "tour_frames": tour,
-        "frames": settings.sizes.vae.video_frames(settings.frames) - tour,
-        "segments": settings.count,
-        "clip_frames": settings.segments.frames,
-        "new_frames_of_a_segment": settings.segments.new_frames,
-        "sampler": {
-            "first_clip_evaluations": 0 if settings.continued else settings.first.steps,
-            "segment_evaluations": settings.next.steps,
-            "guidance": settings.guidance,
-        },
-        "devices": 1 if mesh is None else mesh.size,
-        "caches": {arm.name: described(arm) for arm in arms},
-    }
-
-
-def _identity(request: compare.Request, settings: Settings, parts: Parts | None) -> dict[str, Any]:
-    """All that an arm's latents depend on; not the length, so that a video can be made longer."""
-    given = request.image or request.video
-    lora = request.lora and Path(request.lora)
-    return {
-        "weights": parts.identity() if parts else RANDOM,
-        "model": plain_config(settings.sizes.dit),
-        "lora": lora and {lora.name: lora.stat().st_size if lora.is_file() else None},
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "attention": request.attention,
-        "height": settings.height,
-        "width": settings.width,
-        "steps": request.steps,
-        "cond_frames": settings.segments.num_cond_frames,
-        "given": given and file_digest(given),
-    }
+def plan(options: PlanOptions) -> Plan:
+    """What of a run fits into the memory; see `make_plan`."""
+    return make_plan(options.request(Options), options.memory, released_sizes())

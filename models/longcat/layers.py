@@ -30,8 +30,10 @@ def linear(
 def side_by_side(
     n_in: int, parts: int, n_out: int, config: LongCatConfig, rngs: nnx.Rngs
 ) -> nnx.LinearGeneral:
-    """A few matrices in one, [..., n_in] to [..., parts, n_out]; an axis of their own lets each be
-    cut by heads."""
+    """Several matrices in one layer, [..., n_in] to [..., parts, n_out].
+
+    The parts have an axis of their own, so that each can be divided by heads.
+    """
     dtypes = dict(dtype=config.dtype, param_dtype=config.dtype)
     return nnx.LinearGeneral(n_in, (parts, n_out), rngs=rngs, **dtypes)
 

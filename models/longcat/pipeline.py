@@ -56,7 +56,7 @@ class LongCat:
     Args:
         model: the transformer.
         key_codec, value_codec: compressors of the given frames' K and V; None keeps them in the
-            model's dtype. Make a codec once and reuse it: jit keys on its functions.
+            model's dtype.
         mesh: the devices that the model's parameters are on, if there are several: see
             `sharding.py`.
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from models.longcat.condition import build_condition
+from models.longcat.entry import Options
 from models.longcat.modeling import TextKV
 from models.longcat.params import skeleton
 from models.longcat.sampler import StepInput, cached_step, clip_step
@@ -17,7 +18,6 @@ from models.longcat.settings import TEXT_SLOTS, Settings, chosen_sizes, settle
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import text_encoder_bytes, text_kv_bytes
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax.app.job import Request
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.rollout import run_chunk
 
@@ -25,21 +25,21 @@ CHUNK = 8  # steps in one device call, as `denoise` has it
 ROWS = 64  # rows of the text that a short prompt keeps
 
 
-def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
+def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     """What each codec of a request needs, as if its arm ran alone on one device.
 
     Compiles all programs of a run for the default backend; allocates nothing. The length of the
     video does not matter: each segment has its own cache, of one size.
 
     Args:
-        request: codecs, size and given frames.
+        options: codecs, size and given frames.
         memory: bytes of the device.
         released: sizes of the networks.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
-    settings = settle(request, chosen_sizes(request, None, released))
+    settings = settle(options, chosen_sizes(options, None, released))
     begin = time.perf_counter()
     dit, vae = skeleton(settings.sizes.dit), VAE_WEIGHTS.skeleton(settings.sizes.vae)
     decoding = temporary_bytes(decode, vae, _clip(settings))

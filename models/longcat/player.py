@@ -13,7 +13,7 @@ from jaxtyping import Float, PRNGKeyArray, UInt8
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.segments import VideoVAE, next_clip, segment_noise, to_frames
 from models.longcat.settings import Settings
-from models.runs.saved_latents import Kept
+from models.runs.saved_latents import SavedLatents
 from qvg_jax.app.job import Played
 from qvg_jax.cache.health import CacheBytes, Regions
 
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     prompt: Prompt
     settings: Settings
     key: PRNGKeyArray
-    kept: Kept
+    saved: SavedLatents
     size: CacheBytes  # of the condition cache
     first: Callable[[], np.ndarray]  # the first clip, the same for all arms: it reads no cache
     given_BTYX3: UInt8[np.ndarray, "1 T Y X 3"] | None = None  # frames to go on from
@@ -42,9 +42,9 @@ def play(source: Source, xs: Iterator[Any]) -> Iterator[Played]:
 
     Clips of an earlier run are read and decoded, so what follows goes on from the same frames.
     """
-    settings, kept = source.settings, source.kept
+    settings, saved = source.settings, source.saved
     F, given = settings.segments.latent_frames, settings.segments.num_cond_frames
-    stored, tail = kept.read(source.arm), source.given_BTYX3
+    stored, tail = saved.read(source.arm), source.given_BTYX3
     if tail is not None:
         next(xs)
         yield Played(tail[0], NOTHING)
@@ -58,7 +58,7 @@ def play(source: Source, xs: Iterator[Any]) -> Iterator[Played]:
         made = time.perf_counter()
         frames_BTYX3 = to_frames(source.vae, clip_BFZYX)
         if not old:
-            kept.add(source.arm, number, clip_BFZYX)
+            saved.add(source.arm, number, clip_BFZYX)
         tail = frames_BTYX3[:, -given:]
         parts = {"generate": made - begin, "decode": time.perf_counter() - made}
         new = frames_BTYX3[0] if fresh else frames_BTYX3[0, given:]

@@ -5,8 +5,6 @@ pairs are interleaved and the frame comes first. Positions are integers that sta
 clip: nothing is carried from segment to segment.
 """
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -27,9 +25,8 @@ def axis_frequencies(head_dim: int, theta: float = 10000.0) -> tuple[tuple[float
     return tuple(frequency_ladder(d, theta) for d in axis_channels(head_dim))
 
 
-@functools.cache
 def longcat_rope(head_dim: int, theta: float = 10000.0) -> Rope:
-    """The rotation in the form that `qvg_jax.attend` takes; one object per set of arguments."""
+    """The rotation in the form that `qvg_jax.attend` takes."""
     return axial_rope(axis_frequencies(head_dim, theta), pairing="interleaved")
 
 

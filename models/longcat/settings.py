@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from models.longcat.condition import build_condition
 from models.longcat.config import LongCatConfig
+from models.longcat.entry import Options
 from models.longcat.params import skeleton
 from models.longcat.schedule import Schedule, continuation, distilled, standard
 from models.longcat.segments import Segments
@@ -16,13 +17,12 @@ from models.runs.checkpoint_folder import Parts, Sizes
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
-from qvg_jax.app.job import Request
 from qvg_jax.app.memory_plan import shape_bytes
 from qvg_jax.cache.health import CacheBytes, Regions
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.codecs.base import Codec
+from qvg_jax.errors import UserError, told_to_user
 
-HEIGHT, WIDTH = 480, 832
 TEXT_SLOTS = 512  # rows of a prompt, padding included, which this model does not cut off
 GUIDANCE = 4.0
 
@@ -38,7 +38,7 @@ def released_sizes() -> Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A request without choices left.
+    """The options of a user without choices left.
 
     Attributes:
         sizes: of the networks.
@@ -63,6 +63,11 @@ class Settings:
     width: int
 
     @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, bf16 first."""
+        return tuple(self.codecs)
+
+    @property
     def frames(self) -> int:
         """Latent frames of the whole video, as if it were encoded in one piece."""
         return _beginning(self.segments, self.continued) + self.count * _added(self.segments)
@@ -83,49 +88,50 @@ class Settings:
         return jax.eval_shape(build, skeleton(self.sizes.dit), given)
 
 
-def settle(request: Request, sizes: Sizes) -> Settings:
-    """Checks a request and fills in what it leaves open.
+@told_to_user()
+def settle(options: Options, sizes: Sizes) -> Settings:
+    """Checks the options of a user and fills in what they leave open.
 
     Args:
-        request: what is wanted; without `frames`, the beginning and one segment.
+        options: what is wanted; without `frames`, the beginning and one segment.
         sizes: of the networks.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
     vae, dit = sizes.vae, sizes.dit
     lengths = dict(temporal_stride=vae.temporal_stride)
-    if request.cond_frames is not None:
-        lengths |= dict(num_cond_frames=request.cond_frames)
-    segments, continued = Segments(**lengths), bool(request.video)
+    if options.cond_frames is not None:
+        lengths |= dict(num_cond_frames=options.cond_frames)
+    segments, continued = Segments(**lengths), bool(options.video)
     begin, more = _beginning(segments, continued), _added(segments)
-    frames = begin + more if request.frames is None else request.frames
+    frames = begin + more if options.frames is None else options.frames
     count, rest = divmod(frames - begin, more)
     if rest or count < continued:
         k = max(count, int(continued))
         nearest = f"{begin + k * more} and {begin + (k + 1) * more}"
-        raise ValueError(
+        raise UserError(
             f"frames={frames} is not accepted: {begin} latent frames begin the video and each "
             f"segment adds {more}; the nearest are {nearest}"
         )
-    height = HEIGHT if request.height is None else request.height
-    width = WIDTH if request.width is None else request.width
+    height = options.height
+    width = options.width
     check_size(height, width, side=vae.spatial_stride, patch=dit.patch)
-    check_seed(request.seed)
-    given = {} if request.steps is None else {"steps": request.steps}
-    if request.lora:
+    check_seed(options.seed)
+    given = {} if options.steps is None else {"steps": options.steps}
+    if options.lora:
         first = after = distilled(**given)
     else:
         first, after = standard(**given), continuation(**given)
     settings = Settings(
         sizes=sizes,
-        codecs={name: codec_pair(name) for name in arm_names(request)},
+        codecs={name: codec_pair(name) for name in arm_names(options)},
         segments=segments,
         continued=continued,
         count=count,
         first=first,
         next=after,
-        guidance=1.0 if request.lora else GUIDANCE,
+        guidance=1.0 if options.lora else GUIDANCE,
         height=height,
         width=width,
     )
@@ -136,16 +142,17 @@ def settle(request: Request, sizes: Sizes) -> Settings:
     return settings
 
 
-def chosen_sizes(request: Request, parts: Parts | None, released: Sizes) -> Sizes:
+@told_to_user()
+def chosen_sizes(options: Options, parts: Parts | None, released: Sizes) -> Sizes:
     """The released sizes, changed by the transformer's config.json or by `--layers`.
 
     Raises:
-        ValueError: a config.json of another kind, or `--layers` beside weights.
+        UserError: a config.json of another kind, or `--layers` beside weights.
     """
     dit = released.dit
     if parts and parts.config:
         dit = LongCatConfig.from_json(parts.config, dtype=dit.dtype)
-    return dataclasses.replace(released, dit=with_layers(dit, request))
+    return dataclasses.replace(released, dit=with_layers(dit, options))
 
 
 def condition_bytes(cache: KVCache) -> CacheBytes:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.pocket_world.world import CLOCK, HEIGHT, MAX_ALTITUDE, WIDTH, units_per_pixel
+from qvg_jax.errors import UserError
 
 SPEED = 8.0  # world units a frame
 ACTIONS = ("w", "s", "a", "d", "up", "down", "stay")
@@ -27,18 +28,18 @@ def parse_actions(text: str) -> np.ndarray:
     """Turns "w-8,d-4" into one action number a frame (an index into `ACTIONS`), int32 [F].
 
     Raises:
-        ValueError: an unknown action, or a duration that is not a whole number above 0.
+        UserError: an unknown action, or a duration that is not a whole number above 0.
     """
     frames = []
     for part in text.replace(" ", "").split(","):
         name, _, duration = part.rpartition("-")
         if name not in ACTIONS:
-            raise ValueError(
+            raise UserError(
                 f"unknown action {part!r} in {text!r}; accepted: NAME-FRAMES with NAME one of "
                 f"{', '.join(ACTIONS)}, joined by commas, such as 'w-8,d-4'"
             )
         if not duration.isdecimal() or int(duration) == 0:
-            raise ValueError(
+            raise UserError(
                 f"duration {duration!r} in {part!r}; accepted: a whole number of frames above 0"
             )
         frames += [ACTIONS.index(name)] * int(duration)

@@ -11,6 +11,7 @@ from models.pocket_world.modeling import PocketWorld, to_tokens
 from models.pocket_world.pipeline import WorldState
 from models.pocket_world.sampling import Sampler
 from qvg_jax.attention.api import attend
+from qvg_jax.errors import UserError
 from qvg_jax.rollout import rollout
 from qvg_jax.study.capture import Captured, Recorder
 
@@ -33,14 +34,14 @@ def capture(
         seed: world, tour and noise.
 
     Raises:
-        ValueError: a layer that the model does not have, or frames that are no whole blocks.
+        UserError: a layer that the model does not have, or frames that are no whole blocks.
     """
     cfg = model.cfg
     n = cfg.block_frames
     if not layers or not all(0 <= i < cfg.layers for i in layers):
-        raise ValueError(f"layers={layers}; accepted: some of 0 to {cfg.layers - 1}")
+        raise UserError(f"layers={layers}; accepted: some of 0 to {cfg.layers - 1}")
     if frames < n or frames % n:
-        raise ValueError(f"frames={frames}; accepted: a multiple of block_frames={n}")
+        raise UserError(f"frames={frames}; accepted: a multiple of block_frames={n}")
     path = tours(jax.random.key(seed), 1, frames + n, half_width)
     worlds = jnp.array([seed])
     xs = pipeline.block_inputs(cfg, worlds, path, frames + n)

@@ -1,7 +1,6 @@
 """Sizes of pocket world: frozen, hashable, one constructor per shipped checkpoint."""
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -64,14 +63,16 @@ class PocketWorldConfig:
         return self.patch * self.patch * 3
 
     def rope(self) -> Rope:
-        """Rotation by (frame, y, x, altitude); the same object on every call, as jit likes it."""
+        """Rotation by (frame, y, x, altitude)."""
         return _rope(self.head_dim // 2)
 
 
-@functools.cache
 def _rope(half: int) -> Rope:
-    """Time turns with the world clock's first two harmonics and eight slower or faster frequencies;
-    places from half a patch to the extent of a long walk."""
+    """The rotation of a head: channels for time, altitude and the two axes of the ground.
+
+    Time turns with the world clock's first two harmonics and eight slower or faster frequencies,
+    places from half a patch to the extent of a long walk.
+    """
     n_time, n_altitude = 10 * half // 64, 6 * half // 64
     n_place = (half - n_time - n_altitude) // 2
     clock = (2 * math.pi / CLOCK, 4 * math.pi / CLOCK)

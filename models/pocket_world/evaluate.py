@@ -167,6 +167,7 @@ def _window_range(x, width: int = 100):
 
 
 def main(argv=None):
+    """Runs the evaluation from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--weights", type=pathlib.Path, default=DEFAULT_WEIGHTS)

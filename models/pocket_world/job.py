@@ -19,71 +19,72 @@ from jaxtyping import Array, Float
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
+from models.pocket_world.entry import NAME, Options
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
-from qvg_jax.app.job import BASELINE, HISTORY_OPTIONS, Arm, Block, Job, Request
+from qvg_jax.app.job import BASELINE, Arm, Block, Job
 from qvg_jax.app.metrics import to_uint8
-from qvg_jax.codecs import presets
+from qvg_jax.app.model_entry import CaptureOptions
 from qvg_jax.codecs.base import Codec
+from qvg_jax.errors import UserError, told_to_user
 from qvg_jax.study.capture import Captured
 
-MODEL = "pocket-world"
-DEFAULT_CODEC = presets.recommended("pocket-world")
-TOUR, FRAMES, STEPS = 128, 240, 4
+FRAMES, STEPS = 240, 4
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
 
 
-def prepare(request: Request) -> Job:
+def prepare(options: Options) -> Job:
     """Loads the weights, lays out the path and makes an empty cache for each arm.
 
     Args:
-        request: what is wanted. Without `frames`, 240 are made, or as many as `actions` say,
+        options: what is wanted. Without `frames`, 240 are made, or as many as `actions` say,
             rounded up to whole blocks. `tour` is rounded up to whole blocks.
 
     Returns:
         The job; nothing has been generated yet.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
-    request.refuse(MODEL, "prompt", "height", "width", "layers", *HISTORY_OPTIONS)
-    request.refuse(MODEL, "image", "video", "resume", "cond_frames", "lora", "attention")
-    request.refuse(MODEL, "decode_last")
-    check_seed(request.seed)
-    actions = None if request.actions is None else camera.parse_actions(request.actions)
-    sampler = Sampler(
-        steps=STEPS if request.steps is None else request.steps,
-        sharpness=0.0 if actions is None else FREE_SHARPNESS,  # the default path is all replay
-    )
-    codecs = {name: _codec(name) for name in dict.fromkeys((BASELINE, *request.codecs))}
-    weights = pathlib.Path(request.weights or params.DEFAULT_WEIGHTS)
+    check_seed(options.seed)
+    actions = None if options.actions is None else camera.parse_actions(options.actions)
+    with told_to_user():
+        sampler = Sampler(
+            steps=STEPS if options.steps is None else options.steps,
+            sharpness=0.0 if actions is None else FREE_SHARPNESS,  # the default path is all replay
+        )
+        recipes = dict.fromkeys((BASELINE, *options.codecs))
+        codecs = {name: pipeline.world_recipe(name) for name in recipes}
+    weights = pathlib.Path(options.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)
     check_finite(model, weights)
     cfg = model.cfg
 
     n = cfg.block_frames
-    tour = TOUR if request.tour is None else request.tour
+    tour = options.tour
     if tour < n:
-        raise ValueError(f"tour={tour} is too small: give at least one block, {n} frames")
+        raise UserError(f"tour={tour} is too small: give at least one block, {n} frames")
     tour += -tour % n
-    frames = request.frames
+    frames = options.frames
     if frames is None:
         frames = FRAMES if actions is None else len(actions) + -len(actions) % n
     if frames < 1:
-        raise ValueError(f"frames={frames} is not accepted: give a whole number above 0")
+        raise UserError(f"frames={frames} is not accepted: give a whole number above 0")
 
-    path_F3 = _path(request.seed, tour, frames + -frames % n, actions)
+    path_F3 = _path(options.seed, tour, frames + -frames % n, actions)
     arms = []
     for name, codec in codecs.items():
-        cache = pipeline.make_cache(cfg, codec, _capacity(cfg, codec, len(path_F3)))
-        arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(request.seed))))
+        with told_to_user():  # a codec may refuse the span
+            capacity = _capacity(cfg, codec, len(path_F3))
+        cache = pipeline.make_cache(cfg, codec, capacity)
+        arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(options.seed))))
     lay = arms[0].state.cache.layout
     return Job(
-        model=MODEL,
+        model=NAME,
         step=pipeline.make_step(model, sampler),
         arms=tuple(arms),
-        blocks=_blocks(request.seed, path_F3, tour, n),
+        blocks=_blocks(options.seed, path_F3, tour, n),
         cache=lambda state: state.cache,
         tour=tour,
         frames=frames,
@@ -93,8 +94,8 @@ def prepare(request: Request) -> Job:
         config={
             "tour_frames": tour,
             "frames": frames,
-            "actions": request.actions,
-            "seed": request.seed,
+            "actions": options.actions,
+            "seed": options.seed,
             "sampler": dataclasses.asdict(sampler),
             "model": dataclasses.asdict(cfg),
             "weights": {
@@ -114,19 +115,15 @@ def prepare(request: Request) -> Job:
     )
 
 
-def capture(*, frames: int, layers: tuple[int, ...], seed: int) -> Captured:
-    """K, V and Q of the shipped model after a tour of `frames` frames; see `capture.capture`."""
-    return capturing.capture(params.load_weights(), layers, frames, seed=seed)
+def capture(options: CaptureOptions) -> Captured:
+    """K, V and Q of the shipped model after a tour of `options.frames` frames; see `capture.capture`."""
+    model = params.load_weights()
+    return capturing.capture(model, options.layers, options.frames, seed=options.seed)
 
 
 def loop(recipes: list[str], span_tokens: int) -> dict[str, float]:
     """dB to the bf16 run of a short replay with each recipe; see `trial.loop`."""
     return trial.loop(params.load_weights(), recipes, span_tokens)
-
-
-def _codec(text: str) -> tuple[Codec, Codec]:
-    """The codecs for K and V that "NAME" or "NAME:SETTING=VALUE:..." stand for, in pocket world's sizes."""
-    return pipeline.world_recipe(text)
 
 
 def check_finite(model: nnx.Module, weights: pathlib.Path) -> None:

@@ -229,6 +229,7 @@ def train(
 
 
 def main(argv=None):
+    """Trains from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out",

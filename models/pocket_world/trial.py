@@ -27,6 +27,7 @@ from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.sampling import Sampler
 from qvg_jax.app.metrics import PSNR_CAP, ssim, to_uint8
 from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
 
 EARLY = 8  # frames of the early window: before the arm's own frames have become its history
@@ -76,12 +77,12 @@ def loop(model, recipes: list[str], span_tokens: int) -> dict[str, float]:
     """Mean dB to the bf16 run for each recipe: two short tours of one world, in seconds each.
 
     Raises:
-        ValueError: spans that are not whole blocks.
+        UserError: spans that are not whole blocks.
     """
     cfg = model.cfg
     span_blocks, rest = divmod(span_tokens, cfg.block_tokens)
     if rest:
-        raise ValueError(
+        raise UserError(
             f"span_tokens={span_tokens} is not accepted: give a multiple of {cfg.block_tokens}, "
             "the tokens of a block"
         )
@@ -168,6 +169,7 @@ def draw(path: pathlib.Path, arms: dict[str, dict], tour: int, frames: int = 7) 
 
 
 def main(argv=None):
+    """Runs a trial of recipes from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True)

@@ -17,16 +17,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from models.pocket_world import camera, job, params, pipeline, world
+from models.pocket_world.entry import NAME, WalkOptions
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
-from qvg_jax.app.job import Request
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.play.walk import World
+from qvg_jax.errors import told_to_user
 
-# `trellis`, the default of `generate`, takes two CPU cores twice as long a block: over a second from a
-# key to a frame where another block is under way.
-DEFAULT_CODEC = "midrise-k1v3"
-TOUR = 64
 MEMORY = 256  # frames; a block over twice as many takes twice as long
 KEYS = {
     "w": "w", "a": "a", "s": "s", "d": "d",
@@ -37,30 +34,29 @@ KEYS = {
 _follow = jax.jit(camera.follow)
 
 
-def walk(request: Request, memory: int | None = None) -> World:
+def walk(options: WalkOptions) -> World:
     """Loads the weights and says how pocket world is walked in.
 
     Args:
-        request: steps, tour, weights and (checked only) the seed are read.
-        memory: frames of compressed history, rounded up to whole spans of 32; sink and window
-            come on top.
+        options: what is wanted; `memory` is frames of compressed history, rounded up to whole
+            spans of 32, and sink and window come on top.
 
     Returns:
         The world. `begin` may be asked for any accepted seed.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
-    check_seed(request.seed)
-    steps = job.STEPS if request.steps is None else request.steps
-    sampler = Sampler(steps, sharpness=FREE_SHARPNESS)
-    weights = pathlib.Path(request.weights or params.DEFAULT_WEIGHTS)
+    check_seed(options.seed)
+    steps = job.STEPS if options.steps is None else options.steps
+    with told_to_user():
+        sampler = Sampler(steps, sharpness=FREE_SHARPNESS)
+    weights = pathlib.Path(options.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)
     job.check_finite(model, weights)
     cfg, n = model.cfg, model.cfg.block_frames
-    tour = TOUR if request.tour is None else request.tour
-    tour += -tour % n
-    frames = MEMORY if memory is None else memory
+    tour = options.tour + -options.tour % n
+    frames = MEMORY if options.memory is None else options.memory
 
     def begin(seed, codec):
         check_seed(seed)
@@ -69,7 +65,7 @@ def walk(request: Request, memory: int | None = None) -> World:
         return pipeline.WorldState(cache, job.noise_key(seed))
 
     return World(
-        model=job.MODEL,
+        model=NAME,
         step=pipeline.make_step(model, sampler),
         actions=camera.ACTIONS,
         keys=KEYS,

@@ -9,6 +9,7 @@ from typing import Any
 from models.common.checkpoint import CheckpointError
 from models.common.shards import checkpoint_shards
 from models.umt5.config import UMT5Config
+from qvg_jax.errors import UserError
 
 TOKENIZERS = ("google/umt5-xxl", "tokenizer", ".")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -80,9 +81,9 @@ def find_parts(
 
 
 def wanted_keys(config: Mapping[str, Any], *names: str, folder: str | None = None) -> None:
-    """Raises ValueError if a config.json lacks one of these keys."""
+    """Raises UserError if a config.json lacks one of these keys."""
     if lacking := sorted(set(names) - config.keys()):
-        raise ValueError(f"config.json in {folder} lacks {', '.join(lacking)}")
+        raise UserError(f"config.json in {folder} lacks {', '.join(lacking)}")
 
 
 def _first(folder: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:

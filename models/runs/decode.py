@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.runs.saved_latents import Kept
+from models.runs.saved_latents import SavedLatents
 from models.wan_vae import Past, WanVAE, to_uint8
 from qvg_jax.app.job import Played
 from qvg_jax.cache.health import CacheBytes, CacheFullError, NonFiniteError
@@ -22,8 +22,8 @@ class Source(NamedTuple):
     """What the frames of one arm come from."""
 
     arm: str
-    latents: Iterator[Any]  # [B, F, Z, Y, X], block by block: given ones, kept ones, new ones
-    given: int  # latent frames that are no one's work
+    latents: Iterator[Any]  # [B, F, Z, Y, X], block by block: given, stored, then new ones
+    given: int  # latent frames at the start that the user gave
     stored: int  # latent frames after them that an earlier run has made
     size: Callable[[], CacheBytes]  # of the cache, after the newest block
     decode_last: bool = False  # all latents first, so that cache and decoder are never together
@@ -56,12 +56,14 @@ def decode(vae: WanVAE, latents_BFZYX: Any, past: Past | None) -> tuple[jax.Arra
     return jnp.concatenate(parts, 1), past
 
 
-def play(source: Source, xs: Iterator[Any], *, vae: WanVAE, kept: Kept) -> Iterator[Played]:
-    """Decodes a block for each x, which only says that a block is wanted; keeps new latents.
+def play(
+    source: Source, xs: Iterator[Any], *, vae: WanVAE, saved: SavedLatents
+) -> Iterator[Played]:
+    """Decodes a block for each x, which only says that a block is wanted; saves new latents.
 
     Nothing is made, on disk or device, before the first block is asked for.
     """
-    past, blocks = None, _made(source, kept)
+    past, blocks = None, _made(source, saved)
     blocks = _all_first(source.arm, blocks) if source.decode_last else blocks
     for _, block in zip(xs, blocks, strict=False):  # one at a time, and none before it is wanted
         begin = time.perf_counter()
@@ -71,7 +73,7 @@ def play(source: Source, xs: Iterator[Any], *, vae: WanVAE, kept: Kept) -> Itera
         yield Played(frames, block.size, parts, kept=block.old)
 
 
-def _made(source: Source, kept: Kept) -> Iterator[_Block]:
+def _made(source: Source, saved: SavedLatents) -> Iterator[_Block]:
     """Latents as they are made; new ones are on disk before the next block begins."""
     frame, number, begin = 0, 0, time.perf_counter()
     for latents_BFZYX in source.latents:
@@ -79,7 +81,7 @@ def _made(source: Source, kept: Kept) -> Iterator[_Block]:
         old = frame < source.given + source.stored
         if frame >= source.given:
             if not old:
-                kept.add(source.arm, number, latents_BFZYX)
+                saved.add(source.arm, number, latents_BFZYX)
             number += 1
         frame += latents_BFZYX.shape[1]
         yield _Block(latents_BFZYX, seconds, source.size(), old)
@@ -87,7 +89,10 @@ def _made(source: Source, kept: Kept) -> Iterator[_Block]:
 
 
 def _all_first(arm: str, blocks: Iterator[_Block]) -> Iterator[_Block]:
-    """The same when the last one is made; if an error ends them, it comes after those before it."""
+    """Yields the blocks once all of them are made, with their latents in host memory.
+
+    An error in the middle is raised after the blocks before it.
+    """
     done: list[_Block] = []
     error: Exception | None = None
     try:

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps
 
+from qvg_jax.errors import UserError
+
 
 def pictures(path: str | Path, height: int, width: int) -> Iterator[Image.Image]:
     """The frames of an image or a video, scaled to cover the size and cut around their middle.
@@ -17,7 +19,7 @@ def pictures(path: str | Path, height: int, width: int) -> Iterator[Image.Image]
         height, width: in pixels.
 
     Raises:
-        ValueError: the file cannot be read, or holds no picture.
+        UserError: the file cannot be read, or holds no picture.
     """
     try:
         with av.open(str(path)) as file:
@@ -26,9 +28,9 @@ def pictures(path: str | Path, height: int, width: int) -> Iterator[Image.Image]
                 found = True
                 yield ImageOps.fit(frame.to_image(), (width, height), Image.Resampling.LANCZOS)
     except (OSError, IndexError, av.FFmpegError) as error:  # some of FFmpeg's are OSErrors
-        raise ValueError(f"{path}: not readable as an image or a video ({error})") from error
+        raise UserError(f"{path}: not readable as an image or a video ({error})") from error
     if not found:
-        raise ValueError(f"{path}: holds no picture")
+        raise UserError(f"{path}: holds no picture")
 
 
 def as_video(pictures: Sequence[Image.Image]) -> Float[np.ndarray, "1 T 3 Y X"]:

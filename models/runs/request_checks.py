@@ -1,4 +1,4 @@
-"""What a user asked for, as far as it means the same to several models."""
+"""Checks of options that mean the same to several models, and what their values stand for."""
 
 import dataclasses
 import hashlib
@@ -7,26 +7,32 @@ from typing import Any
 
 import numpy as np
 
-from qvg_jax.app.job import BASELINE, Request
+from models.runs.latent_options import LatentOptions
+from qvg_jax.app.job import BASELINE
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import Codec
-from qvg_jax.codecs.recipes import parse_recipe
+from qvg_jax.errors import UserError, told_to_user
 
 RANDOM = "random"  # in place of a folder of weights
 LARGEST_SEED = 2**31 - 1
 
 
-def check_needed(model: str, request: Request) -> None:
-    """Raises ValueError if weights or prompt are missing, or there are an image and a video."""
-    for name in ("weights", "prompt"):
-        if not getattr(request, name):
-            raise ValueError(f"{name} is missing: model {model} needs --{name}")
-    if request.image and request.video:
-        raise ValueError("--image and --video: give one of them")
+def check_needed(model: str, options: LatentOptions) -> None:
+    """Raises UserError if weights or prompt are missing, or options exclude each other."""
+    if not options.weights:
+        raise UserError(
+            f"weights is missing: model {model} needs --weights FOLDER, or `qvg fetch {model}` before"
+        )
+    if not options.prompt:
+        raise UserError(f"prompt is missing: model {model} needs --prompt")
+    if options.image and getattr(options, "video", None):
+        raise UserError("--image and --video: give one of them")
+    if options.layers is not None and options.weights != RANDOM:
+        raise UserError("--layers is for random weights; leave it out")
 
 
 def check_size(height: int, width: int, *, side: int, patch: tuple[int, int]) -> None:
-    """Raises ValueError if a frame is not a whole number of tokens.
+    """Raises UserError if a frame is not a whole number of tokens.
 
     Args:
         height, width: in pixels.
@@ -35,47 +41,49 @@ def check_size(height: int, width: int, *, side: int, patch: tuple[int, int]) ->
     """
     for name, value, n in zip(("height", "width"), (height, width), patch, strict=True):
         if value < 1 or value % (side * n):
-            raise ValueError(
+            raise UserError(
                 f"{name}={value} is not accepted: give a multiple of {side * n}, for a latent "
                 f"is {side} pixels and a token {n} latents"
             )
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError if no key can be made of a seed."""
+    """Raises UserError if no key can be made of a seed."""
     if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"seed={seed} is not accepted: give 0 to {LARGEST_SEED}")
+        raise UserError(f"seed={seed} is not accepted: give 0 to {LARGEST_SEED}")
 
 
-def arm_names(request: Request) -> list[str]:
-    """The codecs asked for, each once, the baseline first."""
-    return sorted(dict.fromkeys(request.codecs), key=lambda name: name != BASELINE)  # stable
+def arm_names(options: LatentOptions) -> list[str]:
+    """The recipes asked for, each once, the baseline first."""
+    return sorted(dict.fromkeys(options.codecs), key=lambda name: name != BASELINE)  # stable
 
 
-def attention_of(arm: str, request: Request) -> str | None:
+def attention_of(arm: str, options: LatentOptions) -> str | None:
     """How an arm reads its cache: as asked, but the baseline never with less than its precision."""
-    return None if arm == BASELINE else request.attention
+    if arm == BASELINE:
+        return None
+    if (options.attention, options.precision) == ("mosaic", "fp8"):
+        return "mosaic_fp8"
+    return options.attention
 
 
 def codec_pair(recipe: str) -> tuple[Codec | None, Codec | None]:
-    """Codecs of K and V; None for the baseline, which keeps the model's dtype."""
-    if recipe == BASELINE:
-        return None, None
-    name, settings = parse_recipe(recipe)
-    return presets.pair(name, **settings)
-
-
-def with_layers[C](config: C, request: Request) -> C:
-    """A transformer's configuration with as many layers as `--layers` says.
+    """Codecs of K and V; None for the baseline, which keeps the model's dtype.
 
     Raises:
-        ValueError: `--layers` beside weights.
+        UserError: the recipe is not known, or one of its settings is not accepted.
     """
-    if request.layers is None:
+    if recipe == BASELINE:
+        return None, None
+    with told_to_user():
+        return presets.parse_pair(recipe)
+
+
+def with_layers[C](config: C, options: LatentOptions) -> C:
+    """A transformer's configuration with as many layers as `--layers` says."""
+    if options.layers is None:
         return config
-    if request.weights not in (None, RANDOM):
-        raise ValueError("--layers is for random weights; leave it out")
-    return dataclasses.replace(config, layers=request.layers)
+    return dataclasses.replace(config, layers=options.layers)  # type: ignore[type-var]
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -87,9 +95,9 @@ def file_digest(path: str) -> str:
     """SHA-256 of a file.
 
     Raises:
-        ValueError: it is not readable.
+        UserError: it is not readable.
     """
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(f"{path}: not readable ({error.strerror})") from error
+        raise UserError(f"{path}: not readable ({error.strerror})") from error

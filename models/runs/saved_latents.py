@@ -1,4 +1,4 @@
-"""Latents on disk, block by block: what an interrupted run goes on from."""
+"""Latents on disk, block by block, from which an interrupted run goes on."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,28 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from qvg_jax.errors import UserError
+
 FOLDER, REQUEST = "latents", "request.json"
 
 
-class Kept:
+class SavedLatents:
     """The clean latents of every block that was generated, for each arm a file that grows.
 
     A block is bytes appended to `latents/ARM.bin`; one that was cut off by a crash is ignored and
     overwritten. `latents/request.json` holds the request, for a run may only go on from latents of
     its own. A minute of 480 x 832 video is 48 MB.
+
+    Args:
+        out: folder of the run.
+        request: all that the latents depend on, as JSON types.
+        shape: (B, F, Z, Y, X) of a block.
+        dtype: of the latents.
+        resume: whether to read what is there; if not, the first block replaces it.
+
+    Raises:
+        UserError: there is nothing to go on from, or it belongs to another request; the message
+            says what differs.
     """
 
     def __init__(
@@ -29,18 +42,6 @@ class Kept:
         *,
         resume: bool,
     ):
-        """
-        Args:
-            out: folder of the run.
-            request: all that the latents depend on, as JSON types.
-            shape: (B, F, Z, Y, X) of a block.
-            dtype: of the latents.
-            resume: whether to read what is there; if not, the first block replaces it.
-
-        Raises:
-            ValueError: there is nothing to go on from, or it belongs to another request; says
-                what differs.
-        """
         self._folder = Path(out) / FOLDER
         self._request, self._shape, self._dtype = request, shape, np.dtype(dtype)
         self._begun = resume
@@ -90,14 +91,14 @@ class Kept:
         try:
             stored = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--resume: {path} is not there or not readable ({error}); leave out --resume to "
                 "start anew"
             ) from error
         ours = json.loads(json.dumps(self._request))
         for key in sorted({*stored, *ours}):
             if stored.get(key) != ours.get(key):
-                raise ValueError(
+                raise UserError(
                     f"--resume: {self._folder} was made with {key}={stored.get(key)!r}, now it is "
                     f"{ours.get(key)!r}; give the same, or leave out --resume to start anew"
                 )

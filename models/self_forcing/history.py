@@ -65,10 +65,6 @@ class History:
         return self.key_codec is not None
 
 
-# One object per dtype: jit keys on a codec's functions, so a fresh one would compile again.
-_plain = functools.cache(identity)
-
-
 def make_cache(
     config: SelfForcingConfig,
     history: History,
@@ -128,7 +124,7 @@ def make_cache(
     else:
         # The block itself is not stored while it runs, so a sliding window keeps n frames less.
         kept = bound - sink - (n if bounded else 0)
-        plain = _plain(config.dtype)
+        plain = identity(config.dtype)
         layout = dict(span_blocks=1, max_spans=0, keep_recent=0, window_blocks=max(kept, 1))
         layout |= dict(key_codec=plain, value_codec=plain)
     return KVCache.create(
@@ -218,7 +214,6 @@ def _seen(k_LBHTD, v_LBHTD, pos_BTP, rope):
 @jax.jit
 def _decoded(cache, slot):
     """K and V of one span of all layers, as attention decodes them."""
-
     lay = cache.layout
 
     def decoded(codec, slots):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from models.runs.pictures import as_video, pictures
 from models.self_forcing.config import SelfForcingConfig
 from models.wan_vae import Past, WanVAE
+from qvg_jax.errors import UserError
 
 
 def initial_latents(
@@ -38,7 +39,7 @@ def initial_latents(
         height, width: of the video, in pixels.
 
     Raises:
-        ValueError: the file cannot be read, or is too short or too long.
+        UserError: the file cannot be read, or is too short or too long.
     """
     n, stride = config.frames_per_block, vae.config.temporal_stride
     given = pictures(path, height, width)
@@ -49,7 +50,7 @@ def initial_latents(
     count = 1 + stride * (n - 1)  # the first latent frame is one picture
     while len(piece := list(itertools.islice(given, count))) == count:
         if len(parts) == most:
-            raise ValueError(
+            raise UserError(
                 f"--video {path} has more than the {most * n} latent frames that leave room for a "
                 f"block of new ones in --frames {frames}; give more frames or a shorter video"
             )
@@ -57,7 +58,7 @@ def initial_latents(
         parts.append(np.asarray(latents))
         count = stride * n
     if not parts:
-        raise ValueError(
+        raise UserError(
             f"--video {path} has {len(piece)} frames; accepted: at least {count}, one block"
         )
     return np.concatenate(parts, axis=1)

@@ -1,7 +1,7 @@
 """From the embedding of a prompt to latent video: the host side of the roll-out.
 
 pipeline = SelfForcing(model, history=History.qvg(codec))
-request = Request(
+request = Generation(
     text_BUE=text, frames=180, latent_height=60, latent_width=104, noise=jax.random.key(0)
 )
 latents_BFZYX = pipeline.generate(request)
@@ -38,7 +38,7 @@ type Progress = Callable[[int, int, State], None]  # progress(frames_done, frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
+class Generation:
     """One video, or a batch of videos of the same size.
 
     Attributes:
@@ -97,7 +97,7 @@ class SelfForcing:
         self.history = History() if history is None else history
 
     def generate(
-        self, request: Request, *, chunk: int = 8, progress: Progress | None = None
+        self, request: Generation, *, chunk: int = 8, progress: Progress | None = None
     ) -> Float[np.ndarray, "B F Z Y X"]:
         """Generates a whole video, many blocks in each device call.
 
@@ -124,7 +124,7 @@ class SelfForcing:
         return np.concatenate(parts, axis=1)
 
     def stream(
-        self, request: Request, *, progress: Progress | None = None
+        self, request: Generation, *, progress: Progress | None = None
     ) -> Iterator[Float[np.ndarray, "B F Z Y X"]]:
         """The same blocks one by one, as they are done; given blocks come first."""
         state, runs = self._prepare(request)
@@ -134,7 +134,7 @@ class SelfForcing:
             yield from blocks
             state = blocks.state
 
-    def start(self, request: Request) -> State:
+    def start(self, request: Generation) -> State:
         """An empty cache, and the prompt's keys and values for cross-attention."""
         text_BUE = jnp.asarray(request.text_BUE)
         text_kv = _text_kv(self.model, text_BUE)
@@ -148,7 +148,7 @@ class SelfForcing:
         )
         return State(cache=cache, text_kv=text_kv)
 
-    def _prepare(self, request: Request) -> tuple[State, list[_Run]]:
+    def _prepare(self, request: Generation) -> tuple[State, list[_Run]]:
         """Checks the request and turns it into a first state and the runs that follow."""
         config, initial = self.model.config, request.initial_BFZYX
         size = (request.latent_height, request.latent_width)
@@ -199,7 +199,7 @@ class SelfForcing:
 
 
 def _known_blocks(
-    request: Request, blocks: Sequence[Block], frame: tuple[int, int, int]
+    request: Generation, blocks: Sequence[Block], frame: tuple[int, int, int]
 ) -> dict[Block, Known]:
     """What is known of each block that is generated; empty if the request does not say."""
     if request.done_BFZYX is None:
@@ -225,8 +225,11 @@ def _known_blocks(
 def generating_step(
     sampler: SamplerConfig, shape: tuple[int, ...] | None, resumable: bool = False
 ) -> Callable:
-    """step(model, state, x): x is the block's key, or its noise if `shape` is None; with
-    `resumable`, (that, what is known of the block)."""
+    """The step that makes a block, `step(model, state, x)`.
+
+    x is the block's key, or its noise if `shape` is None; with `resumable` it is a pair of this and
+    what is known of the block.
+    """
 
     def step(model, state, x):
         x, known = x if resumable else (x, None)
@@ -245,7 +248,7 @@ def _text_kv(model, text_BUE):
     return model.text_kv(text_BUE)
 
 
-def _told(progress: Progress | None, run: _Run, request: Request) -> Callable | None:
+def _told(progress: Progress | None, run: _Run, request: Generation) -> Callable | None:
     """Progress of one run in blocks as progress of the video in frames."""
     if progress is None:
         return None

@@ -8,41 +8,41 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from models.common.wan_text import TextKV
-from models.runs import decode as player
+from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.self_forcing.block import Known, State
+from models.self_forcing.entry import Options
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import generating_step
 from models.self_forcing.settings import Settings, chosen_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
-from qvg_jax.app.job import Request
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.rollout import run_chunk
 
 
-def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
+def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     """What each codec of a request needs, as if its arm ran alone.
 
     Compiles the step of each arm and the decoder for the default backend; allocates nothing.
 
     Args:
-        request: codecs, frames, size, window, sink and spans count.
+        options: codecs, frames, size, window, sink and spans count.
         memory: bytes of the device, for the longest video that fits.
         released: sizes of the networks.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
-    settings = settle(request, chosen_sizes(request, None, released))
+    settings = settle(options, chosen_sizes(options, None, released))
     begin = time.perf_counter()
     networks = {
         "transformer": WEIGHTS.skeleton(settings.sizes.dit),
         "VAE": VAE_WEIGHTS.skeleton(settings.sizes.vae),
     }
     latent = _latents(settings, 1)
-    past = jax.eval_shape(player.decode_frame, networks["VAE"], latent, None)[1]
-    decoding = temporary_bytes(player.decode_frame, networks["VAE"], latent, past)
+    past = jax.eval_shape(decode.decode_frame, networks["VAE"], latent, None)[1]
+    decoding = temporary_bytes(decode.decode_frame, networks["VAE"], latent, past)
     needs = []
     for name in settings.histories:
         cache = settings.cache(name)
@@ -54,7 +54,7 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
         }
         block = temporary_bytes(run_chunk, *_step(settings, networks["transformer"], cache))
         parts = (name, held, block, shape_bytes(past), decoding)
-        need = with_decoder(*parts, last=request.decode_last)
+        need = with_decoder(*parts, last=options.decode_last)
         longest = _longest(settings, need, memory)
         needs.append(Need(**(vars(need) | {"longest": longest})))
     slots = settings.sizes.dit.text_slots

@@ -91,8 +91,10 @@ def plan_blocks(
 
 
 def network_calls(blocks: Sequence[Block], sampler: SamplerConfig) -> tuple[Call, ...]:
-    """All passes in order: the denoising steps and the clean pass of each block that is generated,
-    the clean pass alone of each block that is given."""
+    """All passes of the network in order.
+
+    A generated block has its denoising steps and a clean pass, a given block the clean pass alone.
+    """
     steps = Ladder(sampler).steps.tolist()
     return tuple(
         Call(block, t)

@@ -8,14 +8,13 @@ import jax
 from models.runs.checkpoint_folder import Parts, Sizes, wanted_keys
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
+from models.self_forcing.entry import FRAMES, Options
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
-from qvg_jax.app.job import Request
 from qvg_jax.cache.operations import KVCache
-
-FRAMES, HEIGHT, WIDTH = 21, 480, 832
+from qvg_jax.errors import told_to_user
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ def released_sizes() -> Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A request without choices left.
+    """The options of a user without choices left.
 
     Attributes:
         sizes: of the networks.
@@ -45,6 +44,11 @@ class Settings:
     frames: int
     height: int
     width: int
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, bf16 first."""
+        return tuple(self.histories)
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -67,28 +71,29 @@ class Settings:
         return jax.eval_shape(make)
 
 
-def settle(request: Request, sizes: Sizes, *, first_frame_alone: bool = False) -> Settings:
-    """Checks a request and fills in what it leaves open.
+@told_to_user()
+def settle(options: Options, sizes: Sizes, *, first_frame_alone: bool = False) -> Settings:
+    """Checks the options of a user and fills in what they leave open.
 
     Args:
-        request: what is wanted.
+        options: what is wanted.
         sizes: of the networks.
         first_frame_alone: whether the video begins with an image.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
-    frames = FRAMES + first_frame_alone if request.frames is None else request.frames
+    frames = FRAMES + first_frame_alone if options.frames is None else options.frames
     plan_blocks(sizes.dit, frames, first_frame_alone=first_frame_alone)
-    height = HEIGHT if request.height is None else request.height
-    width = WIDTH if request.width is None else request.width
+    height = options.height
+    width = options.width
     check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
-    check_seed(request.seed)
-    names = arm_names(request)
+    check_seed(options.seed)
+    names = arm_names(options)
     settings = Settings(
         sizes=sizes,
-        sampler=_sampler(request.steps),
-        histories={name: _history(name, request) for name in names},
+        sampler=_sampler(options.steps),
+        histories={name: _history(name, options) for name in names},
         frames=frames,
         height=height,
         width=width,
@@ -103,18 +108,19 @@ def settle(request: Request, sizes: Sizes, *, first_frame_alone: bool = False) -
     return settings
 
 
-def chosen_sizes(request: Request, parts: Parts | None, released: Sizes) -> Sizes:
+@told_to_user()
+def chosen_sizes(options: Options, parts: Parts | None, released: Sizes) -> Sizes:
     """The released sizes, changed by a folder's config.json or by `--layers`.
 
     Raises:
-        ValueError: a config.json of another kind, or `--layers` beside weights.
+        UserError: a config.json of another kind, or `--layers` beside weights.
     """
     dit = released.dit
     if parts and parts.config:
         size = ("num_layers", "dim", "num_heads", "ffn_dim", "in_dim", "out_dim", "freq_dim")
-        wanted_keys(parts.config, *size, "text_len", "eps", folder=request.weights)
+        wanted_keys(parts.config, *size, "text_len", "eps", folder=options.weights)
         dit = SelfForcingConfig.from_wan(parts.config, dtype=dit.dtype)
-    return dataclasses.replace(released, dit=with_layers(dit, request))
+    return dataclasses.replace(released, dit=with_layers(dit, options))
 
 
 def _sampler(steps: int | None) -> SamplerConfig:
@@ -124,13 +130,13 @@ def _sampler(steps: int | None) -> SamplerConfig:
     return SamplerConfig(steps=tuple(top - i * top // steps for i in range(steps)))
 
 
-def _history(recipe: str, request: Request) -> History:
+def _history(recipe: str, options: Options) -> History:
     key_codec, value_codec = codec_pair(recipe)
     asked = dict(
-        window_frames=request.window,
-        sink_frames=request.sink,
-        span_frames=request.span,
-        keep_recent=request.recent,
+        window_frames=options.window,
+        sink_frames=options.sink,
+        span_frames=options.span,
+        keep_recent=options.recent,
     )
     bounds = {name: value for name, value in asked.items() if value is not None}
     return History(key_codec=key_codec, value_codec=value_codec, **bounds)

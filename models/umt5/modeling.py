@@ -85,8 +85,11 @@ class Block(nnx.Module):
         return jnp.moveaxis(self.position_bias[...][bucket_TT], -1, 0)
 
     def attention(self, x_BTC, mask_BT, bucket_TT) -> Float[Array, "B T C"]:
-        """Attention without the usual 1 / sqrt(D); logits are summed in the compute dtype, as the
-        released bfloat16 model does, and the softmax is float32."""
+        """Attention without the usual factor 1 / sqrt(D).
+
+        Logits are summed in the compute dtype, as the released bfloat16 model does, and the softmax
+        is float32.
+        """
         b, t, _ = x_BTC.shape
         q, k, v = (f(x_BTC).reshape(b, t, self.heads, -1) for f in (self.q, self.k, self.v))
         logits = jnp.einsum("BTHD,BSHD->BHTS", q, k) + self.bias(bucket_TT)[None]

@@ -3,8 +3,7 @@
 The cache's block is the model's: the few latent frames that are denoised together.
 """
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from models.worldplay.encoding import POSITION, apart
 from models.worldplay.retrieval import check_window
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.codecs.base import Codec, identity
+from qvg_jax.codecs.spec import factory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class History:
         return most
 
 
-@functools.cache  # one object per codec: jit keys on a codec's functions
+@factory
 def side_by_side(codec: Codec) -> Codec:
     """A codec of packed K or V: both encodings of a head, [B, 2 H, T, D], as one [B, H, T, 2 D].
 
@@ -127,16 +127,16 @@ def side_by_side(codec: Codec) -> Codec:
         B, H, T, E = x.shape
         return jnp.swapaxes(x.reshape(B, H, T, 2, E // 2), 2, 3).reshape(B, 2 * H, T, E // 2)
 
-    return codec._replace(
+    storage = codec.storage and replace(codec.storage, heads=2 * codec.storage.heads)
+    return replace(
+        codec,
         init=init,
         encode=encode,
         decode=decode,
+        storage=storage,
         bits_per_element=lambda shape: codec.bits_per_element(joined(shape)),
         nbytes=lambda shape: codec.nbytes(joined(shape)),
     )
-
-
-_plain = functools.cache(identity)
 
 
 def make_cache(
@@ -168,7 +168,7 @@ def make_cache(
         codecs = (history.key_codec, history.value_codec)
         waiting = history.span_blocks + history.keep_recent
     else:
-        codecs, spans, waiting = (_plain(config.dtype),) * 2, 0, blocks
+        codecs, spans, waiting = (identity(config.dtype),) * 2, 0, blocks
     key_codec, value_codec = map(side_by_side, codecs) if packed and spans else codecs
     return KVCache.create(
         layers=config.layers,

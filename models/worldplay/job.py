@@ -1,201 +1,139 @@
-"""The main job on WorldPlay: a picture and a walk become a video, once for each kind of memory."""
+"""The job of WorldPlay: a picture and a walk become a video, once for each kind of memory."""
 
-import dataclasses
-import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-from models.common.attention import with_attention
-from models.runs import decode as player
-from models.runs.checkpoint_folder import Parts, find_parts
-from models.runs.prompts import embed_prompts, stand_in_embedding
-from models.runs.request_checks import RANDOM, attention_of, check_needed, file_digest, plain_config
-from models.runs.saved_latents import Kept
-from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
-from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
+from models.runs import decode, latent_job
+from models.runs.checkpoint_folder import Parts
+from models.runs.latent_job import LatentModel, Run
+from models.runs.request_checks import attention_of, file_digest
+from models.worldplay.entry import NAME, NEEDS, Options, PlanOptions
 from models.worldplay.params import WEIGHTS
 from models.worldplay.picture import check_picture, picture_latent
 from models.worldplay.pipeline import WorldPlay
 from models.worldplay.plan import make_plan
-from models.worldplay.request import Request
+from models.worldplay.request import Walk
 from models.worldplay.settings import ACTIONS, Settings, released_sizes, settle
-from qvg_jax.app import job as compare
-from qvg_jax.app.job import Arm, Job
+from qvg_jax.app.job import Arm, Job, Played
 from qvg_jax.app.memory_plan import Plan
 from qvg_jax.cache.health import cache_bytes
-from qvg_jax.codecs import presets
+from qvg_jax.errors import UserError
 
-MODEL = "worldplay"
-DEFAULT_CODEC = f"{presets.recommended('worldplay')}:storage=single"
-FPS = 16
-# In order of preference: Wan's own transformer, which knows no actions, is refused by its names.
-NAMES = ("*worldplay*", "*generator*", "*distill*", "transformer", "diffusion_pytorch_model*")
-MEANS_NOTHING = ("cond_frames", "lora", "tour", "video", *compare.HISTORY_OPTIONS)
-
-log = logging.getLogger(__name__)
+__all__ = ["plan", "prepare"]
 
 
-def memory_advice(request: compare.Request) -> str:
-    """What to do when the device's memory is not enough, in words."""
-    command = f"qvg plan --model {MODEL} --codec {','.join(request.codecs)} --memory SIZE"
-    return (
-        f"`{command}` says what needs it; accepted: a codec of fewer bits, storage=single, fewer "
-        "--frames, --height or --width, or no --compare, for all arms are in memory together"
-    )
+class _WorldPlay(LatentModel[Options, Settings]):
+    """WorldPlay as a latent model."""
 
+    name = NAME
+    needs = NEEDS
+    fps = 16
+    # Wan's own transformer, which knows no actions, is refused by its names.
+    dit_names = (
+        "*worldplay*", "*generator*", "*distill*", "transformer", "diffusion_pytorch_model*",
+    )  # fmt: skip
 
-def plan(request: compare.Request, memory: int) -> Plan:
-    """What of a request fits into so many bytes; see `make_plan`."""
-    request.refuse(MODEL, *MEANS_NOTHING, "resume")
-    return make_plan(request, memory, released_sizes())
+    def settle(self, options: Options, parts: Parts | None) -> Settings:
+        if options.actions is None:
+            raise UserError(
+                f"actions is missing: model {NAME} needs --actions, such as {ACTIONS!r}"
+            )
+        return settle(options, released_sizes())
 
+    def identity(self, options: Options, settings: Settings) -> dict[str, Any]:
+        return {
+            "actions": options.actions,
+            "steps": list(settings.sampler.steps),
+            "image": options.image and file_digest(options.image),
+        }
 
-def prepare(request: compare.Request) -> Job:
-    """Checks the request, encodes the prompt, loads transformer and VAE, encodes the picture.
+    def latent_block(self, settings: Settings) -> tuple[tuple[int, ...], Any]:
+        dit = settings.sizes.dit
+        return (1, dit.frames_per_block, dit.latent_channels, *settings.latent), dit.dtype
 
-    The text encoder is loaded first and gone before anything else is loaded. Caches are made when
-    the first block is.
+    def check_dit(self, files: tuple[Any, ...], settings: Settings) -> None:
+        WEIGHTS.check(files, settings.sizes.dit)
 
-    Args:
-        request: what is wanted; `frames` are latent frames, all of the walk if None.
+    def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
+        return WEIGHTS.load(files, settings.sizes.dit)
 
-    Returns:
-        The job; nothing has been generated yet.
+    def random_dit(self, options: Options, settings: Settings) -> Any:
+        return WEIGHTS.random(settings.sizes.dit)
 
-    Raises:
-        ValueError: a value that is not accepted, named with what would be.
-    """
-    request.refuse(MODEL, *MEANS_NOTHING)
-    check_needed(MODEL, request)
-    if request.actions is None:
-        raise ValueError(f"actions is missing: model {MODEL} needs --actions, such as {ACTIONS!r}")
-    settings = settle(request, released_sizes())
-    sizes = settings.sizes
-    if request.image:
-        check_picture(request.image, settings.height, settings.width)
-    parts = None if request.weights == RANDOM else find_parts(request.weights, NAMES)
-    if parts:  # all files now: the last one is read when minutes have been spent on the others
-        WEIGHTS.check(parts.dit, sizes.dit)
-        VAE_WEIGHTS.check(parts.vae, sizes.vae)
-        TEXT_WEIGHTS.check(parts.text, sizes.text)
-    dit = sizes.dit
-    done = Kept(
-        request.out or "out",
-        _identity(request, settings, parts),
-        (1, dit.frames_per_block, dit.latent_channels, *settings.latent),
-        dit.dtype,
-        resume=request.resume,
-    )
-    log.info("encoding the prompt" if parts else "random weights, and a stand-in for the prompt")
-    if parts:
-        text = embed_prompts([request.prompt], parts, sizes.text, slots=dit.text_slots)
-    else:
-        size = dict(slots=dit.text_slots, width=dit.text_width, dtype=dit.dtype)
-        text = stand_in_embedding(request.prompt, **size)
-    for warning in text.said:
-        log.warning(warning)
-    log.info("loading the transformer and the VAE")
-    model = WEIGHTS.load(parts.dit, dit) if parts else WEIGHTS.random(dit)
-    vae = VAE_WEIGHTS.load(parts.vae, sizes.vae) if parts else VAE_WEIGHTS.random(sizes.vae)
-    size = (settings.height, settings.width)
-    image = picture_latent(vae, request.image, *size) if request.image else None
-    return _job(request, settings, parts, done, model, vae, text.text_BUE, image)
+    def read_given(self, options: Options, settings: Settings) -> None:
+        if options.image:
+            check_picture(options.image, settings.height, settings.width)
 
+    def encode_given(
+        self, options: Options, settings: Settings, given: Any, vae: Any
+    ) -> np.ndarray | None:
+        if not options.image:
+            return None
+        return picture_latent(vae, options.image, settings.height, settings.width)
 
-def _job(request, settings: Settings, parts, done: Kept, model, vae, text_BUE, image) -> Job:
-    sizes = settings.sizes
-    walk = Request(
-        text_BUE=text_BUE,
-        path=settings.path,
-        frames=settings.frames,
-        latent_height=settings.latent[0],
-        latent_width=settings.latent[1],
-        noise=jax.random.fold_in(jax.random.key(request.seed), 1),
-        image_BZYX=image,
-    )
-    arms = [Arm(name=name, state=settings.cache(name)) for name in settings.histories]
-    blocks = settings.frames // sizes.dit.frames_per_block
+    def blocks(self, run: Run[Options, Settings]) -> range:
+        return range(run.settings.frames // run.settings.sizes.dit.frames_per_block)
 
-    def play(arm, xs):
-        history, size = settings.histories[arm.name], []
-        reader = with_attention(model, attention_of(arm.name, request))
-        pipeline = WorldPlay(reader, sampler=settings.sampler, history=history)
-        stored = done.read(arm.name)[:, : settings.frames]
+    def block_frames(self, settings: Settings) -> int:
+        return settings.sizes.vae.temporal_stride * settings.sizes.dit.frames_per_block
+
+    def play(self, run: Run[Options, Settings], arm: Arm, xs: Iterator[Any]) -> Iterator[Played]:
+        settings, size = run.settings, []
+        pipeline = WorldPlay(
+            run.reader(arm.name), sampler=settings.sampler, history=settings.histories[arm.name]
+        )
+        stored = run.saved.read(arm.name)[:, : settings.frames]
+        walk = Walk(
+            text_BUE=run.prompt,
+            path=settings.path,
+            frames=settings.frames,
+            latent_height=settings.latent[0],
+            latent_width=settings.latent[1],
+            noise=jax.random.fold_in(run.seed_key, 1),
+            image_BZYX=run.given,
+            done_BFZYX=stored,
+        )
 
         def look(_done, _total, state):
             size[:] = [cache_bytes(state.cache)]
 
-        latents = pipeline.stream(dataclasses.replace(walk, done_BFZYX=stored), progress=look)
-        source = player.Source(
+        source = decode.Source(
             arm=arm.name,
-            latents=latents,
+            latents=pipeline.stream(walk, progress=look),
             given=0,
             stored=stored.shape[1],
             size=lambda: size[0],
-            decode_last=request.decode_last,
+            decode_last=run.options.decode_last,
         )
-        return player.play(source, xs, vae=vae, kept=done)
+        return decode.play(source, xs, vae=run.vae, saved=run.saved)
 
-    return Job(
-        model=MODEL,
-        play=play,
-        arms=tuple(arms),
-        blocks=(compare.Block(block) for block in range(blocks)),
-        cache=lambda cache: cache,
-        tour=0,
-        frames=sizes.vae.video_frames(settings.frames),
-        block_frames=sizes.vae.temporal_stride * sizes.dit.frames_per_block,
-        height=settings.height,
-        width=settings.width,
-        fps=FPS,
-        truth=False,
-        config=_report(request, settings, parts, blocks, arms),
-    )
-
-
-def _report(request, settings: Settings, parts, blocks: int, arms: list[Arm]) -> dict[str, Any]:
-    def described(arm: Arm) -> dict[str, Any]:
+    def describe_cache(self, options: Options, settings: Settings, arm: Arm) -> dict[str, Any]:
         lay, n = arm.state.layout, settings.sizes.dit.frames_per_block
         return {
             "storage": settings.histories[arm.name].storage,
             "span_frames": lay.span_blocks * n if lay.max_spans else 0,
             "spans": lay.max_spans,
             "window_frames": lay.window_blocks * n,
-            "attention": attention_of(arm.name, request) or "chosen by attend",
+            "attention": attention_of(arm.name, options) or "chosen by attend",
             "tokens_of_a_frame": lay.block_tokens // n,
         }
 
-    return {
-        "prompt": request.prompt,
-        "prompt_embedding": "umT5" if parts else "stand-in: noise drawn from each word",
-        "actions": request.actions,
-        "image": request.image,
-        "seed": request.seed,
-        "latent_frames": settings.frames,
-        "tour_frames": 0,
-        "frames": settings.sizes.vae.video_frames(settings.frames),
-        "height": settings.height,
-        "width": settings.width,
-        "blocks": blocks,
-        "sampler": {"steps": [round(t, 4) for t in settings.sampler.steps]},
-        "model": plain_config(settings.sizes.dit),
-        "weights": parts.identity() if parts else RANDOM,
-        "caches": {arm.name: described(arm) for arm in arms},
-    }
+    def report(self, run: Run[Options, Settings]) -> dict[str, Any]:
+        return {
+            "image": run.options.image,
+            "blocks": len(self.blocks(run)),
+            "sampler": {"steps": [round(t, 4) for t in run.settings.sampler.steps]},
+        }
 
 
-def _identity(request: compare.Request, settings: Settings, parts: Parts | None) -> dict[str, Any]:
-    """All that an arm's latents depend on; not the length, so that more of the walk can be made."""
-    return {
-        "weights": parts.identity() if parts else RANDOM,
-        "model": plain_config(settings.sizes.dit),
-        "prompt": request.prompt,
-        "actions": request.actions,
-        "seed": request.seed,
-        "attention": request.attention,
-        "height": settings.height,
-        "width": settings.width,
-        "steps": list(settings.sampler.steps),
-        "image": request.image and file_digest(request.image),
-    }
+def prepare(options: Options) -> Job:
+    """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
+    return latent_job.prepare(_WorldPlay(), options)
+
+
+def plan(options: PlanOptions) -> Plan:
+    """What of a walk fits into the memory; see `make_plan`."""
+    return make_plan(options.request(Options), options.memory, released_sizes())

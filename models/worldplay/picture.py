@@ -9,20 +9,21 @@ from jaxtyping import Float
 
 from models.runs.pictures import as_video, pictures
 from models.wan_vae import WanVAE
+from qvg_jax.errors import UserError
 
 LEAST_KEPT = 0.5  # of a picture; what is cut off more is no longer that picture
 
 
 def check_picture(path: str | Path, height: int, width: int) -> None:
-    """Raises ValueError if the file holds no picture, or one of quite another shape."""
+    """Raises UserError if the file holds no picture, or one of quite another shape."""
     try:
         with av.open(str(path)) as file:
             frame = next(file.decode(video=0))
     except (OSError, IndexError, StopIteration, av.FFmpegError) as error:
-        raise ValueError(f"--image {path}: not readable as an image ({error})") from error
+        raise UserError(f"--image {path}: not readable as an image ({error})") from error
     ratio = (frame.width / frame.height) / (width / height)
     if min(ratio, 1 / ratio) < LEAST_KEPT:
-        raise ValueError(
+        raise UserError(
             f"--image {path} is {frame.width} x {frame.height}: a video of {width} x {height} would "
             f"show {min(ratio, 1 / ratio):.0%} of it; accepted: a picture of about that shape"
         )

@@ -2,7 +2,7 @@
 
 pipeline = WorldPlay(model, history=History.qvg(codec))
 path = CameraPath.from_string("w-8,right-4,w-3")
-request = Request(
+request = Walk(
     text_BUE=text, path=path, latent_height=44, latent_width=80, noise=jax.random.key(0)
 )
 latents_BFZYX = pipeline.generate(request)
@@ -24,7 +24,7 @@ from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig
 from models.worldplay.history import History, make_cache
 from models.worldplay.modeling import WorldPlayDiT
-from models.worldplay.request import Request, block_inputs, frames_of_room, frames_wanted
+from models.worldplay.request import Walk, block_inputs, frames_of_room, frames_wanted
 from qvg_jax.rollout import rollout, stream
 
 type Progress = Callable[[int, int | None, State], None]  # progress(blocks_done, blocks, state)
@@ -51,7 +51,7 @@ class WorldPlay:
         self.history = History() if history is None else history
 
     def generate(
-        self, request: Request, *, chunk: int = 8, progress: Progress | None = None
+        self, request: Walk, *, chunk: int = 8, progress: Progress | None = None
     ) -> Float[np.ndarray, "B F Z Y X"]:
         """Generates a whole video, many blocks in each device call.
 
@@ -77,7 +77,7 @@ class WorldPlay:
 
     def stream(
         self,
-        request: Request,
+        request: Walk,
         *,
         pieces: Iterable[CameraPath] | None = None,
         progress: Progress | None = None,
@@ -101,7 +101,7 @@ class WorldPlay:
     def _step(self) -> Partial:
         return Partial(generating_step(self.sampler, self.history), self.model)
 
-    def start(self, request: Request) -> State:
+    def start(self, request: Walk) -> State:
         """An empty cache and empty buffers, and the prompt's K and V for cross-attention."""
         config, text_BUE = self.model.config, jnp.asarray(request.text_BUE)
         B, Y, X = text_BUE.shape[0], request.latent_height, request.latent_width
@@ -125,6 +125,8 @@ class WorldPlay:
 # Cached, because jit recognises a step by the identity of its function.
 @functools.cache
 def generating_step(sampler: SamplerConfig, history: History) -> Callable:
+    """The step that makes a block, `step(model, state, x) -> (state, latents)`."""
+
     def step(model, state, x):
         return generate_block(model, state, x, sampler, history)[:2]
 

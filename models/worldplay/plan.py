@@ -8,40 +8,40 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from models.common.wan_text import TextKV
-from models.runs import decode as player
+from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from models.worldplay.block import BlockInput, Frames, State
+from models.worldplay.entry import Options
 from models.worldplay.params import WEIGHTS
 from models.worldplay.pipeline import generating_step
 from models.worldplay.settings import Settings, settle
-from qvg_jax.app.job import Request
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.rollout import run_chunk
 
 
-def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
+def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     """What each codec of a request needs, as if its arm ran alone.
 
     Compiles the step of each arm twice, for the walk and for one of three blocks, since what a
     context pass needs grows with the walk; and the decoder. Allocates nothing.
 
     Args:
-        request: codecs, actions, frames and size.
+        options: codecs, actions, frames and size.
         memory: bytes of the device, for the longest video that fits.
         released: sizes of the networks.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
-    settings = settle(request, released)
+    settings = settle(options, released)
     begin = time.perf_counter()
     dit, model = settings.sizes.dit, WEIGHTS.skeleton(settings.sizes.dit)
     vae = VAE_WEIGHTS.skeleton(settings.sizes.vae)
     latent = _latents(settings, 1, dit.dtype)
-    past = jax.eval_shape(player.decode_frame, vae, latent, None)[1]
-    decoding = temporary_bytes(player.decode_frame, vae, latent, past)
+    past = jax.eval_shape(decode.decode_frame, vae, latent, None)[1]
+    decoding = temporary_bytes(decode.decode_frame, vae, latent, past)
     needs = []
     for name in settings.histories:
         held = {
@@ -56,7 +56,7 @@ def make_plan(request: Request, memory: int, released: Sizes) -> Plan:
             return temporary_bytes(run_chunk, *_step(settings, model, name, frames))
 
         parts = (name, held, block(settings.frames), shape_bytes(past), decoding)
-        need = with_decoder(*parts, last=request.decode_last)
+        need = with_decoder(*parts, last=options.decode_last)
         few = 3 * dit.frames_per_block
         grows = 0.0
         if settings.frames > few:

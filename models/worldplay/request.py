@@ -18,7 +18,7 @@ from models.worldplay.schedule import count_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
+class Walk:
     """One walk, or the same walk in several videos of one size.
 
     Attributes:
@@ -51,7 +51,7 @@ class Request:
 
 
 def frames_wanted(
-    config: WorldPlayConfig, history: History, request: Request, *, known: bool = True
+    config: WorldPlayConfig, history: History, request: Walk, *, known: bool = True
 ) -> int:
     """Checks the numbers of frames of a request.
 
@@ -86,7 +86,7 @@ def frames_wanted(
     return frames
 
 
-def frames_of_room(config: WorldPlayConfig, request: Request) -> int:
+def frames_of_room(config: WorldPlayConfig, request: Walk) -> int:
     """Latent frames that buffers and cache are made for."""
     n = config.frames_per_block
     given = (request.capacity, request.frames)
@@ -96,7 +96,7 @@ def frames_of_room(config: WorldPlayConfig, request: Request) -> int:
 def block_inputs(
     config: WorldPlayConfig,
     history: History,
-    request: Request,
+    request: Walk,
     pieces: Iterable[CameraPath] | None = None,
 ) -> Iterator[BlockInput]:
     """What each block needs, made when it is asked for.
@@ -134,7 +134,7 @@ def block_inputs(
 
 
 def _context(
-    n: int, history: History, request: Request, walked: list[CameraPath]
+    n: int, history: History, request: Walk, walked: list[CameraPath]
 ) -> Int[np.ndarray, "S"]:
     """The frames that a block looks back at; `walked` ends with its own piece of the path."""
     block = len(walked) - 1
@@ -176,7 +176,7 @@ def _fixed_points() -> np.ndarray:
     return ball_points(np.random.default_rng(0))
 
 
-def _pieces(n: int, request: Request, frames: int) -> list[CameraPath]:
+def _pieces(n: int, request: Walk, frames: int) -> list[CameraPath]:
     path = request.path
     parts = (path.c2w_F44, path.intrinsics_F33, path.actions_F)
     return [CameraPath(*(x[i : i + n] for x in parts)) for i in range(0, frames, n)]
@@ -189,7 +189,7 @@ def _cameras(piece: CameraPath, batch: int) -> Frames:
 
 
 def _given(
-    request: Request, block: int, shape: tuple[int, ...]
+    request: Walk, block: int, shape: tuple[int, ...]
 ) -> tuple[Float[np.ndarray, "B F Z Y X"], Bool[np.ndarray, "F"]]:
     """What is known of a block before it is made: nothing, the picture, or all of it."""
     B, n, *frame = shape

@@ -72,8 +72,9 @@ def select_frames(
     recent_frames: int = 12,
     block_frames: int = 4,
 ) -> Int[np.ndarray, "S"]:
-    """The context of the block that starts at frame `first`: the recent frames, and the clips
-    whose cameras overlap most with the block's.
+    """The frames that the block which starts at frame `first` looks back at.
+
+    They are the recent frames and the clips whose cameras overlap most with the block's.
 
     The distance of a clip is the mean over the block's cameras q of 1 - similarity(q, .),
     averaged over the clip's first frame and the one half a clip later; ties go to the older clip.

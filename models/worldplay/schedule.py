@@ -53,8 +53,9 @@ def network_calls(
     *,
     image: bool = False,
 ) -> tuple[Call, ...]:
-    """All passes in order: for each block its context pass, if there is a context, then the
-    denoising passes.
+    """All passes of the network in order.
+
+    Each block has a context pass, if there is a context, and then its denoising passes.
 
     Args:
         config, sampler: frames of a block; steps.

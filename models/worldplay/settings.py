@@ -11,12 +11,12 @@ from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
+from models.worldplay.entry import Options
 from models.worldplay.history import History, make_cache
 from models.worldplay.schedule import count_blocks
-from qvg_jax.app.job import Request
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.errors import UserError, told_to_user
 
-HEIGHT, WIDTH = 704, 1280
 ACTIONS = "w-8,s-8,a-8,d-8,up-8,down-8"  # of the published runs
 SHIFT = 8  # which gives the released timesteps at four steps
 
@@ -30,7 +30,7 @@ def released_sizes() -> Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A request without choices left.
+    """The options of a user without choices left.
 
     Attributes:
         sizes: of the networks.
@@ -46,6 +46,11 @@ class Settings:
     path: CameraPath
     height: int
     width: int
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, bf16 first."""
+        return tuple(self.histories)
 
     @property
     def frames(self) -> int:
@@ -73,26 +78,27 @@ class Settings:
         return jax.eval_shape(make)
 
 
-def settle(request: Request, released: Sizes) -> Settings:
-    """Checks a request and fills in what it leaves open.
+@told_to_user()
+def settle(options: Options, released: Sizes) -> Settings:
+    """Checks the options of a user and fills in what they leave open.
 
     Args:
-        request: what is wanted; without actions the published walk, or as far ahead as `frames`.
+        options: what is wanted; without actions the published walk, or as far ahead as `frames`.
         released: sizes of the networks, the layers before `--layers`.
 
     Raises:
-        ValueError: a value that is not accepted, named with what would be.
+        UserError: a value that is not accepted, named with what would be.
     """
-    sizes = dataclasses.replace(released, dit=with_layers(released.dit, request))
-    height = HEIGHT if request.height is None else request.height
-    width = WIDTH if request.width is None else request.width
+    sizes = dataclasses.replace(released, dit=with_layers(released.dit, options))
+    height = options.height
+    width = options.width
     check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
-    check_seed(request.seed)
+    check_seed(options.seed)
     settings = Settings(
         sizes=sizes,
-        sampler=_sampler(request.steps),
-        histories={name: _history(name) for name in arm_names(request)},
-        path=_path(request, sizes.dit),
+        sampler=_sampler(options.steps),
+        histories={name: _history(name) for name in arm_names(options)},
+        path=_path(options, sizes.dit),
         height=height,
         width=width,
     )
@@ -105,20 +111,20 @@ def settle(request: Request, released: Sizes) -> Settings:
     return settings
 
 
-def _path(request: Request, config: WorldPlayConfig) -> CameraPath:
+def _path(options: Options, config: WorldPlayConfig) -> CameraPath:
     """Cameras of the frames that are wanted: whole blocks, within the RoPE table."""
-    ahead = ACTIONS if request.frames is None else f"w-{request.frames}"
-    path = CameraPath.from_string(ahead if request.actions is None else request.actions)
+    ahead = ACTIONS if options.frames is None else f"w-{options.frames}"
+    path = CameraPath.from_string(ahead if options.actions is None else options.actions)
     n, room = config.frames_per_block, config.rope_frames
-    frames = max(len(path) // n * n, n) if request.frames is None else request.frames
+    frames = max(len(path) // n * n, n) if options.frames is None else options.frames
     count_blocks(config, frames)
     if frames > room:
-        raise ValueError(
+        raise UserError(
             f"frames={frames} leaves the RoPE table of {room} frames: positions beyond it were "
             f"never defined; accepted: at most {room // n * n}"
         )
     if frames > len(path):
-        raise ValueError(
+        raise UserError(
             f"frames={frames} is more than the {len(path)} cameras of the walk: the actions have "
             f"{len(path) - 1} steps, and the first frame needs none; walk on, or ask for fewer"
         )

@@ -1,19 +1,25 @@
-"""Flash attention of a block of queries over one workspace of decoded keys and values, on Hopper.
+"""Flash attention of query tiles over one workspace of decoded keys and values, on Hopper.
 
-Two warpgroups compute, 64 queries each, and one loads; in bf16 a block of the GPU does one piece after
-another, and the next one's keys are loaded while the last one's result is written. Keys are visited
-in tiles, with a running maximum and sum in base 2 and the weighted values in float32, which start from
-what earlier segments left and are left for the next, in e4m3 as bf16: the history is one softmax however
-many segments it comes in. A segment's tiles can be split among blocks, each with its own running state;
-`finish` and `join` put them together.
+Two warpgroups of a CTA compute, 64 queries each, and one loads. In bf16 with a schedule the kernel is
+persistent: a CTA does one piece after another, and the next one's keys are loaded while the last one's
+result is written.
 
-Here is what a block of the GPU does as a whole, and the state. `tasks.py` says which keys and queries it
-has, `loading.py` and `computing.py` what its warpgroups do with them, `memory.py` what they share.
+Keys are visited in tiles, with a running maximum m and sum l in base 2 and an accumulator in float32.
+They start from what earlier segments left and are left for the next one, the accumulator in e4m3 kernels
+as bf16; so the history is one softmax however many segments it comes in. A segment's tiles can be split
+among CTAs, each with its own running state; `combine_splits` puts them together.
 
-Measured on an H100, 12 heads, 4,736 queries, 37,440 keys in two parts: e4m3 880 TFLOP/s (743 without
-turns, 826 at tiles of 128), bf16 594 (564 without turns). Issuing the logits of a tile together
-with the values of the one before it, and computing the softmax while the latter are multiplied,
-was slower: 704 and 573. All of it at 128 channels a head.
+`schedule.py` says which keys and queries a CTA has, `warpgroups.py` what its warpgroups do with them.
+
+| e4m3 and bf16, TFLOP/s | e4m3 | bf16 |
+|---|---|---|
+| this kernel | 880 | 594 |
+| without a schedule barrier | 743 | 564 |
+| tiles of 128 keys | 826 | |
+| logits of a tile and values of the one before it issued together | 704 | 573 |
+
+Measured on an H100, 12 heads of 128 channels, 4,736 queries, 37,440 keys in two splits. In the last row the
+softmax is computed while the values are multiplied.
 
 Source: Dao et al., FlashAttention (arXiv 2205.14135), algorithm 1; Shah et al., FlashAttention-3
 (arXiv 2407.08608), sections 3.1 and 3.3, for warp specialisation and 8-bit operands.
@@ -28,13 +34,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.dequant_attention.computing import Computing
-from pallas_kernels.dequant_attention.loading import load, load_queries
-from pallas_kernels.dequant_attention.memory import Arrays, scratch
-from pallas_kernels.dequant_attention.reference import FAR
-from pallas_kernels.dequant_attention.schedule import Schedule
-from pallas_kernels.dequant_attention.sizes import ROWS, Form, Tuning
-from pallas_kernels.dequant_attention.tasks import Tasks
+from pallas_kernels.dequant_attention.reference import MASK_VALUE
+from pallas_kernels.dequant_attention.schedule import Schedule, Task, Tasks
+from pallas_kernels.dequant_attention.tuning import ROWS, Config, Tuning
+from pallas_kernels.dequant_attention.warpgroups import (
+    Compute,
+    Gmem,
+    load,
+    load_queries,
+    smem_types,
+)
 from pallas_kernels.gpu.registers import constant, over_columns, row_of
 
 __all__ = ["segment"]
@@ -42,64 +51,64 @@ __all__ = ["segment"]
 
 def segment(
     q_nQD: Array,
-    factor_nQ: Array,
-    k_mTD: Array,
+    logits_scale_nQ: Array,
+    k_nTD: Array,
     v: Array,
-    control: Array,
-    k_unit_m: Array,
-    v_unit_m: Array,
+    valid: Array,
+    k_scale_n: Array,
+    v_scale_n: Array,
     state: tuple[Any, Any, Any] | None,
     *,
     splits: int | Schedule,
     tuning: Tuning,
 ) -> tuple[Array, Array, Array] | None:
-    """Visits the first `control[0]` keys of a workspace.
+    """Visits the first `valid[0]` keys of a workspace.
 
     Args:
-        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `BLOCK`, D 64, 128 or 256.
-        factor_nQ: what turns q . k into base-2 logits.
-        k_mTD: keys as `decode_keys` gives them, of q's dtype; T a multiple of the tile.
+        q_nQD: rotated queries, bf16 or e4m3; Q a multiple of `Q_TILE`, D 64, 128 or 256.
+        logits_scale_nQ: factor from q . k to base-2 logits.
+        k_nTD: keys as `decode_keys` gives them, of q's dtype; T a multiple of the tile.
         v: values as `decode_values` gives them.
-        control: int32 [1], valid keys.
-        k_unit_m, v_unit_m: units of the rows of k and v.
-        state: running weighted values (P, n, Q, D), maximum and sum (P, n, Q) of P splits, or
-            (pieces, BLOCK, D) and (pieces, BLOCK) of a schedule, as jax references that are
-            updated; None for a first segment.
-        splits: P, or a schedule of all blocks of queries.
+        valid: int32 [1], valid keys.
+        k_scale_n, v_scale_n: scales of the rows of k and v.
+        state: acc (P, n, Q, D), m and l (P, n, Q) of P splits, or (pieces, Q_TILE, D) and
+            (pieces, Q_TILE) of a schedule, as jax references that are updated; None for a first
+            segment.
+        splits: P, or a schedule of all query tiles.
         tuning: sizes.
 
     Returns:
         The state after a first segment; otherwise nothing.
     """
     (n, queries, d), dtype = q_nQD.shape, q_nQD.dtype
-    narrow, scheduled = dtype != jnp.bfloat16, isinstance(splits, Schedule)
-    # In e4m3 every other way to spend the registers was slower on an H100: one task after another,
-    # although the compiler then spills less, and queries from the loading warpgroup.
-    form = Form(d, dtype, alone=narrow or not scheduled, tuning=tuning)
-    tasks = Tasks(form, splits, n, queries)
+    fp8, scheduled = dtype != jnp.bfloat16, isinstance(splits, Schedule)
+    # In e4m3 every other way to spend the registers was slower on an H100: a persistent kernel, although
+    # the compiler then spills less, and queries from the loading warpgroup.
+    config = Config(d, dtype, persistent=scheduled and not fp8, tuning=tuning)
+    tasks = Tasks(config, splits, n, queries)
 
-    def body(*refs, here):
-        there = Arrays(*refs)
-        wg, valid = lax.axis_index("wg"), there.control[0]
-        computing = Computing(wg, form, there, here)
+    def body(*refs, smem):
+        gmem = Gmem(*refs)
+        wg, valid = lax.axis_index("wg"), gmem.valid[0]
+        compute = Compute(wg, config, gmem, smem)
 
-        def attend(mine, done):
-            @pl.when(mine.count > 0)
+        def attend(task, tiles_done):
+            @pl.when(task.num_tiles > 0)
             def _():
-                if form.alone:
-                    load_queries(mine, wg, there, here)
-                plgpu.barrier_wait(here.q_full.at[wg])
-                found = computing.attend(mine, done, valid)
-                _store(form, there, mine.own, *found, merge=state is not None)
+                if not config.persistent:
+                    load_queries(task, wg, gmem, smem)
+                plgpu.barrier_wait(smem.q_full.at[wg])
+                found = compute.attend(task, tiles_done, valid)
+                _store(config, gmem, task, *found, merge=state is not None)
 
             if state is None:
 
-                @pl.when(mine.count == 0)
+                @pl.when(task.num_tiles == 0)
                 def _():
-                    nothing = constant((ROWS, form.held), 0.0)
-                    nothing = [nothing] * form.accumulators
-                    top, total = (constant((ROWS,), x) for x in (FAR, 0.0))
-                    _store(form, there, mine.own, nothing, top, total)
+                    zeros = constant((ROWS, config.acc_channels), 0.0)
+                    accs = [zeros] * config.num_accs
+                    m, l = (constant((ROWS,), x) for x in (MASK_VALUE, 0.0))
+                    _store(config, gmem, task, accs, m, l)
 
         @pl.when(wg < 2)
         def _():
@@ -109,13 +118,13 @@ def segment(
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(tuning.registers[1], action="decrease")
-            tasks.each(lambda mine, done: load(mine, done, form, there, here), wg, valid)
+            tasks.each(lambda task, done: load(task, done, config, gmem, smem), wg, valid)
 
     f32 = jnp.float32
     out = (
-        ((*tasks.state, d), jnp.bfloat16 if narrow else f32),
-        (tasks.state, f32),
-        (tasks.state, f32),
+        ((*tasks.state_shape, d), jnp.bfloat16 if fp8 else f32),
+        (tasks.state_shape, f32),
+        (tasks.state_shape, f32),
     )
     kernel = plgpu.kernel(
         body,
@@ -124,41 +133,44 @@ def segment(
         grid_names=tasks.axes,
         num_threads=3,
         thread_name="wg",
-        scratch_types=dict(here=scratch(form)),
+        scratch_types=dict(smem=smem_types(config)),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attention_segment",
     )
-    out = kernel(q_nQD, factor_nQ, k_mTD, v, control, k_unit_m, v_unit_m, *(state or ()))
+    out = kernel(q_nQD, logits_scale_nQ, k_nTD, v, valid, k_scale_n, v_scale_n, *(state or ()))
     return tuple(out) if state is None else None
 
 
 def _store(
-    form: Form,
-    there: Arrays,
-    own: Any,
-    parts: list[Array],
-    top: Array,
-    total: Array,
+    config: Config,
+    gmem: Gmem,
+    task: Task,
+    accs: list[Array],
+    m: Array,
+    l: Array,
     merge: bool = False,
 ) -> None:
-    """What was found for the queries of a warpgroup into its state, or merged with what is there."""
+    """Writes acc, m and l of a warpgroup's queries to the state, or merges them into the state."""
+    rows = *task.state, pl.ds(task.state_row, ROWS)
 
-    def of_part(c):
-        return own if form.accumulators == 1 else (*own, pl.ds(c * form.held, form.held))
+    def of_acc(c):
+        if config.num_accs == 1:
+            return rows
+        return (*rows, pl.ds(c * config.acc_channels, config.acc_channels))
 
     if merge:
-        old_top = row_of(there.top.at[own])
-        new_top = jnp.maximum(old_top, top)
-        old, new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
-        total = total * new + row_of(there.total.at[own]) * old
-        for c, acc in enumerate(parts):
-            acc_g = there.acc.at[of_part(c)]
-            before = plgpu.load(acc_g, layout=plgpu.Layout.WGMMA, optimized=False)
-            before = before.astype(jnp.float32)
-            acc = acc * over_columns(new, acc.shape)
-            parts[c] = acc + before * over_columns(old, acc.shape)
-        top = new_top
-    for c, part in enumerate(parts):
-        there.acc.at[of_part(c)][...] = part.astype(there.acc.dtype)
-    there.top.at[own][...] = top
-    there.total.at[own][...] = total
+        m_old = row_of(gmem.m.at[rows])
+        m_new = jnp.maximum(m_old, m)
+        alpha_old, alpha = jnp.exp2(m_old - m_new), jnp.exp2(m - m_new)
+        l = l * alpha + row_of(gmem.l.at[rows]) * alpha_old
+        for c, acc in enumerate(accs):
+            acc_gmem = gmem.acc.at[of_acc(c)]
+            acc_old = plgpu.load(acc_gmem, layout=plgpu.Layout.WGMMA, optimized=False)
+            acc_old = acc_old.astype(jnp.float32)
+            acc = acc * over_columns(alpha, acc.shape)
+            accs[c] = acc + acc_old * over_columns(alpha_old, acc.shape)
+        m = m_new
+    for c, acc in enumerate(accs):
+        gmem.acc.at[of_acc(c)][...] = acc.astype(gmem.acc.dtype)
+    gmem.m.at[rows][...] = m
+    gmem.l.at[rows][...] = l

@@ -1,7 +1,7 @@
-"""Queries on their way to attention, on Hopper: rotated, grouped by key-value head, in bf16 and e4m3.
+"""Queries for attention on Hopper: rotated, grouped by key-value head, in bf16 and e4m3.
 
-One pass over memory. XLA makes four of it: transposition and rotation, the largest number of every
-row, division and rounding, and the factor of the logits.
+It is one pass over memory, of which XLA makes four: transposition and rotation, the largest number of
+every query, division and rounding, and the scale of the logits.
 """
 
 import jax
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.dequantize.mosaic_gpu import load_turn, rotate
-from pallas_kernels.dequantize.rows import CHANNELS, channels_at, store_channels
+from pallas_kernels.dequant_attention.tuning import LARGEST_QUERY
+from pallas_kernels.dequantize.types import Rotation
+from pallas_kernels.gpu.channels import CHANNELS, load_channels, store_channels
 from pallas_kernels.gpu.lanes import (
     bf16_pair,
-    block,
+    cta,
     e4m3_words,
     global_address,
     halves,
@@ -24,84 +25,90 @@ from pallas_kernels.gpu.lanes import (
     store,
     thread,
 )
+from pallas_kernels.gpu.rotate import load_cos_sin, rotate
 
-__all__ = ["TOP", "grouped"]
+__all__ = ["grouped"]
 
-TOP = 256  # the largest number of a row in e4m3, which ends at 448
-_TINY = 1e-30  # of a row of zeros, instead of 0
-_QUERIES = 64  # of a block
+_TINY = 1e-30  # the largest number of a query of zeros, instead of 0
+_QUERIES = 64  # queries of a CTA
 
 
 def grouped(
     q_BTHD: Array,
-    scale: Array,
-    tables: tuple[Array, Array] | None,
+    logits_scale: Array,
+    rotation: Rotation | None,
     *,
     batch: int,
     heads: int,
     size: int,
-    pairing: str,
-    narrow: bool,
+    fp8: bool,
 ) -> list[Array]:
-    """See `api.prepare_tokens`; scale is that of base-2 logits, and size a multiple of 64.
+    """Queries by the rows of a cache; see `api.prepare_tokens`.
+
+    Args:
+        q_BTHD, rotation, batch, heads, fp8: as in `api.prepare_tokens`.
+        logits_scale: factor of the base-2 logits.
+        size: queries of a row of the result, a multiple of 64.
 
     Returns:
-        bf16 queries (n, size, D), zero beyond the last one; if `narrow` also e4m3 ones and the
-        factor of each (n, size).
+        bf16 queries (n, size, D), zero beyond the last one; if `fp8` also e4m3 queries and the
+        scale of the logits of each (n, size).
     """
+    cos_sin = () if rotation is None else rotation.cos_sin
+    pairing = None if rotation is None else rotation.pairing
     rows, tokens, all_heads, d = q_BTHD.shape
     lanes = d // CHANNELS  # threads per query
     at_once = 128 // lanes  # queries that a warpgroup holds
     branches, group = rows // batch, all_heads // heads
     queries = branches * group * tokens
-    pair = 1 if heads % 2 else 2  # heads that share the sines
-    operands = (scale.astype(jnp.float32).reshape(1), q_BTHD, *(tables or ()))
+    pair = 1 if heads % 2 else 2  # heads that share cosines and sines
+    operands = (logits_scale.astype(jnp.float32).reshape(1), q_BTHD, *cos_sin)
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def run(ctx, *refs):
             del ctx
-            scale_g, q_g, *table_g = refs[: len(operands)]
-            wide_g, *narrow_g = (global_address(r) for r in refs[len(operands) :])
-            (scale,) = load(global_address(scale_g), 4)
+            scale_gmem, q_gmem, *cos_sin_gmem = refs[: len(operands)]
+            bf16_gmem, *fp8_gmem = (global_address(r) for r in refs[len(operands) :])
+            (scale,) = load(global_address(scale_gmem), 4)
             zero = integer(0).as_float()
-            row = block("y") * pair
+            row = cta("y") * pair
             b, head = row // heads, row % heads
-            lane, mine = thread() % lanes, thread() // lanes
-            starts = [global_address(t) + (b * (tokens * d * 2)).wide() for t in table_g]
+            lane, lane_group = thread() % lanes, thread() // lanes
+            starts = [global_address(x) + (b * (tokens * d * 2)).wide() for x in cos_sin_gmem]
             for step in range(_QUERIES // at_once):
-                query = block("x") * _QUERIES + mine + step * at_once
-                there = query < queries
-                safe = select(there, query, integer(0))
+                query = cta("x") * _QUERIES + lane_group + step * at_once
+                exists = query < queries
+                safe = select(exists, query, integer(0))
                 branch, token = safe // (group * tokens), safe % tokens
-                turn = load_turn(starts, token, lane, pairing, d)
+                angles = load_cos_sin(starts, token, lane, pairing, d)
                 for h in range(pair):
-                    theirs = (head + h) * group + safe // tokens % group
-                    at = ((branch * batch + b) * tokens + token) * all_heads + theirs
-                    start = global_address(q_g) + at.wide() * (2 * d) + (lane * 16).wide()
-                    x = channels_at(start, d)
-                    x = rotate(x, turn, pairing) if turn else x
-                    x = [select(there, y, zero) for y in x]
+                    q_head = (head + h) * group + safe // tokens % group
+                    at = ((branch * batch + b) * tokens + token) * all_heads + q_head
+                    start = global_address(q_gmem) + at.wide() * (2 * d) + (lane * 16).wide()
+                    x = load_channels(start, d)
+                    x = rotate(x, angles, pairing) if angles else x
+                    x = [select(exists, y, zero) for y in x]
                     to = (row + h).wide() * size + query.wide()
                     words = [bf16_pair(x[i], x[i + 1]) for i in range(0, 16, 2)]
-                    store_channels(wide_g + to * (2 * d) + (lane * 16).wide(), words, d)
-                    if narrow:
-                        most = largest_of(x, lanes, at_least=_TINY)
-                        share = most.reciprocal() * float(TOP)
-                        pairs = [halves(x[i] * share, x[i + 1] * share) for i in range(0, 16, 2)]
+                    store_channels(bf16_gmem + to * (2 * d) + (lane * 16).wide(), words, d)
+                    if fp8:
+                        largest = largest_of(x, lanes, at_least=_TINY)
+                        factor = largest.reciprocal() * float(LARGEST_QUERY)
+                        pairs = [halves(x[i] * factor, x[i + 1] * factor) for i in range(0, 16, 2)]
                         store_channels(
-                            narrow_g[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d
+                            fp8_gmem[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d
                         )
-                        factor = most * scale.as_float() * (1 / TOP)
-                        store(narrow_g[1] + to * 4, [factor], lane < 1)
+                        scale_of_query = largest * scale.as_float() * (1 / LARGEST_QUERY)
+                        store(fp8_gmem[1] + to * 4, [scale_of_query], lane < 1)
 
         run(*refs)
 
-    form = (batch * heads, size)
-    out = [jax.ShapeDtypeStruct((*form, d), jnp.bfloat16)]
-    if narrow:
-        out += [jax.ShapeDtypeStruct((*form, d), jnp.float8_e4m3fn)]
-        out += [jax.ShapeDtypeStruct(form, jnp.float32)]
+    shape = (batch * heads, size)
+    out = [jax.ShapeDtypeStruct((*shape, d), jnp.bfloat16)]
+    if fp8:
+        out += [jax.ShapeDtypeStruct((*shape, d), jnp.float8_e4m3fn)]
+        out += [jax.ShapeDtypeStruct(shape, jnp.float32)]
     return plgpu.kernel(
         body,
         out_type=out,

@@ -7,55 +7,61 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.dequantize.reference import key_row_of_token, rotated
+from pallas_kernels.dequantize.types import Rotation
 
-__all__ = ["empty", "grouped", "segment"]
+__all__ = ["MASK_VALUE", "empty", "grouped", "segment"]
 
-FAR = -1e30
+MASK_VALUE = -1e30  # logit of a key that does not count; finite, so that differences are no NaN
 
 
-def grouped(
-    q_BTHD: Array, tables: tuple[Array, Array] | None, batch: int, heads: int, pairing: str
-) -> Array:
+def grouped(q_BTHD: Array, rotation: Rotation | None, batch: int, heads: int) -> Array:
     """Rotated queries (n, Q, D) in q's dtype by the rows of a cache; see `api.prepare_tokens`."""
     rows, tokens, _, d = q_BTHD.shape
     q = jnp.swapaxes(q_BTHD, 1, 2).reshape(rows // batch, batch, heads, -1, tokens, d)
     q = jnp.transpose(q, (1, 2, 0, 3, 4, 5)).reshape(batch, -1, tokens, d)
     x_nTD = q.reshape(-1, tokens, d).astype(jnp.float32)
-    x_nTD = rotated(x_nTD, tables, pairing).astype(q_BTHD.dtype)
-    return x_nTD.reshape(batch * heads, -1, d)
+    if rotation is not None:
+        x_nTD = rotated(x_nTD, rotation.cos_sin, rotation.pairing)
+    return x_nTD.astype(q_BTHD.dtype).reshape(batch * heads, -1, d)
 
 
 def empty(splits: int, rows: int, queries: int, head_dim: int) -> tuple[Array, Array, Array]:
-    """The state before any key."""
-    f32, form = jnp.float32, (splits, rows, queries)
-    return jnp.zeros((*form, head_dim), f32), jnp.full(form, FAR, f32), jnp.zeros(form, f32)
+    """The state (acc, m, l) before any key."""
+    f32, shape = jnp.float32, (splits, rows, queries)
+    return (
+        jnp.zeros((*shape, head_dim), f32),
+        jnp.full(shape, MASK_VALUE, f32),
+        jnp.zeros(shape, f32),
+    )
 
 
 def segment(
     q_nQD: Array,
-    factor_nQ: Array,
+    logits_scale_nQ: Array,
     k_nTD: Array,
     v: Array,
     valid: Array,
-    k_unit_n: Array,
-    v_unit_n: Array,
+    k_scale_n: Array,
+    v_scale_n: Array,
     state: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
-    """Adds a segment to the first split; what `mosaic_gpu.segment` does up to rounding.
+    """The state after a segment, all of which is added to the first split.
 
-    s = factor k_unit q . k, p = 2^(s - m), out = sum p v, with m the maximum so far.
+    `mosaic_gpu.segment` gives the same up to rounding. With m the largest logit so far,
+
+        s = logits_scale k_scale q . k,  p = 2^(s - m),  acc = v_scale sum p v,  l = sum p.
     """
     f32 = jnp.float32
     if q_nQD.dtype != jnp.bfloat16:
         k_nTD, v = k_nTD[:, key_row_of_token(k_nTD.shape[1])], v.swapaxes(1, 2)
     q, k, v = (x.astype(f32) for x in (q_nQD, k_nTD, v))
     s_nQT = jnp.einsum("nqd,ntd->nqt", q, k, precision="highest")
-    s_nQT *= (factor_nQ * k_unit_n[:, None])[..., None]
-    s_nQT = jnp.where((jnp.arange(k.shape[1]) < valid)[None, None], s_nQT, FAR)
-    acc, top, total = (x[0] for x in state)
-    new_top = jnp.maximum(top, s_nQT.max(-1))
-    p_nQT = jnp.where(s_nQT > FAR / 2, jnp.exp2(s_nQT - new_top[..., None]), 0)
-    fade = jnp.exp2(top - new_top)
-    new = jnp.einsum("nqt,ntd->nqd", p_nQT, v, precision="highest") * v_unit_n[:, None, None]
-    parts = (acc * fade[..., None] + new, new_top, total * fade + p_nQT.sum(-1))
+    s_nQT *= (logits_scale_nQ * k_scale_n[:, None])[..., None]
+    s_nQT = jnp.where((jnp.arange(k.shape[1]) < valid)[None, None], s_nQT, MASK_VALUE)
+    acc, m, l = (x[0] for x in state)
+    m_new = jnp.maximum(m, s_nQT.max(-1))
+    p_nQT = jnp.where(s_nQT > MASK_VALUE / 2, jnp.exp2(s_nQT - m_new[..., None]), 0)
+    alpha = jnp.exp2(m - m_new)
+    new = jnp.einsum("nqt,ntd->nqd", p_nQT, v, precision="highest") * v_scale_n[:, None, None]
+    parts = (acc * alpha[..., None] + new, m_new, l * alpha + p_nQT.sum(-1))
     return tuple(x.at[0].set(y) for x, y in zip(state, parts, strict=True))

@@ -3,15 +3,19 @@
 Axes: R rows, n of them decoded; T tokens, W tokens of the workspace, D head dim, B batch.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.dequantize.types import PAD, Encoded, Scheme, padded
+from pallas_kernels.dequantize.types import PAD, Encoded, Rotation, Source, Spans, padded
 
 __all__ = [
+    "cos_sin_of",
     "cut",
     "decode_keys",
     "decode_values",
@@ -20,12 +24,11 @@ __all__ = [
     "key_row_of_token",
     "laid_into",
     "rotated",
-    "table_rows",
 ]
 
 
 def key_row_of_token(tokens: int) -> Array:
-    """Where e4m3 keys lie in their group of 16.
+    """The row of every token among e4m3 keys, permuted within each group of 16.
 
     An 8-bit matrix product wants its left operand, the probabilities, in another register order
     than the product before it left them. Storing token 4 i + 2 a + b of every 16 at row
@@ -42,16 +45,21 @@ def in_key_rows(x_nTD: Array) -> Array:
     return jnp.swapaxes(x_nTD.reshape(n, t // 16, 4, 2, 2, d), 2, 3).reshape(n, t, d)
 
 
-def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, rows: int) -> Array:
-    """float32 values (n, T, D) of `rows` rows from `first_row` on; spans behind each other."""
-    if not isinstance(source, Encoded) and source.ndim == 4:
-        source = jnp.swapaxes(source, 1, 2).reshape(-1, source.shape[1], source.shape[3])
+def decoded(source: Source) -> Array:
+    """The decoded rows in float32, (n, T, D), before any rotation; spans lie behind each other."""
+    stored, scheme, rows = source.stored, source.scheme, source.rows
+    first_row = jnp.asarray(source.first_row, jnp.int32)
+    if source.window is not None:
+        stored = cut(stored, source.window)
+    if not isinstance(stored, Encoded) and stored.ndim == 4:
+        stored = jnp.swapaxes(stored, 1, 2).reshape(-1, stored.shape[1], stored.shape[3])
     if first_row.ndim:
-        return jnp.concatenate([decoded(source, scheme, r, rows) for r in first_row], axis=1)
+        spans = [decoded(Spans(stored, scheme, r, rows)) for r in first_row]
+        return jnp.concatenate(spans, axis=1)
     pick = lambda x: lax.dynamic_slice_in_dim(x, first_row, rows, 0)  # noqa: E731
-    if not isinstance(source, Encoded):
-        return pick(source).astype(jnp.float32)
-    codes_nTC, scales_nTG = pick(source.codes_RTC), pick(source.scales_RTG)
+    if not isinstance(stored, Encoded):
+        return pick(stored).astype(jnp.float32)
+    codes_nTC, scales_nTG = pick(stored.codes_RTC), pick(stored.scales_RTG)
     n, t, c = codes_nTC.shape
     bit = np.arange(8 * c // scheme.bits) * scheme.bits
     byte, inside = bit // 8, jnp.asarray(bit % 8, jnp.uint16)[None, None]
@@ -60,39 +68,40 @@ def decoded(source: Encoded | Array, scheme: Scheme | None, first_row: Array, ro
     word = (wide[..., byte] << 8) | wide[..., np.minimum(byte + 1, c - 1)]
     codes = (word >> (16 - scheme.bits - inside)) & (2**scheme.bits - 1)
     scales = lax.bitcast_convert_type(scales_nTG, jnp.float8_e4m3fn).astype(jnp.float32)
-    if source.exponents_R is not None:
-        scales *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))[:, None, None]
+    if stored.exponents_R is not None:
+        scales *= jnp.exp2(pick(stored.exponents_R).astype(jnp.float32))[:, None, None]
     levels = codes.reshape(n, t, -1, scheme.group).astype(jnp.float32) - scheme.offset
     x_nTD = (levels * scales[..., None]).reshape(n, t, -1)
     if scheme.stages:
-        ids, tables = pick(source.ids_RST).astype(jnp.int32), source.tables(first_row, rows)
+        ids, centroids = pick(stored.ids_RST).astype(jnp.int32), stored.centroids(first_row, rows)
         for s in range(scheme.stages):
-            x_nTD += jax.vmap(lambda c, i: c[i])(tables[:, s], ids[:, s])
+            x_nTD += jax.vmap(lambda c, i: c[i])(centroids[:, s], ids[:, s])
     return x_nTD
 
 
-def cut(x_RTD: Array, window: tuple[Array, int]) -> Array:
+def cut(x_RTD: Array, window: tuple[Array | int, int]) -> Array:
     """Some tokens of x; beyond the last one, the last one again."""
     start, tokens = window
     token_T = start + jnp.arange(tokens)
     return jnp.take(x_RTD, jnp.minimum(token_T, x_RTD.shape[1] - 1), axis=1)
 
 
-def table_rows(tables: tuple[Array, Array], first: Array, batch: int) -> tuple[Array, Array]:
-    """The tables of `batch` rows from `first` on; those of several spans behind each other."""
+def cos_sin_of(rotation: Rotation) -> tuple[Array, Array]:
+    """Cosines and sines (B, T, D / 2) of the videos; those of several spans behind each other."""
+    first = jnp.asarray(rotation.first, jnp.int32)
     if first.ndim:
-        parts = [table_rows(tables, f, batch) for f in first]
+        parts = [cos_sin_of(dataclasses.replace(rotation, first=f)) for f in first]
         return tuple(jnp.concatenate(p, axis=1) for p in zip(*parts, strict=True))
-    return tuple(lax.dynamic_slice_in_dim(t, first, batch, 0) for t in tables)
+    return tuple(lax.dynamic_slice_in_dim(t, first, rotation.batch, 0) for t in rotation.cos_sin)
 
 
-def rotated(x_nTD: Array, tables: tuple[Array, Array] | None, pairing: str) -> Array:
-    """x turned by cosines and sines (B, T, D / 2); n is a multiple of B."""
-    if tables is None:
+def rotated(x_nTD: Array, cos_sin: tuple[Array, Array] | None, pairing: str) -> Array:
+    """x rotated by cosines and sines (B, T, D / 2); n is a multiple of B."""
+    if cos_sin is None:
         return x_nTD
     n, t, d = x_nTD.shape
-    x = x_nTD.reshape(tables[0].shape[0], -1, t, d)
-    cos, sin = (table_BTd[:, None] for table_BTd in tables)
+    x = x_nTD.reshape(cos_sin[0].shape[0], -1, t, d)
+    cos, sin = (x_BTd[:, None] for x_BTd in cos_sin)
     half = (x[..., : d // 2], x[..., d // 2 :])
     x1, x2 = half if pairing == "half" else (x[..., ::2], x[..., 1::2])
     y1, y2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
@@ -115,18 +124,31 @@ def laid_into(workspace: Array, x: Array, at: Array, valid: Array, axis: int) ->
     return jnp.where(own[:, None] if axis == 1 else own, new, workspace)
 
 
-def decode_keys(source, scheme, first_row, rows, valid, dtype, unit_n, tables, pairing, room=0):
-    """See `api.decode_keys`; here `tables` are those of the decoded rows."""
-    x = rotated(decoded(source, scheme, first_row, rows), tables, pairing)
-    x = _filled(x, valid, room)
+def decode_keys(
+    source: Source,
+    valid: Array,
+    dtype: Any,
+    scale_n: Array | None,
+    rotation: Rotation | None,
+    room: int = 0,
+) -> Array:
+    """See `api.decode_keys`."""
+    cos_sin, pairing = None, "half"
+    if rotation is not None:
+        cos_sin, pairing = cos_sin_of(rotation), rotation.pairing
+        if source.window is not None:
+            cos_sin = tuple(cut(x, source.window) for x in cos_sin)
+    x = _filled(rotated(decoded(source), cos_sin, pairing), valid, room)
     if dtype == jnp.bfloat16:
         return x.astype(dtype)
-    return in_key_rows(jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype))
+    return in_key_rows(jnp.clip(x / scale_n[:, None, None], -448, 448).astype(dtype))
 
 
-def decode_values(source, scheme, first_row, rows, valid, dtype, unit_n, room=0):
+def decode_values(
+    source: Source, valid: Array, dtype: Any, scale_n: Array | None, room: int = 0
+) -> Array:
     """See `api.decode_values`."""
-    x = _filled(decoded(source, scheme, first_row, rows), valid, room)
+    x = _filled(decoded(source), valid, room)
     if dtype == jnp.bfloat16:
         return x.astype(dtype)
-    return jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype).swapaxes(1, 2)
+    return jnp.clip(x / scale_n[:, None, None], -448, 448).astype(dtype).swapaxes(1, 2)

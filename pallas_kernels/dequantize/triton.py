@@ -1,13 +1,11 @@
 """Decoding in Triton, for GPUs from Ampere on: one pass, bounded by memory.
 
 A program decodes a tile of tokens of a few rows (heads), which share the cosines and sines it read.
-Where channels j and j + D / 2 are turned together, both halves of a token are decoded apart;
-neighbouring channels are split and joined in registers.
+Where channels j and j + D / 2 are a pair, the two halves of a token are decoded apart; neighbouring channels
+are split and joined in registers.
 
 Source of the language: Tillet, Kung and Cox, Triton (MAPL 2019).
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,9 @@ import triton.language as tl
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.dequantize.types import PAD, Encoded, Scheme, padded
+from pallas_kernels.dequantize.types import PAD, Encoded, Rotation, Spans, Tokens, padded
 from pallas_kernels.gpu.triton_launch import Launch
-from pallas_kernels.gpu.triton_words import e4m3_float
+from pallas_kernels.gpu.triton_words import e4m3_float, rotate
 
 __all__ = ["decode_keys", "decode_values", "launch_for"]
 
@@ -28,7 +26,7 @@ _PAD = tl.constexpr(PAD)
 
 @triton.jit
 def _packed(
-    codes, scales, ids, tables, share, row, head, token,
+    codes, scales, ids, centroids, factors, row, head, token,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
     TOKENS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
@@ -49,7 +47,7 @@ def _packed(
     x = ((code << 1) | 0x4A800000).to(tl.float32, bitcast=True) - (4194304.0 + OFFSET)
 
     start = scales + row * (TOKENS * GROUPS)
-    factor = tl.load(share + head)
+    factor = tl.load(factors + head)
     if GROUP >= WIDTH:
         scale = e4m3_float(tl.load(start + token * GROUPS + FIRST // GROUP)) * factor
         x *= scale[:, None]
@@ -60,27 +58,27 @@ def _packed(
         x = tl.reshape(x, (TILE, WIDTH))
 
     for s in tl.static_range(STAGES):
-        centroid = tl.load(ids + (row * STAGES + s) * TOKENS + token).to(tl.int32)
-        place = ((head * STAGES + s) * CENTROIDS + centroid) * D
-        x += tl.load(tables + place[:, None] + channel[None, :]).to(tl.float32)
+        chosen = tl.load(ids + (row * STAGES + s) * TOKENS + token).to(tl.int32)
+        place = ((head * STAGES + s) * CENTROIDS + chosen) * D
+        x += tl.load(centroids + place[:, None] + channel[None, :]).to(tl.float32)
     return x
 
 
 @triton.jit
 def _channels(
-    codes, scales, ids, tables, share, row, head, token,
+    codes, scales, ids, centroids, factors, row, head, token,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
     TOKENS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
 ):  # fmt: skip
-    """The same of a packed row or, if BITS is 16, of a plain one, whose values are `codes`."""
+    """The channels of some tokens of a packed row or, if BITS is 16, of a bf16 row, which is `codes`."""
     if BITS == 16:
         channel = FIRST + tl.arange(0, WIDTH)
         x = tl.load(codes + row * (TOKENS * D) + token[:, None] * D + channel[None, :])
         x = x.to(tl.float32)
     else:
         x = _packed(
-            codes, scales, ids, tables, share, row, head, token,
+            codes, scales, ids, centroids, factors, row, head, token,
             FIRST, WIDTH, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
         )  # fmt: skip
     return x
@@ -88,134 +86,107 @@ def _channels(
 
 @triton.jit
 def _decode(
-    control, share, codes, scales, ids, tables, cos, sin, out,
+    control, factors, codes, scales, ids, centroids, cos, sin, out,
     D: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
     HEADS: tl.constexpr, TOGETHER: tl.constexpr, PAIRING: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens of TOGETHER rows; HEADS of them have the same tables of angles."""
+    """One tile of tokens of TOGETHER rows; HEADS of them share cosines and sines."""
     first_row = tl.load(control).to(tl.int64)
-    first_table = tl.load(control + 1).to(tl.int64)
+    first_angles = tl.load(control + 1).to(tl.int64)
     valid = tl.load(control + 2)
     first_head = tl.program_id(0) * TOGETHER
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)
     # Attention reads whole tiles: up to the next multiple of PAD, and nothing behind it.
     if tl.program_id(1) * TILE < (valid + _PAD - 1) // _PAD * _PAD:
-        there = token < valid
-        safe = tl.where(there, token, 0)
+        in_span = token < valid
+        safe = tl.where(in_span, token, 0)
         HALF: tl.constexpr = D // 2
         low = tl.arange(0, HALF)
         channel = tl.arange(0, D)
         if PAIRING != "none":
-            row = first_table + first_head // HEADS
-            turn = row * (TOKENS * HALF) + safe[:, None] * HALF + low[None, :]
-            c = tl.load(cos + turn)
-            s = tl.load(sin + turn)
+            row = first_angles + first_head // HEADS
+            angle = row * (TOKENS * HALF) + safe[:, None] * HALF + low[None, :]
+            c = tl.load(cos + angle)
+            s = tl.load(sin + angle)
         for h in tl.static_range(TOGETHER):
             head = first_head + h
             row = first_row + head
             to = out + head.to(tl.int64) * (PADDED * D) + token[:, None] * D
             if PAIRING == "half":
                 a = _channels(
-                    codes, scales, ids, tables, share, row, head, safe,
+                    codes, scales, ids, centroids, factors, row, head, safe,
                     0, HALF, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
                 )  # fmt: skip
                 b = _channels(
-                    codes, scales, ids, tables, share, row, head, safe,
+                    codes, scales, ids, centroids, factors, row, head, safe,
                     HALF, HALF, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
                 )  # fmt: skip
-                y = tl.where(there[:, None], a * c - b * s, 0)
-                z = tl.where(there[:, None], a * s + b * c, 0)
+                a, b = rotate(a, b, c, s)
+                y, z = tl.where(in_span[:, None], a, 0), tl.where(in_span[:, None], b, 0)
                 tl.store(to + low[None, :], y.to(out.dtype.element_ty))
                 tl.store(to + (HALF + low)[None, :], z.to(out.dtype.element_ty))
             else:
                 x = _channels(
-                    codes, scales, ids, tables, share, row, head, safe,
+                    codes, scales, ids, centroids, factors, row, head, safe,
                     0, D, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
                 )  # fmt: skip
                 if PAIRING == "interleaved":
                     a, b = tl.split(tl.reshape(x, (TILE, HALF, 2)))
-                    x = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (TILE, D))
-                x = tl.where(there[:, None], x, 0)
+                    a, b = rotate(a, b, c, s)
+                    x = tl.reshape(tl.join(a, b), (TILE, D))
+                x = tl.where(in_span[:, None], x, 0)
                 tl.store(to + channel[None, :], x.to(out.dtype.element_ty))
 
 
 def launch_for(
-    source: Encoded | Array,
-    scheme: Scheme | None,
-    first_row: Array,
-    rows: int,
-    valid: Array,
-    tables: tuple[Array, Array] | None,
-    first_table: Array,
-    batch: int,
-    pairing: str,
+    source: Spans | Tokens, valid: Array, rotation: Rotation | None
 ) -> tuple[Launch, tuple[Array, ...], jax.ShapeDtypeStruct]:
     """The kernel, its arrays and its output; arguments as in `api.decode_keys`."""
-    control = jnp.stack([first_row, first_table, valid]).astype(jnp.int32)
-    share_n = jnp.ones((rows,), jnp.float32)
-    if isinstance(source, Encoded):
-        codes, scales = source.codes_RTC, source.scales_RTG
-        if source.exponents_R is not None:
-            exponents = lax.dynamic_slice_in_dim(source.exponents_R, first_row, rows, 0)
-            share_n = jnp.exp2(exponents.astype(jnp.float32))
+    stored, scheme, rows = source.stored, source.scheme, source.rows
+    first_row = jnp.asarray(source.first_row, jnp.int32)
+    first = jnp.asarray(0 if rotation is None else rotation.first, jnp.int32)
+    control = jnp.stack([first_row, first, valid]).astype(jnp.int32)
+    factor_n = jnp.ones((rows,), jnp.float32)
+    if isinstance(stored, Encoded):
+        codes, scales = stored.codes_RTC, stored.scales_RTG
+        if stored.exponents_R is not None:
+            exponents = lax.dynamic_slice_in_dim(stored.exponents_R, first_row, rows, 0)
+            factor_n = jnp.exp2(exponents.astype(jnp.float32))
         ids = centroids = codes  # not read
         if scheme.stages:
-            ids, centroids = source.ids_RST, source.tables(first_row, rows).astype(jnp.bfloat16)
+            ids = stored.ids_RST
+            centroids = stored.centroids(first_row, rows).astype(jnp.bfloat16)
         d = codes.shape[2] * 8 // scheme.bits
         form = dict(
             BITS=scheme.bits, GROUP=scheme.group, OFFSET=float(scheme.offset),
             STAGES=scheme.stages, CENTROIDS=centroids.shape[2],
         )  # fmt: skip
     else:
-        codes = scales = ids = centroids = source
-        d = source.shape[2]
+        codes = scales = ids = centroids = stored
+        d = stored.shape[2]
         form = dict(BITS=16, GROUP=d, OFFSET=0.0, STAGES=0, CENTROIDS=1)
-    tokens, heads = codes.shape[1], rows // batch
-    together = next(n for n in (4, 2, 1) if heads % n == 0) if tables is not None else 1
+    tokens, heads = source.tokens, rows if rotation is None else rows // rotation.batch
+    together = 1 if rotation is None else next(n for n in (4, 2, 1) if heads % n == 0)
     launch = Launch(
         kernel=_decode,
         grid=(rows // together, padded(tokens) // _TILE),
         constants=form | dict(
             D=d, TOKENS=tokens, PADDED=padded(tokens), HEADS=heads, TOGETHER=together,
-            PAIRING="none" if tables is None else pairing, TILE=_TILE,
+            PAIRING="none" if rotation is None else rotation.pairing, TILE=_TILE,
         ),
     )  # fmt: skip
-    cos, sin = (share_n, share_n) if tables is None else tables
-    operands = (control, share_n, codes, scales, ids, centroids, cos, sin)
+    cos, sin = (factor_n, factor_n) if rotation is None else rotation.cos_sin
+    operands = (control, factor_n, codes, scales, ids, centroids, cos, sin)
     return launch, operands, jax.ShapeDtypeStruct((rows, padded(tokens), d), jnp.bfloat16)
 
 
-def decode_keys(
-    source: Encoded | Array,
-    scheme: Scheme | None,
-    first_row: Array,
-    rows: int,
-    valid: Array,
-    dtype: Any,
-    unit_n: Array,
-    tables: tuple[Array, Array] | None,
-    first_table: Array,
-    batch: int,
-    pairing: str,
-) -> Array:
-    """See `api.decode_keys`; always bfloat16."""
-    del dtype, unit_n
-    launch, operands, out = launch_for(
-        source, scheme, first_row, rows, valid, tables, first_table, batch, pairing
-    )
+def decode_keys(source: Spans | Tokens, valid: Array, rotation: Rotation | None) -> Array:
+    """See `api.decode_keys`; the result is always bfloat16."""
+    launch, operands, out = launch_for(source, valid, rotation)
     return launch(*operands, out=out)
 
 
-def decode_values(
-    source: Encoded | Array,
-    scheme: Scheme | None,
-    first_row: Array,
-    rows: int,
-    valid: Array,
-    dtype: Any,
-    unit_n: Array,
-) -> Array:
-    """See `api.decode_values`; always bfloat16."""
-    zero = jnp.zeros_like(valid)
-    return decode_keys(source, scheme, first_row, rows, valid, dtype, unit_n, None, zero, 1, "half")
+def decode_values(source: Spans | Tokens, valid: Array) -> Array:
+    """See `api.decode_values`; the result is always bfloat16."""
+    return decode_keys(source, valid, None)

@@ -1,26 +1,43 @@
-"""What the kernels are told about packed spans.
+"""Arguments of the decoding kernels: packed arrays, the rows to be decoded, and their rotation.
 
-Axes: R rows (any leading axes of the cache, heads last, flattened), T tokens, D head dim, C code
-bytes of a token, G groups, S stages, K centroids.
+Axes: R rows (any leading axes of the cache, heads last, flattened), n rows that are decoded, T tokens,
+D head dim, C code bytes of a token, G groups, S stages, K centroids, N spans, V rows of cosines and
+sines, B videos of a batch, H heads.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
-__all__ = ["HEAD_DIMS", "PAD", "Encoded", "Scheme", "padded", "picked", "width_of"]
+__all__ = [
+    "HEAD_DIMS",
+    "PAD",
+    "Encoded",
+    "Rotation",
+    "Scheme",
+    "Source",
+    "Spans",
+    "Tokens",
+    "Tuning",
+    "Window",
+    "padded",
+    "picked",
+    "width_of",
+]
 
-HEAD_DIMS = (64, 128, 256)  # that kernels read
+HEAD_DIMS = (64, 128, 256)  # the head dims that kernels read
 
-# Workspaces hold a multiple of this many tokens, zeros behind the valid ones: a tile of attention.
+# Workspaces hold a multiple of this many tokens, the largest tile of attention, with zeros behind the
+# valid ones.
 PAD = 256
 
 
 def padded(tokens: int) -> int:
-    """Tokens of a workspace that holds `tokens`."""
+    """The size of a workspace for `tokens` tokens: the next multiple of `PAD`."""
     return -(-tokens // PAD) * PAD
 
 
@@ -37,7 +54,8 @@ class Scheme:
     """How codes become numbers: x = (code - offset) scale 2^exponent + sum of the centroids.
 
     Attributes:
-        bits: 1, 2, 3, 4 or 8, packed with consecutive channels together, the first one highest.
+        bits: 1, 2, 3, 4 or 8 bits of a code; codes of consecutive channels are packed together, the
+            first one in the highest bits.
         group: channels that share a scale.
         offset: code of zero; half integers are the grids without a zero (mid-rise).
         stages: centroids per token; 0 for none.
@@ -52,7 +70,7 @@ class Scheme:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Packed keys or values. Numbers in e4m3 come as bytes.
+    """Packed rows of keys or values; numbers in e4m3 are stored as bytes.
 
     Scales may have a power of two for each row. Centroids are bf16 or float32 numbers, int8 with a
     step per channel, or e4m3 with a power of two per row and stage.
@@ -67,8 +85,8 @@ class Encoded:
     exponents_R: Int8[Array, "R"] | None = None
     steps_RS: Float[Array, "R S D"] | Int8[Array, "R S"] | None = None
 
-    def tables(self, first_row: Array, rows: int) -> Float[Array, "n S K D"]:
-        """Centroids of some rows as float32 numbers; of several groups of rows if there are."""
+    def centroids(self, first_row: Array, rows: int) -> Float[Array, "n S K D"]:
+        """Centroids of the rows from `first_row` on in float32, or from each of several first rows."""
         pick = lambda x: picked(x, jnp.asarray(first_row), rows)  # noqa: E731
         x = pick(self.centroids_RSKD)
         if x.dtype == jnp.uint8:
@@ -82,8 +100,133 @@ class Encoded:
         return x * jnp.exp2(steps.astype(jnp.float32))[:, :, None, None]
 
 
-def width_of(source: Encoded | Array, scheme: Scheme | None) -> int:
-    """Channels of a packed or plain row."""
-    if isinstance(source, Encoded):
-        return source.codes_RTC.shape[2] * 8 // scheme.bits
-    return source.shape[-1]
+def width_of(stored: Encoded | Array, scheme: Scheme | None) -> int:
+    """Channels of packed or bf16 rows."""
+    if isinstance(stored, Encoded):
+        return stored.codes_RTC.shape[2] * 8 // scheme.bits
+    return stored.shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Rows of one stored span, or of several spans that are laid one behind the other.
+
+    Attributes:
+        stored: packed rows, or bf16 rows (R, T, D) of a codec that stores them as they are.
+        scheme: how codes become numbers; None with bf16 rows.
+        first_row: the first row of the span, or of each span; may be traced.
+        rows: how many rows from the first one on are decoded.
+    """
+
+    stored: Encoded | Float[Array, "R T D"]
+    scheme: Scheme | None
+    first_row: Int[Array, ""] | Int[Array, "N"] | int
+    rows: int
+
+    window: ClassVar[None] = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a span."""
+        packed = isinstance(self.stored, Encoded)
+        return (self.stored.codes_RTC if packed else self.stored).shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Rows of bf16 tokens that no span holds, such as the new ones of a step.
+
+    Attributes:
+        stored: rows (R, T, D), or tokens with their heads (B, T, H, D), of which row b H + h is head
+            h of video b.
+        first_row: the first row that is decoded; may be traced.
+        rows: how many rows from the first one on are decoded.
+    """
+
+    stored: Float[Array, "R T D"] | Float[Array, "B T H D"]
+    first_row: Int[Array, ""] | int
+    rows: int
+
+    scheme: ClassVar[None] = None
+    window: ClassVar[None] = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row."""
+        return self.stored.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Some consecutive tokens of the rows of a `Tokens`.
+
+    Attributes:
+        of: the rows.
+        start: the first token; may be traced.
+        tokens: how many there are; the window may reach beyond the last token of the rows.
+    """
+
+    of: Tokens
+    start: Int[Array, ""] | int
+    tokens: int
+
+    scheme: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, Tokens):
+            raise ValueError(f"window of {type(self.of).__name__}; accepted: Tokens")
+
+    @property
+    def stored(self) -> Array:
+        """All tokens of the rows."""
+        return self.of.stored
+
+    @property
+    def first_row(self) -> Int[Array, ""] | int:
+        """The first row that is decoded."""
+        return self.of.first_row
+
+    @property
+    def rows(self) -> int:
+        """How many rows are decoded."""
+        return self.of.rows
+
+    @property
+    def window(self) -> tuple[Int[Array, ""] | int, int]:
+        """The first token and the number of tokens."""
+        return self.start, self.tokens
+
+
+Source = Spans | Tokens | Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """RoPE on the way: cosines and sines of every token, and the pairs of channels that rotate.
+
+    Attributes:
+        cos_sin: cosines and sines in float32, (V, T, D / 2) each.
+        pairing: "half" rotates channel j with j + D / 2, "interleaved" 2 j with 2 j + 1.
+        batch: videos among the rows; the heads of a video share a row of `cos_sin`.
+        first: the row of `cos_sin` of the first video, or for several spans that of each span.
+    """
+
+    cos_sin: tuple[Float[Array, "V T D/2"], Float[Array, "V T D/2"]]
+    pairing: str = "half"
+    batch: int = 1
+    first: Int[Array, ""] | Int[Array, "N"] | int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Sizes of the Hopper kernel that do not change the result.
+
+    Attributes:
+        tokens: tokens of a CTA at 128 channels, half as many at 256, twice as many at 64; a multiple
+            of 16.
+        heads: heads of a CTA, which share cosines and sines; the largest of 1, 2, 4 up to it that
+            divides the heads is taken.
+    """
+
+    tokens: int = 64
+    heads: int = 2

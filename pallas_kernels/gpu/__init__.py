@@ -1,1 +1,1 @@
-"""What kernels of both families share: registers and lanes of a warpgroup, launching Triton."""
+"""Parts that several kernels share: lanes, registers and rotation on Hopper, launches and functions of Triton."""

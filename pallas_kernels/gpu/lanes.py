@@ -1,7 +1,8 @@
-"""What one GPU thread does: integers, floats, loads and stores, for bodies of `inline_mgpu`.
+"""Numbers of one GPU thread, their arithmetic, loads and stores, for bodies of `inline_mgpu`.
 
-Pallas Mosaic GPU describes work on whole arrays and infers who holds what. Unpacking interleaved
-bits and gathering centroid rows are simpler the other way round: every thread knows its channels.
+Pallas Mosaic GPU describes work on whole arrays and infers which thread holds which element. Unpacking
+interleaved bits and gathering rows of centroids are simpler the other way round: every thread knows its
+channels.
 `Lane` wraps one MLIR value of one thread with Python's operators; addresses are integers, 64 bits
 for global and 32 bits for shared memory.
 """
@@ -16,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
 __all__ = [
-    "Halves", "Lane", "bf16_pair", "block", "e4m3_words", "global_address", "halves", "integer",
+    "Halves", "Lane", "bf16_pair", "cta", "e4m3_words", "global_address", "halves", "integer",
     "largest_of", "load", "permute_bytes", "select", "shared_address", "shared_load", "shared_store", "store",
     "thread",
 ]  # fmt: skip
@@ -102,20 +103,22 @@ class Lane:
 
 
 def integer(x: int) -> Lane:
+    """A constant of 32 bits."""
     return Lane(utils.c(x, _type("i32")))
 
 
 def thread() -> Lane:
-    """Index of this thread in its block of one dimension."""
+    """Index of this thread in its CTA, which has one dimension."""
     return Lane(arith.index_castui(_type("i32"), gpu.thread_id(gpu.Dimension.x)))
 
 
-def block(axis: str) -> Lane:
-    """Index of this block along "x" (the last grid axis) or "y" (the one before)."""
+def cta(axis: str) -> Lane:
+    """Index of this CTA along "x" (the last grid axis) or "y" (the one before)."""
     return Lane(arith.index_castui(_type("i32"), gpu.block_id(getattr(gpu.Dimension, axis))))
 
 
 def select(condition: Lane, yes: Lane, no: Lane) -> Lane:
+    """`yes` where the condition holds, otherwise `no`."""
     return Lane(arith.select(condition.value, yes.value, no.value))
 
 
@@ -161,18 +164,20 @@ def store(address: Lane, words: list[Lane], where: Lane | None = None) -> None:
 
 
 def shared_load(address: Lane) -> Lane:
+    """Reads a word of 32 bits from shared memory."""
     asm = "ld.shared.b32 $0, [$1];"
     i32 = _type("i32")
     return Lane(utils.inline_ptx(asm, address.value, result_types=i32, has_side_effects=True))
 
 
 def shared_store(address: Lane, word: Lane) -> None:
+    """Writes a word of 32 bits to shared memory."""
     asm = "st.shared.b32 [$0], $1;"
     utils.inline_ptx(asm, address.value, word.value, has_side_effects=True)
 
 
 def permute_bytes(a: Lane, b: Lane, selector: Lane | int) -> Lane:
-    """The word whose byte i is byte `selector >> 4 i & 7` of b:a."""
+    """The word whose byte i is byte `(selector >> 4 i) & 7` of the eight bytes of a, then b."""
     i32 = _type("i32")
     if isinstance(selector, Lane):
         asm, more = "prmt.b32 $0, $1, $2, $3;", (selector.value,)
@@ -182,9 +187,10 @@ def permute_bytes(a: Lane, b: Lane, selector: Lane | int) -> Lane:
 
 
 def largest_of(x: list[Lane], lanes: int, at_least: float) -> Lane:
-    """The largest magnitude among floats of `lanes` neighbouring threads, a power of two of them.
+    """The largest magnitude among the floats of `lanes` neighbouring threads.
 
-    All threads of the warp must be here. Of positive floats the order is that of their bits.
+    `lanes` is a power of two, and all threads of the warp must execute this. Positive floats are compared
+    by their bits, whose order is the same.
     """
     bits = [y.as_integer() & 0x7FFFFFFF for y in x]
     bits.append(Lane(utils.c(at_least, _type("f32"))).as_integer())
@@ -209,7 +215,7 @@ def bf16_pair(low: Lane, high: Lane) -> Lane:
 
 @dataclasses.dataclass(frozen=True)
 class Halves:
-    """Two float16 numbers in one word, with arithmetic on both at once."""
+    """Two float16 numbers in one word of 32 bits, with arithmetic on both at once."""
 
     word: Lane
 
@@ -233,9 +239,11 @@ class Halves:
         return self._two("fma.rn", y, z)
 
     def swapped(self) -> Halves:
+        """The two numbers in the other order."""
         return Halves(permute_bytes(self.word, self.word, 0x1032))
 
     def minus(self) -> Halves:
+        """The two numbers with the other sign."""
         return Halves(self.word ^ -0x7FFF8000)
 
 

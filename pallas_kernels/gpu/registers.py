@@ -1,4 +1,4 @@
-"""Register arrays of a warpgroup: loads, reductions, products, and operands of 8-bit products."""
+"""Arrays in the registers of a warpgroup: loads, reductions, products, and operands of 8-bit products."""
 
 import dataclasses
 from typing import Any
@@ -19,23 +19,23 @@ _W = plgpu.Layout.WGMMA
 
 
 def row_of(ref: Any) -> Array:
-    """Numbers in GPU memory, one for each row."""
+    """Loads numbers from GPU memory, one for each row of a register array."""
     return plgpu.load(ref, layout=_W.reduce(1), optimized=False)
 
 
 def constant(shape: tuple[int, ...], x: float) -> Array:
-    """The same number in every row, or in every row and column."""
+    """A register array of float32 with the same number everywhere, one number a row or a whole matrix."""
     layout = _W.reduce(1) if len(shape) == 1 else _W
     return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
 
 
 def over_columns(x_Q: Array, shape: tuple[int, ...]) -> Array:
-    """One number for each row, repeated along the row."""
+    """A matrix whose columns are all x_Q."""
     return lax.broadcast_in_dim(x_Q, shape, [0])
 
 
 def fold(x: Array, op: Any, width: int) -> Array:
-    """Halves the columns by `op` until `width` are left: independent steps, unlike one long sum."""
+    """Reduces the columns by `op` to `width` of them, by halves: independent steps, unlike one long sum."""
     while x.shape[1] > width:
         half = x.shape[1] // 2
         x = op(x[:, :half], x[:, half:])
@@ -43,7 +43,7 @@ def fold(x: Array, op: Any, width: int) -> Array:
 
 
 def _layout_of_words() -> Any:
-    """The 8-bit left operand of a product with four numbers to a word: columns by four."""
+    """The layout of an 8-bit left operand of a product, in words of four columns."""
     tiles = tuple((*t[:-1], t[-1] // 4) for t in mgpu.WGMMA_LAYOUT_8BIT.tiling.tiles)
     return plgpu.Layout.TILED(
         dataclasses.replace(mgpu.WGMMA_LAYOUT_8BIT.tiling, tiles=tiles),
@@ -54,7 +54,7 @@ def _layout_of_words() -> Any:
 
 
 def as_words(p: Array) -> Array:
-    """Probabilities in e4m3 as words of the left operand of an 8-bit product; moves no register.
+    """Probabilities in e4m3 as words of the left operand of an 8-bit product, without moving a register.
 
     A thread holds columns 2 i, 2 i + 1 of every 8; as an 8-bit operand it must hold 4 i .. 4 i + 3 of
     every 16. Taking the pairs of two neighbouring groups of 8 for those four permutes the keys
@@ -80,7 +80,7 @@ def as_words(p: Array) -> Array:
 
 
 def left_operand(words: Array, dtype: Any) -> Array:
-    """The e4m3 operand of which these are the words."""
+    """The 8-bit left operand of a product, from its words; see `as_words`."""
     shape = (words.shape[0], words.shape[1] * 4)
 
     @plgpu.inline_mgpu(
@@ -104,7 +104,7 @@ def _registers(values: list[Any], shape: tuple[int, int], layout: Any, signed: b
 
 
 def product(left: Any, right: Any, shape: tuple[int, int]) -> Array:
-    """A matrix product of its own, float32, waited for."""
+    """left @ right in float32, waited for, in an accumulator that starts at zero."""
 
     def run(acc):
         plgpu.wgmma(acc, left, right)

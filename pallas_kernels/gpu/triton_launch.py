@@ -1,7 +1,7 @@
-"""Calling Triton kernels from JAX: what a launch consists of, and what it needs.
+"""Launches of Triton kernels from JAX, and the packages that they need.
 
-Triton compiles for the GPU it finds, Ampere and later; jax_triton makes a call in an XLA program of
-it. Neither is a dependency of this package: they are asked for when a Triton kernel is named.
+Triton compiles for the GPU that it finds, Ampere and later; jax_triton makes the kernel a call in an XLA
+program. Neither is a dependency of this package: they are asked for when a Triton kernel is named.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ __all__ = ["Launch", "missing"]
 
 @functools.cache
 def missing() -> str | None:
-    """What Triton kernels need and is not installed, or None."""
+    """A message that names the packages Triton kernels need and that are not installed, or None."""
     absent = [n for n in ("triton", "jax_triton") if importlib.util.find_spec(n) is None]
     if not absent:
         return None
@@ -24,13 +24,13 @@ def missing() -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel with everything but its arrays.
+    """A Triton kernel with everything but its arrays.
 
     Attributes:
         kernel: a `triton.jit` function of pointers, inputs before outputs, and of constants.
         grid: programs along each axis.
         constants: values of its `tl.constexpr` arguments.
-        warps: warps of a program.
+        warps: warps of a program, Triton's word for a CTA.
         stages: tiles in flight in loops that load.
 
     Products and sums are fused (fma), which Triton from 3.10 on no longer does unasked.
@@ -44,11 +44,11 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
+        """The options of the compiler."""
         return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
 
     def __call__(self, *operands: Any, out: Any) -> Any:
-        """Runs it.
+        """Runs the kernel.
 
         Args:
             operands: arrays, or jax references, which the kernel may write.

@@ -1,13 +1,15 @@
-"""Numbers of 8 bits in Triton by integer arithmetic, which every GPU has; conversions came with Ada.
+"""Functions that several Triton kernels call: e4m3 numbers, and the rotation of a pair of channels.
 
-e4m3 (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433): exponents of 4 bits, 7 at
+e4m3 is converted by integer arithmetic, which every GPU has; instructions for it came with Ada.
+
+Format of e4m3 (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433): exponents of 4 bits, 7 at
 one; mantissas of 3 bits; numbers below 2^-6 are multiples of 2^-9.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["e4m3_byte", "e4m3_float"]
+__all__ = ["e4m3_byte", "e4m3_float", "rotate"]
 
 
 @triton.jit
@@ -26,3 +28,9 @@ def e4m3_byte(x):
     # 2^23 + n has n in its last bits.
     small = (x * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15
     return tl.where(x < 0.015625, small, normal)
+
+
+@triton.jit
+def rotate(a, b, cos, sin):
+    """The two channels of every pair, rotated."""
+    return a * cos - b * sin, a * sin + b * cos

@@ -1,48 +1,34 @@
-"""Sums of the tokens nearest to each centroid: what one Lloyd iteration reads of a span.
+"""Sums of the tokens nearest to each centroid, from which a Lloyd iteration makes new centroids.
 
 Axes: R rows (batch and heads), T tokens, D head dim, K centroids.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.gpu.triton_launch import missing
-from pallas_kernels.kmeans import mosaic_gpu, reference
-from pallas_kernels.kmeans.mosaic_gpu import TILE, Tuning
+from pallas_kernels.kmeans import reference
+from pallas_kernels.kmeans.types import HEAD_DIM, TILE, Sums, Tuning
 
-__all__ = ["Sums", "check", "kmeans_sums", "padded_table", "parts_for", "supported", "whole_eights"]
+__all__ = ["check", "kmeans_sums", "padded_centroids", "parts_for", "supported", "whole_eights"]
 
-_PROCESSORS = 132  # of an H100 SXM; other GPUs get another balance, not another meaning
-_NEVER = -3e38  # bias of a centroid that must not be chosen
+_NUM_SMS = 132  # of an H100 SXM; other GPUs get another balance, not another meaning
+_NEVER = -3e38  # bias of a centroid that is not to be chosen
 _MOST = 256  # centroids whose sums fit into the registers of two warpgroups
 
 
-class Sums(NamedTuple):
-    """Of every cluster the sum and the number of its tokens; of every token its cluster.
-
-    `ids_RT` and `score_RT` are None unless asked for.
-    """
-
-    total_RKD: Float[Array, "R K D"]
-    number_RK: Float[Array, "R K"]
-    ids_RT: Int[Array, "R T"] | None
-    score_RT: Float[Array, "R T"] | None
-
-
 def supported(x_RTD: Array, clusters: int, implementation: str = "mosaic") -> str | None:
-    """Why the kernels of an implementation cannot cluster this, or None if they can."""
+    """The reason why the kernels of an implementation cannot cluster this, or None if they can."""
     if x_RTD.dtype != jnp.bfloat16:
         return f"dtype={x_RTD.dtype}; the kernel reads bfloat16"
-    accepted = (64, 128, 256) if implementation == "triton" else (mosaic_gpu.D,)
+    accepted = (64, 128, 256) if implementation == "triton" else (HEAD_DIM,)
     if x_RTD.shape[-1] not in accepted:
         return f"head_dim={x_RTD.shape[-1]}; it must be {' or '.join(map(str, accepted))}"
     return None if clusters <= _MOST else f"{clusters} centroids; the kernel has at most {_MOST}"
 
 
 def check(x_RTD: Array, c_RKD: Array, implementation: str) -> None:
-    """Raises what the functions of `kmeans` and `quantize_pack` document."""
+    """Raises the errors that the functions of `kmeans` and `quantize_pack` document."""
     if implementation not in ("xla", "mosaic", "triton"):
         raise ValueError(f"implementation={implementation!r}; accepted: 'xla', 'mosaic', 'triton'")
     shapes = [x_RTD.shape, c_RKD.shape]
@@ -61,7 +47,7 @@ def check(x_RTD: Array, c_RKD: Array, implementation: str) -> None:
         raise NotImplementedError(f"implementation={implementation!r}: {why}; 'xla' serves it")
 
 
-def padded_table(c_RKD: Array) -> tuple[Array, Array]:
+def padded_centroids(c_RKD: Array) -> tuple[Array, Array]:
     """Centroids in bf16, 128 or 256 of them, and the biases of their scores."""
     clusters = c_RKD.shape[1]
     more = (128 if clusters <= 128 else 256) - clusters
@@ -81,18 +67,18 @@ def whole_eights(x_RTD: Array) -> Array:
 
 
 def parts_for(rows: int, tokens: int, named: int | None = None) -> int:
-    """Into how many ranges the tokens of a row are split: as named, or what fills the GPU best."""
+    """The number of parts that the tokens of a row are split into: as named, or what fills the GPU best."""
     tiles = -(-tokens // TILE)
     if named is not None:
-        if not 1 <= named <= tiles:  # a block without tokens would wait for them
+        if not 1 <= named <= tiles:  # a CTA without tokens would wait for them
             raise ValueError(f"parts={named}; accepted: 1 to {tiles}, the tiles of {tokens} tokens")
         return named
 
     def steps(parts: int) -> float:
-        # Writing a block's sums and adding them costs about as much as half a tile.
-        return -(-rows * parts // _PROCESSORS) * (-(-tiles // parts) + 0.5)
+        # Writing a CTA's sums and adding them costs about as much as half a tile.
+        return -(-rows * parts // _NUM_SMS) * (-(-tiles // parts) + 0.5)
 
-    return min(range(1, min(tiles, _PROCESSORS) + 1), key=steps)
+    return min(range(1, min(tiles, _NUM_SMS) + 1), key=steps)
 
 
 def kmeans_sums(
@@ -119,8 +105,8 @@ def kmeans_sums(
         scores: whether ids and scores of the tokens are returned.
         implementation: "mosaic" (Hopper; bfloat16, D = 128, K <= 256), "triton" (Ampere and later;
             D 64, 128 or 256 besides) or "xla".
-        parts: blocks per row; None chooses.
-        tuning: of "mosaic"; None takes the measured one.
+        parts: CTAs per row; None chooses.
+        tuning: sizes for "mosaic"; None takes the measured ones.
 
     Raises:
         NotImplementedError: the kernel cannot cluster this; the message says why.
@@ -135,14 +121,16 @@ def kmeans_sums(
     if implementation == "triton":
         from pallas_kernels.kmeans import triton
 
-        table_RKD, bias_RK = padded_table(c_RKD)
-        ids_RT, score_RT = triton.assign(x_RTD, table_RKD, bias_RK, jnp.int32)
-        sums = triton.sums(x_RTD, ids_RT, table_RKD.shape[1], parts_for(rows, tokens, parts))
+        c_RKD, bias_RK = padded_centroids(c_RKD)
+        ids_RT, score_RT = triton.assign(x_RTD, c_RKD, bias_RK, jnp.int32)
+        sums = triton.sums(x_RTD, ids_RT, c_RKD.shape[1], parts_for(rows, tokens, parts))
         total_RKD, number_RK = (x.sum(axis=1)[:, :clusters] for x in sums)
         return Sums(total_RKD, number_RK, *((ids_RT, score_RT) if scores else (None, None)))
+    from pallas_kernels.kmeans import mosaic_gpu
+
     total_RPKD, number_RPK, *more = mosaic_gpu.sums(
         whole_eights(x_RTD),
-        *padded_table(c_RKD),
+        *padded_centroids(c_RKD),
         tokens=tokens,
         parts=parts_for(rows, tokens, parts),
         scores=scores,

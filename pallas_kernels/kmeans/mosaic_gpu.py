@@ -3,14 +3,13 @@
 Two warpgroups compute and one loads tiles of 128 tokens. Each computing warpgroup finds the nearest
 centroid of 64 tokens by a matrix product, then both exchange what they found, and each adds all
 128 tokens to its half of the clusters by a second product, of one-hot rows with the tokens. Sums
-stay in registers until the block's last tile, so x is read once and no atomics are needed: the
-blocks' sums are added in a fixed order afterwards, and the same input gives the same bytes.
+stay in registers until the CTA's last tile, so x is read once and no atomics are needed: the
+CTAs' sums are added in a fixed order afterwards, and the same input gives the same bytes.
 
 The number of a centroid is written into the last 8 bits of its score's float32, so that one
 maximum finds both: scores are compared to 16 bits, finer than the bf16 they are products of.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -21,12 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.gpu.registers import fold, product
+from pallas_kernels.kmeans.types import HEAD_DIM, TILE, Tuning
 
 __all__ = [
-    "D",
     "ROWS",
-    "TILE",
-    "Tuning",
     "load_tiles",
     "multiply_into",
     "nearest",
@@ -34,32 +31,12 @@ __all__ = [
     "swizzled",
 ]
 
-D = 128
-ROWS = 64  # tokens that a warpgroup assigns at once
-TILE = 2 * ROWS
+ROWS = TILE // 2  # tokens that a warpgroup assigns at once
 _W = plgpu.Layout.WGMMA
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """Sizes that do not change the result.
-
-    Attributes:
-        stages: tiles of x in flight.
-        late: whether a tile is added to the sums only after the next one is assigned, which lets
-            the two warpgroups drift apart.
-        columns: centroids per product.
-        registers: of a computing and of a loading thread.
-    """
-
-    stages: int = 4
-    late: bool = True
-    columns: int = 128
-    registers: tuple[int, int] = (240, 24)
-
-
 def swizzled(*shape: int) -> Any:
-    """Shared memory for bf16 operands of products."""
+    """The shared memory of bf16 operands of products."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
@@ -69,24 +46,24 @@ def multiply_into(acc: Array, left: Array, right: Any) -> Array:
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
 
 
-def nearest(x_s: Any, c_s: Any, bias_s: Any, columns: int) -> tuple[Array, Array]:
+def nearest(x_smem: Any, c_smem: Any, bias_smem: Any, columns: int) -> tuple[Array, Array]:
     """Nearest centroids of 64 tokens and their scores x . c - |c|^2 / 2.
 
     Args:
-        x_s: tokens (64, D) in shared memory.
-        c_s: centroids (K, D).
-        bias_s: -|c|^2 / 2.
+        x_smem: tokens (64, D) in shared memory.
+        c_smem: centroids (K, D).
+        bias_smem: -|c|^2 / 2.
         columns: centroids per product.
 
     Returns:
         ids (int32) and scores (float32).
     """
-    clusters = c_s.shape[0]
+    clusters = c_smem.shape[0]
     best = None
     for start in range(0, clusters, columns):
-        here = pl.ds(start, columns)
-        dot = product(x_s, c_s.at[here].T, (ROWS, columns))
-        bias = plgpu.load(bias_s.at[here], layout=_W.reduce(0))
+        chunk = pl.ds(start, columns)
+        dot = product(x_smem, c_smem.at[chunk].T, (ROWS, columns))
+        bias = plgpu.load(bias_smem.at[chunk], layout=_W.reduce(0))
         score = dot + lax.broadcast_in_dim(bias, dot.shape, [1])
         bits = lax.bitcast_convert_type(score, jnp.int32) & -256
         parts = []
@@ -104,9 +81,11 @@ def nearest(x_s: Any, c_s: Any, bias_s: Any, columns: int) -> tuple[Array, Array
     return 255 - (bits & 255), key
 
 
-def load_tiles(x_g: Any, x_s: Any, x_full: Any, x_empty: Any, first: Array, count: Array) -> None:
+def load_tiles(
+    x_gmem: Any, x_smem: Any, x_full: Any, x_empty: Any, first: Array, count: Array
+) -> None:
     """Brings `count` tiles of a row into a ring of shared memory, from tile `first` on."""
-    stages = x_s.shape[0]
+    stages = x_smem.shape[0]
 
     @pl.loop(0, count)
     def _(i):
@@ -117,7 +96,7 @@ def load_tiles(x_g: Any, x_s: Any, x_full: Any, x_empty: Any, first: Array, coun
             plgpu.barrier_wait(x_empty.at[slot])
 
         tile = pl.ds((first + i) * TILE, TILE)
-        plgpu.copy_gmem_to_smem(x_g.at[tile], x_s.at[slot], x_full.at[slot])
+        plgpu.copy_gmem_to_smem(x_gmem.at[tile], x_smem.at[slot], x_full.at[slot])
 
     # Every arrival is waited for, so that no barrier ends in the middle of a phase.
     @pl.loop(jnp.maximum(count - stages, 0), count)
@@ -135,14 +114,14 @@ def sums(
     scores: bool,
     tuning: Tuning,
 ) -> tuple[Array, ...]:
-    """Sums and numbers of the tokens nearest to each centroid, of `parts` ranges of tokens.
+    """Sums and numbers of the tokens nearest to each centroid, of `parts` parts of the tokens.
 
     Args:
         x_RTD: tokens, bf16; T a multiple of 8, as copies move eight rows.
         c_RKD: centroids, bf16; K is 128 or 256.
         bias_RK: -|c|^2 / 2, float32; very negative for a centroid that must not be chosen.
         tokens: how many of the T count.
-        parts: P, blocks per row; at most as many as tiles.
+        parts: P, CTAs per row; at most as many as tiles.
         scores: whether each token's centroid and score are returned too.
         tuning: sizes.
 
@@ -151,12 +130,14 @@ def sums(
         (R, tokens rounded up to tiles).
     """
     rows, clusters, _ = c_RKD.shape
-    mine = clusters // 2  # clusters of one warpgroup
+    own = clusters // 2  # clusters of one warpgroup
     tiles = -(-tokens // TILE)
     rings = 4 if tuning.late else 2  # ids of how many tiles are in flight
 
-    def body(x_g, c_g, bias_g, sums_g, counts_g, *more, x_s, c_s, bias_s, ids_s, x_full, x_empty,
-             c_full, ids_full):  # fmt: skip
+    def body(
+        x_gmem, c_gmem, bias_gmem, sums_gmem, counts_gmem, *more,
+        x_smem, c_smem, bias_smem, ids_smem, x_full, x_empty, c_full, ids_full,
+    ):  # fmt: skip
         row, part = lax.axis_index("row"), lax.axis_index("part")
         wg = lax.axis_index("wg")
         first, last = part * tiles // parts, (part + 1) * tiles // parts
@@ -165,13 +146,15 @@ def sums(
         def assign(i):
             slot = lax.rem(i, tuning.stages)
             plgpu.barrier_wait(x_full.at[slot])
-            ids, score = nearest(x_s.at[slot, pl.ds(wg * ROWS, ROWS)], c_s, bias_s, tuning.columns)
+            ids, score = nearest(
+                x_smem.at[slot, pl.ds(wg * ROWS, ROWS)], c_smem, bias_smem, tuning.columns
+            )
             start = (first + i) * TILE + wg * ROWS
             if scores:
                 more[0].at[row, pl.ds(start, ROWS)][...] = ids
                 more[1].at[row, pl.ds(start, ROWS)][...] = score
             token = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_W.reduce(1)) + start
-            ids_s.at[lax.rem(i, rings), pl.ds(wg * ROWS, ROWS)][...] = jnp.where(
+            ids_smem.at[lax.rem(i, rings), pl.ds(wg * ROWS, ROWS)][...] = jnp.where(
                 token < tokens, ids, clusters
             )
             plgpu.barrier_arrive(ids_full.at[lax.rem(i, rings)])
@@ -180,14 +163,14 @@ def sums(
             total, number = carry
             slot, ring = lax.rem(i, tuning.stages), lax.rem(i, rings)
             plgpu.barrier_wait(ids_full.at[ring])
-            shape = (mine, ROWS)
-            cluster = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_W) + wg * mine
-            for piece in range(2):
-                here = pl.ds(piece * ROWS, ROWS)
-                ids = plgpu.load(ids_s.at[ring, here], layout=_W.reduce(0))
+            shape = (own, ROWS)
+            cluster = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_W) + wg * own
+            for i_half in range(2):
+                half = pl.ds(i_half * ROWS, ROWS)
+                ids = plgpu.load(ids_smem.at[ring, half], layout=_W.reduce(0))
                 hot = jnp.where(cluster == lax.broadcast_in_dim(ids, shape, [1]), 1.0, 0.0)
                 number = number + fold(hot, jnp.add, 8)
-                total = multiply_into(total, hot.astype(jnp.bfloat16), x_s.at[slot, here])
+                total = multiply_into(total, hot.astype(jnp.bfloat16), x_smem.at[slot, half])
             plgpu.barrier_arrive(x_empty.at[slot])
             return total, number
 
@@ -195,8 +178,8 @@ def sums(
         def _():
             plgpu.set_max_registers(tuning.registers[0], action="increase")
             plgpu.barrier_wait(c_full)
-            zeros = lambda n: plgpu.layout_cast(jnp.zeros((mine, n), jnp.float32), _W)  # noqa: E731
-            carry = zeros(D), zeros(8)
+            zeros = lambda n: plgpu.layout_cast(jnp.zeros((own, n), jnp.float32), _W)  # noqa: E731
+            carry = zeros(HEAD_DIM), zeros(8)
             if tuning.late:
                 assign(0)
 
@@ -213,19 +196,22 @@ def sums(
                     return add(i, carry)
 
                 total, number = lax.fori_loop(0, count, step, carry)
-            here = pl.ds(wg * mine, mine)
-            sums_g.at[row, part, here][...] = total
-            counts_g.at[row, part, here][...] = number.sum(axis=1)
+            clusters_of_wg = pl.ds(wg * own, own)
+            sums_gmem.at[row, part, clusters_of_wg][...] = total
+            counts_gmem.at[row, part, clusters_of_wg][...] = number.sum(axis=1)
 
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(tuning.registers[1], action="decrease")
-            plgpu.copy_gmem_to_smem(c_g.at[row], c_s, c_full)
-            plgpu.copy_gmem_to_smem(bias_g.at[row], bias_s, c_full)
+            plgpu.copy_gmem_to_smem(c_gmem.at[row], c_smem, c_full)
+            plgpu.copy_gmem_to_smem(bias_gmem.at[row], bias_smem, c_full)
 
-            load_tiles(x_g.at[row], x_s, x_full, x_empty, first, count)
+            load_tiles(x_gmem.at[row], x_smem, x_full, x_empty, first, count)
 
-    shapes = [((rows, parts, clusters, D), jnp.float32), ((rows, parts, clusters), jnp.float32)]
+    shapes = [
+        ((rows, parts, clusters, HEAD_DIM), jnp.float32),
+        ((rows, parts, clusters), jnp.float32),
+    ]
     if scores:
         shapes += [((rows, tiles * TILE), jnp.int32), ((rows, tiles * TILE), jnp.float32)]
     kernel = plgpu.kernel(
@@ -236,10 +222,10 @@ def sums(
         num_threads=3,
         thread_name="wg",
         scratch_types=dict(
-            x_s=swizzled(tuning.stages, TILE, D),
-            c_s=swizzled(clusters, D),
-            bias_s=plgpu.SMEM((clusters,), jnp.float32),
-            ids_s=plgpu.SMEM((rings, TILE), jnp.int32),
+            x_smem=swizzled(tuning.stages, TILE, HEAD_DIM),
+            c_smem=swizzled(clusters, HEAD_DIM),
+            bias_smem=plgpu.SMEM((clusters,), jnp.float32),
+            ids_smem=plgpu.SMEM((rings, TILE), jnp.int32),
             x_full=plgpu.Barrier(num_barriers=tuning.stages),
             x_empty=plgpu.Barrier(num_arrivals=2, num_barriers=tuning.stages),
             c_full=plgpu.Barrier(num_arrivals=2),

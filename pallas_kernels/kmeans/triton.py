@@ -2,8 +2,8 @@
 
 The first finds the nearest centroid of every token, by products with 64 centroids after another.
 The second adds up the tokens of 128 clusters, by products of one-hot rows with them, and counts.
-As one kernel they would need the sums of all clusters beside the scores, more registers than there
-are. Without atomics: the sums of every range of tokens are stored and added in a fixed order.
+As one kernel they would need the sums of all clusters beside the scores, more registers than exists
+are. There are no atomics: the sums of every part of the tokens are stored and added in a fixed order.
 """
 
 import jax
@@ -17,7 +17,7 @@ from pallas_kernels.gpu.triton_launch import Launch
 __all__ = ["TILE", "assign", "assign_launch", "sums", "sums_launch"]
 
 TILE = 64  # tokens
-_BLOCK = 128  # tokens that are assigned at once
+_ASSIGNED = 128  # tokens that a program assigns
 _AT_ONCE = 64  # centroids of a product
 _CLUSTERS = {64: 128, 128: 128, 256: 64}  # clusters that a program sums, by head_dim
 
@@ -25,28 +25,28 @@ _CLUSTERS = {64: 128, 128: 128, 256: 64}  # clusters that a program sums, by hea
 @triton.jit
 def _assign(
     x, c, bias, ids, score,
-    TOKENS: tl.constexpr, D: tl.constexpr, CENTROIDS: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, D: tl.constexpr, CENTROIDS: tl.constexpr, ASSIGNED: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The first centroid with the largest x . c + bias, for a block of tokens of a row."""
+    """The first centroid with the largest x . c + bias, for some tokens of a row."""
     row = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = token < TOKENS
+    token = tl.program_id(0) * ASSIGNED + tl.arange(0, ASSIGNED)
+    exists = token < TOKENS
     channel, column = tl.arange(0, D), tl.arange(0, AT_ONCE)
     at = x + row * (TOKENS * D) + token[:, None] * D + channel[None, :]
-    tokens = tl.load(at, mask=there[:, None], other=0.0)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    which = tl.zeros((BLOCK,), tl.int32)
+    tokens = tl.load(at, mask=exists[:, None], other=0.0)
+    best = tl.full((ASSIGNED,), float("-inf"), tl.float32)
+    which = tl.zeros((ASSIGNED,), tl.int32)
     for first in range(0, CENTROIDS, AT_ONCE):
         place = row * CENTROIDS + first + column
         centroids = tl.load(c + place[:, None] * D + channel[None, :])
         s = tl.dot(tokens, tl.trans(centroids)) + tl.load(bias + place)[None, :]
-        top = tl.max(s, 1)
-        mine = tl.min(tl.where(s == top[:, None], first + column[None, :], CENTROIDS - 1), 1)
-        which = tl.where(top > best, mine, which)
-        best = tl.maximum(best, top)
-    tl.store(ids + row * TOKENS + token, which.to(ids.dtype.element_ty), mask=there)
-    tl.store(score + row * TOKENS + token, best, mask=there)
+        largest = tl.max(s, 1)
+        nearest = tl.min(tl.where(s == largest[:, None], first + column[None, :], CENTROIDS - 1), 1)
+        which = tl.where(largest > best, nearest, which)
+        best = tl.maximum(best, largest)
+    tl.store(ids + row * TOKENS + token, which.to(ids.dtype.element_ty), mask=exists)
+    tl.store(score + row * TOKENS + token, best, mask=exists)
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _sums(
     TOKENS: tl.constexpr, D: tl.constexpr, CENTROIDS: tl.constexpr, PARTS: tl.constexpr,
     CLUSTERS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sums and numbers of the tokens of CLUSTERS clusters, in one of PARTS ranges of tokens."""
+    """Sums and numbers of the tokens of CLUSTERS clusters, in one of PARTS parts of the tokens."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cluster = tl.program_id(2) * CLUSTERS + tl.arange(0, CLUSTERS)
     channel = tl.arange(0, D)
@@ -64,10 +64,10 @@ def _sums(
     count = tl.zeros((CLUSTERS,), tl.int32)
     for i in range(part * TILES // PARTS, (part + 1) * TILES // PARTS):
         token = i * TILE + tl.arange(0, TILE)
-        there = token < TOKENS
-        which = tl.load(ids + row * TOKENS + token, mask=there, other=CENTROIDS).to(tl.int32)
+        exists = token < TOKENS
+        which = tl.load(ids + row * TOKENS + token, mask=exists, other=CENTROIDS).to(tl.int32)
         at = x + row * (TOKENS * D) + token[:, None] * D + channel[None, :]
-        tokens = tl.load(at, mask=there[:, None], other=0.0)
+        tokens = tl.load(at, mask=exists[:, None], other=0.0)
         hot = cluster[:, None] == which[None, :]
         acc = tl.dot(hot.to(tokens.dtype), tokens, acc)
         count += tl.sum(hot.to(tl.int32), 1)
@@ -79,17 +79,17 @@ def _sums(
 def assign_launch(x_RTD: Array, c_RKD: Array, id_dtype: jnp.dtype) -> tuple[Launch, tuple]:
     """The kernel that assigns, and its outputs: ids and scores (R, T)."""
     (rows, tokens, d), clusters = x_RTD.shape, c_RKD.shape[1]
-    block = _BLOCK if d <= 128 else 64
+    assigned = _ASSIGNED if d <= 128 else 64
     launch = Launch(
         kernel=_assign,
-        grid=(-(-tokens // block), rows),
-        constants=dict(TOKENS=tokens, D=d, CENTROIDS=clusters, BLOCK=block, AT_ONCE=_AT_ONCE),
+        grid=(-(-tokens // assigned), rows),
+        constants=dict(TOKENS=tokens, D=d, CENTROIDS=clusters, ASSIGNED=assigned, AT_ONCE=_AT_ONCE),
         warps=8 if d == 128 else 4,
     )
-    form = rows, tokens
+    shape = rows, tokens
     return launch, (
-        jax.ShapeDtypeStruct(form, id_dtype),
-        jax.ShapeDtypeStruct(form, jnp.float32),
+        jax.ShapeDtypeStruct(shape, id_dtype),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
     )
 
 
@@ -104,8 +104,8 @@ def sums_launch(x_RTD: Array, clusters: int, parts: int) -> tuple[Launch, tuple]
         ),
         warps=8,
     )  # fmt: skip
-    form = rows, parts, clusters
-    return launch, tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*form, d), form))
+    shape = rows, parts, clusters
+    return launch, tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, d), shape))
 
 
 def assign(x_RTD: Array, c_RKD: Array, bias_RK: Array, id_dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -131,7 +131,7 @@ def sums(x_RTD: Array, ids_RT: Array, clusters: int, parts: int) -> tuple[Array,
         x_RTD: tokens, bf16.
         ids_RT: int32.
         clusters: K, a multiple of 128.
-        parts: P, ranges of tokens that are summed apart.
+        parts: P, parts of the tokens that are summed apart.
     """
     launch, out = sums_launch(x_RTD, clusters, parts)
     return tuple(launch(x_RTD, ids_RT, out=out))

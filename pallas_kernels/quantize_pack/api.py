@@ -1,4 +1,4 @@
-"""Assigning tokens to centroids and storing what is left of them, in one pass.
+"""Assignment of tokens to centroids and quantization of their residuals, in one pass.
 
 Axes: R rows (batch and heads), T tokens, D head dim, K centroids, G groups, C code bytes.
 """
@@ -6,16 +6,16 @@ Axes: R rows (batch and heads), T tokens, D head dim, K centroids, G groups, C c
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.kmeans.api import check, padded_table, parts_for, whole_eights
-from pallas_kernels.kmeans.mosaic_gpu import D, Tuning
-from pallas_kernels.quantize_pack import mosaic_gpu, reference
+from pallas_kernels.kmeans.api import check, padded_centroids, parts_for, whole_eights
+from pallas_kernels.kmeans.types import HEAD_DIM, Tuning
+from pallas_kernels.quantize_pack import reference
 from pallas_kernels.quantize_pack.types import Integers, Midrise
 
 __all__ = ["assign_and_pack", "assign_and_subtract", "supported"]
 
 
-def supported(form: Integers | Midrise, head_dim: int = D) -> str | None:
-    """Why the kernels cannot write this format, or None if they can."""
+def supported(form: Integers | Midrise, head_dim: int = HEAD_DIM) -> str | None:
+    """The reason why the kernels cannot write this format, or None if they can."""
     accepted = (2, 4) if isinstance(form, Integers) else (1, 2, 4)
     if form.bits not in accepted:
         return f"bits={form.bits}; the kernel writes {', '.join(map(str, accepted))}"
@@ -33,7 +33,7 @@ def assign_and_pack(
     parts: int | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[UInt8[Array, "R T"], UInt8[Array, "R T C"], Array]:
-    """Subtracts from every token its nearest centroid, in bfloat16, and packs the rest.
+    """Subtracts from every token its nearest centroid, in bfloat16, and packs the residual.
 
     Args:
         x_RTD: tokens, finite.
@@ -41,8 +41,8 @@ def assign_and_pack(
         form: `Integers` or `Midrise`, which say what is computed.
         implementation: "mosaic" (Hopper; bfloat16, D = 128), "triton" (Ampere and later; D 64, 128
             or 256) or "xla".
-        parts: of "mosaic", blocks per row; None chooses.
-        tuning: of "mosaic"; None takes the measured one.
+        parts: for "mosaic", CTAs per row; None chooses.
+        tuning: sizes for "mosaic"; None takes the measured ones.
 
     Returns:
         ids, codes, and the bytes of e4m3 scales (R, T, G) for integers; or for mid-rise grids
@@ -61,8 +61,8 @@ def assign_and_pack(
     if (why := supported(form, x_RTD.shape[2])) is not None:
         raise NotImplementedError(f"implementation={implementation!r}: {why}; 'xla' serves it")
     if implementation == "triton":
-        return _finish_by_triton(x_RTD, c_RKD, form)
-    ids_RT, codes_RTC, scales = _finish(x_RTD, c_RKD, form, parts, tuning)
+        return _encoded_by_triton(x_RTD, c_RKD, form)
+    ids_RT, codes_RTC, scales = _encoded(x_RTD, c_RKD, form, parts, tuning)
     scales = scales[:, :, : x_RTD.shape[1]]
     return ids_RT, codes_RTC, jnp.swapaxes(scales, 1, 2) if integers else scales
 
@@ -75,30 +75,35 @@ def assign_and_subtract(
     parts: int | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[UInt8[Array, "R T"], Float[Array, "R T D"]]:
-    """ids of the nearest centroids and the residual in bfloat16; the rest as `assign_and_pack`."""
+    """ids of the nearest centroids and the residual in bfloat16.
+
+    Arguments and errors are those of `assign_and_pack`.
+    """
     check(x_RTD, c_RKD, implementation)
     if implementation == "xla":
         ids_RT, r_RTD = reference.residual(x_RTD, c_RKD.astype(jnp.bfloat16))
         return ids_RT, r_RTD.astype(jnp.bfloat16)
     if implementation == "triton":
-        return _finish_by_triton(x_RTD, c_RKD, None)
-    return _finish(x_RTD, c_RKD, None, parts, tuning)
+        return _encoded_by_triton(x_RTD, c_RKD, None)
+    return _encoded(x_RTD, c_RKD, None, parts, tuning)
 
 
-def _finish_by_triton(x_RTD, c_RKD, form):
+def _encoded_by_triton(x_RTD, c_RKD, form):
     from pallas_kernels.kmeans.triton import assign
     from pallas_kernels.quantize_pack import triton
 
-    c_RKD, bias_RK = padded_table(c_RKD)
+    c_RKD, bias_RK = padded_centroids(c_RKD)
     ids_RT, _ = assign(x_RTD, c_RKD, bias_RK, jnp.uint8)
-    return ids_RT, *triton.finish(x_RTD, c_RKD, ids_RT, form)
+    return ids_RT, *triton.encode(x_RTD, c_RKD, ids_RT, form)
 
 
-def _finish(x_RTD, c_RKD, form, parts, tuning):
-    (rows, tokens, _), (c_RKD, bias_RK) = x_RTD.shape, padded_table(c_RKD)
+def _encoded(x_RTD, c_RKD, form, parts, tuning):
+    from pallas_kernels.quantize_pack import mosaic_gpu
+
+    (rows, tokens, _), (c_RKD, bias_RK) = x_RTD.shape, padded_centroids(c_RKD)
     parts = parts_for(rows, tokens, parts)
     tuning = Tuning() if tuning is None else tuning
-    ids_RT, main_RT, *scales = mosaic_gpu.finish(
+    ids_RT, main_RT, *scales = mosaic_gpu.encode(
         whole_eights(x_RTD), c_RKD, bias_RK, form, tokens=tokens, parts=parts, tuning=tuning
     )
     return ids_RT[:, :tokens], main_RT[:, :tokens], *scales

@@ -17,10 +17,11 @@ from jaxtyping import Array
 
 from pallas_kernels.gpu.registers import fold, over_columns
 from pallas_kernels.kmeans import mosaic_gpu as kmeans
-from pallas_kernels.kmeans.mosaic_gpu import ROWS, TILE, D, Tuning, nearest, swizzled
+from pallas_kernels.kmeans.mosaic_gpu import ROWS, nearest, swizzled
+from pallas_kernels.kmeans.types import HEAD_DIM, TILE, Tuning
 from pallas_kernels.quantize_pack.types import Integers, Midrise
 
-__all__ = ["finish"]
+__all__ = ["encode"]
 
 _W = plgpu.Layout.WGMMA
 _LARGE = 3e38
@@ -32,10 +33,10 @@ _EVEN, _AWAY = lax.RoundingMethod.TO_NEAREST_EVEN, lax.RoundingMethod.AWAY_FROM_
 
 
 def packer(bits: int) -> np.ndarray:
-    """(code bytes, D): what a channel's code counts in the byte that it is packed into."""
+    """The weight (code bytes, D) of a channel's code in the byte that it is packed into."""
     per_byte = 8 // bits
-    channel = np.arange(D)
-    weights = np.zeros((D // per_byte, D), np.float32)
+    channel = np.arange(HEAD_DIM)
+    weights = np.zeros((HEAD_DIM // per_byte, HEAD_DIM), np.float32)
     weights[channel // per_byte, channel] = 2.0 ** (bits * (per_byte - 1 - channel % per_byte))
     return weights
 
@@ -78,9 +79,9 @@ def _ones(condition: Array) -> Array:
 
 
 def _integers(r: Array, form: Integers) -> tuple[Array, list[Array]]:
-    """Codes (float32) and the bytes of the scales of every group."""
+    """Codes as float32, and the scales of every group as bytes of e4m3."""
     q, codes, scales = 2 ** (form.bits - 1) - 1, [], []
-    for start in range(0, D, form.group):
+    for start in range(0, HEAD_DIM, form.group):
         part = r[:, start : start + form.group]
         byte, scale = _e4m3(jnp.maximum(_row_max(jnp.abs(part)) / q, 1e-10))
         scales.append(byte)
@@ -95,7 +96,7 @@ def _integers(r: Array, form: Integers) -> tuple[Array, list[Array]]:
 
 
 def _midrise(r: Array, form: Midrise) -> tuple[Array, list[Array]]:
-    """Codes (float32); least-squares scale, matching scale and largest entry."""
+    """Codes as float32, and least-squares scale, matching scale and largest entry."""
     n = 2**form.bits
 
     def codes_for(scale):
@@ -109,7 +110,7 @@ def _midrise(r: Array, form: Midrise) -> tuple[Array, list[Array]]:
         return jnp.minimum(jnp.maximum(code, 0.0), float(n - 1))
 
     energy = _row_sum(r * r)
-    scale = lax.sqrt(energy * (1 / D)) * form.ratio
+    scale = lax.sqrt(energy * (1 / HEAD_DIM)) * form.ratio
     for _ in range(form.refine):
         codes = codes_for(scale)
         levels = codes - (n - 1) / 2
@@ -121,7 +122,7 @@ def _midrise(r: Array, form: Midrise) -> tuple[Array, list[Array]]:
     return codes, [scale, match, _row_max(jnp.abs(r))]
 
 
-def finish(
+def encode(
     x_RTD: Array,
     c_RKD: Array,
     bias_RK: Array,
@@ -131,7 +132,7 @@ def finish(
     parts: int,
     tuning: Tuning,
 ) -> tuple[Array, ...]:
-    """Assigns every token, subtracts its centroid, and packs the rest.
+    """Assigns every token, subtracts its centroid, and packs the residual.
 
     Args:
         x_RTD, c_RKD, bias_RK, tokens, parts, tuning: as in `kmeans.mosaic_gpu.sums`.
@@ -144,52 +145,54 @@ def finish(
         or without `form` the residual (R, T, D) in bf16.
     """
     (rows, clusters, _), tiles = c_RKD.shape, -(-tokens // TILE)
-    width = 0 if form is None else D * form.bits // 8
+    width = 0 if form is None else HEAD_DIM * form.bits // 8
     quantize = {Integers: _integers, Midrise: _midrise}.get(type(form))
 
-    def body(*refs, x_s, c_s, bias_s, x_full, x_empty, c_full, w_s=None, codes_s=None):
-        x_g, c_g, bias_g, *refs = refs
-        (w_g,), refs = (refs[:1], refs[1:]) if form else ((None,), refs)
-        ids_g, out_g, *scales_g = refs
+    def body(
+        *refs, x_smem, c_smem, bias_smem, x_full, x_empty, c_full, w_smem=None, codes_smem=None
+    ):
+        x_gmem, c_gmem, bias_gmem, *refs = refs
+        (w_gmem,), refs = (refs[:1], refs[1:]) if form else ((None,), refs)
+        ids_gmem, out_gmem, *scales_gmem = refs
         row, part = lax.axis_index("row"), lax.axis_index("part")
         wg = lax.axis_index("wg")
         first, last = part * tiles // parts, (part + 1) * tiles // parts
         count = last - first
 
         def residual(x_ref):
-            ids, _ = nearest(x_ref, c_s, bias_s, tuning.columns)
-            picked = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), _W)
+            ids, _ = nearest(x_ref, c_smem, bias_smem, tuning.columns)
+            picked = plgpu.layout_cast(jnp.zeros((ROWS, HEAD_DIM), jnp.float32), _W)
             for start in range(0, clusters, 64):
                 shape = (ROWS, 64)
                 cluster = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_W) + start
                 hot = _ones(cluster == over_columns(ids, shape)).astype(jnp.bfloat16)
-                picked = kmeans.multiply_into(picked, hot, c_s.at[pl.ds(start, 64)])
+                picked = kmeans.multiply_into(picked, hot, c_smem.at[pl.ds(start, 64)])
             return ids, plgpu.load(x_ref, layout=_W).astype(jnp.float32) - picked
 
         def step(i):
             slot = lax.rem(i, tuning.stages)
             plgpu.barrier_wait(x_full.at[slot])
-            x_ref = x_s.at[slot, pl.ds(wg * ROWS, ROWS)]
+            x_ref = x_smem.at[slot, pl.ds(wg * ROWS, ROWS)]
             ids, r = residual(x_ref)
-            here = pl.ds((first + i) * TILE + wg * ROWS, ROWS)
-            ids_g.at[row, here][...] = ids.astype(jnp.uint8)
+            tokens_of_wg = pl.ds((first + i) * TILE + wg * ROWS, ROWS)
+            ids_gmem.at[row, tokens_of_wg][...] = ids.astype(jnp.uint8)
             if form is None:
                 x_ref[...] = r.astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(x_ref, out_g.at[row, here])
+                plgpu.copy_smem_to_gmem(x_ref, out_gmem.at[row, tokens_of_wg])
                 plgpu.wait_smem_to_gmem(0)
                 plgpu.barrier_arrive(x_empty.at[slot])
                 return
             plgpu.barrier_arrive(x_empty.at[slot])
             codes, scales = quantize(r, form)
             for g, scale in enumerate(scales):
-                scales_g[0].at[row, g, here][...] = scale.astype(scales_g[0].dtype)
+                scales_gmem[0].at[row, g, tokens_of_wg][...] = scale.astype(scales_gmem[0].dtype)
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), _W)
-            bytes_ = kmeans.multiply_into(zeros, codes.astype(jnp.bfloat16), w_s.T)
+            bytes_ = kmeans.multiply_into(zeros, codes.astype(jnp.bfloat16), w_smem.T)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            codes_s.at[wg][...] = bytes_.astype(jnp.int32).astype(jnp.uint8)
+            codes_smem.at[wg][...] = bytes_.astype(jnp.int32).astype(jnp.uint8)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(codes_s.at[wg], out_g.at[row, here])
+            plgpu.copy_smem_to_gmem(codes_smem.at[wg], out_gmem.at[row, tokens_of_wg])
 
         @pl.when(wg < 2)
         def _():
@@ -205,11 +208,11 @@ def finish(
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(tuning.registers[1], action="decrease")
-            plgpu.copy_gmem_to_smem(c_g.at[row], c_s, c_full)
-            plgpu.copy_gmem_to_smem(bias_g.at[row], bias_s, c_full)
+            plgpu.copy_gmem_to_smem(c_gmem.at[row], c_smem, c_full)
+            plgpu.copy_gmem_to_smem(bias_gmem.at[row], bias_smem, c_full)
             if form:
-                plgpu.copy_gmem_to_smem(w_g, w_s, c_full)
-            kmeans.load_tiles(x_g.at[row], x_s, x_full, x_empty, first, count)
+                plgpu.copy_gmem_to_smem(w_gmem, w_smem, c_full)
+            kmeans.load_tiles(x_gmem.at[row], x_smem, x_full, x_empty, first, count)
 
     padded = tiles * TILE
     shapes = [((rows, padded), jnp.uint8)]
@@ -219,11 +222,13 @@ def finish(
         shapes.append((x_RTD.shape, jnp.bfloat16))
     else:
         integers = isinstance(form, Integers)
-        count = D // form.group if integers else 3
+        count = HEAD_DIM // form.group if integers else 3
         written = x_RTD.shape[1] if width >= _SWIZZLED else padded
         shapes.append(((rows, written, width), jnp.uint8))
         shapes.append(((rows, count, padded), jnp.uint8 if integers else jnp.float32))
-        scratch = dict(w_s=swizzled(width, D), codes_s=plgpu.SMEM((2, ROWS, width), jnp.uint8))
+        scratch = dict(
+            w_smem=swizzled(width, HEAD_DIM), codes_smem=plgpu.SMEM((2, ROWS, width), jnp.uint8)
+        )
         arrays += (jnp.asarray(packer(form.bits), jnp.bfloat16),)
     kernel = plgpu.kernel(
         body,
@@ -233,9 +238,9 @@ def finish(
         num_threads=3,
         thread_name="wg",
         scratch_types=dict(
-            x_s=swizzled(tuning.stages, TILE, D),
-            c_s=swizzled(clusters, D),
-            bias_s=plgpu.SMEM((clusters,), jnp.float32),
+            x_smem=swizzled(tuning.stages, TILE, HEAD_DIM),
+            c_smem=swizzled(clusters, HEAD_DIM),
+            bias_smem=plgpu.SMEM((clusters,), jnp.float32),
             x_full=plgpu.Barrier(num_barriers=tuning.stages),
             x_empty=plgpu.Barrier(num_arrivals=2, num_barriers=tuning.stages),
             c_full=plgpu.Barrier(num_arrivals=3 if form else 2),

@@ -22,7 +22,7 @@ def residual(x_RTD: Array, c_RKD: Array) -> tuple[Array, Array]:
 
 
 def packed(codes_RTD: Array, bits: int) -> Array:
-    """Codes of consecutive channels in one byte, the first one highest."""
+    """Bytes of the codes of consecutive channels, the first one in the highest bits."""
     *lead, d = codes_RTD.shape
     n = 8 // bits
     shift = jnp.arange(n - 1, -1, -1, dtype=jnp.uint8)[None, None, None] * jnp.uint8(bits)

@@ -14,14 +14,14 @@ from pallas_kernels.gpu.triton_launch import Launch
 from pallas_kernels.gpu.triton_words import e4m3_byte, e4m3_float
 from pallas_kernels.quantize_pack.types import Integers, Midrise
 
-__all__ = ["finish", "launch_for"]
+__all__ = ["encode", "launch_for"]
 
 _TILE = 32  # tokens of a program
 
 
 @triton.jit
 def _bytes(code, TILE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
-    """Codes of consecutive channels in one byte, the first one highest."""
+    """Bytes of the codes of consecutive channels, the first one in the highest bits."""
     EACH: tl.constexpr = 8 // BITS
     shift = (EACH - 1 - tl.arange(0, EACH)) * BITS
     apart = tl.reshape(code, (TILE, D // EACH, EACH)) << shift[None, None, :]
@@ -80,17 +80,17 @@ def _midrise(
 
 
 @triton.jit
-def _finish(
+def _encode(
     x, c, ids, main, scales,
     TOKENS: tl.constexpr, D: tl.constexpr, CENTROIDS: tl.constexpr, FORM: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, RATIO: tl.constexpr, REFINE: tl.constexpr,
     RECODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens of a row; FORM says whether `main` gets codes or the residual."""
+    """Encodes a tile of tokens of a row; FORM says whether `main` gets codes or the residual."""
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    there = token < TOKENS
-    safe = tl.where(there, token, 0)
+    exists = token < TOKENS
+    safe = tl.where(exists, token, 0)
     channel = tl.arange(0, D)
     which = tl.load(ids + row * TOKENS + safe).to(tl.int32)
     place = (row * CENTROIDS + which) * D
@@ -98,23 +98,23 @@ def _finish(
     r -= tl.load(c + place[:, None] + channel[None, :]).to(tl.float32)
     if FORM == "residual":
         to = main + row * (TOKENS * D) + token[:, None] * D + channel[None, :]
-        tl.store(to, r.to(main.dtype.element_ty), mask=there[:, None])
+        tl.store(to, r.to(main.dtype.element_ty), mask=exists[:, None])
     else:
         WIDTH: tl.constexpr = D * BITS // 8
         if FORM == "integers":
             code, scale = _integers(r, TILE, D, BITS, GROUP)
             group = tl.arange(0, D // GROUP)
             to = scales + row * (TOKENS * (D // GROUP)) + token[:, None] * (D // GROUP)
-            tl.store(to + group[None, :], scale.to(tl.uint8), mask=there[:, None])
+            tl.store(to + group[None, :], scale.to(tl.uint8), mask=exists[:, None])
         else:
             code, scale, match = _midrise(r, D, BITS, RATIO, REFINE, RECODE)
             to = scales + row * (3 * TOKENS) + token
-            tl.store(to, scale, mask=there)
-            tl.store(to + TOKENS, match, mask=there)
-            tl.store(to + 2 * TOKENS, tl.max(tl.abs(r), 1), mask=there)
+            tl.store(to, scale, mask=exists)
+            tl.store(to + TOKENS, match, mask=exists)
+            tl.store(to + 2 * TOKENS, tl.max(tl.abs(r), 1), mask=exists)
         to = main + row * (TOKENS * WIDTH) + token[:, None] * WIDTH
         to += tl.arange(0, WIDTH)[None, :]
-        tl.store(to, _bytes(code, TILE, D, BITS).to(tl.uint8), mask=there[:, None])
+        tl.store(to, _bytes(code, TILE, D, BITS).to(tl.uint8), mask=exists[:, None])
 
 
 def launch_for(
@@ -136,23 +136,23 @@ def launch_for(
         )  # fmt: skip
         scales = (rows, 3, tokens), jnp.float32
     launch = Launch(
-        kernel=_finish,
+        kernel=_encode,
         grid=(-(-tokens // _TILE), rows),
         constants=about | dict(TOKENS=tokens, D=d, CENTROIDS=c_RKD.shape[1], TILE=_TILE),
     )
     return launch, tuple(jax.ShapeDtypeStruct(*s) for s in (main, scales))
 
 
-def finish(
+def encode(
     x_RTD: Array, c_RKD: Array, ids_RT: Array, form: Integers | Midrise | None
 ) -> tuple[Array, ...]:
-    """What is left of tokens without their centroids.
+    """Residuals of tokens whose centroids are known, or the codes and scales of the residuals.
 
     Args:
         x_RTD: tokens, bf16.
         c_RKD: centroids, bf16.
         ids_RT: centroid of each token, integers.
-        form: how the rest becomes codes; None leaves it.
+        form: how the residual becomes codes; None leaves it as it is.
 
     Returns:
         Codes (R, T, C) and scales: bytes (R, T, G), or float32 (R, 3, T) as `assign_and_pack` has

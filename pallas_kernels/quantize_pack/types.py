@@ -1,4 +1,4 @@
-"""How a residual becomes codes and scales."""
+"""Formats of residuals: the codes and the scales that they become."""
 
 import dataclasses
 

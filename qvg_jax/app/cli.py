@@ -1,51 +1,39 @@
-"""The `qvg` command: arguments in, files and a small table out, errors in one line.
+"""The `qvg` command: arguments in, files and a small table out, errors of the user in one line.
 
 Exit codes: 0 done, 1 nothing fits (plan), 2 bad input or a file that could not be written, 130 Ctrl-C.
+
+Each model is a subcommand with exactly its own options, made from the dataclasses of its `ModelEntry`;
+without a model, `generate` and its likes take a default. JAX is imported when a command runs, so help
+and wrong options are answered at once.
+
+The parser is cyclopts (Apache-2.0): it builds options from typed dataclasses and their docstrings, and it
+raises its errors, where tyro (MIT), the other candidate, prints several lines and leaves the process.
 """
 
-import argparse
-import contextlib
-import dataclasses
-import importlib
-import inspect
-import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from qvg_jax.app.options import MODELS, WALKS, BadInput, parser
+import cyclopts
+from cyclopts import App, Parameter
+
+from qvg_jax.app.model_entry import ModelEntry
+from qvg_jax.app.option_types import Bits, Count, File, Names, Shape
+from qvg_jax.app.versions import own_version
+from qvg_jax.errors import UserError
 
 __all__ = ["main"]
 
 LONGEST_LINE = 600  # characters of an error; a checkpoint can be wrong in a hundred places
 
-
-@contextlib.contextmanager
-def _blamed_on_input(
-    *kinds: type[Exception],
-    memory_advice: str = "accepted: fewer --frames, --tour or --compare",
-) -> Iterator[None]:
-    """Takes exceptions of these kinds as the user's; all others are ours and show a traceback."""
-    try:
-        yield
-    except OSError as error:
-        if not issubclass(OSError, kinds):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        raise BadInput(
-            f"{where}{error.strerror or error}; accepted: a folder that can be written, on a disk "
-            "with room"
-        ) from error
-    except kinds as error:
-        raise BadInput(str(error)) from error
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: how JAX says it
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        # The first line says how much; what follows lists every buffer.
-        what = (str(error) or "out of memory").strip().splitlines()[0][:120]
-        raise BadInput(f"{what}; {memory_advice}") from error
+# Commands that work on a model: the model without a name, and what they do.
+TASKS = {
+    "generate": ("pocket-world", "Make a video with compressed and with bf16 caches."),
+    "play": ("pocket-world", "Walk through a generated world in a browser."),
+    "plan": ("self-forcing", "Say what of a video fits into a GPU's memory."),
+    "capture": ("pocket-world", "Write K, V and Q of a model, to try codecs on."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,230 +45,237 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = parser().parse_args(argv)
-        return COMMANDS[args.command](args)
-    except BadInput as error:
-        line = " ".join(str(error).split())
-        if len(line) > LONGEST_LINE:
-            line = line[: LONGEST_LINE - 4] + " ..."
-        print(f"qvg: error: {line}", file=sys.stderr)
-        return 2
+        if not words:
+            raise UserError(f"COMMAND is missing; accepted: {', '.join((*TASKS, *_OTHERS))}")
+        words = _with_model(words)
+        result = _app(words)(words, exit_on_error=False, print_error=False)
+        return result if isinstance(result, int) else 0
+    except cyclopts.CycloptsError as error:
+        return _told(_explained(error, words))
+    except UserError as error:
+        return _told(str(error))
     except KeyboardInterrupt:
         print("qvg: interrupted", file=sys.stderr)
         return 130
 
 
-def _generate(args: argparse.Namespace) -> int:
-    model = _model(args.model)
-    _remember_compilations()
-    from qvg_jax.app.generate import generate
-    from qvg_jax.app.progress import Bars
-    from qvg_jax.app.report import table
-    from qvg_jax.cache.health import CacheFullError, NonFiniteError
-
-    module = importlib.import_module(model)
-    args.codec = _or_default(args.codec, module)
-    request = _request(args, codecs=_codec_names(args), out=str(args.out))
-    advice = {}
-    if hasattr(module, "memory_advice"):
-        advice = {"memory_advice": module.memory_advice(request)}
-    with _told():
-        with _blamed_on_input(ValueError, **advice):
-            job = module.prepare(request)
-        arms = ", ".join(arm.name for arm in job.arms)
-        real = f"{job.tour} real frames, then " if job.tour else ""
-        told = (NonFiniteError, CacheFullError, OSError, NotImplementedError)
-        what = f"{job.frames} generated" if real else f"{job.frames} frames"
-        print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
-        with _blamed_on_input(*told, **advice), Bars(job) as bars:
-            outcome = generate(
-                job, args.out, fps=args.fps, growing=args.stream, progress=bars.update
-            )
-    if outcome.report is None:
-        print(
-            f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
-            file=sys.stderr,
-        )
-        return 130
-    print(f"\n{table(outcome.report)}\n")
-    seconds = outcome.report["timings"]["total_seconds"]
-    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {args.out}")
-    return 0
+def _told(message: str) -> int:
+    line = " ".join(message.split())
+    if len(line) > LONGEST_LINE:
+        line = line[: LONGEST_LINE - 4] + " ..."
+    print(f"qvg: error: {line}", file=sys.stderr)
+    return 2
 
 
-def _play(args: argparse.Namespace) -> int:
-    if args.model not in WALKS:
-        what = "cannot be walked in yet" if args.model in MODELS else "is not known"
-        raise BadInput(f"model={args.model!r} {what}; accepted: {', '.join(WALKS)}")
+def _registry() -> Any:
+    """The module that knows the models: looked up here, for the library does not import models."""
+    import importlib
+
+    return importlib.import_module("models.registry")
+
+
+def _with_model(words: list[str]) -> list[str]:
+    """The words with the model as the subcommand, where it was given as `--model NAME`."""
+    command, *rest = words
+    if command not in TASKS:
+        return words
+    for i, word in enumerate(rest):
+        name, equals, value = word.partition("=")
+        if name != "--model":
+            continue
+        if not equals and i + 1 == len(rest):
+            raise UserError("--model needs a name")
+        chosen = value if equals else rest[i + 1]
+        left = rest[:i] + rest[i + (1 if equals else 2) :]
+        _runner(command, _registry().named(chosen), _registry())  # says what is accepted
+        print(f"qvg: --model goes in the next release: qvg {command} {chosen}", file=sys.stderr)
+        return [command, chosen, *left]
+    return words
+
+
+def _app(words: Sequence[str]) -> App:
+    """The parser of all commands, with the models of the command that is wanted."""
+    app = App(
+        name="qvg",
+        help="Long videos with a KV cache of about two bits.",
+        version=f"qvg {own_version()}",
+        help_format="plaintext",
+        result_action="return_value",
+        default_parameter=Parameter(negative=(), allow_repeating=True),
+        suppress_keyboard_interrupt=False,
+    )
+    for task, (default, summary) in TASKS.items():
+        app.command(_task_app(task, default, summary, words))
+    for name, function in _OTHERS.items():
+        app.command(function, name=name)
+    return app
+
+
+def _task_app(task: str, default: str, summary: str, words: Sequence[str]) -> App:
+    """A command that works on a model: a subcommand for each, and the default's options."""
+    app = App(name=task, help=summary, help_format="plaintext", result_action="return_value")
+    if words[0] != task:
+        return app  # its models are not looked at
+    registry = _registry()
+    asked = words[1] if len(words) > 1 and not words[1].startswith("-") else None
+    if asked is not None:
+        entry = registry.named(asked)
+        app.command(_runner(task, entry, registry), name=asked)
+        return app
+    entry = registry.named(default)
+    app.default(_runner(task, entry, registry))
+    app.help_epilogue = f"Without a model: {default}."
+    if {"--help", "-h"} & {*words}:
+        for name in registry.names():
+            _listed(app, task, name, registry)
+    return app
+
+
+def _listed(app: App, task: str, name: str, registry: Any) -> None:
+    """Adds a model to the list in a command's help, if the model knows the command."""
     try:
-        from qvg_jax.app.play import server as play
-    except ImportError as error:
-        raise BadInput(
-            f"the page needs NiceGUI ({error}); install the extra: pip install 'qvg-jax[play]', or "
-            "uv run --extra play qvg play"
-        ) from error
-    _remember_compilations()
-    from qvg_jax.app.play.walk import Walk
-
-    module = importlib.import_module(WALKS[args.model])
-    codec = _or_default(args.codec, module)
-    with _blamed_on_input(ValueError, memory_advice="accepted: less --memory"):
-        world = module.walk(_request(args, codecs=(codec,)), args.memory)
-        walk = Walk(world, seed=args.seed, codec=codec)
-    try:
-        sock = play.listen(args.host, args.port)
-    except OSError as error:
-        raise BadInput(
-            f"--host {args.host} --port {args.port}: {error.strerror or error}; accepted: an "
-            "address of this machine and a free port, 0 for any"
-        ) from error
-    with contextlib.suppress(KeyboardInterrupt):
-        play.serve(walk, sock, show=not args.no_browser)
-    print(f"qvg: ended after {walk.blocks} blocks")
-    return 0
-
-
-def _plan(args: argparse.Namespace) -> int:
-    module = importlib.import_module(_model(args.model))
-    if not hasattr(module, "plan"):
-        raise BadInput(
-            f"model={args.model!r} has no plan; accepted: self-forcing, worldplay, longcat"
-        )
-    _remember_compilations()
-    from qvg_jax.app.memory_plan import plan_table
-
-    request = _request(args, codecs=tuple(name.strip() for name in args.codec.split(",")))
-    with _told(), _blamed_on_input(ValueError):
-        plan = module.plan(request, args.memory)
-    print(plan_table(plan, args.memory))
-    return 0 if any(plan.fits(need, args.memory) for need in plan.needs) else 1
-
-
-def _convert(args: argparse.Namespace) -> int:
-    from qvg_jax.app.convert import convert
-
-    with _blamed_on_input(ValueError, OSError):
-        done = convert(args.source, args.target, entry=args.entry)
-    entry = f" of {done['entry']}" if done["entry"] else ""
-    print(f"{done['tensors']} tensors{entry}, {done['bytes'] / 1e9:.3f} GB, in {args.target}")
-    return 0
-
-
-def _capture(args: argparse.Namespace) -> int:
-    module = importlib.import_module(_model(args.model))
-    if not hasattr(module, "capture"):
-        raise BadInput(f"model={args.model!r} cannot be captured yet; accepted: pocket-world")
-    _remember_compilations()
-    from qvg_jax.app.tune_command import run_capture
-
-    options = dict(frames=args.frames, layers=args.layers, seed=args.seed)
-    with _blamed_on_input(ValueError, OSError):
-        print(run_capture(module, args.out, **options))
-    return 0
-
-
-def _tune(args: argparse.Namespace) -> int:
-    loop = None
-    if args.model is not None:
-        loop = getattr(importlib.import_module(_model(args.model)), "loop", None)
-        if loop is None:
-            raise BadInput(f"model={args.model!r} has no loop to tune in; accepted: pocket-world")
-    _remember_compilations()
-    from qvg_jax.app.tune_command import run_tune
-
-    options = dict(span_tokens=args.span_tokens, budget=args.budget, loop=loop)
-    recipes = [name.strip() for name in args.codec.split(",")] if args.codec else None
-    with _blamed_on_input(ValueError, OSError):
-        print(run_tune(args.file, args.out, recipes=recipes, **options))
-    print(f"wrote tune.json and tune.png to {args.out}")
-    return 0
-
-
-def _request(args: argparse.Namespace, **changes: Any) -> Any:
-    """The options that a `Request` knows."""
-    from qvg_jax.app.job import Request
-
-    names = {field.name for field in dataclasses.fields(Request)} & vars(args).keys()
-    return Request(**({name: getattr(args, name) for name in names} | changes))
-
-
-def _model(name: str) -> str:
-    if name not in MODELS:
-        raise BadInput(f"model={name!r} is not known; accepted: {', '.join(MODELS)}")
-    return MODELS[name]
-
-
-def _codec_names(args: argparse.Namespace) -> tuple[str, ...]:
-    more = (name.strip() for name in args.compare.split(",")) if args.compare else ()
-    return (args.codec, *more)
-
-
-def _or_default(codec: str | None, module: Any) -> str:
-    """The codec, or what `presets.recommended` says of the module's model, in its own words."""
-    return module.DEFAULT_CODEC if codec in (None, "", "auto") else codec
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Shows on stderr what models have to say on the way."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine())
-    log = logging.getLogger("models")
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
-
-
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return f"qvg: {level}{' '.join(record.getMessage().split())}"
-
-
-def _codecs(args: argparse.Namespace) -> int:
-    from qvg_jax.app.report import aligned
-    from qvg_jax.codecs import presets
-    from qvg_jax.codecs.accounting import pair_bits
-
-    rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
-    for name, constructor in (presets.PRESETS | presets.PAIRS).items():
-        what = (constructor.__doc__ or "").strip().splitlines()[0]
-        try:
-            bits = pair_bits(presets.pair(name), args.shape)
-        except ValueError as error:
-            raise BadInput(f"codec={name!r}: {error}") from error
-        code = inspect.signature(constructor).parameters.get("bits")
-        code = str(code.default) if code else "-"
-        rows.append((name, code, f"{bits:.4f}", f"{16 / bits:.2f}x", what))
-    print(aligned(rows))
-    return 0
-
-
-def _remember_compilations() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told otherwise."""
-    import jax
-
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
+        entry = registry.named(name)
+    except UserError as error:
+        app.command(App(name=name, help=str(error), help_format="plaintext"))
         return
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder, "qvg_jax", "compiled")))
+    if entry.task_options(task) is not None:
+        app.command(App(name=name, help=entry.summary, help_format="plaintext"))
 
 
-COMMANDS = {
-    "generate": _generate,
-    "play": _play,
-    "plan": _plan,
-    "convert": _convert,
-    "capture": _capture,
-    "tune": _tune,
-    "codecs": _codecs,
-}
+def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
+    """The function behind a subcommand; its only parameter is the model's dataclass of options."""
+    options = entry.task_options(task)
+    if options is None:
+        able = [n for n in registry.names() if _knows(registry, n, task)]
+        raise UserError(
+            f"model={entry.name!r} cannot be used with `qvg {task}`; accepted: {', '.join(able)}"
+        )
+
+    def run(given: Any) -> int:
+        from qvg_jax.app import commands
+
+        return getattr(commands, task)(entry, given)
+
+    run.__doc__ = entry.summary
+    run.__annotations__ = {"given": Annotated[options, Parameter(name="*")], "return": int}
+    if not _required(options):
+        run.__defaults__ = (options(),)
+    return run
+
+
+def _required(options: type) -> bool:
+    import dataclasses
+
+    return any(
+        f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        for f in dataclasses.fields(options)
+    )
+
+
+def _knows(registry: Any, name: str, task: str) -> bool:
+    try:
+        return registry.named(name).task_options(task) is not None
+    except UserError:
+        return False
+
+
+def _explained(error: cyclopts.CycloptsError, words: Sequence[str]) -> str:
+    """What was wrong with the arguments, in the words of this command."""
+    if isinstance(error, cyclopts.UnknownCommandError):
+        return f"{words[0]!r} is not a command; accepted: {', '.join((*TASKS, *_OTHERS))}"
+    message = str(error)
+    if isinstance(error, cyclopts.UnknownOptionError) and words[0] in TASKS:
+        option = next((w.split("=")[0] for w in words if w.split("=")[0] in message), "")
+        if models := _accepting(words[0], option):
+            return f"{message.split(' Did you mean')[0]} Models that have it: {', '.join(models)}"
+    return message
+
+
+def _accepting(task: str, option: str) -> list[str]:
+    """Models whose options for a command include one."""
+    import dataclasses
+
+    registry, field, found = _registry(), option.lstrip("-").replace("-", "_"), []
+    for name in registry.names():
+        if not _knows(registry, name, task):
+            continue
+        options = registry.named(name).task_options(task)
+        if field in {f.name for f in dataclasses.fields(options)}:
+            found.append(name)
+    return found
+
+
+def _tune(
+    file: Annotated[File, Parameter(name="FILE")],
+    /,
+    *,
+    budget: Bits | None = None,
+    span_tokens: Count | None = None,
+    codec: Names = (),
+    model: str | None = None,
+    out: File = Path("tuned"),
+) -> int:
+    """Measure codecs on captured K, V and Q.
+
+    Args:
+        file: captured tensors, from `qvg capture`.
+        budget: bits per element, everything counted; no limit if left out.
+        span_tokens: tokens that are compressed together; all captured ones, at most 4096, if left out.
+        codec: only these codecs; all if left out.
+        model: model in whose loop the best ones are tried, too.
+        out: folder for the files.
+    """
+    from qvg_jax.app import commands
+
+    entry = None if model is None else _registry().named(model)
+    return commands.tune(file, entry, budget, span_tokens, codec, out)
+
+
+def _fetch(model: Annotated[str, Parameter(name="MODEL")], /, *, yes: bool = False) -> int:
+    """Download the released weights of a model.
+
+    Args:
+        model: name of the model, such as self-forcing.
+        yes: accept the licences without being asked; they are those of the repositories.
+    """
+    from qvg_jax.app import commands
+
+    return commands.fetch(_registry().named(model), yes)
+
+
+def _convert(
+    file: Annotated[File, Parameter(name="FILE")],
+    target: Annotated[File, Parameter(name="OUT.safetensors")],
+    /,
+    *,
+    entry: str | None = None,
+) -> int:
+    """Make safetensors of a .pt or .pth file.
+
+    Args:
+        file: checkpoint of PyTorch.
+        target: file to write.
+        entry: entry of the checkpoint that has the weights, such as generator_ema.
+    """
+    from qvg_jax.app import commands
+
+    return commands.convert(file, target, entry)
+
+
+def _codecs(*, shape: Shape = (1, 12, 37440, 128)) -> int:
+    """List the codecs with their size.
+
+    Args:
+        shape: span to measure them on: batch, heads, tokens, head dim.
+    """
+    from qvg_jax.app import commands
+
+    return commands.codecs(shape)
+
+
+_OTHERS = {"fetch": _fetch, "tune": _tune, "convert": _convert, "codecs": _codecs}
 
 
 if __name__ == "__main__":

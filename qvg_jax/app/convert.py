@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
 
 __all__ = ["ENTRIES", "convert"]
@@ -37,15 +38,15 @@ def convert(source: str | Path, target: str | Path, *, entry: str | None = None)
         "entry" (None for the whole), "tensors" and "bytes".
 
     Raises:
-        ValueError: PyTorch is not installed, the file cannot be read without running what is in
+        UserError: PyTorch is not installed, the file cannot be read without running what is in
             it, or it holds no tensors there.
         OSError: the target could not be written.
     """
     source, target = Path(source), Path(target)
     if target.suffix != ".safetensors":
-        raise ValueError(f"target={str(target)!r} is not accepted: give a name in .safetensors")
+        raise UserError(f"target={str(target)!r} is not accepted: give a name in .safetensors")
     if not source.is_file():
-        raise ValueError(f"source={str(source)!r} is not a file")
+        raise UserError(f"source={str(source)!r} is not a file")
     torch = _torch()
     entry, tensors = _weights(_read(torch, source), entry, torch.Tensor, source)
     save = importlib.import_module("safetensors.torch").save_file
@@ -64,7 +65,7 @@ def _torch() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ValueError(
+        raise UserError(
             "reading PyTorch's files needs PyTorch: `pip install 'qvg-jax[convert]'` installs it"
         ) from error
 
@@ -78,7 +79,7 @@ def _read(torch: Any, source: Path) -> Any:
             return torch.load(source, **arguments)
     except Exception as error:  # pickle, zip and PyTorch's own errors, of a dozen kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"source={str(source)!r} cannot be read as a checkpoint of tensors alone: {first}"
         ) from error
 
@@ -88,18 +89,18 @@ def _weights(
 ) -> tuple[str | None, dict[str, Any]]:
     """The entry that was taken, and its tensors by name."""
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"source={str(source)!r} holds a {type(loaded).__name__}, not a mapping")
+        raise UserError(f"source={str(source)!r} holds a {type(loaded).__name__}, not a mapping")
     if entry is None:
         entry = next((e for e in ENTRIES if isinstance(loaded.get(e), Mapping)), None)
     elif not isinstance(loaded.get(entry), Mapping):
         found = [str(key) for key, value in loaded.items() if isinstance(value, Mapping)]
-        raise ValueError(
+        raise UserError(
             f"entry={entry!r} is not in {str(source)!r}; accepted: {', '.join(found) or 'none'}"
         )
     chosen = loaded if entry is None else loaded[entry]
     tensors = {str(name): x for name, x in _flat(chosen) if isinstance(x, kind)}
     if not tensors:
-        raise ValueError(f"source={str(source)!r} holds no tensors in {entry or 'its top level'}")
+        raise UserError(f"source={str(source)!r} holds no tensors in {entry or 'its top level'}")
     return entry, tensors
 
 

@@ -47,9 +47,10 @@ def write_figure(
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
     plots, pictures = figure.subfigures(2, 1, height_ratios=(top, bottom))
     config = report["config"]
+    seed = f", seed {config['seed']}" if "seed" in config else ""
     given = f"{config['tour_frames']} real frames, then " if config["tour_frames"] else ""
     figure.suptitle(
-        f"{report['model']}, seed {config['seed']}: {given}{config['frames']} frames generated",
+        f"{report['model']}{seed}: {given}{config['frames']} frames generated",
         fontsize=14,
         fontweight="bold",
         color=INK,

@@ -20,51 +20,9 @@ from qvg_jax.cache.health import CacheBytes, CacheFullError, NonFiniteError, cac
 from qvg_jax.cache.state import KVCache
 from qvg_jax.rollout import stream
 
-__all__ = ["Arm", "Block", "Job", "Made", "Played", "Request", "lockstep"]
-
-# How long a memory is and what of it is compressed, for models that leave it to the user.
-HISTORY_OPTIONS = ("window", "sink", "span", "recent")
+__all__ = ["Arm", "Block", "Job", "Made", "Played", "lockstep"]
 
 BASELINE = "bf16"  # the arm that the others are compared with; if it is there, it comes first
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a user asked for; None leaves the choice to the model's job.
-
-    A job refuses what means nothing to its model (`refuse`).
-    """
-
-    frames: int | None = None
-    tour: int | None = None
-    actions: str | None = None
-    seed: int = 0
-    codecs: tuple[str, ...] = ("qvg",)  # NAME or NAME:SETTING=VALUE:...
-    steps: int | None = None
-    weights: str | None = None
-    prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    layers: int | None = None
-    window: int | None = None
-    sink: int | None = None
-    span: int | None = None
-    recent: int | None = None
-    image: str | None = None
-    video: str | None = None
-    cond_frames: int | None = None
-    lora: str | None = None
-    attention: str | None = None
-    out: str | None = None  # where the run's files go, for jobs that keep more than the report
-    resume: bool = False
-    decode_last: bool = False  # pictures when all latents are there: less memory at once
-
-    def refuse(self, model: str, *names: str) -> None:
-        """Raises ValueError if one of these options was given."""
-        for name in names:
-            if (value := getattr(self, name)) not in (None, False):
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} {value} means nothing to model {model}; leave it out")
 
 
 class Block(NamedTuple):

@@ -4,7 +4,6 @@ Bytes of arrays come from their shapes (`jax.eval_shape`), temporaries from the 
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,7 @@ import jax
 
 from qvg_jax.app.report import aligned
 
-__all__ = ["Need", "Plan", "parse_bytes", "plan_table", "shape_bytes", "temporary_bytes"]
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+__all__ = ["Need", "Plan", "plan_table", "shape_bytes", "temporary_bytes"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +72,9 @@ def shape_bytes(tree: Any) -> int:
 
 
 def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """What a jitted function needs beside its arguments: temporaries, and results that do not
-    take an argument's place.
+    """Bytes that a jitted function needs beside its arguments.
+
+    They are temporaries, and results that do not take an argument's place.
 
     Args:
         function: from `jax.jit`.
@@ -85,25 +83,6 @@ def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
     memory = function.lower(*args).compile().memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.temp_size_in_bytes + results
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "24GB", "24e9", "22.4GiB" or "80 GB".
-
-    Raises:
-        ValueError: not such a size, or none above 0.
-    """
-    match = re.fullmatch(r"([\d.]+(?:e\d+)?) ?(?:([KMGT]?)(i?)B?)", text.strip(), re.IGNORECASE)
-    try:
-        number = float(match[1])
-        unit = match[2].upper()
-        scale = 1024 ** " KMGT".index(unit or " ") if match[3] else _UNITS[unit]
-        size = int(number * scale)
-    except (TypeError, ValueError):
-        size = 0
-    if size < 1:
-        raise ValueError(f"{text!r} is not accepted: give a size such as 24GB or 22.4GiB")
-    return size
 
 
 def plan_table(plan: Plan, memory: int) -> str:

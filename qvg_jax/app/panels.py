@@ -42,10 +42,11 @@ class Sheet:
     """
 
     def __init__(self, panels: int, height: int, width: int, *, tour: int, frames: int):
-        """
+        """Lays out a sheet.
+
         Args:
-            panels: how many there are.
-            height, width: of a frame, in pixels.
+            panels: number of panels.
+            height, width: size of a frame in pixels.
             tour, frames: real frames at the start, and generated frames after them.
         """
         rows = -(-panels // COLUMNS)

@@ -90,7 +90,7 @@ class Record:
             "model": job.model,
             "versions": versions(),
             "device": f"{device.platform}: {device.device_kind}",
-            "config": job.config | settings,
+            "config": {"tour_frames": job.tour, "frames": job.frames} | job.config | settings,
             "units": units,
             "arms": {name: self._arm(name) for name in self._names},
             **({"seen_in_tour": [round(x, 4) for x in self._seen]} if job.truth else {}),

@@ -6,14 +6,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
+from qvg_jax.app.model_entry import CaptureOptions
 from qvg_jax.app.report import aligned
 from qvg_jax.files import replacing, writable_folder
-from qvg_jax.study.capture import load_captured, save_captured
+from qvg_jax.study.capture import Captured, load_captured, save_captured
 from qvg_jax.study.tune import Score, candidates, draw, tune
 
 __all__ = ["run_capture", "run_tune"]
@@ -21,9 +21,9 @@ __all__ = ["run_capture", "run_tune"]
 LOOPED = 6  # recipes that are tried in the model: the closest within the budget, and QVG
 
 
-def run_capture(module: ModuleType, out: Path, **options: Any) -> str:
+def run_capture(capture: Callable[[Any], Captured], options: CaptureOptions) -> str:
     """Writes K, V and Q of a model; returns what was written, in one line."""
-    captured = module.capture(**options)
+    out, captured = options.out, capture(options)
     save_captured(out, captured)
     layers, _, heads, tokens, dim = captured.k_LBHTD.shape
     queries = captured.q_LBHQD.shape[3]

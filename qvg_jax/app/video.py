@@ -12,6 +12,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
+from qvg_jax.errors import UserError
+
 __all__ = ["Mp4"]
 
 _BT709 = 1  # the number of BT.709 in H.264's tables of primaries and transfer functions
@@ -49,7 +51,7 @@ class Mp4:
             ValueError: `fps` is not a whole number of at least 1.
         """
         if isinstance(fps, bool) or not isinstance(fps, int) or fps < 1:
-            raise ValueError(f"fps={fps!r} is not accepted: give a whole number of at least 1")
+            raise UserError(f"fps={fps!r} is not accepted: give a whole number of at least 1")
         self.path = Path(path)
         self.frames = 0
         self._fps, self._crf, self._growing = fps, crf, growing

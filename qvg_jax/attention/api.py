@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qvg_jax.attention.kernels import attend_kernels, is_hopper, unsupported
 from qvg_jax.cache.key_bias import LogitBias, logit_bias
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.operations import KVCache
@@ -25,6 +24,7 @@ from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.cache.view import CacheView
 from qvg_jax.capability import no_triton
+from qvg_jax.devices import is_hopper
 
 __all__ = ["IMPLEMENTATIONS", "attend"]
 
@@ -110,6 +110,13 @@ def attend(
     return _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, chosen)
 
 
+def _unsupported(*call: Any) -> str | None:
+    """Why the kernels cannot serve a call; they are imported here, as Mosaic takes long to import."""
+    from qvg_jax.attention.kernels import unsupported
+
+    return unsupported(*call)
+
+
 def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
     """The implementation that serves this call; a named one is never replaced by another."""
     bias = view.cache.layout.key_bias
@@ -121,12 +128,12 @@ def _implementation(name: str | None, view: CacheView, q_BTHD: Array) -> str:
     if bias is not None and name is None:
         return "xla"
     if name is None:
-        return "mosaic" if is_hopper() and unsupported(view, q_BTHD, False) is None else "xla"
+        return "mosaic" if is_hopper() and _unsupported(view, q_BTHD, False) is None else "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {IMPLEMENTATIONS}")
     if name != "xla":
         family = "triton" if name == "triton" else "mosaic"
-        missing = unsupported(view, q_BTHD, name == "mosaic_fp8", family)
+        missing = _unsupported(view, q_BTHD, name == "mosaic_fp8", family)
         if family == "triton":
             missing = no_triton() or missing
         elif not is_hopper():
@@ -149,6 +156,8 @@ def _attend(
     implementation: str = "xla",
 ) -> Array:
     if implementation != "xla":
+        from qvg_jax.attention.kernels import attend_kernels
+
         narrow = implementation == "mosaic_fp8"
         family = "triton" if implementation == "triton" else "mosaic"
         return attend_kernels(

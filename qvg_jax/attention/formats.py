@@ -1,132 +1,98 @@
-"""What the GPU kernels must know of codecs and ropes: formats of bytes, pairs of channels.
+"""What the GPU kernels are told of codecs: their declared storage, in the kernels' own words.
 
-Kernels read codes and tables; codecs and ropes are functions. Which format a codec writes, and how
-a rope pairs its channels, is found by trying: the reference decoder of the kernels must give what
-the codec's own `decode` gives.
+A codec says what its bytes stand for (`qvg_jax.codecs.storage`). Here that becomes a `Scheme` and the
+arrays of an `Encoded`, or the name of the part that the kernels do not read.
 """
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, use_abstract_mesh
 from jaxtyping import Array
 
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, supported
-from pallas_kernels.dequantize.reference import decoded
-from qvg_jax.cache.rope import Rope
+from pallas_kernels.dequantize import Encoded, Scheme, supported
 from qvg_jax.cache.slots import Float8Bytes
 from qvg_jax.codecs.base import Codec, IdentityPacked
-from qvg_jax.codecs.quantize.grid import GridPacked
-from qvg_jax.codecs.quantize.integer import IntegerPacked
-from qvg_jax.codecs.smoothing.kmeans import KMeansPacked
+from qvg_jax.codecs.storage import Centroids, Levels, Storage, Values
 
-__all__ = ["E4M3", "encoded", "halves", "pairing_of", "scheme_of"]
+__all__ = ["E4M3", "encoded", "halves", "scheme_of"]
 
 E4M3 = jnp.float8_e4m3fn
 
 
-@functools.lru_cache(maxsize=64)
 def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | str:
-    """How the codec's bytes decode; None for plain bf16, a reason if the kernels cannot.
+    """How the codec's bytes decode; None for plain bf16, or which part of them the kernels cannot read.
 
     Args:
-        codec: of keys or values.
+        codec: of keys or values; its `storage` is what it declares.
         head_dim: channels of a head.
         joined: 2 for a codec that takes two heads for one vector; `halves` makes two of it again.
     """
-    try:
-        shape = (1, joined, 256, head_dim)
-        span = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        form = jax.eval_shape(lambda x: codec.encode(x, codec.init(shape, x.dtype))[0], span)
-    except (TypeError, ValueError) as error:  # TypeError: it wants another number of heads
-        return str(error)
-    parts = _parts(form)
+    storage = codec.storage
+    if storage is None:
+        return f"{codec.name}: no storage is declared"
+    if storage.heads != joined:
+        return f"{storage.heads} heads in one vector, not {joined}"
+    parts = _known_parts(storage)
     if isinstance(parts, str):
         return parts
-    kmeans, last = parts
-    if isinstance(last, IdentityPacked):
-        values = last.values_BHTD
+    centroids, codes = parts
+    if isinstance(codes, Values):
         if joined > 1:
             return "plain values of two heads in one vector"
-        return None if values.dtype == jnp.bfloat16 else f"values are stored in {values.dtype}"
-    if last.codes_BHTC.shape[1] != 1:
-        return "it takes every head for itself"
-    if last.scales_BHTG.dtype != E4M3:
-        return f"scales are stored in {last.scales_BHTG.dtype}; the kernels read e4m3"
-    if getattr(last, "zeros_BHTG", None) is not None:
-        return "it has zero points"
-    bits = 8 * last.codes_BHTC.shape[-1] // (joined * head_dim)
-    stages = 0 if kmeans is None else kmeans.ids_BHST.shape[2]
-    groups = last.scales_BHTG.shape[-1]
-    if joined > 1 and groups > 1 and groups % 2:
+        return None if codes.dtype == "bf16" else f"plain values in {codes.dtype}"
+    width = joined * head_dim
+    group = width if codes.group is None else codes.group
+    groups = width // group
+    if joined > 1 and groups > 1 and groups % joined:
         return f"{groups} scales for two heads"
-    group = min(joined * head_dim // groups, head_dim)
-    for offset in (2 ** max(bits - 1, 0) - 1, (2**bits - 1) / 2):
-        scheme = Scheme(bits=bits, group=group, offset=offset, stages=stages)
-        source = jax.eval_shape(encoded if joined == 1 else halves, form)
-        if (why := supported(source, scheme)) is not None:
-            return why
-        if _agrees(codec, form, scheme):
-            return scheme
-    return "its codes do not stand for equally spaced levels"
+    stages = 0 if centroids is None else centroids.stages
+    scheme = Scheme(bits=codes.bits, group=min(group, head_dim), offset=codes.offset, stages=stages)
+    return supported(_forms(scheme, head_dim, centroids), scheme) or scheme
 
 
-@contextmanager
-def _at_once() -> Iterator[None]:
-    """Computes what is inside now, without a mesh: it is not part of the program that is traced, which
-    may be one for a single device of several (`jax.shard_map`), where nothing can be computed."""
-    with use_abstract_mesh(AbstractMesh((), ())), jax.ensure_compile_time_eval():
-        yield
+def _known_parts(storage: Storage) -> tuple[Centroids | None, Levels | Values] | str:
+    """Returns centroids and codes of a declaration, or the first part that kernels do not read."""
+    centroids = None
+    for smoothing in storage.smoothings:
+        if isinstance(smoothing, str):
+            return f"{smoothing} in front of the codes; the kernels read k-means there"
+        centroids = smoothing
+    if len(storage.smoothings) > 1:
+        return f"{len(storage.smoothings)} k-means in a row; the kernels read one, of any stages"
+    codes = storage.codes
+    if isinstance(codes, str):
+        return f"{codes}; the kernels read equally spaced levels"
+    if isinstance(codes, Values):
+        behind = f"plain values in {codes.dtype} behind k-means"
+        return (None, codes) if centroids is None else behind
+    if codes.zero_points:
+        return "zero points; the kernels read a scale per group, without"
+    if codes.scale_dtype != "e4m3":
+        return f"{codes.scale_dtype} scales; the kernels read e4m3"
+    return centroids, codes
 
 
-def _agrees(codec: Codec, form: Any, scheme: Scheme) -> bool:
-    """Whether random bytes mean the same to the codec and to the kernels' reference."""
-    rng = np.random.default_rng(0)
-
-    def fill(x: Any) -> Array:
-        if x.dtype == E4M3:
-            return jnp.asarray(rng.uniform(0.5, 2.0, x.shape), jnp.float32).astype(E4M3)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.asarray(rng.standard_normal(x.shape), jnp.float32).astype(x.dtype)
-        low, high = (-2, 2) if x.dtype == jnp.int8 else (0, 255)
-        return jnp.asarray(rng.integers(low, high, x.shape)).astype(x.dtype)
-
-    with _at_once():
-        packed = jax.tree.map(fill, form)
-        if (kmeans := _parts(packed)[0]) is not None:
-            ids = kmeans.ids_BHST % kmeans.centroids_BHSKD.shape[3]
-            at = next(i for i, node in enumerate(packed) if node is kmeans)
-            packed = (*packed[:at], kmeans._replace(ids_BHST=ids), *packed[at + 1 :])
-        theirs = codec.decode(packed, jnp.float32)[0]
-        source = encoded(packed) if len(theirs) == 1 else halves(packed)
-        ours = decoded(source, scheme, jnp.int32(0), len(theirs))
-        return bool(jnp.allclose(ours, theirs, rtol=1e-5, atol=1e-5))
-
-
-def _parts(packed: Any) -> tuple[KMeansPacked | None, Any] | str:
-    """The one or two nodes of a packed span that the kernels know."""
-    nodes = packed if type(packed) is tuple else (packed,)
-    *before, last = nodes
-    known = isinstance(last, IntegerPacked | GridPacked) and all(
-        isinstance(b, KMeansPacked) for b in before
+def _forms(scheme: Scheme, head_dim: int, centroids: Centroids | None) -> Encoded:
+    """Arrays of one token, for what `supported` looks at."""
+    form: Any = jax.ShapeDtypeStruct
+    ids = None
+    if centroids is not None:
+        small = centroids.num_centroids <= 256
+        ids = form((1, scheme.stages, 1), jnp.uint8 if small else jnp.uint16)
+    return Encoded(
+        codes_RTC=form((1, 1, head_dim * scheme.bits // 8), jnp.uint8),
+        scales_RTG=form((1, 1, max(1, head_dim // scheme.group)), jnp.uint8),
+        ids_RST=ids,
+        centroids_RSKD=None,
     )
-    if isinstance(last, IdentityPacked) and not before:
-        return None, last
-    if not known or len(before) > 1:
-        names = " > ".join(type(n).__name__ for n in nodes)
-        return f"{names}; the kernels read k-means (once) and integer or grid codes"
-    return (before[0] if before else None), last
 
 
 def encoded(packed: Any) -> Encoded | Array:
     """Arrays with all leading axes in one; float8 as bytes."""
-    kmeans, last = _parts(packed)
+    *before, last = packed if type(packed) is tuple else (packed,)
+    kmeans = before[0] if before else None
     flat = lambda x, keep: x.reshape(-1, *x.shape[x.ndim - keep :])  # noqa: E731
     if isinstance(last, IdentityPacked):
         return flat(last.values_BHTD, 2)
@@ -147,7 +113,7 @@ def halves(packed: Any) -> Encoded:
 
     It copies, so it is for one span and not for all slots.
     """
-    rows = encoded(packed)
+    rows: Any = encoded(packed)
 
     def split(x, axis):  # [R, ..., 2 n, ...] -> [2 R, ..., n, ...]
         apart = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
@@ -174,28 +140,3 @@ def _bytes(x: Any) -> Array:
     if isinstance(x, Float8Bytes):
         return x.bytes_x
     return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == E4M3 else x
-
-
-@functools.lru_cache(maxsize=64)
-def pairing_of(rope: Rope, head_dim: int, pos_dims: int) -> str | None:
-    """Which channels the rope turns together, or None if its tables are something else."""
-    form = jax.eval_shape(rope.table, jax.ShapeDtypeStruct((1, 4, pos_dims), jnp.float32))
-    want = jax.ShapeDtypeStruct((1, 4, head_dim // 2), jnp.float32)
-    if (
-        not isinstance(form, tuple)
-        or [(f.shape, f.dtype) for f in form] != [(want.shape, want.dtype)] * 2
-    ):
-        return None
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    with _at_once():
-        x, tables = draw(1, 1, 4, head_dim), (draw(1, 4, head_dim // 2), draw(1, 4, head_dim // 2))
-        theirs = rope.rotate(x, jax.tree.unflatten(jax.tree.structure(form), tables))[0]
-        for pairing in ("half", "interleaved"):
-            ours = decode_keys(
-                x[0].astype(jnp.float32), None, first_row=0, rows=1, valid=4, dtype=jnp.bfloat16,
-                unit_n=jnp.ones(1), tables=tables, pairing=pairing, implementation="reference",
-            )  # fmt: skip
-            if bool(jnp.allclose(ours[:, :4].astype(jnp.float32), theirs, rtol=1e-2, atol=2e-2)):
-                return pairing
-    return None

@@ -12,8 +12,7 @@ from jaxtyping import Array
 
 from pallas_kernels.dequant_attention import (
     Schedule,
-    finish,
-    join,
+    combine_splits,
     prepare_tokens,
     schedule_for,
     splits_for,
@@ -77,10 +76,10 @@ def attend_kernels(
     branches = q_BTHD.shape[0] // lay.batch
 
     def prepared(batch: int, narrow: bool) -> Any:
-        q, turn = turning(view, q_BTHD, batch)
+        q, rotation = turning(view, q_BTHD, batch)
         by = implementation if implementation == "mosaic" else "reference"  # which is XLA
-        here = dict(batch=batch, heads=view.heads, narrow=narrow, implementation=by)
-        return prepare_tokens(q, scale, **turn, **here)
+        here = dict(batch=batch, heads=view.heads, fp8=narrow, implementation=by)
+        return prepare_tokens(q, scale, rotation=rotation, **here)
 
     wide, asked = prepared(lay.batch, narrow)
     queries = q_BTHD.shape[1] * q_BTHD.shape[0] * q_BTHD.shape[2] // rows
@@ -119,7 +118,7 @@ def attend_kernels(
         units, valid = new.units, new.tokens
         k, v = new.workspace(units)
     own = asked if branches == 1 else prepared(branches * lay.batch, narrow)[1]
-    state = visit(own, k, v, valid, k_unit_n=units[0], v_unit_n=units[1], **by)
+    state = visit(own, k, v, valid, k_scale_n=units[0], v_scale_n=units[1], **by)
     if branches > 1:  # each had a block of its own; all read the same cache
         state = [_joined(x[:, :, : queries // branches], branches, 1) for x in state]
         more = asked.q_nQD.shape[1] - queries
@@ -136,7 +135,7 @@ def attend_kernels(
 
         def some(slot: Array, valid: Any) -> None:
             units, k, v = read(slot, valid)
-            visit(asked, k, v, valid, k_unit_n=units[0], v_unit_n=units[1], state=refs, **by)
+            visit(asked, k, v, valid, k_scale_n=units[0], v_scale_n=units[1], state=refs, **by)
 
         first = 1 if joined else 0
         straight = kernels_read and groups <= plan.unrolled
@@ -151,10 +150,7 @@ def attend_kernels(
 
             lax.fori_loop(first, -(-cache.num_spans // at_once), several, jnp.int32(0))
     left = [r[...] for r in refs]
-    if isinstance(splits, Schedule):
-        out_nQD = join(left, splits, rows, queries)
-    else:
-        out_nQD = finish(left, queries)
+    out_nQD = combine_splits(left, queries, splits if isinstance(splits, Schedule) else None)
     out = out_nQD.reshape(lay.batch, view.heads, branches, -1, q_BTHD.shape[1], lay.head_dim)
     out_BTHD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
     return out_BTHD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)

@@ -7,9 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.dequantize import decode_keys, decode_values
-from qvg_jax.attention.formats import pairing_of
-from qvg_jax.cache.layout import Layout
+from pallas_kernels.dequantize import (
+    Rotation,
+    Tokens,
+    append_keys,
+    append_values,
+    decode_keys,
+    decode_values,
+)
 from qvg_jax.cache.rope import Rope
 from qvg_jax.cache.view import CacheView
 
@@ -24,27 +29,25 @@ def unit_of(bound: Array) -> Array:
 
 def pairing_in(view: CacheView) -> str | None:
     """Which channels a view's rope turns together, or None if kernels cannot turn them."""
-    lay: Layout = view.cache.layout
     if not isinstance(view.rope, Rope):
         return "half"
-    return pairing_of(view.rope, lay.head_dim, lay.pos_dims)
+    return view.rope.pairing
 
 
-def turning(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, dict[str, Any]]:
-    """New queries or keys, and what turns them on their way; XLA turns what the kernels cannot.
+def turning(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, Rotation | None]:
+    """New queries or keys, and their rotation by the kernels; XLA rotates what the kernels cannot.
 
     Args:
         view: whose rope it is.
         x_BTHD: new tokens.
-        batch: of the tables; the cache's or a multiple.
+        batch: videos among the new tokens; the cache's or a multiple.
     """
-    still = dict(tables=None, pairing="half")
     if not isinstance(view.rope, Rope):
-        return x_BTHD, still
+        return x_BTHD, None
     if (pairing := pairing_in(view)) is None:
         turned = view.new(jnp.swapaxes(x_BTHD, 1, 2))
-        return jnp.swapaxes(turned, 1, 2), still
-    return x_BTHD, dict(tables=view.new_table(batch), pairing=pairing)
+        return jnp.swapaxes(turned, 1, 2), None
+    return x_BTHD, Rotation(view.new_table(batch), pairing, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +56,17 @@ class NewBlock:
 
     Attributes:
         k, v: bf16, as the kernels read them: (B, T, H, D), or rows.
-        batch, rows, tokens: sizes.
-        turn: of the keys, see `turning`.
+        rows, tokens: sizes.
+        rotation: of the keys, see `turning`.
         units: of the rows of keys and of values in e4m3; 1 in bf16.
         dtype, implementation: of the workspace, of the kernels.
     """
 
     k: Array
     v: Array
-    batch: int
     rows: int
     tokens: int
-    turn: dict[str, Any]
+    rotation: Rotation | None
     units: list[Array]
     dtype: Any
     implementation: str
@@ -76,12 +78,15 @@ class NewBlock:
             units: of the rows.
             behind: (keys, values, at), or None.
         """
-        here = dict(first_row=0, rows=self.rows, valid=self.tokens, dtype=self.dtype)
-        here |= dict(implementation=self.implementation)
-        into = [{}, {}] if behind is None else [dict(into=(w, behind[2])) for w in behind[:2]]
-        keys = here | self.turn | dict(batch=self.batch, unit_n=units[0]) | into[0]
-        values = here | dict(unit_n=units[1]) | into[1]
-        return decode_keys(self.k, None, **keys), decode_values(self.v, None, **values)
+        k, v = (Tokens(x, 0, self.rows) for x in (self.k, self.v))
+        here = dict(valid=self.tokens, implementation=self.implementation)
+        keys = here | dict(scale_n=units[0], rotation=self.rotation)
+        values = here | dict(scale_n=units[1])
+        if behind is not None:
+            k_nWD, v_nWD, at = behind
+            return append_keys(k_nWD, at, k, **keys), append_values(v_nWD, at, v, **values)
+        more = dict(dtype=self.dtype)
+        return decode_keys(k, **keys, **more), decode_values(v, **values, **more)
 
 
 def new_block(
@@ -91,9 +96,9 @@ def new_block(
     batch, tokens, heads, d = k_BTHD.shape
     rows, narrow = batch * heads, dtype != jnp.bfloat16
     k_BTHD, v_BTHD = k_BTHD.astype(jnp.bfloat16), v_BTHD.astype(jnp.bfloat16)
-    k_BTHD, turn = turning(view, k_BTHD, batch)
+    k_BTHD, rotation = turning(view, k_BTHD, batch)
     # A rotation lets the largest number grow by no more than the root of two.
-    growths = (1.0 if turn["tables"] is None else math.sqrt(2), 1.0)
+    growths = (1.0 if rotation is None else math.sqrt(2), 1.0)
     units = [
         unit_of(jnp.abs(x).max(axis=(1, 3)).reshape(-1) * growth)
         if narrow
@@ -103,4 +108,4 @@ def new_block(
     k, v = k_BTHD, v_BTHD
     if implementation != "mosaic":
         k, v = (jnp.swapaxes(x, 1, 2).reshape(rows, tokens, d) for x in (k, v))
-    return NewBlock(k, v, batch, rows, tokens, turn, units, dtype, implementation)
+    return NewBlock(k, v, rows, tokens, rotation, units, dtype, implementation)

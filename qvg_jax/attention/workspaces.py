@@ -1,6 +1,6 @@
 """Workspaces: keys and values of new tokens, sink, window and spans as attention kernels read them.
 
-Bytes that the kernels know (`kernel_formats`) they decode, and rotate on the way; what else there is,
+Bytes that the kernels know (`formats`) they decode, and rotate on the way; what else there is,
 other codecs and `Encodings` of stored K and V, XLA brings into the workspace.
 """
 
@@ -14,7 +14,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.dequantize import Scheme, decode_keys, decode_values, in_key_rows
+from pallas_kernels.dequantize import (
+    Rotation,
+    Scheme,
+    Spans,
+    Tokens,
+    Window,
+    decode_keys,
+    decode_values,
+    in_key_rows,
+)
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.attention.formats import E4M3, encoded, halves, scheme_of
 from qvg_jax.attention.new_block import NewBlock, pairing_in, unit_of
@@ -55,7 +64,7 @@ def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool) ->
         bound *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
     bound *= max(scheme.offset, 2**scheme.bits - 1 - scheme.offset)
     if scheme.stages:
-        bound += jnp.abs(source.tables(layer * rows, rows)).max(axis=(2, 3)).sum(1)
+        bound += jnp.abs(source.centroids(layer * rows, rows)).max(axis=(2, 3)).sum(1)
     return _Spans(source, scheme, bound)
 
 
@@ -93,11 +102,10 @@ def _of_rows(
 ) -> tuple[Any, Array, Array]:
     """((unit of keys, of values), keys, values) of bf16 ones in e4m3."""
     units = [unit_of(jnp.abs(x).max(axis=(1, 2))) for x in (k_nTD, v_nTD)]
-    here = dict(
-        first_row=0, rows=k_nTD.shape[0], valid=tokens, dtype=dtype, implementation=implementation
-    )
-    k = decode_keys(k_nTD, None, **here, unit_n=units[0])
-    return units, k, decode_values(v_nTD, None, **here, unit_n=units[1])
+    here = dict(valid=tokens, dtype=dtype, implementation=implementation)
+    k, v = (Tokens(x, 0, x.shape[0]) for x in (k_nTD, v_nTD))
+    k = decode_keys(k, **here, scale_n=units[0])
+    return units, k, decode_values(v, **here, scale_n=units[1])
 
 
 def of_dense(
@@ -113,17 +121,17 @@ def of_dense(
     """
     cache, lay = view.cache, view.cache.layout
     rows, total = lay.batch * lay.heads, cache.dense_pos.shape[1]
-    here = dict(first_row=layer * rows, rows=rows, valid=valid, dtype=jnp.bfloat16)
-    here |= dict(unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation)
-    if part != (0, total):
-        here |= dict(window=(jnp.int32(part[0]), part[1]))
-    flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-    turned = _turned_by_kernels(view)
-    tables = {}
-    if turned:
-        tables = dict(tables=view.dense_table(0, total), pairing=pairing_in(view))
-    k_nWD = decode_keys(flat(cache.dense_k), None, **here, **tables, batch=lay.batch)
-    v_nWD = decode_values(flat(cache.dense_v), None, **here)
+    here = dict(valid=valid, dtype=jnp.bfloat16, implementation=implementation)
+
+    def source(x: Array) -> Tokens | Window:
+        tokens = Tokens(x.reshape(-1, *x.shape[-2:]), layer * rows, rows)
+        return tokens if part == (0, total) else Window(tokens, *part)
+
+    turned, rotation = _turned_by_kernels(view), None
+    if turned and (cos_sin := view.dense_table(0, total)) is not None:
+        rotation = Rotation(cos_sin, pairing_in(view), lay.batch)
+    k_nWD = decode_keys(source(cache.dense_k), **here, rotation=rotation)
+    v_nWD = decode_values(source(cache.dense_v), **here)
     if turned:
         return k_nWD, v_nWD
     heads = lambda x: x.reshape(lay.batch, lay.heads, *x.shape[1:])  # noqa: E731
@@ -152,28 +160,29 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
         most_n = jnp.where((age_N < cache.num_spans)[:, None], unit_Nn, 0).max(axis=0)
         return jnp.where(most_n > 0, most_n, 1)
 
-    def turns(slot: Array) -> dict[str, Any]:
+    def rotation(slot: Array) -> Rotation | None:
         if not turned:
-            return {}
+            return None
+        first = 0
         if view.table_spans is not None:
-            return dict(tables=jax.tree.map(flat, view.table_spans), first_table=slot * lay.batch)
-        if not slot.ndim:
-            return dict(tables=view.span_table(slot))
-        tables = jax.tree.map(flat, view.rope.table(cache.span_pos[slot]))
-        return dict(tables=tables, first_table=jnp.arange(slot.shape[0]) * lay.batch)
+            cos_sin, first = jax.tree.map(flat, view.table_spans), slot * lay.batch
+        elif not slot.ndim:
+            cos_sin = view.span_table(slot)
+        else:
+            cos_sin = jax.tree.map(flat, view.rope.table(cache.span_pos[slot]))
+            first = jnp.arange(slot.shape[0]) * lay.batch
+        return Rotation(cos_sin, pairing_in(view), lay.batch, first)
 
     def read(slot: Array, valid: Any, new: NewBlock | None = None) -> Any:
-        here = dict(rows=rows, valid=valid, dtype=dtype, implementation=implementation)
-        here |= dict(first_row=(layer * lay.max_spans + slot) * rows)
+        here = dict(valid=valid, dtype=dtype, implementation=implementation)
+        first_row = (layer * lay.max_spans + slot) * rows
         units = [unit(keys, slot, math.sqrt(2) if turned else 1), unit(values, slot, 1)]
         if new is not None:
             units = [jnp.maximum(*both) for both in zip(units, new.units, strict=True)]
             here |= dict(room=new.tokens)
-        k_nWD = decode_keys(
-            keys.source, keys.scheme, **here, unit_n=units[0], batch=lay.batch,
-            pairing=pairing_in(view), **turns(slot),
-        )  # fmt: skip
-        v = decode_values(values.source, values.scheme, **here, unit_n=units[1])
+        k, v = (Spans(x.source, x.scheme, first_row, rows) for x in (keys, values))
+        k_nWD = decode_keys(k, **here, scale_n=units[0], rotation=rotation(slot))
+        v = decode_values(v, **here, scale_n=units[1])
         return units, *((k_nWD, v) if new is None else new.workspace(units, (k_nWD, v, valid)))
 
     return read
@@ -201,8 +210,8 @@ def of_spans_by_xla(
                 return codec.decode(packed, jnp.bfloat16)
             source, first = halves(packed), 0
         x_nWD = decode(
-            source, scheme, first_row=first, rows=rows, valid=lay.span_tokens, dtype=jnp.bfloat16,
-            unit_n=jnp.ones((rows,), jnp.float32), implementation=implementation,
+            Spans(source, scheme, first, rows), valid=lay.span_tokens, dtype=jnp.bfloat16,
+            implementation=implementation,
         )  # fmt: skip
         return x_nWD.reshape(lay.batch, lay.heads, *x_nWD.shape[1:])
 

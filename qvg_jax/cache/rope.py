@@ -6,6 +6,7 @@ handful of multiplications (`rotate`). `Rope` is that pair of functions; a model
 rotation (tables in bf16, integer lookups, projective encodings) brings its own.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -13,22 +14,32 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qvg_jax.codecs.spec import Spec, Value, factory
+
 __all__ = ["Encodings", "Rope", "axial_rope", "frequency_ladder"]
 
 
-class Rope(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Rope(Value):
     """A rotation of Q and K by position: a pair of pure functions.
 
-    Make it once and reuse it: jitted functions are cached by the identity of the two functions.
+    Those that factories made, as `axial_rope`, are equal if their settings are. One that is made by
+    hand is equal to another of the same functions.
 
     Attributes:
         table: `table(pos_xP) -> pytree` of arrays with the same leading axes as `pos_xP`, of
             which there may be any number; the last axis are the position components.
         rotate: `rotate(x_BHTD, table) -> x_BHTD` with table leaves (B, T, ...); keeps x's dtype.
+        pairing: "half" or "interleaved" if the table is (cos, sin), each float32 (..., D / 2), and
+            `rotate` turns channel j with j + D / 2, or 2 j with 2 j + 1, by them: what kernels do
+            themselves. None for any other rotation.
+        spec: the factory and the settings that made the rope; None if it was made by hand.
     """
 
     table: Callable[[Array], Any]
     rotate: Callable[[Array, Any], Array]
+    pairing: Literal["half", "interleaved"] | None = None
+    spec: Spec | None = dataclasses.field(default=None, init=False)
 
 
 class Encodings(NamedTuple):
@@ -78,6 +89,7 @@ def frequency_ladder(channels: int, theta: float = 10000.0) -> tuple[float, ...]
     return tuple(math.exp(-2 * i / channels * math.log(theta)) for i in range(channels // 2))
 
 
+@factory
 def axial_rope(
     frequencies: Sequence[Sequence[float]], *, pairing: Literal["half", "interleaved"] = "half"
 ) -> Rope:
@@ -141,4 +153,4 @@ def axial_rope(
             y = jnp.stack([y1, y2], axis=-1).reshape(x.shape)
         return y.astype(x_BHTD.dtype)
 
-    return Rope(table, rotate)
+    return Rope(table, rotate, pairing)

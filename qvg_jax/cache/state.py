@@ -7,7 +7,6 @@ token carries its own position.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -22,10 +21,6 @@ from qvg_jax.cache.view import CacheView, view_of
 from qvg_jax.codecs.base import Codec, identity
 
 __all__ = ["KVCache"]
-
-
-# One object for each dtype: jit keys on a codec's functions.
-_plain = functools.cache(identity)
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +84,7 @@ class KVCache:
             window_blocks: capacity of the window; None is span_blocks + keep_recent + 1.
             pos_dims: components of a token's position; 0 for a model without RoPE.
             key_codec, value_codec: compressors of K and V; None is `identity(dtype)`, the plain
-                cache. Make a codec once and reuse it: jit keys on its functions.
+                cache.
             key_bias: what attention adds to the logits of compressed keys; None for nothing.
             overflow: what happens when a block finds no room. "error": it is not stored, counted
                 in `rejected_blocks`, and `raise_if_bad` raises. "drop": bounded context; the
@@ -108,7 +103,7 @@ class KVCache:
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")
-        plain = _plain(dtype)
+        plain = identity(dtype)
         lay = Layout(
             layers=layers,
             batch=batch,

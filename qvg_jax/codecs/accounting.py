@@ -1,4 +1,4 @@
-"""Bytes: what a codec promises, and what its buffers really take.
+"""Bits and bytes of packed spans: what a codec promises, and what its buffers really take.
 
 Bits per element come from the storage formats; `packed_bytes` asks the buffers. Tests hold the two
 equal, so a compression ratio is never a claim about formats alone.
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from qvg_jax.codecs.base import Codec, Packed, Shape
 
@@ -16,12 +17,12 @@ __all__ = ["bits_per_element", "compression_ratio", "packed_bytes", "pair_bits"]
 
 
 def _span(shape: Shape) -> Shape:
-    """(T, D) is one head of one batch element; longer shapes are taken as they are."""
+    """Returns (B, H, T, D): (T, D) is taken as one head of one batch element."""
     return (1, 1, *shape) if len(shape) == 2 else tuple(shape)
 
 
 def bits_per_element(codec: Codec, shape: Shape) -> float:
-    """Bits that `codec` stores per element of a span, everything included.
+    """Returns the bits that `codec` stores per element of a span, everything included.
 
     8 * bytes(codes, scales, zero points, ids, centroids) / (B H T D).
 
@@ -39,12 +40,12 @@ def bits_per_element(codec: Codec, shape: Shape) -> float:
 
 
 def pair_bits(pair: tuple[Codec, Codec], shape: Shape) -> float:
-    """`bits_per_element` of K and V together: the mean over (key codec, value codec)."""
+    """Returns the bits per element of K and V together: the mean over (key codec, value codec)."""
     return sum(bits_per_element(codec, shape) for codec in pair) / 2
 
 
 def compression_ratio(codec: Codec, shape: Shape, dtype: Any = jnp.bfloat16) -> float:
-    """How many times smaller than in `dtype` a span becomes.
+    """Returns how many times smaller a packed span is than the same span in `dtype`.
 
     Args:
         codec: any codec.
@@ -58,7 +59,7 @@ def compression_ratio(codec: Codec, shape: Shape, dtype: Any = jnp.bfloat16) -> 
 
 
 def packed_bytes(packed: Packed) -> int:
-    """Bytes that the arrays of a pytree take on their device.
+    """Returns the bytes that the arrays of a pytree take on their device.
 
     Args:
         packed: pytree of arrays. Tracers and `jax.ShapeDtypeStruct`s have no buffer; theirs is
@@ -71,6 +72,6 @@ def packed_bytes(packed: Packed) -> int:
 
 
 def _leaf_bytes(leaf: Any) -> int:
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
         return leaf.on_device_size_in_bytes()
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

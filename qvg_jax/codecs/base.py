@@ -1,4 +1,4 @@
-"""What a compressor of K or V is: a frozen tuple of pure functions.
+"""The codec, a compressor of K or V: a frozen record of pure functions that compares by value.
 
 A `Codec` turns a span of tokens into a pytree of small arrays and back. A `Smoothing` takes
 something out of the span, stores it, and leaves a residual. `chain` (`compose`) puts any number of
@@ -12,24 +12,31 @@ smoothings in front of one codec and is again a codec, so chains nest:
 Arrays carry their axes in their names: B batch, H heads, T tokens of one span, D head dim.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
+from qvg_jax.codecs.spec import Spec, Value, factory
+from qvg_jax.codecs.storage import Centroids, Storage, Values
+
 __all__ = [
     "Codec",
+    "Decode",
     "EmptyState",
-    "Fused",
+    "Encode",
     "IdentityPacked",
+    "Init",
     "Packed",
+    "Restore",
     "Shape",
+    "Smooth",
     "Smoothing",
     "State",
-    "Written",
     "check_span",
     "identity",
     "per_element",
@@ -44,8 +51,52 @@ class EmptyState(NamedTuple):
     """State of a transform that remembers nothing between spans."""
 
 
-class Codec(NamedTuple):
+@runtime_checkable
+class Init(Protocol):
+    """Returns the state before the first span of a shape (B, H, T, D)."""
+
+    def __call__(self, shape: Shape, dtype: Any = jnp.bfloat16, /) -> State: ...
+
+
+@runtime_checkable
+class Encode(Protocol):
+    """Returns the packed form of a span, and the state for the next one."""
+
+    def __call__(
+        self, x_BHTD: Array, state: State, /, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Packed, State]: ...
+
+
+@runtime_checkable
+class Decode(Protocol):
+    """Returns the span of a packed form."""
+
+    def __call__(self, packed: Packed, dtype: Any = jnp.bfloat16, /) -> Array: ...
+
+
+@runtime_checkable
+class Smooth(Protocol):
+    """Returns what a smoothing stores of a span, the residual in float32, and the state for the next."""
+
+    def __call__(
+        self, x_BHTD: Array, state: State, /, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Packed, Array, State]: ...
+
+
+@runtime_checkable
+class Restore(Protocol):
+    """Returns the span, in float32, of what a smoothing stored and its residual."""
+
+    def __call__(self, packed: Packed, residual_BHTD: Array, /) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Codec(Value):
     """A compressor of spans: pure functions only, so it jits, vmaps, scans and shards.
+
+    It is a value: factories attach a `spec`, and codecs with equal specs are equal, hash alike, can
+    be pickled and print as what `presets.parse` reads. One that is made by hand, from functions, is
+    equal to another of the same functions.
 
     Same input, same state and same key give the same bytes on every run. `packed` holds arrays
     only and its shapes depend on the span's shape only, so that the packed form of several spans
@@ -60,23 +111,27 @@ class Codec(NamedTuple):
             eight times the bytes of `packed`'s buffers divided by the number of elements.
         name: what reports call it.
         nbytes: `nbytes(shape) -> int`, the bytes of `packed` for that span.
-        written: `Written` if the GPU kernels can write the codec's bytes.
+        storage: what the bytes of `packed` stand for, for kernels; None if nothing is declared. It
+            goes with `decode`: a copy that decodes otherwise needs another.
         deficit: `deficit(packed) -> (B, H, T)`, per token the variance of an element of what is
             encoded less that of what is decoded, by the codec's model of its error (`key_bias`);
             None if it has none.
+        spec: the factory and the settings that made the codec; None if it was made by hand.
     """
 
-    init: Callable[..., State]
-    encode: Callable[..., tuple[Packed, State]]
-    decode: Callable[..., Array]
+    init: Init
+    encode: Encode
+    decode: Decode
     bits_per_element: Callable[[Shape], float]
     name: str
     nbytes: Callable[[Shape], int]
-    written: Any = None
-    deficit: Any = None
+    storage: Storage | None = None
+    deficit: Callable[[Packed], Array] | None = None
+    spec: Spec | None = dataclasses.field(default=None, init=False)
 
 
-class Smoothing(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Smoothing(Value):
     """A transform that takes something out of a span and leaves a residual of the same shape.
 
     Attributes:
@@ -86,49 +141,24 @@ class Smoothing(NamedTuple):
         decode: `decode(node, residual_BHTD) -> x_BHTD`, float32, the inverse of `encode`.
         nbytes: `nbytes(shape) -> int`, the bytes of `node`.
         name: what reports call it.
-        fuse: `fuse(codec) -> Fused`, for GPU kernels that do the encoding of this smoothing and
-            the codec behind it at once; None if there are none.
+        storage: what `node` holds, for kernels, or the phrase that names it; None is the name.
         isometric: whether the residual's differences are those of the span, so that the deficit of
             what follows is the deficit of the whole.
+        spec: the factory and the settings that made the smoothing; None if it was made by hand.
     """
 
-    init: Callable[..., State]
-    encode: Callable[..., tuple[Packed, Array, State]]
-    decode: Callable[..., Array]
+    init: Init
+    encode: Smooth
+    decode: Restore
     nbytes: Callable[[Shape], int]
     name: str
-    fuse: Any = None
+    storage: Centroids | str | None = None
     isometric: bool = True
-
-
-class Written(NamedTuple):
-    """How GPU kernels write what a quantizer stores.
-
-    Attributes:
-        form: what they compute, see `pallas_kernels.quantize_pack`.
-        collect: `collect(codes_BHTC, scales) -> packed`, with scales as `assign_and_pack` gives them.
-    """
-
-    form: Any
-    collect: Callable[[Array, Array], Packed]
-
-
-class Fused(NamedTuple):
-    """A smoothing and a codec whose encoding GPU kernels can do at once.
-
-    Attributes:
-        unsupported: `unsupported(x_BHTD, kernels) -> str | None`, why these kernels, "mosaic" or
-            "triton", cannot encode x, or None.
-        encode: `encode(x_BHTD, state, otherwise, kernels) -> (packed, state)` of the chain of both;
-            `otherwise(x_BHTD, state)` does the same without kernels.
-    """
-
-    unsupported: Callable[[Array, str], str | None]
-    encode: Callable[..., tuple[Packed, State]]
+    spec: Spec | None = dataclasses.field(default=None, init=False)
 
 
 class IdentityPacked(NamedTuple):
-    """What `identity` stores: the values themselves."""
+    """The packed form of `identity`: the values themselves."""
 
     values_BHTD: Float[Array, "B H T D"]
 
@@ -144,7 +174,7 @@ def check_span(shape: Shape, dtype: Any = jnp.float32) -> None:
 
 
 def per_element(nbytes: Callable[[Shape], int]) -> Callable[[Shape], float]:
-    """Turns bytes of a span into bits per element: 8 * nbytes(shape) / prod(shape)."""
+    """Returns the function of a shape that gives bits per element: 8 * nbytes(shape) / prod(shape)."""
 
     def bits_per_element(shape: Shape) -> float:
         return 8 * nbytes(shape) / math.prod(shape)
@@ -152,8 +182,9 @@ def per_element(nbytes: Callable[[Shape], int]) -> Callable[[Shape], float]:
     return bits_per_element
 
 
-def identity(dtype: Any = jnp.bfloat16) -> Codec:
-    """The codec that only stores: x is rounded to `dtype` and nothing else happens.
+@factory
+def identity(dtype: FormatLike = "bf16") -> Codec:
+    """Returns the codec that only stores: x is rounded to `dtype` and nothing else happens.
 
     "No compression" is a codec and not a special case, so the plain cache and the compressed
     cache run the same code.
@@ -162,19 +193,14 @@ def identity(dtype: Any = jnp.bfloat16) -> Codec:
         dtype: floating dtype of the stored values.
 
     Returns:
-        A stateless codec with `8 * itemsize` bits per element; the same object on every call, so
-        that jit, which keys on its functions, compiles once.
+        A stateless codec with `8 * itemsize` bits per element.
 
     Raises:
         ValueError: `dtype` is not floating point.
     """
-    return _identity(jnp.dtype(dtype))
-
-
-@functools.cache
-def _identity(dtype: Any) -> Codec:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")
+    name, stored = format_name(dtype), dtype_of(dtype)
+    if not jnp.issubdtype(stored, jnp.floating):
+        raise ValueError(f"dtype={stored.name} is not accepted: give a floating point dtype")
 
     def init(shape: Shape, x_dtype: Any = jnp.bfloat16) -> EmptyState:
         check_span(shape, x_dtype)
@@ -183,18 +209,17 @@ def _identity(dtype: Any) -> Codec:
     def encode(x_BHTD: Array, state: EmptyState, *, key: PRNGKeyArray | None = None):
         del key
         check_span(x_BHTD.shape, x_BHTD.dtype)
-        return IdentityPacked(x_BHTD.astype(dtype)), state
+        return IdentityPacked(x_BHTD.astype(stored)), state
 
     def decode(packed: IdentityPacked, dtype: Any = jnp.bfloat16) -> Array:
         return packed.values_BHTD.astype(dtype)
 
     def nbytes(shape: Shape) -> int:
         check_span(shape)
-        return math.prod(shape) * dtype.itemsize
-
-    name = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(dtype.name, dtype.name)
+        return math.prod(shape) * stored.itemsize
 
     def deficit(packed: IdentityPacked) -> Array:
         return jnp.zeros(packed.values_BHTD.shape[:3], jnp.float32)
 
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    storage = Storage(Values(name))
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)

@@ -1,21 +1,20 @@
-"""chain: how smoothings and a codec become one codec, and what encodes it.
+"""Composition: `chain` makes one codec of smoothings and a codec, and chooses what encodes it.
 
-With implementations named, one `kmeans_smoothing` and the quantizer behind it are encoded at once, by the
-kernels of `pallas_kernels`.
+Plain XLA encodes every chain. The kernels of `pallas_kernels` encode k-means and the quantizer behind
+it together, see `kernel_encoding`.
 """
 
-import functools
-import inspect
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.capability import no_triton
 from qvg_jax.codecs.base import (
     Codec,
-    Fused,
     Packed,
     Shape,
     Smoothing,
@@ -23,15 +22,19 @@ from qvg_jax.codecs.base import (
     check_span,
     per_element,
 )
+from qvg_jax.codecs.kernel_encoding import KernelEncoding, kernel_encoding
+from qvg_jax.codecs.spec import FACTORIES, Spec, factory
+from qvg_jax.codecs.storage import Storage
 from qvg_jax.devices import is_hopper
 
-__all__ = ["ENCODERS", "chain", "encoded_by"]
+__all__ = ["ENCODERS", "chain", "encoded_by", "labelled"]
 
 ENCODERS = ("xla", "mosaic", "triton")
 
 
-def chain(*transforms: Smoothing | Codec) -> Codec:
-    """Smoothings in order, then one codec for what they leave: the result is again a codec.
+@factory
+def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
+    """Returns the codec that applies smoothings in order, then one codec to the residual they leave.
 
     With smoothings s1 .. sn and codec q,
     r0 = x, (node_i, r_i) = s_i.encode(r_{i-1}), packed = (node_1, ..., node_n, q.encode(r_n));
@@ -40,12 +43,13 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     Args:
         *transforms: any number of `Smoothing`s followed by exactly one `Codec` (which may itself
             be a chain).
+        encoder: what encodes: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
+            those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
+            mid-rise grid; None is "mosaic" where that serves, else "xla".
 
     Returns:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
-        takes `implementation`: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
-        those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
-        mid-rise grid; None is "mosaic" where that serves, else "xla".
+        takes `implementation`, which is for one call what `encoder` is for all.
 
     Raises:
         ValueError: no transform, the last one is not a `Codec`, or an earlier one is.
@@ -56,21 +60,24 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
     accepted += "residual_quantize(bits=2, group=64))"
     if not transforms:
         raise ValueError(f"chain() got no transforms; accepted: {accepted}")
-    *smoothings, last = transforms
-    for i, t in enumerate(smoothings):
+    *before, last = transforms
+    smoothings: list[Smoothing] = []
+    for i, t in enumerate(before):
         if not isinstance(t, Smoothing):
             what = getattr(t, "name", repr(t))
             raise ValueError(f"transforms[{i}]={what} is not a smoothing; accepted: {accepted}")
+        smoothings.append(t)
     if not isinstance(last, Codec):
         what = getattr(last, "name", repr(last))
         raise ValueError(f"the last transform, {what}, is not a codec; accepted: {accepted}")
+    if encoder is not None:
+        _check_encoder(encoder)
 
     def init(shape: Shape, dtype: Any = jnp.bfloat16) -> State:
         check_span(shape, dtype)
         return tuple(t.init(shape, dtype) for t in transforms)
 
-    first = smoothings[0] if len(smoothings) == 1 else None
-    fused = first.fuse(last) if first and first.fuse else None
+    storage = _storage(smoothings, last)
 
     def encode(
         x_BHTD: Array,
@@ -85,10 +92,15 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
-        chosen = _implementation(implementation, fused, x_BHTD)
-        if chosen != "xla":
-            return fused.encode(x_BHTD, state, lambda x, state: by_xla(x, state, key), chosen)
-        return by_xla(x_BHTD, state, key)
+        kernels = _kernels(implementation or encoder, storage, x_BHTD)
+        if kernels is None:
+            return by_xla(x_BHTD, state, key)
+        first = kernels.first_sums(x_BHTD, state)
+        return lax.cond(
+            kernels.usual(first),
+            lambda: kernels.encode(x_BHTD, state, first),
+            lambda: by_xla(x_BHTD, state, key),
+        )
 
     def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
         keys = [None if key is None else jax.random.fold_in(key, i) for i in range(len(state))]
@@ -113,25 +125,57 @@ def chain(*transforms: Smoothing | Codec) -> Codec:
         return sum(t.nbytes(shape) for t in transforms)
 
     name = " > ".join(t.name for t in transforms)
-    told = last.deficit is not None and all(t.isometric for t in smoothings)
-    deficit = (lambda packed: last.deficit(packed[-1])) if told else None
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    deficit, of_last = None, last.deficit
+    if of_last is not None and all(t.isometric for t in smoothings):
+        deficit = lambda packed: of_last(packed[-1])  # noqa: E731
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)
+
+
+def _storage(smoothings: list[Smoothing], last: Codec) -> Storage | None:
+    """Returns the storage of a chain, from what its parts declare."""
+    if last.storage is None:
+        return None
+    before = tuple(s.storage or f"the smoothing {s.name!r}" for s in smoothings)
+    codes = "a chain inside the chain" if last.storage.chained else last.storage.codes
+    return Storage(codes, before, chained=True, heads=last.storage.heads)
 
 
 def encoded_by(codec: Codec, implementation: str) -> Codec:
-    """The same codec with `implementation` fixed in its encode: what a cache then compresses with.
+    """Returns the same codec with another `encoder` of its chain, which a cache then compresses with.
 
     Args:
-        codec: one that `chain` made.
+        codec: one that `chain` made, or the codec of a preset that is a chain.
         implementation: "xla", "mosaic" or "triton", see `chain`.
 
     Raises:
-        ValueError: another implementation, or a codec whose encode knows none.
+        ValueError: another implementation, or a codec that is not a chain.
     """
     _check_encoder(implementation)
-    if "implementation" not in inspect.signature(codec.encode).parameters:
+    spec = codec.spec
+    if spec is not None and spec.factory == "preset":
+        chosen = encoded_by(spec["codec"], implementation)
+        return labelled(spec["name"], chosen, f"{spec.text}:encoder={implementation}")
+    if spec is None or spec.factory != "chain":
         raise ValueError(f"codec={codec.name!r} has no encoders to choose from; accepted: a chain")
-    return codec._replace(encode=functools.partial(codec.encode, implementation=implementation))
+    return chain(*spec["transforms"], encoder=implementation)
+
+
+def labelled(name: str, codec: Codec, text: str) -> Codec:
+    """Returns the same codec under the name of a preset, written as `text`.
+
+    Args:
+        name: what reports call it. Codecs of different names are different values.
+        codec: any codec; of one that has a label, what is below it.
+        text: how `presets.parse` reads it, such as "qvg:group=32".
+    """
+    if codec.spec is not None and codec.spec.factory == "preset":
+        codec = codec.spec["codec"]
+    named = dataclasses.replace(codec, name=name)
+    object.__setattr__(named, "spec", Spec("preset", (("name", name), ("codec", codec)), text))
+    return named
+
+
+FACTORIES["preset"] = labelled
 
 
 def _check_encoder(name: str) -> None:
@@ -139,21 +183,23 @@ def _check_encoder(name: str) -> None:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
 
 
-def _implementation(name: str | None, fused: Fused | None, x_BHTD: Array) -> str:
-    """What encodes x; a named implementation is never replaced by another."""
+def _kernels(name: str | None, storage: Storage | None, x_BHTD: Array) -> KernelEncoding | None:
+    """Returns the kernels that encode x, None for XLA; a named implementation is never replaced."""
     if name is None:
-        serves = fused is not None and is_hopper() and fused.unsupported(x_BHTD, "mosaic") is None
-        return "mosaic" if serves else "xla"
+        found = kernel_encoding(storage, x_BHTD, "mosaic") if is_hopper() else None
+        return None if isinstance(found, str) else found
     _check_encoder(name)
     if name == "xla":
-        return name
-    if fused is None:
-        missing = "the kernels know one kmeans_smoothing before integers or a mid-rise grid"
-    elif (missing := fused.unsupported(x_BHTD, name)) is None:
-        if name == "triton":
-            missing = no_triton()
-        elif not is_hopper():
-            missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
-    if missing is None:
-        return name
+        return None
+    found = kernel_encoding(storage, x_BHTD, name)
+    if isinstance(found, str):
+        missing = found
+    elif name == "triton":
+        missing = no_triton()
+    elif not is_hopper():
+        missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
+    else:
+        missing = None
+    if missing is None and not isinstance(found, str):
+        return found
     raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")

@@ -7,6 +7,7 @@ from typing import Any
 
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.by_energy import by_energy
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.heads import heads_as_tokens
@@ -33,7 +34,7 @@ __all__ = [
 def _behind_kmeans(
     quantizers: list[Codec], num_centroids: int, iters: int, stages: int, **settings: Any
 ) -> tuple[Codec, Codec]:
-    """The quantizers of K and V, each behind the same k-means; unused centroids restart."""
+    """Returns the quantizers of K and V, each behind the same k-means; unused centroids restart."""
     smoothing = kmeans_smoothing(num_centroids, iters, stages, reseed=True, **settings)
     key_codec, value_codec = (chain(smoothing, quantizer) for quantizer in quantizers)
     return key_codec, value_codec
@@ -48,13 +49,13 @@ def midrise(
     stages: int = 1,
     iters: int = 2,
     cold_iters: int = 5,
-    centroid_dtype: Any = "int8",
+    centroid_dtype: FormatLike = "int8",
     warm_start: bool = True,
     key_gain: str | float = "lsq",
     value_gain: str | float = "match",
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
 ) -> tuple[Codec, Codec]:
-    """K-means, then a mid-rise grid with one scale per token, gain-corrected for values.
+    """Returns k-means and a mid-rise grid with one scale per token, gain-corrected for values.
 
     bits per element = bits + 8/D + S (8/D + 8 K / T): 2.18 at 2 bits and K = 256 in a span of
     37,440 tokens. Decodes with QVG's operations, (code - 1.5) scale + centroid.
@@ -91,17 +92,17 @@ def midrise(
 def midrise_k1v3(
     key_bits: int = 1, value_bits: int = 3, key_gain: str | float = 0.5, **settings: Any
 ) -> tuple[Codec, Codec]:
-    """`midrise` with 1 bit for keys and 3 for values: the same bits, closest in pocket world's loop."""
+    """Returns `midrise` with 1 bit for keys and 3 for values: as many bits, closest in pocket world's loop."""
     return midrise(key_bits=key_bits, value_bits=value_bits, key_gain=key_gain, **settings)
 
 
 def midrise2(stages: int = 2, **settings: Any) -> tuple[Codec, Codec]:
-    """`midrise` with two k-means stages; 2.30 bits in a span of 37,440 tokens."""
+    """Returns `midrise` with two k-means stages; 2.30 bits in a span of 37,440 tokens."""
     return midrise(stages=stages, **settings)
 
 
 def midrise_1bit(bits: int = 1, stages: int = 2, **settings: Any) -> tuple[Codec, Codec]:
-    """`midrise2` with one bit, the sign; 1.30 bits in a span of 37,440 tokens."""
+    """Returns `midrise2` with one bit, the sign; 1.30 bits in a span of 37,440 tokens."""
     return midrise(bits, stages=stages, **settings)
 
 
@@ -111,13 +112,13 @@ def kmeans_e8(
     stages: int = 1,
     iters: int = 2,
     cold_iters: int = 5,
-    centroid_dtype: Any = "int8",
+    centroid_dtype: FormatLike = "int8",
     warm_start: bool = True,
     key_gain: float = 0.0,
     value_gain: float = 1.0,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
 ) -> tuple[Codec, Codec]:
-    """K-means, then two bits per channel on the E8 lattice, gain-corrected for values.
+    """Returns k-means and two bits per channel on the E8 lattice, gain-corrected for values.
 
     The bits of `midrise`, an eighth less error, and a table of 512 bytes in the decoder.
 
@@ -153,7 +154,7 @@ def klt(
     value_gain: float = 0.0,
     **settings: Any,
 ) -> tuple[Codec, Codec]:
-    """Transform coding: each span's principal axes, bits by energy, within a budget of 2.33 bits.
+    """Returns transform coding: each span's principal axes, bits by energy, within a budget of 2.33 bits.
 
     Args:
         budget: bits per element of K and V together, everything counted, whatever the span.
@@ -179,12 +180,12 @@ def klt(
 
 
 def klt_tiny(budget: float = 1.6, **settings: Any) -> tuple[Codec, Codec]:
-    """`klt` at a tenth of bf16: 1.6 bits per element, everything counted."""
+    """Returns `klt` at a tenth of bf16: 1.6 bits per element, everything counted."""
     return klt(budget, **settings)
 
 
 def klt_kmeans(num_centroids: int = 64, **settings: Any) -> tuple[Codec, Codec]:
-    """`klt` behind k-means: for spans of some thousand tokens, 2.33 bits in all."""
+    """Returns `klt` behind k-means: for spans of some thousand tokens, 2.33 bits in all."""
     return klt(num_centroids=num_centroids, **settings)
 
 
@@ -202,7 +203,7 @@ def trellis(
     cold_iters: int = 5,
     seed: int = 0,
 ) -> tuple[Codec, Codec]:
-    """Values: k-means, signs per token, trellis codes of 2 to 5 bits by energy; keys: `klt` below 1 bit.
+    """Returns `klt` below 1 bit for keys; for values k-means, signs per token, and trellis codes by energy.
 
     2.33 bits in a span of 1,536 tokens, 2.24 in one of 37,440: 0.84 for keys, the rest for values, which
     all heads of a layer share (`heads_as_channels`, `heads_as_tokens`). For models like pocket world,
@@ -260,5 +261,5 @@ def trellis(
 def trellis_tiny(
     key_budget: float = 0.8, value_bits: float = 2.0, **settings: Any
 ) -> tuple[Codec, Codec]:
-    """`trellis` at a tenth of bf16: 1.55 bits in a span of 1,536 tokens, 1.46 in one of 37,440."""
+    """Returns `trellis` at a tenth of bf16: 1.55 bits in a span of 1,536 tokens, 1.46 in one of 37,440."""
     return trellis(key_budget, value_bits, **settings)

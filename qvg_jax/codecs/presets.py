@@ -2,22 +2,22 @@
 
     codec = presets.get("qvg", num_centroids=64)          # the same codec for K and V
     key_codec, value_codec = presets.pair("kivi")         # K and V may differ
+    codec = presets.parse("qvg:num_centroids=64")         # the same from a text
 
 Every keyword of a constructor can be overridden. Ratios below are against bf16, for a long span.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
-from qvg_jax.codecs import own as candidates
-from qvg_jax.codecs import published as baselines
+from qvg_jax.codecs import own, published
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.base import identity as _identity
-from qvg_jax.codecs.compose import chain, encoded_by
+from qvg_jax.codecs.compose import chain, encoded_by, labelled
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.integer import residual_quantize
+from qvg_jax.codecs.recipes import is_recipe, parse_call, parse_recipe, written
+from qvg_jax.codecs.recommended import CAUTIOUS, MEASURED, recommended
 from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "get",
     "identity",
     "pair",
+    "parse",
+    "parse_pair",
     "qvg",
     "qvg_asymmetric",
     "qvg_pro",
@@ -46,8 +48,8 @@ def qvg(
     cold_iters: int = 5,
     stages: int = 1,
     mode: str = "symmetric",
-    scale_dtype: Any = "e4m3",
-    centroid_dtype: Any = jnp.bfloat16,
+    scale_dtype: FormatLike = "e4m3",
+    centroid_dtype: FormatLike = "bf16",
     warm_start: bool = True,
     reseed: bool = True,
     normalize: bool = False,
@@ -145,7 +147,7 @@ def qvg_pro(
 
 
 def rtn(
-    bits: int = 2, group: int = 16, mode: str = "symmetric", scale_dtype: Any = "e4m3"
+    bits: int = 2, group: int = 16, mode: str = "symmetric", scale_dtype: FormatLike = "e4m3"
 ) -> Codec:
     """Round to nearest, the baseline without smoothing: integers, an e4m3 scale per 16 channels.
 
@@ -163,23 +165,8 @@ def rtn(
     return chain(residual_quantize(bits, group, mode, scale_dtype))
 
 
-# What was best in a model's own loop, see BENCHMARKS.md; other models: `CAUTIOUS`.
-MEASURED = {"pocket-world": "trellis"}
-CAUTIOUS = "midrise"
-
-
-def recommended(model: str | None = None) -> str:
-    """The name of the recipe that the evidence supports: `auto` without building it.
-
-    Args:
-        model: as the command names it, such as "pocket-world"; None or any other is a model in
-            whose loop nothing was measured.
-    """
-    return MEASURED.get(model, CAUTIOUS)
-
-
 def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
-    """The default: what was best in the loop of `model`, the cautious `midrise` for any other.
+    """Returns the default: what was best in the loop of `model`, the cautious `midrise` for any other.
 
     `midrise` spends as many bits on keys as on values and decodes as cheaply as QVG. Its errors of K
     and V are about half of QVG's on captured and on made-up tensors alike, it won every paired test
@@ -197,8 +184,8 @@ def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
     return pair(recommended(model), **overrides)
 
 
-def identity(dtype: Any = jnp.bfloat16) -> Codec:
-    """No compression: the values in `dtype`."""
+def identity(dtype: FormatLike = "bf16") -> Codec:
+    """Returns the codec without compression: the values in `dtype`."""
     return _identity(dtype)
 
 
@@ -219,36 +206,32 @@ PRESETS: dict[str, Callable[..., Codec]] = {
     "qvg-asym": qvg_asymmetric,
     "rtn": rtn,
     "rtn-4bit": _at_4_bits(rtn),
-    "quarot": baselines.quarot,
-    "turboquant": baselines.turboquant,
-    "pca": baselines.pca,
-    "nvfp4": baselines.nvfp4,
+    "quarot": published.quarot,
+    "turboquant": published.turboquant,
+    "pca": published.pca,
+    "nvfp4": published.nvfp4,
     "bf16": identity,
 }
 
 # One for K and one for V.
 PAIRS: dict[str, Callable[..., tuple[Codec, Codec]]] = {
     "auto": auto,
-    "kivi": baselines.kivi,
-    "midrise": candidates.midrise,
-    "midrise-k1v3": candidates.midrise_k1v3,
-    "midrise2": candidates.midrise2,
-    "midrise-1bit": candidates.midrise_1bit,
-    "kmeans-e8": candidates.kmeans_e8,
-    "klt": candidates.klt,
-    "klt-kmeans": candidates.klt_kmeans,
-    "klt-tiny": candidates.klt_tiny,
-    "trellis": candidates.trellis,
-    "trellis-tiny": candidates.trellis_tiny,
+    "kivi": published.kivi,
+    "midrise": own.midrise,
+    "midrise-k1v3": own.midrise_k1v3,
+    "midrise2": own.midrise2,
+    "midrise-1bit": own.midrise_1bit,
+    "kmeans-e8": own.kmeans_e8,
+    "klt": own.klt,
+    "klt-kmeans": own.klt_kmeans,
+    "klt-tiny": own.klt_tiny,
+    "trellis": own.trellis,
+    "trellis-tiny": own.trellis_tiny,
 }
 
 
-@functools.lru_cache(maxsize=64)
 def get(name: str, **overrides: Any) -> Codec:
-    """The codec of the recipe called `name`, with some of its settings overridden.
-
-    The same arguments give the same object, so that jit, which keys on a codec's functions, does
-    not compile a second time.
+    """Returns the codec of the recipe called `name`, with some of its settings overridden.
 
     Args:
         name: a key of `PRESETS`.
@@ -256,7 +239,7 @@ def get(name: str, **overrides: Any) -> Codec:
             chain encodes with, "xla" (the default), "mosaic" or "triton".
 
     Returns:
-        The codec; its name is the recipe's.
+        The codec; its name is the recipe's, and `str(codec)` the recipe with its overrides.
 
     Raises:
         ValueError: an unknown name, an override the recipe does not have, a bad value, or a recipe
@@ -264,20 +247,19 @@ def get(name: str, **overrides: Any) -> Codec:
     """
     if name in PAIRS:
         raise ValueError(f"codec={name!r} has one codec for K and one for V: use presets.pair")
-    return _built(name, PRESETS, overrides)._replace(name=name)
+    return labelled(name, _built(name, PRESETS, overrides), written(name, overrides))
 
 
-@functools.lru_cache(maxsize=64)
 def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
-    """The codecs for K and for V of the recipe called `name`: for every recipe there is.
+    """Returns the codecs for K and for V of any recipe.
 
     Args:
         name: a key of `PRESETS`, whose codec serves both, or of `PAIRS`.
         **overrides: keywords of its constructor, and `encoder`.
 
     Returns:
-        (key codec, value codec), the same objects for the same arguments; both have the recipe's
-        name.
+        (key codec, value codec); both have the recipe's name. Of a recipe of `PAIRS` they are
+        written "kivi.key" and "kivi.value", with the overrides behind.
 
     Raises:
         ValueError: an unknown name, an override the recipe does not have, or a bad value.
@@ -286,7 +268,51 @@ def pair(name: str, **overrides: Any) -> tuple[Codec, Codec]:
         codec = get(name, **overrides)
         return codec, codec
     key_codec, value_codec = _built(name, PAIRS, overrides)
-    return key_codec._replace(name=name), value_codec._replace(name=name)
+    return (
+        labelled(name, key_codec, written(f"{name}.key", overrides)),
+        labelled(name, value_codec, written(f"{name}.value", overrides)),
+    )
+
+
+def parse(text: str) -> Codec:
+    """Returns the codec of a text; `parse(str(codec)) == codec` for every codec that factories made.
+
+    Args:
+        text: a recipe of `PRESETS` with its overrides, "qvg:group=32"; one half of a recipe of
+            `PAIRS`, "kivi.key:bits=4" or "kivi.value:bits=4"; or what is composed by hand,
+            "kmeans_smoothing(num_centroids=64) > residual_quantize(bits=2, group=64)".
+
+    Raises:
+        ValueError: text that is none of these, or a setting that is not accepted.
+    """
+    if not is_recipe(text):
+        codec = parse_call(text, parse)
+        if not isinstance(codec, Codec):
+            raise ValueError(f"codec={text!r} is a smoothing; accepted: smoothings > a codec")
+        return codec
+    name, settings = parse_recipe(text)
+    name, dot, part = name.partition(".")
+    if not dot:
+        return get(name, **settings)
+    if name not in PAIRS or part not in ("key", "value"):
+        raise ValueError(f"codec={text!r} is not known; accepted: NAME.key or NAME.value of a pair")
+    return pair(name, **settings)[part == "value"]
+
+
+def parse_pair(text: str) -> tuple[Codec, Codec]:
+    """Returns the codecs for K and for V of one text: any recipe, or one codec that serves both.
+
+    Args:
+        text: "midrise:num_centroids=64", or as for `parse`.
+
+    Raises:
+        ValueError: as for `parse`.
+    """
+    if is_recipe(text) and "." not in text.partition(":")[0]:
+        name, settings = parse_recipe(text)
+        return pair(name, **settings)
+    codec = parse(text)
+    return codec, codec
 
 
 def _built(name: str, recipes: dict[str, Callable[..., Any]], overrides: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ per element are for head dim 128 and a long span.
 
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
 from qvg_jax.codecs.quantize.minmax import minmax_quantize
@@ -21,7 +22,7 @@ def kivi(
     group: int = 128,
     *,
     value_group: int | None = None,
-    scale_dtype: str = "bf16",
+    scale_dtype: FormatLike = "bf16",
     clip: float = 1.0,
     percentile: float = 0.0,
 ) -> tuple[Codec, Codec]:
@@ -57,7 +58,9 @@ def kivi(
     )
 
 
-def quarot(bits: int = 2, group: int = 128, *, scale_dtype: str = "e4m3", seed: int = 0) -> Codec:
+def quarot(
+    bits: int = 2, group: int = 128, *, scale_dtype: FormatLike = "e4m3", seed: int = 0
+) -> Codec:
     """QuaRot: a randomised Hadamard rotation, then asymmetric integers per token.
 
     2.125 bits at 2 bits with e4m3 scale and zero point per 128 channels (group=64: 2.25).
@@ -80,7 +83,7 @@ def quarot(bits: int = 2, group: int = 128, *, scale_dtype: str = "e4m3", seed: 
     )
 
 
-def turboquant(bits: int = 2, *, scale_dtype: str = "e4m3", seed: int = 0) -> Codec:
+def turboquant(bits: int = 2, *, scale_dtype: FormatLike = "e4m3", seed: int = 0) -> Codec:
     """TurboQuant-style: a random rotation, then the Lloyd-Max grid of a normal density.
 
     2.0625 bits at 2 bits with the token's RMS in e4m3.
@@ -112,7 +115,7 @@ def pca(
     iters: int = 4,
     coefficient_bits: int = 2,
     axis: str = "channel",
-    scale_dtype: str = "bf16",
+    scale_dtype: FormatLike = "bf16",
 ) -> Codec:
     """Mean and rank-4 principal components per span, then asymmetric integers per channel.
 

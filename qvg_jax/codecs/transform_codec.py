@@ -1,6 +1,5 @@
 """Transform coding of a span within a budget: its own principal axes, bits where the energy is."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,14 +7,17 @@ from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.codecs.base import Codec, Packed, Shape, State, check_span, per_element
 from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.allocated import allocated_quantize
 from qvg_jax.codecs.quantize.heads import heads_as_channels
 from qvg_jax.codecs.smoothing.klt import klt_rotation
 from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["transform_codec"]
 
 
+@factory
 def transform_codec(
     budget: float = 2.33,
     *,
@@ -26,13 +28,13 @@ def transform_codec(
     vector_bits: int = 6,
     max_bits: int = 8,
     min_bits: int = 0,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
     gain: float = 0.0,
     gain_axis: str = "channel",
     refine: int = 2,
     across_heads: bool = False,
 ) -> Codec:
-    """`klt_rotation` then `allocated_quantize`, with as many code bits as a budget leaves.
+    """Returns `klt_rotation` and `allocated_quantize` with as many code bits as a budget leaves.
 
     For spans of T tokens: R = min(D, T // 12) axes, and the largest number of code bytes per
     token such that codes, scales, axes, means, steps and bit counts together stay within `budget`
@@ -91,7 +93,6 @@ def transform_codec(
             quantize = heads_as_channels(quantize)
         return chain(*clusters, klt_rotation(rank, vector_bits), quantize)
 
-    @functools.cache
     def fitted(h: int, t: int, d: int) -> Codec:
         r = min(d, max(1, t // tokens_per_axis)) if rank is None else rank
         c = h * d if across_heads else d  # channels that share a budget
@@ -130,4 +131,13 @@ def transform_codec(
     first = f"kmeans{num_centroids} > " if num_centroids else ""
     name = f"{first}transform{budget:g}" + (f"-gain{gain:g}" if gain else "")
     name += "-heads" if across_heads else ""
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=any_parts.deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        any_parts.storage,
+        any_parts.deficit,
+    )

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Float, Int
 
+from qvg_jax.errors import UserError, told_to_user
 from qvg_jax.files import replacing
 
 __all__ = ["Captured", "Recorder", "load_captured", "save_captured"]
@@ -102,26 +103,27 @@ def load_captured(path: str | os.PathLike) -> Captured:
     """Reads what `save_captured` wrote, or an .npz with just k, v and q of shape (L, B, H, T, D).
 
     Raises:
-        ValueError: a missing or torn file, missing arrays, or shapes that do not fit together.
+        UserError: a missing or torn file, missing arrays, or shapes that do not fit together.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{os.fspath(path)}: missing or not an .npz ({error})") from error
+        raise UserError(f"{os.fspath(path)}: missing or not an .npz ({error})") from error
     for short, name in (("k", "k_LBHTD"), ("v", "v_LBHTD"), ("q", "q_LBHQD")):
         if name not in arrays and short not in arrays:
-            raise ValueError(f"{os.fspath(path)}: has no {short!r}; accepted: arrays k, v and q")
+            raise UserError(f"{os.fspath(path)}: has no {short!r}; accepted: arrays k, v and q")
         arrays.setdefault(name, arrays.pop(short, None))
     k, q = arrays["k_LBHTD"], arrays["q_LBHQD"]
     if k.ndim != 5 or q.ndim != 5:
-        raise ValueError(f"K {k.shape} and Q {q.shape}; accepted: five axes, (L, B, H, T, D)")
+        raise UserError(f"K {k.shape} and Q {q.shape}; accepted: five axes, (L, B, H, T, D)")
     arrays.setdefault("turn_k", np.zeros((2, k.shape[1], k.shape[3], 0), np.float32))
     arrays.setdefault("turn_q", np.zeros((2, k.shape[1], q.shape[3], 0), np.float32))
     arrays.setdefault("layers", np.arange(len(k)))
     arrays["pairing"] = str(arrays.get("pairing", "half"))
     names = [field.name for field in dataclasses.fields(Captured)]
-    return Captured(**{name: arrays[name] for name in names})
+    with told_to_user():
+        return Captured(**{name: arrays[name] for name in names})
 
 
 def rotated(x_BHTD: jax.Array, turn: jax.Array, pairing: str) -> jax.Array:

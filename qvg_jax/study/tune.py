@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.codecs.base import Codec
-from qvg_jax.codecs.recipes import parse_recipe
+from qvg_jax.errors import UserError, told_to_user
 from qvg_jax.files import replacing
 from qvg_jax.study.capture import Captured, rotated
 
@@ -112,21 +112,21 @@ def _relative(x: Any, exact: Any) -> float:
 
 
 def _pair(recipe: str) -> tuple[Codec, Codec]:
-    name, settings = parse_recipe(recipe)
-    return presets.pair(name, **settings)
+    with told_to_user():
+        return presets.parse_pair(recipe)
 
 
 class Bench:
     """Captured tensors with their exact attention output, to score recipes on.
 
     Raises:
-        ValueError: `span_tokens` is not between 1 and the captured tokens.
+        UserError: `span_tokens` is not between 1 and the captured tokens.
     """
 
     def __init__(self, captured: Captured, span_tokens: int):
         tokens = captured.k_LBHTD.shape[3]
         if not 1 <= span_tokens <= tokens:
-            raise ValueError(f"span_tokens={span_tokens} is not accepted: give 1 to {tokens}")
+            raise UserError(f"span_tokens={span_tokens} is not accepted: give 1 to {tokens}")
         self.captured, self.span_tokens = captured, span_tokens
         self._exact = self._attention(captured.k_LBHTD, captured.v_LBHTD)
 
@@ -199,8 +199,9 @@ def tune(
     scores = []
     for recipe in candidates(span_tokens) if recipes is None else recipes:
         try:
-            bits = bench.bits(recipe)
-        except ValueError:
+            with told_to_user():
+                bits = bench.bits(recipe)
+        except UserError:
             if recipes is not None:
                 raise
             continue  # a candidate of ours that such spans do not allow
@@ -210,7 +211,7 @@ def tune(
         if progress is not None:
             progress(scores[-1])
     if not scores:
-        raise ValueError(f"budget={budget} bits: no recipe is that small; accepted: a larger one")
+        raise UserError(f"budget={budget} bits: no recipe is that small; accepted: a larger one")
     return pareto(scores)
 
 

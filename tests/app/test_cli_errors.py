@@ -262,7 +262,7 @@ def test_our_own_mistakes_are_not_blamed_on_the_user(run, monkeypatch):
 
 
 def test_the_command_as_a_process(tmp_path):
-    argv = [sys.executable, "-m", "qvg_jax.app.cli", "generate", "--codec", "zip"]
+    argv = [sys.executable, "-m", "qvg_jax", "generate", "--codec", "zip"]
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 2 and done.stdout == ""

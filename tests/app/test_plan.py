@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import pytest
 
 from models.self_forcing import job
+from models.self_forcing.entry import Options
 from models.self_forcing.plan import _step, make_plan
 from models.self_forcing.settings import released_sizes, settle
+from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app import cli
-from qvg_jax.app.job import Request
 from qvg_jax.app.memory_plan import (
     Need,
     Plan,
-    parse_bytes,
     plan_table,
     shape_bytes,
     temporary_bytes,
 )
+from qvg_jax.app.option_types import parse_bytes
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.rollout import run_chunk
 from tests.support import tiny_self_forcing as tiny
@@ -35,14 +36,14 @@ def process(tmp_path_factory):
         yield
 
 
-def request(**changes):
-    fields = dict(frames=48, codecs=(tiny.CODEC, "bf16"), height=tiny.HEIGHT, width=tiny.WIDTH)
-    return Request(**(fields | changes))
+def options(**changes):
+    fields = dict(frames=48, codec=tiny.CODEC, height=tiny.HEIGHT, width=tiny.WIDTH)
+    return Options(**(fields | dict(compare=("bf16",)) | changes))
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return make_plan(request(), 10**9, tiny.sizes())
+    return make_plan(options(), 10**9, tiny.sizes())
 
 
 def test_sizes_in_words():
@@ -65,8 +66,8 @@ def test_bytes_of_shapes_and_of_programs():
 
 
 def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
-    settings = settle(request(), tiny.sizes())
-    model, vae = job.WEIGHTS.random(settings.sizes.dit), job.VAE_WEIGHTS.random(settings.sizes.vae)
+    settings = settle(options(), tiny.sizes())
+    model, vae = job.WEIGHTS.random(settings.sizes.dit), VAE_WEIGHTS.random(settings.sizes.vae)
     assert [need.name for need in plan.needs] == ["bf16", tiny.CODEC]
     for need in plan.needs:
         cache = settings.cache(need.name)
@@ -90,7 +91,7 @@ def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
 def test_a_block_of_real_size_needs_no_second_cache():
     """XLA copied the dense K and V of all layers once: 7.5 GB with 30 of them."""
     sizes, temporaries = released_sizes(), {}
-    wanted = Request(frames=63, codecs=("qvg",), height=240, width=416)
+    wanted = Options(frames=63, codec="qvg", height=240, width=416)
     for layers in (1, 2):
         dit = dataclasses.replace(sizes.dit, layers=layers)
         small = dataclasses.replace(sizes, dit=dit)
@@ -107,11 +108,13 @@ def test_a_block_of_real_size_needs_no_second_cache():
 def test_the_longest_video_grows_with_the_memory_and_shrinks_with_the_bits(plan):
     bf16, qvg = plan.needs
     assert bf16.longest == qvg.longest == 63  # the RoPE table has 64 rows
-    settings = settle(request(), tiny.sizes())
+    settings = settle(options(), tiny.sizes())
     for need in plan.needs:
         size = lambda frames: shape_bytes(settings.cache(need.name, frames))  # noqa: B023, E731
         memory = need.total - need.held["cache"] + size(30)
-        found = make_plan(request(codecs=(need.name,)), memory, tiny.sizes()).needs[0].longest
+        found = (
+            make_plan(options(codec=need.name, compare=()), memory, tiny.sizes()).needs[0].longest
+        )
         assert size(30) == size(found) < size(found + 3)  # spans come by the dozen
 
 
@@ -156,7 +159,10 @@ def test_the_command(capsys):
         ([], ["--memory"]),
         (["--memory", "1GB", "--codec", "zip"], ["'zip'", "accepted: qvg"]),
         (["--memory", "1GB", "--frames", "7"], ["frames=7", "6 and 9"]),
-        (["--memory", "1GB", "--model", "pocket-world"], ["has no plan", "self-forcing"]),
+        (
+            ["--memory", "1GB", "--model", "pocket-world"],
+            ["cannot be used with `qvg plan`", "self-forcing"],
+        ),
     ],
 )
 def test_bad_input(argv, parts, capsys):

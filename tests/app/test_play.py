@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import av
 import numpy as np
@@ -18,8 +19,9 @@ import pytest
 from PIL import Image
 
 from qvg_jax.app import cli
-from tests.conftest import REPO
 from tests.support.tiny_world import as_in_its_own_process, random_weights
+
+REPO = Path(__file__).resolve().parents[2]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 TOUR, SECONDS = 8, 30_000  # ms that anything may take on a busy machine
@@ -347,7 +349,7 @@ def test_a_port_in_use_is_one_line(command):
         (["--host", "203.0.113.7", "--port", "0"], ["203.0.113.7", "address of this machine"]),
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),
         (["--model", "wan"], ["'wan' is not known", "accepted: pocket-world"]),
-        (["--model", "self-forcing"], ["cannot be walked in yet", "accepted: pocket-world"]),
+        (["--model", "self-forcing"], ["cannot be used with `qvg play`", "accepted: pocket-world"]),
         (["--weights", "nowhere.safetensors"], ["'nowhere.safetensors'", "missing or corrupt"]),
         (["--seed", str(2**31)], [f"seed={2**31}"]),
         (["--memory", "0"], ["--memory", "'0'"]),

@@ -9,7 +9,8 @@ import pytest
 
 from models.pocket_world import job
 from models.pocket_world import walk as pocket_walk
-from qvg_jax.app.job import Request, lockstep
+from models.pocket_world.entry import Options, WalkOptions
+from qvg_jax.app.job import lockstep
 from qvg_jax.app.play.walk import Walk
 from qvg_jax.cache.health import NonFiniteError
 from tests.support.tiny_world import as_in_its_own_process, random_weights
@@ -30,7 +31,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(weights):
-    return pocket_walk.walk(Request(weights=weights, tour=TOUR), memory=64)
+    return pocket_walk.walk(WalkOptions(weights=weights, tour=TOUR, memory=64))
 
 
 def walked(walk, actions):
@@ -49,7 +50,7 @@ def test_the_frames_are_those_of_generate(weights, world):
     walk = Walk(world, seed=5, codec=CODEC)
     got = walked(walk, actions)
     path = ",".join(f"{a}-4" for a in actions.split())
-    request = Request(weights=weights, tour=TOUR, seed=5, actions=path, codecs=(CODEC,))
+    request = Options(weights=weights, tour=TOUR, seed=5, actions=path, codec=CODEC)
     run = job.prepare(request)
     made = list(lockstep(dataclasses.replace(run, arms=run.arms[1:])))  # without bf16
     np.testing.assert_array_equal(got, np.concatenate([m.frames[CODEC] for m in made]))
@@ -174,4 +175,4 @@ def test_the_truth_of_a_tour_is_the_tour(world):
 )
 def test_bad_requests(weights, changes, part):
     with pytest.raises(ValueError, match=part):
-        pocket_walk.walk(Request(**(dict(weights=weights) | changes)))
+        pocket_walk.walk(WalkOptions(**(dict(weights=weights) | changes)))

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.self_forcing.entry import Options
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.plan import _step
 from models.self_forcing.settings import released_sizes, settle
-from qvg_jax.app.job import Request
 from qvg_jax.attention.api import attend
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
@@ -121,12 +121,12 @@ def test_reading_three_long_spans_takes_the_memory_of_one():
 
 def test_a_model_that_appends_neither_copies_nor_transposes_its_cache():
     """XLA for GPUs once turned the whole bf16 buffer, twice a block; XLA for CPUs never did."""
-    request = Request(frames=54, codecs=("qvg:num_centroids=16",), height=64, width=96)
+    options = Options(frames=54, codec="qvg:num_centroids=16", height=64, width=96)
     sizes = released_sizes()
     small = dict(layers=2, width=256, heads=2, ffn_width=64)
     sizes = dataclasses.replace(sizes, dit=dataclasses.replace(sizes.dit, **small))
-    settings = settle(request, sizes)
-    cache = settings.cache(request.codecs[0])
+    settings = settle(options, sizes)
+    cache = settings.cache(options.codecs[0])
     arguments = _step(settings, WEIGHTS.skeleton(sizes.dit), cache)
     program = run_chunk.lower(*arguments).compile().as_text()
     layers, batch, heads, tokens, d = cache.dense_k.shape

@@ -37,25 +37,27 @@ from tests.support.kernel_cases import (
 
 
 def _visit_by_reference(
-    queries, k, v, valid, *, k_unit_n=None, v_unit_n=None, state=None, splits=1, implementation
+    queries, k, v, valid, *, k_scale_n=None, v_scale_n=None, state=None, splits=1, implementation
 ):
     """By the reference, which knows splits and puts all into the first one.
 
-    Of a schedule those are the pieces that come first: one of every block of queries.
+    Of a schedule those are the pieces that come first: one of every query tile.
     """
     ones = jnp.ones(k.shape[0])
-    units = [ones if u is None else u for u in (k_unit_n, v_unit_n)]
+    scales = [ones if s is None else s for s in (k_scale_n, v_scale_n)]
     n, padded_queries, d = queries.q_nQD.shape
     pieces = isinstance(splits, Schedule)
     if state is None:
         old = attention_reference.empty(1 if pieces else splits, n, padded_queries, d)
     elif pieces:
-        old = [r[...][: splits.blocks].reshape(1, n, padded_queries, *r.shape[2:]) for r in state]
+        old = [
+            r[...][: splits.query_tiles].reshape(1, n, padded_queries, *r.shape[2:]) for r in state
+        ]
     else:
         old = [r[...] for r in state]
-    new = attention_reference.segment(*queries, k, v, valid, *units, old)
+    new = attention_reference.segment(*queries, k, v, valid, *scales, old)
     if pieces:
-        rest = attention_reference.empty(1, splits.pieces - splits.blocks, 128, d)
+        rest = attention_reference.empty(1, splits.pieces - splits.query_tiles, 128, d)
         new = [x.reshape(-1, 128, *x.shape[3:]) for x in new]
         new = [jnp.concatenate([x, y[0]]) for x, y in zip(new, rest, strict=True)]
     if state is None:
@@ -74,8 +76,9 @@ def references(monkeypatch):
         )
 
     for module in (workspaces, new_block):
-        for name in ("decode_keys", "decode_values"):
-            monkeypatch.setattr(module, name, by_reference(getattr(module, name)))
+        for name in ("decode_keys", "decode_values", "append_keys", "append_values"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, by_reference(getattr(module, name)))
     monkeypatch.setattr(mosaic, "prepare_tokens", by_reference(mosaic.prepare_tokens))
     monkeypatch.setattr(mosaic, "visit", _visit_by_reference)
 

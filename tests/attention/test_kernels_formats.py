@@ -3,23 +3,33 @@
 What e4m3 adds to the error of two bits is here too.
 """
 
+import dataclasses
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+from models.common.wan_rope import wan_rope
+from models.longcat.rope import longcat_rope
+from models.pocket_world.config import PocketWorldConfig
 from models.worldplay.history import side_by_side
-from pallas_kernels.dequant_attention import finish, prepare
+from pallas_kernels.dequant_attention import combine_splits, prepare
 from pallas_kernels.dequant_attention import reference as attention_reference
-from pallas_kernels.dequantize import Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize import Rotation, Scheme, Spans, Tokens, decode_keys, decode_values
+from pallas_kernels.dequantize.reference import decoded
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.formats import encoded as encoded_of
-from qvg_jax.attention.formats import halves, pairing_of, scheme_of
+from qvg_jax.attention.formats import halves, scheme_of
 from qvg_jax.cache.rope import Rope
 from qvg_jax.codecs import presets
-from qvg_jax.codecs.quantize.grid import grid_quantize
+from qvg_jax.codecs.base import identity
+from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize import grid_quantize, heads_as_tokens, residual_quantize
+from qvg_jax.codecs.smoothing import KMeansPacked, kmeans_smoothing
 from tests.support.kernel_cases import (
     E4M3,
     HALF,
@@ -30,11 +40,12 @@ from tests.support.kernel_cases import (
     form_of_cache,
     lowered,
     positions,
+    rope_of,
     with_window_garbage,
 )
 
 
-def test_formats_are_recognised_by_what_decode_gives():
+def test_declared_storage_becomes_a_scheme():
     want = {
         "qvg": Scheme(bits=2, group=64, offset=1, stages=1),
         "rtn": Scheme(bits=2, group=16, offset=1, stages=0),
@@ -60,17 +71,139 @@ def test_two_heads_in_one_vector_are_two_rows_to_the_kernels():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 64, 128)), jnp.bfloat16)
     packed, _ = jax.jit(codec.encode)(x, codec.init(x.shape, x.dtype))
     source = halves(packed)
-    here = dict(first_row=0, rows=4, valid=64, dtype=jnp.bfloat16, unit_n=jnp.ones(4))
-    rows = decode_keys(source, scheme_of(codec, 128, 2), implementation="reference", **here)
+    here = dict(valid=64, dtype=jnp.bfloat16, implementation="reference")
+    rows = decode_keys(Spans(source, scheme_of(codec, 128, 2), 0, 4), **here)
     np.testing.assert_array_equal(rows[:, :64], codec.decode(packed)[0])
 
 
-def test_ropes_are_recognised_by_what_rotate_gives():
-    assert pairing_of(HALF, 128, 3) == "half"
-    assert pairing_of(INTERLEAVED, 128, 3) == "interleaved"
-    other = Rope(lambda p: HALF.table(p), lambda x, t: HALF.rotate(x, t) * 2)
-    assert pairing_of(other, 128, 3) is None
-    assert pairing_of(Rope(lambda p: p, lambda x, t: x), 128, 3) is None
+ROPES = {
+    "half": HALF,
+    "interleaved": INTERLEAVED,
+    "of Wan": wan_rope(128),
+    "of LongCat": longcat_rope(128),
+    "of pocket world": PocketWorldConfig().rope(),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_ropes_turn_the_channels_that_they_declare(name):
+    """Random tables mean the same to `rotate` and to the kernels' reference."""
+    rope, rng = ROPES[name], np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    dims = 3 if name != "of pocket world" else 4
+    form = jax.eval_shape(rope.table, jnp.zeros((1, 4, dims)))
+    assert isinstance(form, tuple) and [f.shape for f in form] == [(1, 4, 64)] * 2
+    x, tables = draw(1, 1, 4, 128), (draw(1, 4, 64), draw(1, 4, 64))
+    theirs = rope.rotate(x, jax.tree.unflatten(jax.tree.structure(form), tables))[0]
+    here = dict(valid=4, dtype=jnp.bfloat16, implementation="reference")
+    turned = {
+        pairing: decode_keys(Tokens(x[0], 0, 1), rotation=Rotation(tables, pairing), **here)[:, :4]
+        for pairing in ("half", "interleaved")
+    }
+    agree = {p: np.allclose(y, theirs, rtol=1e-2, atol=2e-2) for p, y in turned.items()}
+    assert agree == {p: p == rope.pairing for p in turned}
+
+
+def test_ropes_are_values():
+    assert HALF == rope_of("half", 128) != INTERLEAVED and hash(HALF) == hash(rope_of("half", 128))
+    assert pickle.loads(pickle.dumps(HALF)) == HALF and wan_rope(128) == wan_rope(128, rows=1024)
+    by_hand = Rope(lambda p: p, lambda x, t: x)
+    assert by_hand.pairing is None and by_hand != Rope(lambda p: p, lambda x, t: x)
+
+
+def random_bytes(form, seed=0):
+    """Arrays of a packed form: any codes, scales between a half and two, ids within the table."""
+    rng = np.random.default_rng(seed)
+
+    def fill(x):
+        if x.dtype == E4M3:
+            return jnp.asarray(rng.uniform(0.5, 2.0, x.shape), jnp.float32).astype(E4M3)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.asarray(rng.standard_normal(x.shape), jnp.float32).astype(x.dtype)
+        low, high = (-2, 3) if x.dtype == jnp.int8 else (0, 256)
+        return jnp.asarray(rng.integers(low, high, x.shape), x.dtype)
+
+    packed = jax.tree.map(fill, form)
+    if type(packed) is tuple and isinstance(packed[0], KMeansPacked):
+        ids = packed[0].ids_BHST % packed[0].centroids_BHSKD.shape[3]
+        packed = (packed[0]._replace(ids_BHST=ids), *packed[1:])
+    return packed
+
+
+SMALL = dict(num_centroids=24)
+DECLARED = {
+    **{
+        f"{name}, {part}": codec
+        for name in [*presets.PRESETS, *presets.PAIRS]
+        for part, codec in zip(
+            ("keys", "values"),
+            presets.pair(name, **(SMALL if name.startswith(("qvg", "midrise", "auto")) else {})),
+            strict=True,
+        )
+    },
+    "normalized": residual_quantize(4, 32, normalize=True),
+    "seven levels": grid_quantize(levels=7),
+    "nine levels, groups": grid_quantize(levels=9, group=32),
+    "8 bits": chain(kmeans_smoothing(24, stages=2, centroid_dtype="e4m3"), grid_quantize(8)),
+    "f32 centroids": chain(kmeans_smoothing(24, centroid_dtype="f32"), residual_quantize(8, 128)),
+    "side by side": side_by_side(presets.qvg(num_centroids=24)),
+    "side by side, one scale": side_by_side(presets.pair("midrise", num_centroids=24)[0]),
+}
+READ = {
+    "qvg", "qvg-4bit", "qvg-pro", "qvg-pro-4bit", "rtn", "rtn-4bit", "auto", "midrise",
+    "midrise-k1v3", "midrise2", "midrise-1bit", "normalized", "seven levels",
+    "nine levels, groups", "8 bits", "f32 centroids", "side by side", "side by side, one scale",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_the_declared_storage_decodes_as_the_codec_does(name):
+    """Random bytes mean the same to `decode` and to the kernels' reference with the declaration."""
+    codec = DECLARED[name]
+    joined = codec.storage.heads
+    scheme = scheme_of(codec, 128, joined)
+    if isinstance(scheme, str) or scheme is None:
+        whole = name.partition(", ")[0]
+        assert name not in READ and whole not in READ and (scheme is None) == (whole == "bf16")
+        return
+    x = jax.ShapeDtypeStruct((1, 2, 48, 128), jnp.bfloat16)
+    form = jax.eval_shape(lambda x: codec.encode(x, codec.init(x.shape, x.dtype))[0], x)
+    packed = random_bytes(form)
+    source = encoded_of(packed) if joined == 1 else halves(packed)
+    ours = decoded(Spans(source, scheme, 0, 2))
+    theirs = codec.decode(packed, jnp.float32)[0]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("codec", "part"),
+    [
+        (presets.get("quarot"), "the smoothing 'hadamard' in front of the codes"),
+        (presets.get("rtn", mode="asymmetric"), "zero points"),
+        (presets.pair("kivi")[0], "zero points of a channel"),
+        (presets.pair("kivi")[1], "zero points"),
+        (presets.get("rtn", scale_dtype="f32"), "f32 scales"),
+        (grid_quantize(scale_dtype="bf16"), "bf16 scales"),
+        (grid_quantize(grid="lloyd_max"), "lloyd_max levels, which are not equally spaced"),
+        (grid_quantize(levels=3), "digits of base 3"),
+        (presets.get("nvfp4"), "E2M1 values"),
+        (presets.pair("kmeans-e8")[0], "points of a lattice"),
+        (presets.pair("klt")[0], "the smoothing 'klt"),
+        (heads_as_tokens(grid_quantize()), "all heads as tokens of one"),
+        (chain(*[kmeans_smoothing(4)] * 2, grid_quantize()), "2 k-means in a row"),
+        (chain(kmeans_smoothing(4), chain(grid_quantize())), "a chain inside the chain"),
+        (chain(kmeans_smoothing(4), identity()), "plain values in bf16 behind k-means"),
+        (chain(kmeans_smoothing(300), grid_quantize()), "at most 256 centroids"),
+        (identity("f32"), "plain values in f32"),
+        (grid_quantize(group=4), "group=4"),
+        (dataclasses.replace(grid_quantize(), storage=None), "no storage is declared"),
+        (side_by_side(grid_quantize()), "2 heads in one vector, not 1"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_what_kernels_do_not_read_is_named(codec, part):
+    why = scheme_of(codec, 128)
+    assert isinstance(why, str) and part in why
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["bf16", "e4m3"])
@@ -140,15 +273,13 @@ def test_e4m3_adds_little_to_the_error_of_two_bits():
     stored = exact_attention(
         np.asarray(q), *(np.asarray(codec.decode(p, jnp.float32)[0]) for p in packed)
     )
-    unit = jnp.full(2, 2.0**-5)
-    sources = [encoded_of(p) for p in packed]
-    here = dict(first_row=0, rows=2, valid=1024, dtype=E4M3, unit_n=unit)
-    scheme = scheme_of(codec, 128)
-    keys = decode_keys(sources[0], scheme, implementation="reference", **here)
-    values = decode_values(sources[1], scheme, implementation="reference", **here)
+    scale = jnp.full(2, 2.0**-5)
+    spans = [Spans(encoded_of(p), scheme_of(codec, 128), 0, 2) for p in packed]
+    here = dict(valid=1024, dtype=E4M3, scale_n=scale, implementation="reference")
+    keys, values = decode_keys(spans[0], **here), decode_values(spans[1], **here)
     queries = prepare(q, jnp.float32(128**-0.5), E4M3)
     state = attention_reference.empty(1, *queries.q_nQD.shape)
-    state = attention_reference.segment(*queries, keys, values, 1024, unit, unit, state)
-    narrow = np.asarray(finish(state, 64))
+    state = attention_reference.segment(*queries, keys, values, 1024, scale, scale, state)
+    narrow = np.asarray(combine_splits(state, 64))
     error = lambda x: np.linalg.norm(x - exact)  # noqa: E731
     assert error(narrow) < 1.1 * error(stored)

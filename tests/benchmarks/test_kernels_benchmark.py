@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from benchmarks import kernels
-from benchmarks.kernel_cases import Row
+from benchmarks.attention_cases import Row
 
 
 def test_other_implementations_are_timed_beside_ours(monkeypatch, capsys):

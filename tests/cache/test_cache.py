@@ -360,7 +360,7 @@ def test_create_refuses_a_codec_whose_state_changes_shape():
         return packed, jnp.concatenate([state, state])
 
     with pytest.raises(ValueError, match="coarse 3: encode changes the shape or dtype"):
-        small(key_codec=COARSE._replace(encode=grows))
+        small(key_codec=dataclasses.replace(COARSE, encode=grows))
 
 
 @pytest.mark.parametrize(

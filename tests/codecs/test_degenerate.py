@@ -21,25 +21,22 @@ from qvg_jax.codecs.quantize import (
     trellis_quantize,
 )
 from qvg_jax.codecs.smoothing import (
-    channel_scale,
     klt_rotation,
     kmeans_smoothing,
     low_rank_smoothing,
-    mean_smoothing,
     rotation,
 )
 
 D = 16
 CODECS = {
     "k-means, integers": chain(kmeans_smoothing(1), residual_quantize(4, 8, normalize=True)),
-    "mean, by energy": chain(
-        mean_smoothing(),
+    "one axis, by energy": chain(
+        low_rank_smoothing(1),
         rotation(signs="token"),
         heads_as_tokens(by_energy(trellis_quantize(4), grid_quantize(4))),
     ),
     "full rank, across heads": chain(klt_rotation(), heads_as_channels(allocated_quantize(4.0))),
     "low rank": chain(low_rank_smoothing(rank=D), grid_quantize(4)),
-    "channel scales": chain(channel_scale(), grid_quantize(4)),
 }
 
 

@@ -1,7 +1,4 @@
-"""Every recipe: bytes, one program, determinism, edges; and what they do to KV-like tokens."""
-
-import functools
-import importlib
+"""Every recipe: bytes, one program, determinism, edges, and a cache that holds it."""
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvg_jax.app.options import MODELS
 from qvg_jax.attention.api import attend
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.accounting import packed_bytes
-from qvg_jax.codecs.smoothing import kmeans_smoothing
-from qvg_jax.codecs.transform_codec import transform_codec
-from qvg_jax.study.synthetic import kv_like
+from tests.support.spans import correlated_tokens as span
+from tests.support.spans import jit, round_trip
+from tests.support.spans import relative_error as error
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
-# Level 0: each program runs once or twice here, so that compile time is what counts.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SHAPE = (1, 2, 64, 128)
 CENTROIDS = dict(num_centroids=4)
@@ -49,23 +43,6 @@ CODECS = {
     if part == ("V" if name == "trellis" else "K") or name in ("kivi", "midrise", "kmeans-e8")
 }
 every_codec = pytest.mark.parametrize("name", CODECS)
-
-
-def span(seed, shape=SHAPE):
-    rng = np.random.default_rng(seed)
-    mean = rng.normal(0, 1, (*shape[:2], 1, shape[3]))
-    x = mean + rng.normal(0, 0.5, shape) * np.geomspace(1.5, 0.3, shape[3])
-    return jnp.asarray(x, jnp.bfloat16)
-
-
-def round_trip(codec, x):
-    packed, state = jit(codec.encode)(x, codec.init(x.shape, x.dtype))
-    return packed, state, np.asarray(jit(codec.decode, static_argnums=1)(packed, jnp.float32))
-
-
-def error(x, hat):
-    x = np.asarray(x, np.float64)
-    return np.linalg.norm(x - hat) / np.linalg.norm(x)
 
 
 @every_codec
@@ -158,156 +135,6 @@ def test_any_span(name, seed, size, kind):
         assert error(np.asarray(x, np.float64) / size, hat / np.float64(size)) < 0.75
 
 
-# The registry.
-
-
-def test_pairs_and_singles():
-    for name in presets.PRESETS:
-        key_codec, value_codec = presets.pair(name)
-        assert key_codec is value_codec is presets.get(name)
-    for name in presets.PAIRS:
-        assert presets.pair(name) is presets.pair(name)
-        assert [codec.name for codec in presets.pair(name)] == [name, name]
-        with pytest.raises(ValueError, match=f"codec='{name}' has one codec for K.*presets.pair"):
-            presets.get(name)
-    with pytest.raises(ValueError, match="codec='zip' is not known; accepted: qvg, .*, klt-tiny"):
-        presets.pair("zip")
-    with pytest.raises(ValueError, match="codec='kivi' does not accept.*budget"):
-        presets.pair("kivi", budget=2.0)
-    assert not set(presets.PRESETS) & set(presets.PAIRS)
-    same, other = presets.pair("klt"), presets.pair("klt", value_gain=1.0)
-    assert same[0].encode is same[1].encode and other[0].encode is not other[1].encode
-
-
-@pytest.mark.parametrize(
-    ("name", "bits"),
-    [  # by hand, for a span of 37,440 tokens of 128 channels
-        ("kivi", 2 + 32 / 128),
-        ("quarot", 2 + 16 / 128),
-        ("turboquant", 2 + 8 / 128),
-        ("nvfp4", 4 + 8 / 16),
-        ("pca", 2 + 32 / 128 + 8 / 128),
-        ("qvg-asym", 2 + 16 / 128 + 8 / 128 + 16 * 256 / 37_440),
-        ("midrise", 2 + 8 / 128 + 8 / 128 + 8 * 256 / 37_440),
-        ("kmeans-e8", 2 + 8 / 128 + 8 / 128 + 8 * 256 / 37_440),
-        ("midrise-1bit", 1 + 8 / 128 + 2 * (8 / 128 + 8 * 256 / 37_440)),
-    ],
-)
-def test_bits_of_a_long_span(name, bits):
-    for codec in presets.pair(name):
-        assert codec.bits_per_element((1, 1, 37_440, 128)) == pytest.approx(bits, abs=4e-3)
-
-
-def test_a_recipe_can_say_what_encodes_it():
-    x = jax.random.normal(jax.random.key(0), (1, 2, 64, 32), jnp.bfloat16)
-    plain, chosen = (
-        presets.get("qvg", num_centroids=8, group=16, **more) for more in ({}, {"encoder": "xla"})
-    )
-    state = plain.init(x.shape, x.dtype)
-    for a, b in zip(*(jax.tree.leaves(c.encode(x, state)) for c in (plain, chosen)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert presets.get("qvg", num_centroids=8, group=16, encoder="xla") is chosen
-    for codec in presets.pair("midrise-k1v3", num_centroids=8, encoder="triton"):
-        if jax.default_backend() == "cpu":
-            with pytest.raises(NotImplementedError, match="implementation='triton'.*'xla' serves"):
-                codec.encode(x, codec.init(x.shape, x.dtype))
-    with pytest.raises(ValueError, match="implementation='cuda' is not accepted.*mosaic"):
-        presets.get("qvg", encoder="cuda")
-    with pytest.raises(ValueError, match="codec='bf16' has no encoders"):
-        presets.get("bf16", encoder="xla")
-
-
-# Transform coding within a budget.
-
-
-@given(
-    budget=st.floats(1.2, 5.5),
-    t=st.sampled_from([96, 384, 768, 1111, 5120, 37_440]),
-    d=st.sampled_from([64, 128]),
-)
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_a_budget_is_kept_and_used(budget, t, d):
-    codec = transform_codec(budget)
-    bits = codec.bits_per_element((2, 3, t, d))
-    assert budget - 8 / d < bits <= budget
-
-
-def test_budgets_that_cannot_be_kept():
-    with pytest.raises(
-        ValueError, match=r"budget=1.6 bits leaves too few code bits for a span of 24"
-    ):
-        transform_codec(1.6).init((1, 1, 24, 128))
-    for budget in (0, 17):
-        with pytest.raises(ValueError, match=f"budget={budget} is not accepted"):
-            transform_codec(budget)
-    capped = transform_codec(6.9, max_bits=6)
-    assert capped.bits_per_element((1, 1, 37_440, 64)) < 6.3
-
-
-def test_decoding_needs_no_shape():
-    """One decode serves spans of any length: rank and bits are in the packed shapes."""
-    codec = transform_codec(3.0)
-    for shape in ((1, 1, 60, 64), (1, 2, 300, 64)):
-        x = span(5, shape)
-        _, _, hat = round_trip(codec, x)
-        assert hat.shape == shape and error(x, hat) < 0.25
-
-
-# KV-like tokens.
-
-
-@pytest.mark.parametrize("kind", ["key", "value"])
-def test_the_made_up_tokens_have_the_published_statistics(kind):
-    for seed in (100, 101, 102):
-        x = kv_like(kind, seed)
-        np.testing.assert_array_equal(x, kv_like(kind, seed))
-        centred = x - x.mean(0)
-        w = np.linalg.eigvalsh(centred.T @ centred)[::-1]
-        assert 0.42 <= w[:4].sum() / w.sum() <= 0.56
-        smoothing = kmeans_smoothing(256, 5, reseed=True)
-        x_11TD = jnp.asarray(x)[None, None]
-        _, left, _ = jax.jit(smoothing.encode)(x_11TD, smoothing.init(x_11TD.shape))
-        assert 0.08 <= float(jnp.sum(left**2)) / (x**2).sum() <= 0.17
-        rms = np.sqrt((x**2).mean(0))
-        loud = np.sort(rms / np.median(rms))[::-1]
-        norms = np.percentile(np.linalg.norm(x, axis=1), [5, 95])
-        frames = centred.reshape(20, 256, 128)
-        a, b = frames[:-1].reshape(-1, 128), frames[1:].reshape(-1, 128)
-        alike = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        assert 0.6 < alike.mean() < 0.95
-        if kind == "key":
-            assert (loud[:3] > 5).all() and loud[0] < 13 and loud[3] < 3
-        else:
-            assert loud[0] < 2.5 and 3 <= norms[1] / norms[0] <= 6
-
-
-def test_bad_made_up_tokens():
-    with pytest.raises(ValueError, match="kind='query'"):
-        kv_like("query")
-    with pytest.raises(ValueError, match="'frames': 0"):
-        kv_like("key", frames=0)
-
-
-@pytest.mark.slow
-def test_order_of_the_recipes_on_made_up_tokens():
-    """The claims of the docstrings: each is clearly better than the one before it."""
-    order = ["rtn", "turboquant", "qvg", "qvg-asym", "midrise"]
-    got = {}
-    for name in [*order, "klt", "klt-tiny"]:
-        more = dict(warm_start=False) if "qvg" in name or name == "midrise" else {}
-        for kind, codec in zip(("key", "value"), presets.pair(name, **more), strict=True):
-            x = jnp.asarray(kv_like(kind, 200))[None, None]
-            packed, _ = jax.jit(codec.encode)(x, codec.init(x.shape, x.dtype))
-            got[name, kind] = error(x, np.asarray(codec.decode(packed, jnp.float32)))
-    for kind in ("key", "value"):
-        for worse, better in zip(order[2:], order[3:], strict=False):
-            assert got[better, kind] < 0.9 * got[worse, kind], (worse, better, got)
-        # 2.27 bits against 2.99, and 1.59: axes cost little where 256 centroids cost 0.8 bits.
-        assert got["klt", kind] < 0.6 * got["qvg", kind], got
-        assert got["klt-tiny", kind] < 1.05 * got["qvg", kind], got
-    assert got["turboquant", "key"] < 0.75 * got["rtn", "key"], got  # loud channels, rotated away
-
-
 @pytest.mark.parametrize("name", ["kivi", "midrise", "klt"])
 def test_a_cache_attends_to_spans_of_two_codecs(name):
     """Through slots, compress and attend: what is read is what decoding gives."""
@@ -339,22 +166,3 @@ def test_a_cache_attends_to_spans_of_two_codecs(name):
     want = np.einsum("bhqt,bthd->bqhd", p / p.sum(-1, keepdims=True), all_v)
     # Two programs: an e4m3 scale or a code may round the other way.
     assert np.linalg.norm(np.asarray(got) - want) < 0.02 * np.linalg.norm(want)
-
-
-def test_auto_is_the_cautious_recipe_unless_a_models_loop_says_otherwise():
-    assert presets.recommended() == presets.recommended("worldplay") == "midrise"
-    assert presets.recommended("pocket-world") == "trellis"
-    shape = (1, 1, 1024, 128)
-    for asked, name in ((dict(), "midrise"), (dict(model="pocket-world"), "trellis")):
-        ours, theirs = presets.pair("auto", **asked), presets.pair(name)
-        assert [c.nbytes(shape) for c in ours] == [c.nbytes(shape) for c in theirs]
-        assert {c.name for c in ours} == {"auto"}
-    assert presets.auto(num_centroids=8)[1].nbytes(shape) < presets.auto()[1].nbytes(shape)
-    with pytest.raises(ValueError, match="codec='midrise' does not accept"):
-        presets.auto(mood=1)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_every_models_default_is_what_auto_recommends(model):
-    job = importlib.import_module(MODELS[model])
-    assert job.DEFAULT_CODEC.partition(":")[0] == presets.recommended(model)

@@ -1,4 +1,4 @@
-"""Mean, low rank, rotation, principal axes, channel scales, small centroids."""
+"""Low rank, rotation, principal axes, small centroids."""
 
 import functools
 
@@ -11,13 +11,12 @@ from qvg_jax.codecs.accounting import packed_bytes
 from qvg_jax.codecs.base import EmptyState, identity
 from qvg_jax.codecs.compose import chain
 from qvg_jax.codecs.smoothing import (
-    channel_scale,
     klt_rotation,
     kmeans_smoothing,
     low_rank_smoothing,
-    mean_smoothing,
     rotation,
 )
+from qvg_jax.codecs.smoothing.centred import centred
 from qvg_jax.codecs.smoothing.low_rank import principal_axes
 from qvg_jax.codecs.smoothing.reflections import reflections_nbytes, reflections_of, rotation_of
 from qvg_jax.codecs.smoothing.rotation import hadamard
@@ -28,12 +27,10 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SMOOTHINGS = {
-    "mean": mean_smoothing(),
     "low rank": low_rank_smoothing(3, 3, 4),
     "rotation": rotation(),
     "klt": klt_rotation(),
     "klt 5": klt_rotation(5, 4),
-    "channel scale": channel_scale(),
     "int8 centroids": kmeans_smoothing(4, 2, centroid_dtype="int8"),
     "e4m3 centroids": kmeans_smoothing(4, 2, 2, centroid_dtype="e4m3"),
 }
@@ -126,17 +123,10 @@ def test_same_bytes_and_vmap(name):
 
 def test_mean_by_hand():
     x = jnp.asarray([[[[1, 2], [3, jnp.nan], [5, 4]]]], jnp.float32)
-    node, residual = encode(mean_smoothing(), x)
-    np.testing.assert_array_equal(node.mean_BHD.astype(jnp.float32), [[[3, 3]]])
-    np.testing.assert_array_equal(residual, [[[[-2, -1], [0, np.nan], [2, 1]]]])
-
-
-def test_channel_scale_by_hand():
-    sizes = np.array([0, 1, 1.4, 1.5, 2, 700, 2.0**-20, 0.7])
-    x = jnp.asarray(np.stack([sizes, -sizes]), jnp.float32)[None, None]
-    node, residual = encode(channel_scale(), x)
-    np.testing.assert_array_equal(node.exponents_BHD[0, 0], [0, 0, 0, 1, 1, 9, -20, -1])
-    assert (np.abs(residual)[0, 0, :, 1:] >= 0.7).all() and (np.abs(residual) <= 1.42).all()
+    mean_BHD, y_BHTD, exponent_BH = centred(x)
+    assert mean_BHD.dtype == jnp.bfloat16 and int(exponent_BH[0, 0]) == 3  # 5 < 2^3
+    np.testing.assert_array_equal(mean_BHD.astype(jnp.float32), [[[3, 3]]])
+    np.testing.assert_array_equal(8 * y_BHTD, [[[[-2, -1], [0, 0], [2, 1]]]])
 
 
 # Rotation.

@@ -16,28 +16,16 @@ from models.longcat.lora import merge_lora
 from models.longcat.params import load_dit
 from models.longcat.passes import cached_forward, clip_attention, clip_forward
 from models.longcat.text import kept_rows, read_text
+from tests.support.golden import close, distance, frames_first, stored_layers
 
 ATOL = 1e-4  # float32 forwards at t > 0; measured distance is below 1e-5
 ATOL_CLEAN = 2e-5  # at t = 0, where the reference itself is exact; measured below 2e-6
+SUBJECT = "longcat"
 NEAR = 1.5e-2  # relative L2 of bfloat16 results; measured below 0.7 %
 
 
-@pytest.fixture(autouse=True)
-def _true_float32():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def vectors(golden):
-    folder = golden("longcat")
-    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
-
-
-@pytest.fixture(scope="module")
-def load(golden):
-    folder = golden("longcat")
-
+def load(folder):
     def load(dtype=jnp.float32, **changes):
         config = LongCatConfig.from_json(folder.config, dtype=dtype)
         config = dataclasses.replace(config, **changes)
@@ -51,39 +39,21 @@ def model(load):
     return functools.cache(load)
 
 
-def frames_first(x_BZFYX):
-    return jnp.asarray(np.swapaxes(x_BZFYX, 1, 2))
-
-
-def close(actual, expected, atol=ATOL):
-    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=atol)
-
-
-def distance(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
 def near(actual, expected, _=None):
     assert distance(actual, expected) <= NEAR
 
 
-# Every program runs a few times on tiny sizes, so compiling is what takes the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(jit, static_argnames="rows")
+@functools.partial(jax.jit, static_argnames="rows")
 def text_of(model, text, mask=None, *, rows=None):
     return read_text(model, text, mask, rows=rows)
 
 
-@functools.partial(jit, static_argnames="given")
+@functools.partial(jax.jit, static_argnames="given")
 def forward(model, x, t_BF, text, *, given=0):
     return jnp.swapaxes(clip_forward(model, x, t_BF, text, given_frames=given).out_BFZYX, 1, 2)
 
 
-@jit
+@jax.jit
 def building(model, x):
     """What `build_condition` runs: its output, the K and V themselves, and a cache of them."""
     t = jnp.zeros((1, 1))
@@ -91,7 +61,7 @@ def building(model, x):
     return jnp.swapaxes(out.out_BFZYX, 1, 2), out.kept, condition_of(model.config, *out.kept, x)
 
 
-@jit
+@jax.jit
 def cached(model, x, t, text, cache):
     view = view_condition(model.config, cache, x.shape)
     return jnp.swapaxes(cached_forward(model, x, t, text, view).out_BFZYX, 1, 2)
@@ -108,9 +78,9 @@ def plain_inputs(v):
 
 def test_inside_of_the_network_matches(vectors, model):
     v, m = vectors("dit_tiny_io"), model()
-    close(jit(lambda m, x: m.text(x))(m, prompts(v)[0])[:, None], v["a_tap_y_embedder"])
+    close(jax.jit(lambda m, x: m.text(x))(m, prompts(v)[0])[:, None], v["a_tap_y_embedder"])
 
-    @jit
+    @jax.jit
     def walk(m, x, t, text_kv):
         B, F = x.shape[:2]
         attention, c = clip_attention(m.config, x.shape), m.embed_time(t, B, F)
@@ -182,7 +152,7 @@ def test_condition_cache_matches(vectors, model):
     jax.tree.map(lambda a, b: close(a, b, ATOL_CLEAN), built, cache)
     # As spans: nothing is left in the window.
     assert (int(cache.num_spans), int(cache.dense_blocks)) == (1, 0)
-    for i in range(m.config.layers):
+    for i in stored_layers(v, "c_k{}", m.config.layers):
         close(jnp.swapaxes(k_LBTHD[i], 1, 2), v[f"c_k{i}"], ATOL_CLEAN)
         close(jnp.swapaxes(v_LBTHD[i], 1, 2), v[f"c_v{i}"], ATOL_CLEAN)
         close(cache.span_k.values_BHTD[i, 0], v[f"c_k{i}"], ATOL_CLEAN)
@@ -211,7 +181,7 @@ def test_bfloat16_stays_near(vectors, model):
         round_to(jnp.asarray(v["t_plain"]), jnp.bfloat16), half["t_plain_bf16"]
     )
 
-    @jit
+    @jax.jit
     def taps(m, x, t, text_kv):
         """The plain forward and a look at its first layer."""
         c, attention = m.embed_time(t, *x.shape[:2]), clip_attention(m.config, x.shape)
@@ -233,16 +203,16 @@ def test_bfloat16_stays_near(vectors, model):
     near(forward(m, x_both, t_both, text, given=given.shape[1]), half["b_out"])
     out, (k_LBTHD, v_LBTHD), cache = building(m, given)
     near(out, half["c_out"])
-    for i in range(m.config.layers):
+    for i in stored_layers(half, "c_k{}", m.config.layers):
         near(jnp.swapaxes(k_LBTHD[i], 1, 2), half[f"c_k{i}"])
         near(jnp.swapaxes(v_LBTHD[i], 1, 2), half[f"c_v{i}"])
     noise, t = frames_first(v["noise_latents"]), jnp.asarray(v["t_cached"])
     near(cached(m, noise, t, text, cache), half["d_out"])
 
 
-def test_lora_matches(golden, vectors, load):
+def test_lora_matches(folder, vectors, load):
     v, expected = vectors("dit_tiny_io"), vectors("lora_io")
-    file = golden("longcat").path / "lora_tiny.safetensors"
+    file = folder.path / "lora_tiny.safetensors"
     x, t = plain_inputs(v)
     m = merge_lora(load(), file, multiplier=0.5)
     text = text_of(m, *prompts(v))

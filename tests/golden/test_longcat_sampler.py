@@ -20,36 +20,21 @@ from models.longcat.rope import axis_channels, axis_frequencies, clip_positions,
 from models.longcat.sampler import cached_step, clip_step, denoise, euler_step, guide
 from models.longcat.text import read_text
 from models.wan_vae import WanVAE, WanVAEConfig
+from tests.support.golden import close as close_to
+from tests.support.golden import frames_first
 
+SUBJECT = "longcat"
 ATOL = 3e-4  # float32 loops; measured distance is below 2e-5
 ATOL_TIMESTEP, ATOL_SIGMA, ATOL_LATENT, ATOL_ROPE = 2e-4, 2e-7, 1e-5, 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _true_float32():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def vectors(golden):
-    folder = golden("longcat")
-    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
-
-
-@pytest.fixture(scope="module")
-def model(golden):
-    folder = golden("longcat")
+def model(folder):
     config = LongCatConfig.from_json(folder.config, dtype=jnp.float32)
     return load_dit(folder.path / "dit_tiny.safetensors", config)
 
 
-def frames_first(x_BZFYX):
-    return jnp.asarray(np.swapaxes(x_BZFYX, -4, -3))
-
-
-def close(actual, expected, atol=ATOL):
-    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=atol)
+close = functools.partial(close_to, atol=ATOL)
 
 
 def numbers(v, pattern):

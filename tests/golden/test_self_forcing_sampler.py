@@ -1,5 +1,6 @@
 """The Self-Forcing sampler, roll-outs and cache schedule against the PyTorch reference (CPU)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,44 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.self_forcing import (
-    BlockNoise,
-    History,
-    Request,
-    SamplerConfig,
-    SelfForcing,
-    SelfForcingConfig,
-    compressions,
-    load_dit,
-    network_calls,
-    plan_blocks,
-    recall,
-)
-from models.self_forcing.block import cached_forward, denoise_block
-from models.self_forcing.history import append_frames, block_positions
+from models.self_forcing.block import BlockNoise, cached_forward, denoise_block
+from models.self_forcing.config import SamplerConfig, SelfForcingConfig
+from models.self_forcing.history import History, append_frames, block_positions, recall
+from models.self_forcing.params import load_dit
+from models.self_forcing.pipeline import Generation, SelfForcing
 from models.self_forcing.rope import model_rope
 from models.self_forcing.sampler import Ladder, add_noise, flow_to_x0, x0_to_flow
+from models.self_forcing.schedule import compressions, network_calls, plan_blocks
 from qvg_jax.codecs.base import Codec, identity
+from tests.support.golden import close, stored_layers
 
 ATOL = 1e-4  # float32 roll-outs; the README's tolerance, measured distance is below 1e-5
+SUBJECT = "self_forcing"
 SPAN_BLOCKS = 8  # the released schedule compresses eight blocks at a time
 
 
-@pytest.fixture(autouse=True)
-def _true_float32():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def vectors(golden):
-    folder = golden("self_forcing")
-    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
-
-
-@pytest.fixture(scope="module")
-def model(golden):
-    folder = golden("self_forcing")
+def model(folder):
     sizes, n = folder.config["dit"], folder.config["num_frame_per_block"]
 
     @functools.cache
@@ -53,10 +34,6 @@ def model(golden):
         return load_dit(folder.path / "dit_tiny.safetensors", config)
 
     return load
-
-
-def close(actual, expected, atol=ATOL):
-    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=atol)
 
 
 def one_bf16_step(actual, expected):
@@ -116,7 +93,7 @@ def roll_out(m, v, run, history, *, alone=None, capacity=None):
     frames = start.shape[1] + initial_frames
     blocks = plan_blocks(m.config, frames, initial_frames=initial_frames, first_frame_alone=alone)
     text = v["context"][: start.shape[0]]
-    request = Request(
+    request = Generation(
         text_BUE=text,
         frames=frames,
         latent_height=start.shape[-2],
@@ -196,7 +173,7 @@ def test_every_pass_of_a_roll_out_matches(vectors, model):
     v, m = vectors("sampler_io"), model()
     blocks = plan_blocks(m.config, v["t2v_noise"].shape[1])
     start = v["t2v_noise"]
-    request = Request(
+    request = Generation(
         text_BUE=v["context"][: start.shape[0]],
         frames=start.shape[1],
         latent_height=start.shape[-2],
@@ -247,7 +224,7 @@ def towards_the_mean() -> Codec:
         mean = x_BHTD.mean(axis=2, keepdims=True)
         return plain.encode(mean + 0.8 * (x_BHTD - mean), state, key=key)
 
-    return plain._replace(encode=encode, name="towards the mean")
+    return dataclasses.replace(plain, encode=encode, name="towards the mean")
 
 
 @pytest.mark.parametrize("kind", ["none", "fake"])
@@ -279,5 +256,5 @@ def test_quantization_schedule_matches(vectors, model, kind):
     assert len(frame) == latents.shape[1] * S
     for name, x in (("k", k), ("v", value)):
         x = x.reshape(*x.shape[:2], -1, S, *x.shape[-2:])[:, :, v["kv_frames_kept"]]
-        for i in range(m.config.layers):
+        for i in stored_layers(v, f"{kind}_{name}_l{{}}", m.config.layers):
             close(x[i], v[f"{kind}_{name}_l{i}"])

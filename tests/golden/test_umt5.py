@@ -1,9 +1,6 @@
 """umT5 against the golden vectors: float32 to 1e-4 absolute, bfloat16 to 5 % relative L2."""
 
-import json
-import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -27,45 +24,26 @@ from models.umt5 import (
     load_umt5,
     relative_buckets,
 )
+from tests.support.golden import close
 
-ATOL = 1e-4
+SUBJECT = "self_forcing"
 BF16_RELATIVE_L2 = 0.05
 
 
 @pytest.fixture(scope="module")
-def folder():
-    default = Path(__file__).parents[2].parent / "shared" / "golden"
-    path = Path(os.environ.get("QVG_GOLDEN_DIR", default)) / "self_forcing"
-    if not path.is_dir():
-        pytest.skip(f"no golden vectors in {path}; set QVG_GOLDEN_DIR")
-    return path
-
-
-@pytest.fixture(scope="module")
-def io(folder):
-    return np.load(folder / "umt5_tiny_io.npz")
+def io(vectors):
+    return vectors("umt5_tiny_io")
 
 
 @pytest.fixture(scope="module")
 def fields(folder):
-    return json.loads((folder / "config.json").read_text())["umt5"]
+    return folder.config["umt5"]
 
 
 @pytest.fixture(scope="module")
 def model(folder, fields):
     config = UMT5Config.from_json(fields, dtype=jnp.float32)
-    return load_umt5(folder / "umt5_tiny.safetensors", config)
-
-
-@pytest.fixture(autouse=True)
-def true_float32():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def close(ours, golden):
-    assert ours.shape == golden.shape
-    np.testing.assert_allclose(np.asarray(ours), golden, atol=ATOL, rtol=0)
+    return load_umt5(folder.path / "umt5_tiny.safetensors", config)
 
 
 def test_relative_buckets_exactly(io, fields):
@@ -102,7 +80,7 @@ def test_embeddings(model, io):
 
 def test_bfloat16(folder, fields, io):
     config = UMT5Config.from_json(fields)
-    model = load_umt5(folder / "umt5_tiny.safetensors", config)
+    model = load_umt5(folder.path / "umt5_tiny.safetensors", config)
     ours = encode_tokens(model, Tokens(io["ids"], io["mask"].astype(bool)))
     assert ours.dtype == jnp.bfloat16
     golden = io["out_zeroed_bf16"]
@@ -127,7 +105,9 @@ def test_hugging_face_names_load_the_same(folder, model, tmp_path):
                 return f"encoder.block.{i}.layer.{there}{rest.removeprefix(ours)}"
         raise KeyError(name)
 
-    tensors = {name_there(k): v for k, v in load_file(folder / "umt5_tiny.safetensors").items()}
+    tensors = {
+        name_there(k): v for k, v in load_file(folder.path / "umt5_tiny.safetensors").items()
+    }
     assert "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].copy()  # tied
     tensors["decoder.final_layer_norm.weight"] = np.ones(3, np.float32)  # left out
@@ -137,7 +117,7 @@ def test_hugging_face_names_load_the_same(folder, model, tmp_path):
 
 
 def test_wrong_checkpoint_lists_keys(folder, model, tmp_path):
-    tensors = load_file(folder / "umt5_tiny.safetensors")
+    tensors = load_file(folder.path / "umt5_tiny.safetensors")
     del tensors["blocks.1.attn.q.weight"], tensors["norm.weight"]
     tensors["blocks.0.attn.q.bias"] = np.zeros(3, np.float32)
     save_file(tensors, tmp_path / "t5.safetensors")
@@ -149,7 +129,7 @@ def test_wrong_checkpoint_lists_keys(folder, model, tmp_path):
 
 
 def test_memory_is_released(folder, model, io):
-    path = folder / "umt5_tiny.safetensors"
+    path = folder.path / "umt5_tiny.safetensors"
     with borrow_umt5(path, model.config) as borrowed:
         leaves = jax.tree.leaves(borrowed)
         assert not any(x.is_deleted() for x in leaves)

@@ -1,9 +1,6 @@
 """Wan VAE against the golden vectors: float32 to 1e-4 absolute, bfloat16 to 5 % relative L2."""
 
 import dataclasses
-import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,48 +11,26 @@ from safetensors.numpy import load_file, save_file
 
 from models.common import CheckpointError
 from models.wan_vae import WanVAE, WanVAEConfig, load_wan_vae, to_uint8
+from tests.support.golden import close
 
-ATOL = 1e-4
+SUBJECT = "self_forcing"
 BF16_RELATIVE_L2 = 0.05
 
 
 @pytest.fixture(scope="module")
-def folder():
-    default = Path(__file__).parents[2].parent / "shared" / "golden"
-    path = Path(os.environ.get("QVG_GOLDEN_DIR", default)) / "self_forcing"
-    if not path.is_dir():
-        pytest.skip(f"no golden vectors in {path}; set QVG_GOLDEN_DIR")
-    return path
-
-
-@pytest.fixture(scope="module")
-def io(folder):
-    return np.load(folder / "vae_tiny_io.npz")
+def io(vectors):
+    return vectors("vae_tiny_io")
 
 
 @pytest.fixture(scope="module")
 def fields(folder):
-    return json.loads((folder / "config.json").read_text())["vae"]
+    return folder.config["vae"]
 
 
 @pytest.fixture(scope="module")
 def vae(folder, fields):
     config = WanVAEConfig.from_json(fields, dtype=jnp.float32)
-    return load_wan_vae(folder / "vae_tiny.safetensors", config)
-
-
-@pytest.fixture(autouse=True)
-def true_float32_and_fast_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third of the time
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def close(ours, golden, atol=ATOL):
-    assert ours.shape == golden.shape
-    np.testing.assert_allclose(np.asarray(ours), golden, atol=atol, rtol=0)
+    return load_wan_vae(folder.path / "vae_tiny.safetensors", config)
 
 
 def channels_last(x_BCTHW):
@@ -93,7 +68,7 @@ def test_decoder_stages_on_the_first_frame(vae, io):
         return out
 
     ours = stages(vae, io["latent"])
-    golden = {k for k in io.files if k.startswith("dec1_")} | {"decode_denorm", "decode_conv2"}
+    golden = {k for k in io if k.startswith("dec1_")} | {"decode_denorm", "decode_conv2"}
     assert ours.keys() == golden
     for name, x in ours.items():
         close(x, channels_last(io[name]))
@@ -154,7 +129,7 @@ def test_encode_stream_in_steps(vae, io):
 
 def test_bfloat16(folder, fields, io):
     config = WanVAEConfig.from_json(fields, dtype=jnp.bfloat16)
-    vae = load_wan_vae(folder / "vae_tiny.safetensors", config)
+    vae = load_wan_vae(folder.path / "vae_tiny.safetensors", config)
     mean, inverse_std = vae.statistics()
     np.testing.assert_array_equal(mean.astype(jnp.float32).ravel(), io["mean_bf16"])
     np.testing.assert_array_equal(inverse_std.astype(jnp.float32).ravel(), io["scale_inv_bf16"])
@@ -191,7 +166,7 @@ def test_diffusers_names_load_the_same(folder, vae, tmp_path):
         where = f"resnets.{i % level}" if i % level < level - 1 else "upsamplers.0"
         return f"{part}.up_blocks.{i // level}.{where}.{tail}"
 
-    tensors = load_file(folder / "vae_tiny.safetensors")
+    tensors = load_file(folder.path / "vae_tiny.safetensors")
     renamed = {diffusers_name(k): v for k, v in tensors.items()}
     assert "decoder.up_blocks.0.upsamplers.0.resample.1.weight" in renamed
     assert not any("residual" in k or "middle" in k for k in renamed)
@@ -201,7 +176,7 @@ def test_diffusers_names_load_the_same(folder, vae, tmp_path):
 
 
 def test_wrong_checkpoint_lists_keys(folder, vae, tmp_path):
-    tensors = load_file(folder / "vae_tiny.safetensors")
+    tensors = load_file(folder.path / "vae_tiny.safetensors")
     kernel = tensors.pop("decoder.conv1.weight")
     tensors["decoder.conv0.weight"] = kernel
     tensors["conv2.bias"] = np.zeros(1, np.float32)

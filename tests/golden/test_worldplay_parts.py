@@ -1,25 +1,21 @@
 """WorldPlay's cameras, actions, retrieval, positions and sampler against the reference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models.common.wan_rope import host_table, wan_rope
-from models.worldplay import CameraPath, SamplerConfig, action_ids, normalise, select_frames, walk
+from models.worldplay.cameras import CameraPath, action_ids, walk
+from models.worldplay.config import SamplerConfig
 from models.worldplay.encoding import positions
+from models.worldplay.latents import normalise
 from models.worldplay.layers import sinusoid
 from models.worldplay.prope import Camera, camera_matrices, per_token, transform, transposed
-from models.worldplay.retrieval import similarity
+from models.worldplay.retrieval import select_frames, similarity
 from models.worldplay.sampler import euler_step, step_sizes
 
-
-@pytest.fixture(scope="module")
-def vectors(golden):
-    folder = golden("worldplay")
-    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
+SUBJECT = "worldplay"
 
 
 def within(actual, expected, atol):

@@ -1,46 +1,33 @@
 """WorldPlay roll-outs, network calls and the compression schedule against the reference (CPU)."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.worldplay import (
-    CameraPath,
-    History,
-    Request,
-    SamplerConfig,
-    WorldPlay,
-    compressions,
-    network_calls,
-    recall,
-)
 from models.worldplay.block import generate_block
-from models.worldplay.request import block_inputs
+from models.worldplay.cameras import CameraPath
+from models.worldplay.config import SamplerConfig
+from models.worldplay.history import History
+from models.worldplay.memory import recall
+from models.worldplay.pipeline import WorldPlay
+from models.worldplay.request import Walk, block_inputs
+from models.worldplay.schedule import compressions, network_calls
 from qvg_jax.codecs.base import identity
 from tests.support.worldplay_model import close, close_kv, loader
 
 PLAIN = identity(jnp.float32)
+SUBJECT = "worldplay"
 BLOCK = 4  # latent frames, as the README of the vectors says
 
 
-@pytest.fixture(autouse=True)
-def _true_float32():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def vectors(golden):
-    folder = golden("worldplay")
-    return functools.cache(lambda name: folder.arrays(f"{name}.npz"))
-
-
-@pytest.fixture(scope="module")
-def model(golden):
-    return loader(golden("worldplay"))
+def model(folder):
+    return loader(folder)
 
 
 def request(v, frames, *, image, **changes):
@@ -48,7 +35,7 @@ def request(v, frames, *, image, **changes):
     condition = v["first_image_condition"][:, :, 0] if image else None
     fields = dict(text_BUE=v["text"], path=path, frames=frames, image_BZYX=condition)
     fields |= dict(zip(("latent_height", "latent_width"), v["noise"].shape[-2:], strict=True))
-    return Request(**(fields | dict(noise=np.swapaxes(v["noise"], 1, 2)) | changes))
+    return Walk(**(fields | dict(noise=np.swapaxes(v["noise"], 1, 2)) | changes))
 
 
 def frames_of(v, name):
@@ -129,7 +116,7 @@ def stand_in(factor, offset):
     def encode(x_BHTD, state, *, key=None):
         return PLAIN.encode(factor * x_BHTD + offset, state, key=key)
 
-    return PLAIN._replace(encode=encode, name="stand-in")
+    return dataclasses.replace(PLAIN, encode=encode, name="stand-in")
 
 
 def test_compression_schedule_and_reading_match(vectors, model):
@@ -145,8 +132,11 @@ def test_compression_schedule_and_reading_match(vectors, model):
     asked = request(v, frames, image=True)
     latents = WorldPlay(m, history=history).generate(asked, chunk=1, progress=look)
     close(frames_last(latents), v["pq_latents"])
-    close_kv(last["kv"][0][1], v["pq_layer1_k"])
-    close_kv(last["kv"][1][1], v["pq_layer1_v"])
+    layers = [int(name[len("pq_layer") : -2]) for name in v if re.fullmatch(r"pq_layer\d+_k", name)]
+    assert layers
+    for i in layers:
+        close_kv(last["kv"][0][i], v[f"pq_layer{i}_k"])
+        close_kv(last["kv"][1][i], v[f"pq_layer{i}_v"])
 
     blocks = frames // BLOCK
     events = compressions(m.config, history, blocks)

@@ -14,24 +14,34 @@ from jax import lax
 from benchmarks import sanitize
 from pallas_kernels.dequant_attention import (
     Schedule,
-    finish,
-    join,
+    combine_splits,
     prepare,
+    prepare_tokens,
     schedule_for,
     splits_for,
     visit,
 )
 from pallas_kernels.dequant_attention import reference as attention_reference
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values
+from pallas_kernels.dequantize import (
+    Encoded,
+    Rotation,
+    Scheme,
+    Spans,
+    Tokens,
+    Window,
+    append_values,
+    decode_keys,
+    decode_values,
+)
 from pallas_kernels.dequantize.reference import key_row_of_token
 from qvg_jax.attention.new_block import unit_of
 from tests.support.kernel_cases import (
     E4M3,
     FORMATS,
+    angles,
     encoded,
     exact_attention,
     lowered,
-    turns,
 )
 
 # -- decoding
@@ -42,27 +52,27 @@ from tests.support.kernel_cases import (
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_decoding_compiles_to_one_kernel(name, dtype, head_dim):
     source, scheme = encoded(name, 8, 200, head_dim=head_dim)
-    here = dict(rows=4, valid=200, dtype=dtype, unit_n=jnp.ones(4))
+    here = dict(valid=200, dtype=dtype, scale_n=jnp.ones(4))
     for pairing in ("half", "interleaved"):
         text = lowered(
             lambda s, i, t, p=pairing: decode_keys(
-                s, scheme, first_row=i, tables=t, first_table=i, batch=2, pairing=p, **here
+                Spans(s, scheme, i, 4), rotation=Rotation(t, p, batch=2, first=i), **here
             ),
-            source, jnp.int32(4), turns(0, 6, 200, head_dim),
+            source, jnp.int32(4), angles(0, 6, 200, head_dim),
         )  # fmt: skip
         assert text.count("mosaic_gpu") >= 1
     assert "mosaic_gpu" in lowered(
-        lambda s, i: decode_values(s, scheme, first_row=i, **here), source, jnp.int32(4)
+        lambda s, i: decode_values(Spans(s, scheme, i, 4), **here), source, jnp.int32(4)
     )
 
 
 def test_the_reference_fills_the_workspace_with_zeros_and_never_reads_what_is_not_valid():
     x = jnp.full((3, 70, 128), jnp.nan, jnp.bfloat16).at[:, :50].set(2.0)
-    here = dict(first_row=1, rows=2, valid=50, implementation="reference", unit_n=jnp.ones(2))
-    keys = decode_keys(x, None, dtype=jnp.bfloat16, **here)
+    here = dict(valid=50, implementation="reference")
+    keys = decode_keys(Tokens(x, 1, 2), dtype=jnp.bfloat16, **here)
     assert keys.shape == (2, 256, 128)
     assert bool((keys[:, :50] == 2).all()) and bool((keys[:, 50:] == 0).all())
-    values = decode_values(x, None, dtype=E4M3, **here)
+    values = decode_values(Tokens(x, 1, 2), dtype=E4M3, scale_n=jnp.ones(2), **here)
     assert values.shape == (2, 128, 256)
     assert bool((values[:, :, :50].astype(jnp.float32) == 2).all())
     assert bool((values[:, :, 50:].astype(jnp.float32) == 0).all())
@@ -72,17 +82,18 @@ def test_keys_in_e4m3_lie_in_a_permutation_of_every_sixteen():
     rows = np.asarray(key_row_of_token(48))
     assert sorted(rows) == list(range(48))
     np.testing.assert_array_equal(rows // 16, np.arange(48) // 16)
-    # The attention kernel turns rows back into tokens with this arithmetic.
+    # The attention kernel makes tokens of rows again with this arithmetic.
     c = rows
     inside = ((c & 6) << 1) | ((c >> 2) & 2) | (c & 1)
     np.testing.assert_array_equal((c & -16) | inside, np.arange(48))
 
 
-def test_units_make_e4m3_of_any_magnitude():
+def test_scales_make_e4m3_of_any_magnitude():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 128)), jnp.float32) * 1e-4
-    unit = unit_of(jnp.abs(x).max(axis=(1, 2)))
-    here = dict(first_row=0, rows=2, valid=64, dtype=E4M3, implementation="reference")
-    y = decode_values(x, None, unit_n=unit, **here).astype(jnp.float32) * unit[:, None, None]
+    scale = unit_of(jnp.abs(x).max(axis=(1, 2)))
+    here = dict(valid=64, dtype=E4M3, implementation="reference")
+    y = decode_values(Tokens(x, 0, 2), scale_n=scale, **here).astype(jnp.float32)
+    y *= scale[:, None, None]
     y = y.swapaxes(1, 2)[:, :64]
     assert float(jnp.linalg.norm(y - x) / jnp.linalg.norm(x)) < 0.03  # half of 2^-4, on average
 
@@ -108,14 +119,14 @@ def test_a_named_kernel_says_what_it_cannot_read(change, message):
         )  # fmt: skip
     with pytest.raises(NotImplementedError, match=message):
         decode_keys(
-            source, change.get("scheme", scheme), first_row=0, rows=2, valid=64,
-            dtype=change.get("dtype", E4M3), unit_n=jnp.ones(2),
+            Spans(source, change.get("scheme", scheme), 0, 2), valid=64,
+            dtype=change.get("dtype", E4M3), scale_n=jnp.ones(2),
         )  # fmt: skip
+    spans, here = Spans(source, scheme, 0, 2), dict(valid=64, dtype=E4M3)
     with pytest.raises(ValueError, match="implementation='cuda'"):
-        decode_values(
-            source, scheme, first_row=0, rows=2, valid=64, dtype=E4M3, unit_n=jnp.ones(2),
-            implementation="cuda",
-        )  # fmt: skip
+        decode_values(spans, scale_n=jnp.ones(2), implementation="cuda", **here)
+    with pytest.raises(ValueError, match="scale_n=None with dtype=float8_e4m3fn"):
+        decode_values(spans, **here)
 
 
 # -- attention
@@ -129,13 +140,15 @@ def test_segments_of_the_reference_are_one_softmax(dtype, bound):
     queries = prepare(jnp.asarray(q), jnp.float32(128**-0.5), dtype)
     state = attention_reference.empty(3, *queries.q_nQD.shape)
     for start, n in ((0, 300), (300, 0), (300, 400)):
-        here = dict(first_row=0, rows=2, valid=n, dtype=dtype, implementation="reference")
+        here = dict(valid=n, dtype=dtype, scale_n=unit, implementation="reference")
         part = [jnp.asarray(x[:, start : start + max(n, 1)], jnp.bfloat16) for x in (k, v)]
-        keys = decode_keys(part[0], None, unit_n=unit, **here)
-        values = decode_values(part[1], None, unit_n=unit, **here)
+        keys, values = (
+            decode(Tokens(x, 0, 2), **here)
+            for decode, x in zip((decode_keys, decode_values), part, strict=True)
+        )
         ones = unit if dtype == E4M3 else jnp.ones(2)
         state = attention_reference.segment(*queries, keys, values, n, ones, ones, state)
-    out = np.asarray(finish(state, 40))
+    out = np.asarray(combine_splits(state, 40))
     right = exact_attention(q, k, v)
     assert np.linalg.norm(out - right) / np.linalg.norm(right) < bound
 
@@ -156,7 +169,7 @@ def test_attention_compiles_and_updates_its_state_in_place(dtype, head_dim):
             return done
 
         lax.fori_loop(0, times, again, jnp.int32(0))
-        return finish([r[...] for r in refs], 130)
+        return combine_splits([r[...] for r in refs], 130)
 
     text = lowered(f, q, k, v, jnp.int32(400), jnp.int32(2))
     assert text.count("output_operand_alias<") == 3
@@ -185,19 +198,29 @@ def test_attention_refuses_what_does_not_belong_together():
         visit(odd, good[..., :96], good[..., :96], 256)
     with pytest.raises(ValueError, match="T=200"):
         visit(queries, good[:, :200], good[:, :200], 200)
-    with pytest.raises(ValueError, match="one of 2 blocks"):
+    with pytest.raises(ValueError, match="one of 2 query tiles of 128"):
         visit(queries, good, good, 256, splits=Schedule(3, 0, 1))
+    q, rotation = jnp.zeros((2, 64, 2, 128), jnp.bfloat16), Rotation(angles(0, 2, 64))
+    with pytest.raises(ValueError, match="rotation.batch=1; accepted: batch=2, the cache's"):
+        prepare_tokens(q, jnp.float32(1), batch=2, heads=2, rotation=rotation, fp8=False)
 
 
 def test_several_spans_must_have_whole_sixteens_and_windows_are_of_plain_tokens():
     source, scheme = encoded("qvg", 4, 200)
-    here = dict(rows=2, valid=64, dtype=E4M3, unit_n=jnp.ones(2))
+    here = dict(valid=64, scale_n=jnp.ones(2))
     with pytest.raises(ValueError, match="spans of 200 tokens"):
-        decode_keys(source, scheme, first_row=jnp.asarray([0, 2]), **here)
-    with pytest.raises(ValueError, match="window"):
-        decode_values(source, scheme, first_row=0, window=(0, 64), **here)
-    with pytest.raises(ValueError, match="into"):
-        decode_values(source, scheme, first_row=0, into=(jnp.zeros((2, 128, 512), E4M3), 0), **here)
+        decode_keys(Spans(source, scheme, jnp.asarray([0, 2]), 2), dtype=E4M3, **here)
+    with pytest.raises(ValueError, match=r"first_row.shape=\(2,\)"):
+        decode_keys(
+            Tokens(jnp.zeros((4, 64, 128), jnp.bfloat16), jnp.asarray([0, 2]), 2),
+            dtype=E4M3,
+            **here,
+        )
+    one = Spans(source, scheme, 0, 2)
+    with pytest.raises(ValueError, match="window of Spans; accepted: Tokens"):
+        Window(one, 0, 64)
+    with pytest.raises(ValueError, match="tokens: Spans; accepted: Tokens"):
+        append_values(jnp.zeros((2, 128, 512), E4M3), 0, one, **here)
 
 
 def test_splits_fill_the_chip_but_not_at_the_price_of_their_state():
@@ -207,15 +230,15 @@ def test_splits_fill_the_chip_but_not_at_the_price_of_their_state():
     assert splits_for(1, 64, 512, 1, True) == 1  # too few keys to share
 
 
-@pytest.mark.parametrize("blocks, whole, parts", [(444, 396, 5), (24, 0, 11), (7, 7, 3), (9, 4, 2)])
-def test_pieces_of_a_schedule_cover_every_block_once(blocks, whole, parts):
-    schedule = Schedule(blocks, whole, parts)
-    block, part, of = (
+@pytest.mark.parametrize("tiles, whole, splits", [(444, 396, 5), (24, 0, 11), (7, 7, 3), (9, 4, 2)])
+def test_pieces_of_a_schedule_cover_every_query_tile_once(tiles, whole, splits):
+    schedule = Schedule(tiles, whole, splits)
+    tile, split, of = (
         np.broadcast_to(x, (schedule.pieces,)) for x in schedule.place(jnp.arange(schedule.pieces))
     )
-    assert sorted(block[:blocks]) == list(range(blocks))  # one of each comes first
-    want = {(b, p, n) for b in range(blocks) for n in [1 if b < whole else parts] for p in range(n)}
-    assert set(zip(block.tolist(), part.tolist(), of.tolist(), strict=True)) == want
+    assert sorted(tile[:tiles]) == list(range(tiles))  # one of each comes first
+    want = {(i, p, n) for i in range(tiles) for n in [1 if i < whole else splits] for p in range(n)}
+    assert set(zip(tile.tolist(), split.tolist(), of.tolist(), strict=True)) == want
     assert len(want) == schedule.pieces
 
 
@@ -226,19 +249,19 @@ def test_only_the_last_wave_is_shared():
     assert schedule_for(264, 37_440, 1, True).pieces == 264  # two full waves
 
 
-def test_pieces_are_joined_to_one_softmax():
+def test_pieces_are_combined_to_one_softmax():
     rng = np.random.default_rng(1)
     schedule = Schedule(4, 2, 3)
-    acc, top, total = (
+    acc, m, l = (
         jnp.asarray(rng.uniform(0.5, 2, (schedule.pieces, 128, *more)), jnp.float32)
         for more in ((8,), (), ())
     )
-    out = np.asarray(join((acc, top, total), schedule, 2, 200)).reshape(2, 200, 8)
-    for block in range(4):
-        mine = [block] if block < 2 else [block + 2 * i for i in range(3)]
-        weight = 2.0 ** np.asarray(top)[mine]
+    out = np.asarray(combine_splits((acc, m, l), 200, schedule)).reshape(2, 200, 8)
+    for tile in range(4):
+        mine = [tile] if tile < 2 else [tile + 2 * i for i in range(3)]
+        weight = 2.0 ** np.asarray(m)[mine]
         right = (weight[..., None] * np.asarray(acc)[mine]).sum(0)
-        right /= (weight * np.asarray(total)[mine]).sum(0)[..., None]
-        here = slice(128 * (block % 2), min(128 * (block % 2) + 128, 200))
-        got = out[block // 2, here]
+        right /= (weight * np.asarray(l)[mine]).sum(0)[..., None]
+        here = slice(128 * (tile % 2), min(128 * (tile % 2) + 128, 200))
+        got = out[tile // 2, here]
         np.testing.assert_allclose(got, right[: len(got)], rtol=1e-5)

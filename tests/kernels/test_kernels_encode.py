@@ -1,7 +1,6 @@
 """Encoding kernels without a GPU: in Pallas' interpreter against their references, and compiled.
 
-The interpreter has no products with an operand in registers: `multiply_into` is replaced by the
-same product written down. Numbers on a GPU are in test_kernels_encode_gpu.py.
+Numbers on a GPU are in test_kernels_encode_gpu.py.
 """
 
 import functools
@@ -10,31 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import kmeans, quantize_pack
-from pallas_kernels.kmeans import kmeans_sums, mosaic_gpu
+from pallas_kernels.kmeans import Tuning, kmeans_sums
 from pallas_kernels.kmeans.api import parts_for
-from pallas_kernels.kmeans.mosaic_gpu import Tuning
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from pallas_kernels.quantize_pack import mosaic_gpu as pack_mosaic_gpu
 from qvg_jax.codecs import compose, presets
 from qvg_jax.codecs.compose import chain
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
 from qvg_jax.codecs.smoothing import kmeans_smoothing
 from tests.support.kernel_cases import ENCODERS, clustered, encoded_twice, lowered, round_trip_error
+from tests.support.pallas_interpreter import interpreted_encoding
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    def product(acc, left, right):
-        return acc + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
-
-    monkeypatch.setattr(mosaic_gpu, "multiply_into", product)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted_encoding(monkeypatch):
         yield
-        assert not interpret_pallas_call.get_races().races_found
 
 
 # -- k-means
@@ -44,7 +37,7 @@ def interpreted(monkeypatch):
     "tokens, clusters, parts, late", [(300, 256, 2, True), (100, 40, 1, False)]
 )
 def test_sums_equal_the_reference(interpreted, tokens, clusters, parts, late):
-    """A partial last tile, fewer centroids than the table holds, several blocks per row."""
+    """A partial last tile, fewer centroids than the table holds, several CTAs per row."""
     x, c = clustered(2, tokens, clusters)
     right = kmeans_sums(x, c, scores=True, implementation="xla")
     ours = kmeans_sums(x, c, scores=True, parts=parts, tuning=Tuning(late=late))
@@ -110,8 +103,8 @@ def test_codes_of_one_bit_are_written_in_whole_tiles():
     for bits, tokens in ((1, 256), (2, 144)):
         form = Midrise(bits, 1.0, 2, recode=False)
         here = dict(tokens=140, parts=1, tuning=Tuning())
-        finish = functools.partial(quantize_pack.mosaic_gpu.finish, form=form, **here)
-        codes = jax.eval_shape(finish, x, c, bias)[1]
+        encode = functools.partial(pack_mosaic_gpu.encode, form=form, **here)
+        codes = jax.eval_shape(encode, x, c, bias)[1]
         assert codes.shape == (2, tokens, 16 * bits)
 
 
@@ -218,10 +211,10 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     monkeypatch.setattr(compose, "is_hopper", lambda: True)
     smoothing = kmeans_smoothing(8)
     for codec, message in (
-        (chain(smoothing, grid_quantize(grid="lloyd_max")), "neither symmetric"),
-        (chain(smoothing, residual_quantize(mode="asymmetric")), "neither symmetric"),
+        (chain(smoothing, grid_quantize(grid="lloyd_max")), "lloyd_max levels"),
+        (chain(smoothing, residual_quantize(mode="asymmetric")), "zero points"),
         (chain(smoothing, residual_quantize(bits=3)), "bits=3"),
-        (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "float32"),
+        (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "f32"),
         (chain(smoothing, smoothing, residual_quantize()), "one kmeans_smoothing"),
         (chain(residual_quantize()), "one kmeans_smoothing"),
     ):

@@ -1,4 +1,4 @@
-"""Encoding kernels on a Hopper GPU: `python -m pytest -m gpu tests/test_kernels_encode_gpu.py`.
+"""Encoding kernels on a Hopper GPU: `python -m pytest -m gpu tests/kernels/test_kernels_encode_gpu.py`.
 
 Tokens nearly as near to two centroids may go to either, so what depends on which is compared by
 what it is for: the distance to the chosen centroid, the error of a round trip.
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.kmeans import kmeans_sums
-from pallas_kernels.kmeans.mosaic_gpu import Tuning
+from pallas_kernels.kmeans import Tuning, kmeans_sums
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 from qvg_jax.attention import kernels as mosaic
 from tests.support.kernel_cases import ENCODERS, clustered, encoded_twice, on_cpu, round_trip_error

@@ -1,4 +1,4 @@
-"""Numbers of the kernels on a Hopper GPU: `python -m pytest -m gpu tests/test_kernels_gpu.py`.
+"""Numbers of the kernels on a Hopper GPU: `python -m pytest -m gpu tests/kernels/test_kernels_gpu.py`.
 
 Everything is compared with a reference on the same packed bytes: 2e-3 relative in bf16, 4e-3 where tables of
 8 bits are one more rounding; in e4m3 the reference rounds the same values, so differences are those of one
@@ -14,14 +14,22 @@ from jax import lax
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import (
     Schedule,
-    finish,
-    join,
+    combine_splits,
     prepare,
     prepare_tokens,
     visit,
 )
 from pallas_kernels.dequant_attention import reference as attention_reference
-from pallas_kernels.dequantize import decode_keys, decode_values
+from pallas_kernels.dequantize import (
+    Rotation,
+    Spans,
+    Tokens,
+    Window,
+    append_keys,
+    append_values,
+    decode_keys,
+    decode_values,
+)
 from pallas_kernels.dequantize.reference import key_row_of_token
 from qvg_jax.attention import kernel_plan
 from qvg_jax.attention import kernels as mosaic
@@ -33,6 +41,7 @@ from tests.support.kernel_cases import (
     FORMATS,
     HALF,
     INTERLEAVED,
+    angles,
     codecs,
     difference,
     encoded,
@@ -40,7 +49,6 @@ from tests.support.kernel_cases import (
     filled_cache,
     on_cpu,
     positions,
-    turns,
     with_window_garbage,
 )
 
@@ -61,21 +69,23 @@ def test_decoding_equals_the_reference(name, dtype, bound):
     source, scheme = encoded(name, 12, tokens)
     if name.startswith("midrise") and dtype == jnp.bfloat16:
         bound = 4e-3  # int8 tables times their steps are rounded before the residual is added
-    here = dict(first_row=4, rows=6, valid=tokens, dtype=dtype, unit_n=2.0 ** np.arange(-1.0, 5.0))
+    here = dict(valid=tokens, dtype=dtype, scale_n=2.0 ** np.arange(-1.0, 5.0))
 
-    def keys(source, tables, implementation, pairing):
-        return decode_keys(
-            source, scheme, **here, tables=tables, first_table=2, batch=2, pairing=pairing,
-            implementation=implementation,
-        )  # fmt: skip
+    def keys(source, cos_sin, implementation, pairing):
+        rotation = Rotation(cos_sin, pairing, batch=2, first=2)
+        spans = Spans(source, scheme, 4, 6)
+        return decode_keys(spans, **here, rotation=rotation, implementation=implementation)
+
+    def values(source, implementation):
+        return decode_values(Spans(source, scheme, 4, 6), **here, implementation=implementation)
 
     for pairing in ("half", "interleaved"):
-        args = source, turns(0, 6, tokens)
+        args = source, angles(0, 6, tokens)
         ours = keys(*args, "mosaic", pairing)
-        right = on_cpu(lambda s, t, p=pairing: keys(s, t, "reference", p), *args)
+        right = on_cpu(lambda s, x, p=pairing: keys(s, x, "reference", p), *args)
         assert ours.shape == right.shape and difference(ours, right) < bound
-    ours = decode_values(source, scheme, **here)
-    right = on_cpu(lambda s: decode_values(s, scheme, **here, implementation="reference"), source)
+    ours = values(source, "mosaic")
+    right = on_cpu(lambda s: values(s, "reference"), source)
     assert ours.shape == right.shape and difference(ours, right) < bound
 
 
@@ -86,19 +96,17 @@ def test_several_spans_are_decoded_behind_each_other(dtype, bound, valid):
     tokens, rows = 208, 2
     source, scheme = encoded("qvg", 4 * rows, tokens)
     slot = np.asarray([3, 0, 2])
-    here = dict(rows=rows, valid=valid * tokens, dtype=dtype, unit_n=np.asarray([1.0, 4.0]))
-    here |= dict(first_row=slot * rows)
+    here = dict(valid=valid * tokens, dtype=dtype, scale_n=np.asarray([1.0, 4.0]))
 
-    def decode(source, tables, implementation):
+    def decode(source, cos_sin, implementation):
+        spans = Spans(source, scheme, slot * rows, rows)
         more = here | dict(implementation=implementation)
-        return (
-            decode_keys(source, scheme, tables=tables, first_table=slot, **more),
-            decode_values(source, scheme, **more),
-        )
+        rotation = Rotation(cos_sin, first=slot)
+        return decode_keys(spans, rotation=rotation, **more), decode_values(spans, **more)
 
-    args = source, turns(0, 4, tokens)
+    args = source, angles(0, 4, tokens)
     ours = decode(*args, "mosaic")
-    right = on_cpu(lambda s, t: decode(s, t, "reference"), *args)
+    right = on_cpu(lambda s, x: decode(s, x, "reference"), *args)
     read = -(-valid * tokens // 256) * 256
     for a, b, axis in zip(ours, right, (1, 1 if dtype == jnp.bfloat16 else 2), strict=True):
         assert a.shape == b.shape
@@ -117,20 +125,18 @@ def test_new_tokens_are_laid_behind_spans(dtype, bound, valid, slots):
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((2, new, 2, 128)), jnp.bfloat16)
 
-    def decode(source, x, turns_x, implementation):
-        here = dict(rows=4, dtype=dtype, implementation=implementation)
-        here |= dict(unit_n=np.asarray([1.0, 4.0, 0.5, 2.0]))
-        spans = here | dict(first_row=first, valid=valid * tokens, room=new)
-        k, v = decode_keys(source, scheme, batch=2, **spans), decode_values(source, scheme, **spans)
-        here |= dict(first_row=0, valid=new)
-        at = jnp.int32(valid * tokens)
-        turn = dict(tables=turns_x, batch=2, pairing="interleaved")
+    def decode(source, x, cos_sin, implementation):
+        here = dict(scale_n=np.asarray([1.0, 4.0, 0.5, 2.0]), implementation=implementation)
+        spans, more = Spans(source, scheme, first, 4), dict(valid=valid * tokens, dtype=dtype)
+        k, v = (f(spans, room=new, **more, **here) for f in (decode_keys, decode_values))
+        at, x = jnp.int32(valid * tokens), Tokens(x, 0, 4)
+        rotation = Rotation(cos_sin, "interleaved", batch=2)
         return (
-            decode_keys(x, None, into=(k, at), **turn, **here),
-            decode_values(x, None, into=(v, at), **here),
+            append_keys(k, at, x, valid=new, rotation=rotation, **here),
+            append_values(v, at, x, valid=new, **here),
         )
 
-    args = source, x, turns(0, 2, new)
+    args = source, x, angles(0, 2, new)
     ours = jax.jit(lambda *a: decode(*a, "mosaic"))(*args)
     right = on_cpu(lambda *a: decode(*a, "reference"), *args)
     read = -(-(valid * tokens + new) // 256) * 256
@@ -152,21 +158,21 @@ def test_queries_are_rotated_and_grouped_in_one_pass(pairing, heads, branches):
     q *= 10.0 ** rng.integers(-4, 5, (*q.shape[:3], 1))
     q[0, 3, 1] = 0
     q = jnp.asarray(q, jnp.bfloat16)
-    tables = turns(0, 2, 75) if pairing else None
-    here = dict(batch=2, heads=heads, pairing=pairing or "half", narrow=True)
+    cos_sin = angles(0, 2, 75) if pairing else None
 
-    def prepared(q, tables, implementation):
-        scale = jnp.float32(0.1)
-        return prepare_tokens(q, scale, tables=tables, implementation=implementation, **here)
+    def prepared(q, cos_sin, implementation):
+        rotation = pairing and Rotation(cos_sin, pairing, batch=2)
+        here = dict(batch=2, heads=heads, rotation=rotation, fp8=True)
+        return prepare_tokens(q, jnp.float32(0.1), implementation=implementation, **here)
 
-    ours = jax.jit(lambda q, t: prepared(q, t, "mosaic"))(q, tables)
-    right = on_cpu(lambda q, t: prepared(q, t, "reference"), q, tables)
+    ours = jax.jit(lambda q, x: prepared(q, x, "mosaic"))(q, cos_sin)
+    right = on_cpu(lambda q, x: prepared(q, x, "reference"), q, cos_sin)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), ours) == jax.tree.map(
         lambda x: (x.shape, x.dtype), right
     )
 
     def logits(x):
-        return (_floats(x.q_nQD) * _floats(x.factor_nQ)[..., None])[:, : branches * 2 * 75]
+        return (_floats(x.q_nQD) * _floats(x.logits_scale_nQ)[..., None])[:, : branches * 2 * 75]
 
     exact, norms = logits(right[0]), np.linalg.norm(logits(right[0]), axis=-1)
     for x, bound in zip(ours, (4e-3, 4e-2), strict=True):  # of every row
@@ -177,14 +183,14 @@ def test_queries_are_rotated_and_grouped_in_one_pass(pairing, heads, branches):
 def test_a_window_of_plain_tokens_is_that_part(dtype):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 700, 128)), jnp.bfloat16)
     x = x.at[:, 600:].set(jnp.nan)
-    here = dict(first_row=1, rows=2, valid=240, dtype=dtype, unit_n=jnp.ones(2))
-    cos, sin = turns(0, 1, 700)
-    here_keys = here | dict(pairing="interleaved")
-    ours = decode_keys(x, None, **here_keys, tables=(cos, sin), window=(360, 300))
-    right = decode_keys(x[:, 360:660], None, **here_keys, tables=(cos[:, 360:660], sin[:, 360:660]))
+    here = dict(valid=240, dtype=dtype, scale_n=jnp.ones(2))
+    cos_sin, part = angles(0, 1, 700), slice(360, 660)
+    window, tokens = Window(Tokens(x, 1, 2), 360, 300), Tokens(x[:, part], 1, 2)
+    ours = decode_keys(window, **here, rotation=Rotation(cos_sin, "interleaved"))
+    cut = tuple(x[:, part] for x in cos_sin)
+    right = decode_keys(tokens, **here, rotation=Rotation(cut, "interleaved"))
     np.testing.assert_array_equal(np.asarray(ours, np.float32)[:, :256], _floats(right)[:, :256])
-    ours = decode_values(x, None, **here, window=(360, 300))
-    right = decode_values(x[:, 360:660], None, **here)
+    ours, right = decode_values(window, **here), decode_values(tokens, **here)
     axis = 2 if dtype == E4M3 else 1  # attention reads no further than a tile of 256 tokens
     ours, right = (_floats(y).take(range(256), axis) for y in (ours, right))
     np.testing.assert_array_equal(ours, right)
@@ -195,10 +201,12 @@ def test_a_window_of_plain_tokens_is_that_part(dtype):
 def test_decoding_plain_tokens_hides_what_is_not_valid(dtype, tokens, valid):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, tokens, 128)), jnp.bfloat16)
     x = x.at[:, valid:].set(jnp.nan)
-    here = dict(first_row=1, rows=3, valid=valid, dtype=dtype, unit_n=np.ones(3))
+    here = dict(valid=valid, dtype=dtype, scale_n=np.ones(3))
     for decode in (decode_keys, decode_values):
-        ours = decode(x, None, **here)
-        right = on_cpu(lambda x, f=decode: f(x, None, **here, implementation="reference"), x)
+        ours = decode(Tokens(x, 1, 3), **here)
+        right = on_cpu(
+            lambda x, f=decode: f(Tokens(x, 1, 3), **here, implementation="reference"), x
+        )
         read = -(-valid // 256) * 256  # attention reads no further
         axis = 2 if ours.shape[1] == 128 and decode is decode_values and dtype == E4M3 else 1
         ours, right = (np.asarray(y, np.float32).take(range(read), axis) for y in (ours, right))
@@ -213,34 +221,34 @@ def test_attention_equals_the_reference(dtype, bound, splits):
     tokens = 1536
     q = jnp.asarray(rng.standard_normal((3, 200, 128)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((3, tokens, 128)) + m, jnp.bfloat16) for m in (0, 1))
-    unit = jnp.asarray([0.5, 1.0, 2.0])
-    units = unit if dtype == E4M3 else jnp.ones(3)
+    scale = jnp.asarray([0.5, 1.0, 2.0])
+    scales = scale if dtype == E4M3 else jnp.ones(3)
 
-    def prepared(q, k, v, unit):
-        here = dict(first_row=0, rows=3, dtype=dtype, unit_n=unit, implementation="reference")
+    def prepared(q, k, v, scale):
+        here = dict(dtype=dtype, scale_n=scale, implementation="reference")
         both = ((decode_keys, k), (decode_values, v))
         return prepare(q, jnp.float32(128**-0.5), dtype), [
-            f(x, None, valid=tokens, **here) for f, x in both
+            f(Tokens(x, 0, 3), valid=tokens, **here) for f, x in both
         ]
 
-    queries, workspace = jax.device_put(on_cpu(prepared, q, k, v, unit), jax.devices()[0])
+    queries, workspace = jax.device_put(on_cpu(prepared, q, k, v, scale), jax.devices()[0])
 
     @jax.jit
     def ours(queries, workspace):
-        two = dict(k_unit_n=units, v_unit_n=units, splits=splits)
+        two = dict(k_scale_n=scales, v_scale_n=scales, splits=splits)
         refs = [jax.new_ref(x) for x in visit(queries, *workspace, 1400, **two)]
         for valid in (0, 1, tokens):
             visit(queries, *workspace, valid, state=refs, **two)
-        left = [r[...] for r in refs]
-        return finish(left, 200) if isinstance(splits, int) else join(left, splits, 3, 200)
+        schedule = None if isinstance(splits, int) else splits
+        return combine_splits([r[...] for r in refs], 200, schedule)
 
-    def reference(queries, workspace, units):
+    def reference(queries, workspace, scales):
         state = attention_reference.empty(1, *queries.q_nQD.shape)
         for valid in (1400, 0, 1, tokens):
-            state = attention_reference.segment(*queries, *workspace, valid, units, units, state)
-        return finish(state, 200)
+            state = attention_reference.segment(*queries, *workspace, valid, scales, scales, state)
+        return combine_splits(state, 200)
 
-    right = on_cpu(reference, queries, workspace, units)
+    right = on_cpu(reference, queries, workspace, scales)
     assert difference(ours(queries, workspace), right) < bound
 
 

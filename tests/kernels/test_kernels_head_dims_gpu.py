@@ -1,6 +1,6 @@
 """Numbers of the kernels that read, for heads of 64 and 256 channels, on a Hopper GPU:
 
-    python -m pytest -n 1 -m gpu tests/test_kernels_head_dims_gpu.py
+    python -m pytest -n 1 -m gpu tests/kernels/test_kernels_head_dims_gpu.py
 
 Bounds as in test_kernels_gpu.py, which has 128 channels, more formats and more shapes.
 """
@@ -11,13 +11,21 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels.dequant_attention import finish, prepare, visit
+from pallas_kernels.dequant_attention import combine_splits, prepare, visit
 from pallas_kernels.dequant_attention import reference as attention_reference
-from pallas_kernels.dequantize import decode_keys, decode_values
+from pallas_kernels.dequantize import (
+    Rotation,
+    Spans,
+    Tokens,
+    Window,
+    decode_keys,
+    decode_values,
+)
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from tests.support.kernel_cases import (
     E4M3,
+    angles,
     codecs,
     difference,
     encoded,
@@ -25,7 +33,6 @@ from tests.support.kernel_cases import (
     on_cpu,
     positions,
     rope_of,
-    turns,
     with_window_garbage,
 )
 
@@ -44,15 +51,15 @@ pytestmark = [
 def test_decoding_equals_the_reference(head_dim, name, pairing, dtype, bound):
     tokens = 300  # partial tiles
     source, scheme = encoded(name, 12, tokens, head_dim=head_dim)
-    here = dict(first_row=4, rows=6, valid=tokens, dtype=dtype, unit_n=2.0 ** np.arange(-1.0, 5.0))
+    here = dict(valid=tokens, dtype=dtype, scale_n=2.0 ** np.arange(-1.0, 5.0))
 
-    def decode(source, tables, implementation):
-        turned = dict(tables=tables, first_table=2, batch=2, pairing=pairing)
+    def decode(source, cos_sin, implementation):
+        spans, rotation = Spans(source, scheme, 4, 6), Rotation(cos_sin, pairing, batch=2, first=2)
         by = here | dict(implementation=implementation)
-        return decode_keys(source, scheme, **by, **turned), decode_values(source, scheme, **by)
+        return decode_keys(spans, rotation=rotation, **by), decode_values(spans, **by)
 
-    args = source, turns(0, 6, tokens, head_dim)
-    right = on_cpu(lambda s, t: decode(s, t, "reference"), *args)
+    args = source, angles(0, 6, tokens, head_dim)
+    right = on_cpu(lambda s, x: decode(s, x, "reference"), *args)
     for a, b in zip(jax.jit(decode, static_argnums=2)(*args, "mosaic"), right, strict=True):
         assert a.shape == b.shape and difference(a, b) < bound
 
@@ -61,11 +68,11 @@ def test_decoding_equals_the_reference(head_dim, name, pairing, dtype, bound):
 def test_a_window_of_plain_tokens_is_decoded(head_dim, dtype):
     x = np.random.default_rng(0).standard_normal((4, 700, head_dim))
     x = jnp.asarray(x, jnp.bfloat16).at[:, 600:].set(jnp.nan)
-    here = dict(first_row=1, rows=2, valid=240, dtype=dtype, unit_n=np.ones(2))
+    here = dict(valid=240, dtype=dtype, scale_n=np.ones(2))
 
     def decode(x, implementation):
-        more = here | dict(window=(360, 300), implementation=implementation)
-        return [f(x, None, **more) for f in (decode_keys, decode_values)]
+        window, more = Window(Tokens(x, 1, 2), 360, 300), dict(implementation=implementation)
+        return [f(window, **here, **more) for f in (decode_keys, decode_values)]
 
     right = on_cpu(lambda x: decode(x, "reference"), x)
     for a, b, axis in zip(decode(x, "mosaic"), right, (1, 2 if dtype == E4M3 else 1), strict=True):
@@ -82,33 +89,33 @@ def test_attention_equals_the_reference(head_dim, dtype, bound):
     k, v = (
         jnp.asarray(rng.standard_normal((3, tokens, head_dim)) + m, jnp.bfloat16) for m in (0, 1)
     )
-    unit = jnp.asarray([0.5, 1.0, 2.0])
-    units = unit if dtype == E4M3 else jnp.ones(3)
+    scale = jnp.asarray([0.5, 1.0, 2.0])
+    scales = scale if dtype == E4M3 else jnp.ones(3)
 
-    def prepared(q, k, v, unit):
-        here = dict(first_row=0, rows=3, dtype=dtype, unit_n=unit, implementation="reference")
+    def prepared(q, k, v, scale):
+        here = dict(dtype=dtype, scale_n=scale, implementation="reference")
         both = ((decode_keys, k), (decode_values, v))
         return prepare(q, jnp.float32(head_dim**-0.5), dtype), [
-            f(x, None, valid=tokens, **here) for f, x in both
+            f(Tokens(x, 0, 3), valid=tokens, **here) for f, x in both
         ]
 
-    queries, workspace = jax.device_put(on_cpu(prepared, q, k, v, unit), jax.devices()[0])
+    queries, workspace = jax.device_put(on_cpu(prepared, q, k, v, scale), jax.devices()[0])
 
     @jax.jit
     def ours(queries, workspace):
-        three = dict(k_unit_n=units, v_unit_n=units, splits=3)
+        three = dict(k_scale_n=scales, v_scale_n=scales, splits=3)
         refs = [jax.new_ref(x) for x in visit(queries, *workspace, segments[0], **three)]
         for valid in segments[1:]:
             visit(queries, *workspace, valid, state=refs, **three)
-        return finish([r[...] for r in refs], 200)
+        return combine_splits([r[...] for r in refs], 200)
 
-    def reference(queries, workspace, units):
+    def reference(queries, workspace, scales):
         state = attention_reference.empty(1, *queries.q_nQD.shape)
         for valid in segments:
-            state = attention_reference.segment(*queries, *workspace, valid, units, units, state)
-        return finish(state, 200)
+            state = attention_reference.segment(*queries, *workspace, valid, scales, scales, state)
+        return combine_splits(state, 200)
 
-    right = on_cpu(reference, queries, workspace, units)
+    right = on_cpu(reference, queries, workspace, scales)
     assert difference(ours(queries, workspace), right) < bound
 
 

@@ -16,10 +16,20 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 pytest.importorskip("jax_triton", reason="Triton is for Linux on x86-64")
 
 from pallas_kernels.dequant_attention import api as attention_api
-from pallas_kernels.dequant_attention import finish, prepare, visit
+from pallas_kernels.dequant_attention import combine_splits, prepare, visit
 from pallas_kernels.dequant_attention import reference as attention_reference
 from pallas_kernels.dequant_attention import triton as attention
-from pallas_kernels.dequantize import Encoded, Scheme, decode_keys, decode_values, reference
+from pallas_kernels.dequantize import (
+    Encoded,
+    Rotation,
+    Scheme,
+    Spans,
+    Tokens,
+    append_keys,
+    decode_keys,
+    decode_values,
+    reference,
+)
 from pallas_kernels.dequantize import api as dequantize_api
 from pallas_kernels.dequantize import triton as dequantize
 from qvg_jax import capability
@@ -34,12 +44,12 @@ from tests.support.kernel_cases import (
     FORMATS,
     HALF,
     INTERLEAVED,
+    angles,
     codecs,
     encoded,
     filled_cache,
     form_of_cache,
     positions,
-    turns,
     with_window_garbage,
 )
 from tests.support.triton_cases import SHARED, compiled, interpreted, run_interpreted, usage
@@ -83,10 +93,11 @@ def _source(name: str, rows: int, tokens: int) -> tuple[Encoded | jax.Array, Sch
 
 def _launch(name, pairing, *, tokens=300, valid=300):
     source, scheme, d = _source(name, 12, tokens)
-    tables = None
+    rotation = None
     if pairing is not None:
-        tables = tuple(jnp.concatenate([t, t], -1)[..., : d // 2] for t in turns(0, 6, tokens))
-    args = (source, scheme, i32(4), 6, i32(valid), tables, i32(2), 2, pairing)
+        cos_sin = tuple(jnp.concatenate([t, t], -1)[..., : d // 2] for t in angles(0, 6, tokens))
+        rotation = Rotation(cos_sin, pairing, batch=2, first=i32(2))
+    args = Spans(source, scheme, i32(4), 6), i32(valid), rotation
     return args, dequantize.launch_for(*args)
 
 
@@ -136,11 +147,10 @@ def test_decoding_equals_the_reference(name, pairing):
         args, (launch, operands, out) = _launch(name, pairing, valid=270)
         out = jax.ShapeDtypeStruct(out.shape, f32)
         ours = run_interpreted(launch, *operands, out=out)
-    source, scheme, first_row, rows, valid, tables, first_table, batch, _ = args
-    if tables is not None:
-        tables = reference.table_rows(tables, first_table, batch)
-    right = reference.decoded(source, scheme, first_row, rows)
-    right = reference._filled(reference.rotated(right, tables, pairing), valid)
+    spans, valid, rotation = args
+    cos_sin = None if rotation is None else reference.cos_sin_of(rotation)
+    right = reference.rotated(reference.decoded(spans), cos_sin, pairing)
+    right, source = reference._filled(right, valid), spans.stored
     # Tables of 8 bits times their steps are rounded to bfloat16.
     rounded = not isinstance(source, jax.Array) and source.steps_RS is not None
     bound = 4e-3 if rounded else 1e-6
@@ -153,8 +163,7 @@ def test_decoding_hides_what_is_not_valid_and_leaves_out_what_nobody_reads(token
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, tokens, 128)), jnp.bfloat16)
     x = x.at[:, valid:].set(jnp.nan)
     with interpreted(dequantize):
-        none = (None, i32(0), 1, None)
-        launch, operands, out = dequantize.launch_for(x, None, i32(1), 3, i32(valid), *none)
+        launch, operands, out = dequantize.launch_for(Tokens(x, i32(1), 3), i32(valid), None)
         ours = launch(*operands, out=out).astype(np.float32)
     np.testing.assert_array_equal(ours[:, :valid], np.asarray(x[1:, :valid], np.float32))
     read = -(-valid // 256) * 256
@@ -167,7 +176,7 @@ def test_attention_equals_the_reference(head_dim, splits):
     rng = np.random.default_rng(2)
     q = jnp.asarray(rng.standard_normal((2, 100, head_dim)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((2, 512, head_dim)) + m, f32) for m in (0, 1))
-    unit = jnp.asarray([0.5, 2.0])
+    scale = jnp.asarray([0.5, 2.0])
     queries = prepare(q, f32(head_dim**-0.5), jnp.bfloat16)
     right = attention_reference.empty(1, *queries.q_nQD.shape)
     state = None
@@ -175,12 +184,12 @@ def test_attention_equals_the_reference(head_dim, splits):
         for valid in (400, 0, 1, 512, 128):
             hidden = (x.at[:, valid:].set(jnp.nan) for x in (k, v))
             new = attention.segment(
-                queries.q_nQD.astype(f32), queries.factor_nQ, *hidden, jnp.asarray([valid], i32),
-                unit, unit, state, splits=splits,
+                queries.q_nQD.astype(f32), queries.logits_scale_nQ, *hidden, jnp.asarray([valid], i32),
+                scale, scale, state, splits=splits,
             )  # fmt: skip
             state = [jax.new_ref(jnp.asarray(x)) for x in new] if state is None else state
-            right = attention_reference.segment(*queries, k, v, valid, unit, unit, right)
-    ours, right = finish([r[...] for r in state], 100), finish(right, 100)
+            right = attention_reference.segment(*queries, k, v, valid, scale, scale, right)
+    ours, right = combine_splits([r[...] for r in state], 100), combine_splits(right, 100)
     assert float(jnp.linalg.norm(ours - right)) < 1e-5 * float(jnp.linalg.norm(right))
 
 
@@ -259,12 +268,16 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(NotImplementedError, match="q has dtype float32"):
         attend(q.astype(f32), cache, q, q, **args)
     source, scheme = encoded("qvg", 2, 64)
-    here = dict(first_row=0, rows=2, valid=64, unit_n=jnp.ones(2), implementation="triton")
+    spans, here = Spans(source, scheme, 0, 2), dict(valid=64, implementation="triton")
     with pytest.raises(NotImplementedError, match="dtype=float8_e4m3fn; the kernel writes bf"):
-        decode_keys(source, scheme, dtype=E4M3, **here)
+        decode_keys(spans, dtype=E4M3, scale_n=jnp.ones(2), **here)
+    with pytest.raises(NotImplementedError, match="whole spans one at a time"):
+        decode_keys(spans, dtype=jnp.bfloat16, room=64, **here)
+    with pytest.raises(NotImplementedError, match="no workspace in place"):
+        append_keys(jnp.zeros((2, 256, 128), jnp.bfloat16), 0, Tokens(q, 0, 1), **here)
     odd = Scheme(bits=2, group=24, offset=1, stages=1)
     with pytest.raises(NotImplementedError, match="group=24; .* 'reference' serves it"):
-        decode_values(source, odd, dtype=jnp.bfloat16, **here)
+        decode_values(Spans(source, odd, 0, 2), dtype=jnp.bfloat16, **here)
     queries = prepare(jnp.zeros((2, 10, 128)), f32(1), jnp.bfloat16)
     k = jnp.zeros((2, 256, 128), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"v_nTD.shape=\(2, 128, 256\)"):
@@ -278,4 +291,4 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(NotImplementedError, match="jax_triton cannot"):
         visit(queries, k, k, 256, implementation="triton")
     with pytest.raises(NotImplementedError, match="jax_triton cannot"):
-        decode_keys(source, scheme, dtype=jnp.bfloat16, **here)
+        decode_keys(spans, dtype=jnp.bfloat16, **here)

@@ -55,7 +55,7 @@ def ours():
     """Tokens and tables in float32 to the kernels, which are interpreted."""
     with pytest.MonkeyPatch.context() as patch, interpreted(kmeans, pack):
         patch.setattr(kmeans_api, "missing", lambda: None)
-        for module, name in ((kmeans, "assign"), (kmeans, "sums"), (pack, "finish")):
+        for module, name in ((kmeans, "assign"), (kmeans, "sums"), (pack, "encode")):
             f = getattr(module, name)
 
             def wide(*args, f=f):

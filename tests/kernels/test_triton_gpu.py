@@ -1,4 +1,4 @@
-"""Triton kernels on a GPU with jax_triton: `python -m pytest -n 0 -m gpu tests/test_triton_gpu.py`."""
+"""Triton kernels on a GPU with jax_triton: `python -m pytest -n 0 -m gpu tests/kernels/test_triton_gpu.py`."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dequantize import decode_keys, decode_values
+from pallas_kernels.dequantize import Rotation, Spans, decode_keys, decode_values
 from qvg_jax.capability import no_triton
 from qvg_jax.codecs import presets
 from tests.kernels.test_kernels_gpu import _layers
@@ -14,11 +14,11 @@ from tests.support.kernel_cases import (
     FORMATS,
     HALF,
     INTERLEAVED,
+    angles,
     codecs,
     difference,
     encoded,
     filled_cache,
-    turns,
     with_window_garbage,
 )
 
@@ -28,16 +28,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(no_triton() is not None, reaso
 @pytest.mark.parametrize("name", FORMATS)
 def test_decoding_equals_the_reference(name):
     source, scheme = encoded(name, 12, 300)
-    here = dict(first_row=4, rows=6, valid=300, dtype=jnp.bfloat16, unit_n=jnp.ones(6))
+    spans, here = Spans(source, scheme, 4, 6), dict(valid=300, dtype=jnp.bfloat16)
     bound = 4e-3 if name.startswith("midrise") else 2e-3  # 8-bit tables are rounded once more
     for pairing in ("half", "interleaved"):
-        keys = functools.partial(
-            decode_keys, source, scheme, **here, tables=turns(0, 6, 300), first_table=2, batch=2,
-            pairing=pairing,
-        )  # fmt: skip
+        rotation = Rotation(angles(0, 6, 300), pairing, batch=2, first=2)
+        keys = functools.partial(decode_keys, spans, **here, rotation=rotation)
         ours, right = keys(implementation="triton"), keys(implementation="reference")
         assert difference(ours, right) < bound
-    values = functools.partial(decode_values, source, scheme, **here)
+    values = functools.partial(decode_values, spans, **here)
     ours, right = values(implementation="triton"), values(implementation="reference")
     assert difference(ours, right) < bound
 

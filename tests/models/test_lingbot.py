@@ -8,21 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.lingbot import (
-    LingBotConfig,
-    LingBotDiT,
-    Request,
-    camera_map,
-    generate,
-    history,
-    image_condition,
-    sampler,
-    steps_of,
-)
-from models.lingbot.modeling import Residual
+from models.lingbot.camera import camera_map, steps_of
+from models.lingbot.config import LingBotConfig, history, sampler
+from models.lingbot.modeling import LingBotDiT, Residual
+from models.lingbot.pipeline import SteeredWalk, generate, image_condition
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.sampler import Ladder
-from models.worldplay import parse_actions, walk
+from models.worldplay.cameras import parse_actions, walk
 from qvg_jax.codecs.base import identity
 
 TINY = LingBotConfig(
@@ -138,7 +130,7 @@ def run(frames=8, kept=None, image=1.0, path=PATH, **changes):
         camera_BFCYX=camera_map(path[:frames], K, 32, 32)[None],
         noise=jax.random.key(0),
     )
-    request = Request(**(fields | changes))
+    request = SteeredWalk(**(fields | changes))
     return generate(model(), sampler(2), kept or History(), request, chunk=1)
 
 

@@ -1,4 +1,4 @@
-"""`qvg generate --model longcat` and its plan, end to end on a tiny model."""
+"""`qvg generate longcat` and its plan, end to end on a tiny model."""
 
 import json
 import signal
@@ -13,13 +13,17 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from benchmarks import longcat as benchmark
-from models.longcat import LongCat, Segments, build_condition, job, long_video, random_dit
+from models.longcat import job
+from models.longcat.condition import build_condition
+from models.longcat.entry import Options
+from models.longcat.params import random_dit
+from models.longcat.pipeline import LongCat
 from models.longcat.schedule import continuation
-from models.longcat.segments import to_frames
+from models.longcat.segments import Segments, long_video, to_frames
 from models.longcat.settings import condition_bytes, settle
 from models.umt5 import Tokenizer
+from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app import cli
-from qvg_jax.app.job import Request
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import cache_bytes
 from tests.support import tiny_longcat as tiny
@@ -42,7 +46,7 @@ def process(tmp_path_factory):
 
 
 def command(*argv, out, frames=LATENTS, weights="random"):
-    common = ["generate", "--model", "longcat", "--codec", tiny.CODEC, "--seed", "3"]
+    common = ["generate", "longcat", "--codec", tiny.CODEC, "--seed", "3"]
     common += ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--steps", "2"]
     common += ["--weights", str(weights), "--frames", str(frames), "--out", str(out)]
     return cli.main([*common, "--prompt", "a red fox", *argv])
@@ -110,11 +114,11 @@ def test_two_arms_share_their_first_clip_and_all_noise(whole):
 def test_clips_are_those_of_long_video(whole):
     """The job adds files and frames, not numbers."""
     sizes = tiny.sizes()
-    vae = job.VAE_WEIGHTS.random(sizes.vae)
-    request = Request(codecs=("bf16",), prompt="a red fox", weights="random", seed=3, steps=2,
+    vae = VAE_WEIGHTS.random(sizes.vae)
+    options = Options(codec="bf16", prompt="a red fox", weights="random", seed=3, steps=2,
                       height=tiny.HEIGHT, width=tiny.WIDTH, frames=LATENTS)  # fmt: skip
-    settings = settle(request, sizes)
-    prompt = job._prompt(request, settings, None)
+    settings = settle(options, sizes)
+    prompt = job._LongCat().encode_prompt(options, settings, None)
     first = job.first_clip(LongCat(random_dit(sizes.dit)), prompt, settings, jax.random.key(3))
     np.testing.assert_allclose(first[0], clips(whole, "bf16")[0], rtol=0, atol=1e-5)
     frames = decoded(whole / "video.mp4")
@@ -129,7 +133,9 @@ def test_clips_are_those_of_long_video(whole):
 
 
 def test_bytes_of_a_condition_cache_from_its_shapes():
-    settings = settle(Request(codecs=(tiny.CODEC, "bf16"), height=16, width=32), tiny.sizes())
+    settings = settle(
+        Options(codec=tiny.CODEC, compare=("bf16",), height=16, width=32), tiny.sizes()
+    )
     given = jnp.zeros((1, 19, 16, 2, 4)).at[..., 0].set(1.0)
     for name, (key_codec, value_codec) in settings.codecs.items():
         codecs = dict(key_codec=key_codec, value_codec=value_codec)
@@ -189,8 +195,8 @@ def test_a_video_goes_on_if_it_is_long_enough(run, tmp_path):
 
 
 def test_fewer_given_frames_make_longer_segments():
-    request = Request(codecs=("bf16",), cond_frames=13, frames=24 + 20, height=16, width=32)
-    settings = settle(request, tiny.sizes())
+    options = Options(codec="bf16", cond_frames=13, frames=24 + 20, height=16, width=32)
+    settings = settle(options, tiny.sizes())
     assert (settings.count, settings.segments.given_latents) == (1, 4)
     assert settings.cache("bf16").layout.span_tokens == 4 * 2
 
@@ -222,7 +228,7 @@ def test_a_folder_like_the_release_with_a_lora(run, tmp_path):
         (["--cond-frames", "93"], ["num_cond_frames=93", "less than frames=93"]),
         (["--height", "40"], ["height=40", "multiple of 16"]),
         (["--codec", "qvg:num_centroids=900"], ["num_centroids=900", "38 tokens"]),
-        (["--window", "5"], ["--window 5", "longcat"]),
+        (["--window", "5"], ["--window", "Models that have it: self-forcing"]),
         (["--lora", "nowhere.safetensors"], ["nowhere.safetensors", "no such file"]),
         (["--lora", "x", "--steps", "51"], ["steps=51", "1 to 50"]),
         (["--weights", "nowhere"], ["is not a folder"]),
@@ -237,11 +243,11 @@ def test_bad_input(argv, parts, run, tmp_path):
 
 def test_pocket_world_has_no_segments(capsys):
     assert cli.main(["generate", "--cond-frames", "13"]) == 2
-    assert "--cond-frames 13 means nothing to model pocket-world" in capsys.readouterr().err
+    assert "--cond-frames. Models that have it: longcat" in capsys.readouterr().err
 
 
 def test_what_fits(capsys):
-    argv = ["plan", "--model", "longcat", "--height", "16", "--width", "32"]
+    argv = ["plan", "longcat", "--height", "16", "--width", "32"]
     argv += ["--codec", f"bf16,{tiny.CODEC}"]
     assert cli.main([*argv, "--memory", "1GB"]) == 0
     out = capsys.readouterr().out

@@ -10,7 +10,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from models.common.checkpoint import CheckpointError
-from models.longcat import LongCatConfig, load_dit, merge_lora, skeleton
+from models.longcat.config import LongCatConfig
+from models.longcat.lora import merge_lora
+from models.longcat.params import load_dit, skeleton
+from tests.support.checkpoint_shapes import longcat_shapes
 
 TINY = LongCatConfig(
     layers=2,
@@ -26,43 +29,10 @@ TINY = LongCatConfig(
 )
 
 
-def released_shapes(c):
-    """Name -> shape of a checkpoint, written out from the specification."""
-    M, C, D, N = c.width, c.condition_width, c.head_dim, c.ffn_width
-    shapes = {"x_embedder.proj.weight": (M, c.latent_channels, 1, *c.patch)}
-    shapes |= {"x_embedder.proj.bias": (M,)}
-    matrices = {
-        "t_embedder.mlp.0": (C, c.time_width),
-        "t_embedder.mlp.2": (C, C),
-        "y_embedder.y_proj.0": (M, c.text_width),
-        "y_embedder.y_proj.2": (M, M),
-        "final_layer.adaLN_modulation.1": (2 * M, C),
-        "final_layer.linear": (c.out_channels * c.patch[0] * c.patch[1], M),
-    }
-    for i in range(c.layers):
-        at = f"blocks.{i}."
-        matrices |= {
-            at + "adaLN_modulation.1": (6 * M, C),
-            at + "attn.qkv": (3 * M, M),
-            at + "attn.proj": (M, M),
-            at + "cross_attn.q_linear": (M, M),
-            at + "cross_attn.kv_linear": (2 * M, M),
-            at + "cross_attn.proj": (M, M),
-        }
-        for kind in ("attn", "cross_attn"):
-            shapes |= {f"{at}{kind}.{name}_norm.weight": (D,) for name in "qk"}
-        shapes |= {f"{at}pre_crs_attn_norm.{name}": (M,) for name in ("weight", "bias")}
-        shapes |= {f"{at}ffn.{name}.weight": (N, M) for name in ("w1", "w3")}
-        shapes |= {f"{at}ffn.w2.weight": (M, N)}
-    for name, shape in matrices.items():
-        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    return shapes
-
-
 @pytest.fixture
 def weights():
     rng = np.random.default_rng(0)
-    return {k: rng.normal(size=s).astype(np.float32) for k, s in released_shapes(TINY).items()}
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in longcat_shapes(TINY).items()}
 
 
 def leaves(model):
@@ -73,7 +43,7 @@ def leaves(model):
 def test_released_checkpoint_has_its_published_size():
     config = LongCatConfig.longcat_video()
     assert (config.head_dim, config.ffn_width) == (128, 11008)
-    shapes = released_shapes(config)
+    shapes = longcat_shapes(config)
     assert len(shapes) == 1022
     assert sum(np.prod(s) for s in shapes.values()) == 13_581_071_424
     ours = jax.tree.leaves(nnx.state(skeleton(config), nnx.Param))
@@ -154,7 +124,7 @@ GROUPS = {"attn.qkv": 3, "attn.proj": 1, "cross_attn.kv_linear": 2, "ffn.w2": 1}
 def lora_tensors(rank=3):
     """Pairs for some matrices of every layer, and one of the head."""
     rng = np.random.default_rng(1)
-    shapes = released_shapes(TINY)
+    shapes = longcat_shapes(TINY)
     modules = {f"blocks.{i}.{m}": g for i in range(TINY.layers) for m, g in GROUPS.items()}
     tensors = {}
     for module, g in (modules | {"final_layer.linear": 1}).items():

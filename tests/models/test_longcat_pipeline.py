@@ -1,7 +1,6 @@
 """What LongCat's pipelines promise beyond agreeing with the reference; no vectors needed."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,67 +9,24 @@ import pytest
 from flax import nnx
 
 from models.common.attention import dense_attention
-from models.longcat import (
-    LongCat,
-    LongCatConfig,
-    Prompt,
-    Segments,
-    TextKV,
-    build_condition,
-    cached_forward,
-    continuation,
-    distilled,
-    first_clip,
-    long_video,
-    random_dit,
-    read_text,
-    skeleton,
-    standard,
-    view_condition,
-)
+from models.longcat.condition import build_condition, view_condition
+from models.longcat.config import LongCatConfig
+from models.longcat.modeling import TextKV
+from models.longcat.params import skeleton
+from models.longcat.passes import cached_forward
+from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.sampler import StepInput, cached_step
-from models.longcat.segments import from_bytes, segment_keys, segment_noise, to_bytes
-from models.longcat.text import kept_rows
+from models.longcat.schedule import distilled, standard
+from models.longcat.segments import Segments
+from models.longcat.text import kept_rows, read_text
 from qvg_jax.cache.health import NonFiniteError, cache_bytes
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
+from tests.support.longcat_model import CONFIG, U, model, normal, prompt
 
-CONFIG = LongCatConfig(
-    layers=2,
-    width=24,
-    heads=2,
-    mlp_ratio=1,
-    latent_channels=4,
-    out_channels=4,
-    time_width=8,
-    condition_width=10,
-    text_width=6,
-    dtype=jnp.float32,
-)
 TWO_STEPS = distilled(2)
 KEY = jax.random.key(5)
 CODEC = presets.qvg(num_centroids=4, group=12, cold_iters=2, warm_start=False, reseed=False)
-U = 7
-
-
-@functools.cache
-def model():
-    return random_dit(CONFIG, seed=0)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def prompt(*lengths, negative=True):
-    mask = (np.arange(U)[None] < np.asarray(lengths or (4,))[:, None]).astype(int)
-    text = normal(1, 2, U, CONFIG.text_width)[: len(mask)]
-    if not negative:
-        return Prompt(text_BUE=text, mask_BU=mask)
-    other = normal(2, 1, U, CONFIG.text_width), np.ones((1, U), int)
-    return Prompt(text_BUE=text, mask_BU=mask, negative_BUE=other[0], negative_mask_BU=other[1])
-
-
 GIVEN, NOISE = normal(3, 2, 2, 4, 4, 4), normal(4, 2, 2, 4, 4, 4)
 
 
@@ -208,83 +164,6 @@ def test_random_weights_fill_the_skeleton():
     assert not model().patch.bias[...].any()
 
 
-class Pixels(nnx.Module):
-    """A VAE without weights: every fourth frame, at half the size, in the first three channels."""
-
-    config = SimpleNamespace(spatial_stride=2, temporal_stride=4, latent_channels=4)
-
-    def encode(self, video):
-        B, T, C, Y, X = video[:, ::4].shape
-        small = video[:, ::4].reshape(B, T, C, Y // 2, 2, X // 2, 2).mean((4, 6))
-        return jnp.pad(small, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-
-    def decode(self, latents):
-        large = jnp.repeat(jnp.repeat(latents[:, :, :3], 2, axis=3), 2, axis=4)
-        return jnp.tanh(jnp.concatenate([large[:, :1], jnp.repeat(large[:, 1:], 4, axis=1)], 1))
-
-
-class Listening(LongCat):
-    """Remembers what every segment started from."""
-
-    def continue_video(self, prompt, given, noise, **options):
-        self.heard = [*getattr(self, "heard", []), (np.asarray(given), np.asarray(noise))]
-        return super().continue_video(prompt, given, noise, **options)
-
-
-SHORT = Segments(frames=13, num_cond_frames=5)
-RUN = dict(key=KEY, segments=SHORT, schedule=TWO_STEPS, guidance=1.0)
-
-
-def test_runs_with_and_without_compression_share_their_noise_in_every_segment():
-    vae, words = Pixels(), prompt(negative=False)
-    clip = first_clip(LongCat(model()), vae, words, height=8, width=8, **RUN)
-    assert clip.shape == (1, 13, 8, 8, 3) and clip.dtype == np.uint8
-    plain = Listening(model())
-    coded = Listening(model(), key_codec=CODEC, value_codec=CODEC)
-    done = []
-    videos = [
-        list(long_video(p, vae, words, clip, count=3, progress=lambda *c: done.append(c), **RUN))
-        for p in (plain, coded)
-    ]
-    assert done == [(1, 3), (2, 3), (3, 3)] * 2
-    assert [v.shape for v in videos[0]] == [(1, 8, 8, 8, 3)] * 3
-    assert SHORT.video_frames(3) == clip.shape[1] + sum(v.shape[1] for v in videos[0])
-    arms = zip(plain.heard, coded.heard, strict=True)
-    for i, ((given, noise), (other_given, other_noise)) in enumerate(arms):
-        np.testing.assert_array_equal(noise, other_noise)
-        assert np.array_equal(given, other_given) == (i == 0)
-        assert noise.shape == (1, 2, 4, 4, 4)
-    noises = [noise for _, noise in plain.heard]
-    assert np.abs(noises[0] - noises[1]).max() > 1 and np.abs(noises[1] - noises[2]).max() > 1
-    # The clip that a segment goes on from is the end of the one before, through bytes.
-    tail = videos[0][0][:, -5:]
-    np.testing.assert_allclose(plain.heard[1][0], vae.encode(from_bytes(tail)), atol=1e-6)
-
-
-def test_streams_of_randomness_are_apart():
-    keys = [jax.random.key_data(k) for i in range(3) for k in segment_keys(KEY, i)]
-    assert len({tuple(k.tolist()) for k in keys}) == 6
-    noise = segment_noise(KEY, 1, (1, 4, 4, 4, 4))
-    assert abs(float(noise.std()) - 1) < 0.1
-
-
-def test_bytes_are_cut_off():
-    video = jnp.asarray([-2, -1, -0.001, 0.0, 0.9999, 1]).reshape(1, 1, 1, 1, 6).repeat(3, axis=2)
-    assert to_bytes(video)[0, 0, 0, :, 0].tolist() == [0, 0, 127, 127, 254, 255]
-    frames = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1).repeat(3, axis=-1)
-    assert np.abs(to_bytes(from_bytes(frames)).astype(int) - frames).max() <= 1
-
-
-def test_numbers_of_the_released_runs():
-    paper = Segments()
-    assert (paper.latent_frames, paper.given_latents, paper.new_frames) == (24, 19, 20)
-    demo = Segments(num_cond_frames=13)
-    assert (demo.given_latents, demo.new_frames) == (4, 80)
-    assert paper.video_frames(10) == 293
-    assert (standard().steps, continuation().steps, distilled().steps) == (50, 56, 16)
-    assert continuation().timesteps[-10:].tolist() == list(range(500, 0, -50))
-
-
 def test_rows_of_text_that_are_kept():
     mask = np.zeros((2, 512), int)
     mask[0, :100] = mask[1, :3] = 1
@@ -326,45 +205,11 @@ def test_bad_requests_say_what_is_wrong(changes, said):
         LongCat(model()).continue_video(*inputs, **fields)
 
 
-CLIP = np.zeros((1, 13, 8, 8, 3), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("clip", "changes", "said"),
-    [
-        (CLIP[:, :4], {}, "4 frames; a segment goes on from num_cond_frames=5"),
-        (CLIP[:, :, :7], {}, "multiples of 2"),
-        (CLIP.astype(np.float32), {}, "accepted: uint8"),
-        (CLIP, dict(count=None), "one prompt and a count"),
-        (CLIP, dict(prompts=[prompt()] * 3), "count=2 with 3 prompts"),
-    ],
-)
-def test_bad_long_videos_fail_before_anything_runs(clip, changes, said):
-    fields = dict(prompts=prompt(), count=2) | RUN | changes
-    with pytest.raises(ValueError, match=said):
-        long_video(LongCat(model()), Pixels(), clip_BTYX3=clip, **fields)
-
-
-def test_bad_numbers_of_frames_and_steps_are_refused():
-    for sizes in (
-        dict(frames=92),
-        dict(num_cond_frames=72),
-        dict(num_cond_frames=93),
-        dict(frames=0),
-    ):
-        with pytest.raises(ValueError, match=next(iter(sizes))):
-            Segments(**sizes)
-    for make in (standard, continuation, distilled):
-        with pytest.raises(ValueError, match="steps=0"):
-            make(0)
-    with pytest.raises(ValueError, match="steps=51"):
-        distilled(51)
+def test_bad_pairs_of_codecs_and_images_are_refused():
     with pytest.raises(ValueError, match="both"):
         LongCat(model(), key_codec=CODEC)
     with pytest.raises(ValueError, match="1 frames|accepted: 1"):
         LongCat(model()).image_to_video(prompt(4, 6), GIVEN, NOISE)
-    with pytest.raises(ValueError, match="multiples of 2"):
-        first_clip(LongCat(model()), Pixels(), prompt(), height=7, width=8, **RUN)
 
 
 def test_bad_text_is_refused():

@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from models.longcat import (
-    LongCat,
-    LongCatConfig,
-    Prompt,
-    load_dit,
-    merge_lora,
-    random_dit,
-    standard,
-)
+from models.longcat.config import LongCatConfig
+from models.longcat.lora import merge_lora
+from models.longcat.params import load_dit, random_dit
+from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.sampler import StepInput, cached_step
+from models.longcat.schedule import standard
 from models.longcat.sharding import AXIS, heads_mesh, placement, spread
 from qvg_jax.codecs import presets
-from tests.models.test_longcat_params import released_shapes
 from tests.support import tiny_longcat
+from tests.support.checkpoint_shapes import longcat_shapes
 
 CONFIG = LongCatConfig(
     layers=2, width=96, heads=8, mlp_ratio=1, latent_channels=4, out_channels=4, time_width=8,
@@ -76,7 +72,7 @@ def test_each_device_has_its_share_of_the_weights(mesh):
 
 
 def test_a_checkpoint_is_loaded_to_where_it_belongs(mesh, tmp_path):
-    shapes = released_shapes(CONFIG)
+    shapes = longcat_shapes(CONFIG)
     save_file(
         {name: normal(len(name), *s) for name, s in shapes.items()}, tmp_path / "w.safetensors"
     )

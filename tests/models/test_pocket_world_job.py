@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.pocket_world import camera, job, world
-from qvg_jax.app.job import Request
+from models.pocket_world.entry import Options
 from tests.support.tiny_world import as_in_its_own_process, random_weights
 
 
@@ -45,7 +45,7 @@ def test_seen_is_the_share_of_the_view():
 
 def test_a_longer_video_runs_the_same_program(weights):
     sizes = [(12, 40), (48, 400)]
-    jobs = [job.prepare(Request(weights=str(weights), tour=t, frames=f)) for t, f in sizes]
+    jobs = [job.prepare(Options(weights=str(weights), tour=t, frames=f)) for t, f in sizes]
     shapes = [jax.tree.map(jnp.shape, [arm.state for arm in j.arms]) for j in jobs]
     assert shapes[0] == shapes[1]
     layouts = [j.arms[1].state.cache.layout for j in jobs]
@@ -53,7 +53,7 @@ def test_a_longer_video_runs_the_same_program(weights):
 
 
 def test_blocks_have_the_truth_of_their_own_time(weights):
-    run = job.prepare(Request(weights=str(weights), tour=8, frames=8, seed=4))
+    run = job.prepare(Options(weights=str(weights), tour=8, frames=8, seed=4))
     blocks = list(run.blocks)
     assert [bool(b.x.given) for b in blocks] == [True, True, False, False]
     assert np.concatenate([b.x.time for b in blocks]).tolist() == list(range(16))
@@ -68,9 +68,11 @@ def test_blocks_have_the_truth_of_their_own_time(weights):
 
 
 def test_all_arms_start_from_the_same_noise(weights):
-    run = job.prepare(Request(weights=str(weights), codecs=("qvg", "rtn", "qvg"), tour=4, frames=4))
+    run = job.prepare(
+        Options(weights=str(weights), codec="qvg", compare=("rtn", "qvg"), tour=4, frames=4)
+    )
     assert [arm.name for arm in run.arms] == ["bf16", "qvg", "rtn"]
     keys = [jax.random.key_data(arm.state.key).tolist() for arm in run.arms]
     assert keys[0] == keys[1] == keys[2]
-    other = job.prepare(Request(weights=str(weights), seed=1, tour=4, frames=4))
+    other = job.prepare(Options(weights=str(weights), seed=1, tour=4, frames=4))
     assert jax.random.key_data(other.arms[0].state.key).tolist() != keys[0]

@@ -1,4 +1,4 @@
-"""`qvg generate --model self-forcing`, end to end on a tiny model."""
+"""`qvg generate self-forcing`, end to end on a tiny model."""
 
 import json
 import signal
@@ -11,14 +11,16 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from models.runs import decode as player
+from models.runs import latent_job
 from models.runs.pictures import as_video, pictures
 from models.runs.prompts import stand_in_embedding
-from models.runs.saved_latents import Kept
+from models.runs.saved_latents import SavedLatents
 from models.self_forcing import initial, job
+from models.self_forcing.entry import Options
 from models.umt5 import Tokenizer
 from models.umt5 import pipeline as text_pipeline
+from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app import cli
-from qvg_jax.app.job import Request
 from qvg_jax.app.panels import Sheet
 from qvg_jax.app.video import Mp4
 from tests.support import tiny_self_forcing as tiny
@@ -52,7 +54,7 @@ def run(tmp_path, capsys):
 
 
 def command(*argv, frames=LATENTS, out, weights="random"):
-    common = ["generate", "--model", "self-forcing", "--codec", tiny.CODEC, "--seed", "3"]
+    common = ["generate", "self-forcing", "--codec", tiny.CODEC, "--seed", "3"]
     common += ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH)]
     common += ["--weights", str(weights), "--frames", str(frames), "--out", str(out)]
     return cli.main([*common, "--prompt", "a red fox", *argv])
@@ -124,15 +126,15 @@ def test_short_spans_and_frames_that_stay_as_they_are(run, tmp_path):
 
 def test_latents_are_those_of_the_pipeline(whole):
     """The job adds files and frames, not numbers."""
-    request = Request(
+    options = Options(
         frames=LATENTS, height=tiny.HEIGHT, width=tiny.WIDTH, seed=3, weights="random",
-        codecs=("bf16",), prompt="a red fox",
+        codec="bf16", prompt="a red fox",
     )  # fmt: skip
-    settings = job.settle(request, tiny.sizes())
+    settings = job.settle(options, tiny.sizes())
     pipeline = job.SelfForcing(job.WEIGHTS.random(settings.sizes.dit))
     words = stand_in_embedding("a red fox", **STAND_IN)
     wanted = pipeline.generate(
-        job.Request(
+        job.Generation(
             text_BUE=words.text_BUE,
             frames=LATENTS,
             latent_height=4,
@@ -221,14 +223,14 @@ def test_a_run_goes_on_only_from_its_own_latents(run, tmp_path):
 
 
 def test_a_block_that_was_cut_off_is_made_again(tmp_path):
-    kept = Kept(tmp_path, {"seed": 1}, (1, 3, 2, 4, 4), np.float32, resume=False)
+    kept = SavedLatents(tmp_path, {"seed": 1}, (1, 3, 2, 4, 4), np.float32, resume=False)
     assert kept.read("a:b=1").shape == (1, 0, 2, 4, 4)
     blocks = np.random.default_rng(0).normal(size=(3, 1, 3, 2, 4, 4)).astype(np.float32)
     for i, block in enumerate(blocks):
         kept.add("a:b=1", i, block)
     file = next((tmp_path / "latents").glob("*.bin"))
     file.write_bytes(file.read_bytes()[:-7])
-    again = Kept(tmp_path, {"seed": 1}, (1, 3, 2, 4, 4), np.float32, resume=True)
+    again = SavedLatents(tmp_path, {"seed": 1}, (1, 3, 2, 4, 4), np.float32, resume=True)
     np.testing.assert_array_equal(again.read("a:b=1"), np.concatenate(blocks[:2], axis=1))
     again.add("a:b=1", 2, blocks[2])
     np.testing.assert_array_equal(again.read("a:b=1"), np.concatenate(blocks, axis=1))
@@ -259,7 +261,7 @@ def test_a_video_goes_on(run, tmp_path):
     assert code == 0 and "21 real frames, then 24 generated" in out
     assert len(decoded(tmp_path / "out" / "video.mp4")) == 45
     sizes = tiny.sizes()
-    vae = job.VAE_WEIGHTS.random(sizes.vae)
+    vae = VAE_WEIGHTS.random(sizes.vae)
     given = dict(image=False, frames=12, height=tiny.HEIGHT, width=tiny.WIDTH)
     pieces = initial.initial_latents(vae, sizes.dit, tmp_path / "given.mp4", **given)
     video = as_video(list(pictures(tmp_path / "given.mp4", 32, 48))[:21])
@@ -290,7 +292,7 @@ def test_a_folder_of_checkpoints(run, folder, tmp_path, monkeypatch):
 def test_a_partial_checkpoint_is_refused_before_anything_is_loaded(
     run, tmp_path, part, monkeypatch
 ):
-    monkeypatch.setattr(job, "embed_prompts", None)  # would fail if it were called
+    monkeypatch.setattr(latent_job, "embed_prompts", None)  # would fail if it were called
     folder = tiny.weights_folder(tmp_path)
     file = folder / tiny.FILES[part]
     arrays = load_file(file)
@@ -327,8 +329,8 @@ def test_a_folder_that_lacks_parts_says_which_and_how_to_get_them(run, tmp_path)
         (["--codec", "qvg:num_centroids=900"], ["num_centroids=900", "144 tokens"]),
         (["--window", "5", "--sink", "3"], ["window_frames=5", "at least 7"]),
         (["--span", "2"], ["span_frames=2", "at least 3"]),
-        (["--tour", "8"], ["--tour 8", "self-forcing"]),
-        (["--actions", "w-8"], ["--actions w-8", "self-forcing"]),
+        (["--tour", "8"], ["--tour", "Models that have it: pocket-world"]),
+        (["--actions", "w-8"], ["--actions", "pocket-world, worldplay"]),
         (["--prompt", ""], ["prompt is missing"]),
         (["--seed", str(2**31)], [f"seed={2**31}"]),
         (["--steps", "1001"], ["steps="]),
@@ -362,7 +364,9 @@ def test_bad_given_frames(run, tmp_path):
 
 def test_pocket_world_does_not_know_prompts(capsys):
     assert cli.main(["generate", "--prompt", "a fox"]) == 2
-    assert "--prompt a fox means nothing to model pocket-world" in capsys.readouterr().err
+    assert (
+        "--prompt. Models that have it: self-forcing, worldplay, longcat" in capsys.readouterr().err
+    )
 
 
 def test_not_enough_memory_names_the_plan(run, monkeypatch):
@@ -373,7 +377,7 @@ def test_not_enough_memory_names_the_plan(run, monkeypatch):
     code, _, err = run(frames=6)
     line = error_line(err)
     assert code == 2 and "9 bytes" in line and "accepted: a smaller codec" in line
-    assert "`qvg plan --model self-forcing --frames 6 --codec" in line
+    assert "`qvg plan self-forcing --frames 6 --codec" in line
 
 
 def test_the_stand_in_for_a_prompt():

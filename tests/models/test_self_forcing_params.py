@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from models.common.checkpoint import CheckpointError
 from models.self_forcing.config import SelfForcingConfig
 from models.self_forcing.params import load_dit, skeleton
+from tests.support.checkpoint_shapes import wan_shapes
 
 TINY = SelfForcingConfig(
     layers=2,
@@ -43,35 +44,6 @@ TO_DIFFUSERS = (
     (r"(self|cross)_attn\.o\.", r"\1_attn.to_out.0."),
     *PAIRS,
 )
-
-
-def wan_shapes(c):
-    """Name -> shape of a checkpoint with original names, written out from the specification."""
-    M, ffn = c.width, c.ffn_width
-    shapes = {
-        "patch_embedding.weight": (M, c.latent_channels, 1, *c.patch),
-        "patch_embedding.bias": (M,),
-        "head.modulation": (1, 2, M),
-    }
-    matrices = {
-        "text_embedding.0": (M, c.text_width),
-        "text_embedding.2": (M, M),
-        "time_embedding.0": (M, c.time_width),
-        "time_embedding.2": (M, M),
-        "time_projection.1": (6 * M, M),
-        "head.head": (c.out_channels * c.patch[0] * c.patch[1], M),
-    }
-    for i in range(c.layers):
-        at = f"blocks.{i}."
-        for kind in ("self_attn", "cross_attn"):
-            matrices |= {f"{at}{kind}.{name}": (M, M) for name in "qkvo"}
-            shapes |= {f"{at}{kind}.norm_{name}.weight": (M,) for name in "qk"}
-        matrices |= {at + "ffn.0": (ffn, M), at + "ffn.2": (M, ffn)}
-        shapes |= {at + "modulation": (1, 6, M)}
-        shapes |= {at + "norm3.weight": (M,), at + "norm3.bias": (M,)}
-    for name, shape in matrices.items():
-        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    return shapes
 
 
 @pytest.fixture

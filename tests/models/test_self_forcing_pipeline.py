@@ -9,23 +9,12 @@ import numpy as np
 import pytest
 
 from models.common.wan_text import TextKV
-from models.self_forcing import (
-    BlockNoise,
-    History,
-    Request,
-    SamplerConfig,
-    SelfForcing,
-    SelfForcingConfig,
-    State,
-    compressions,
-    make_cache,
-    network_calls,
-    plan_blocks,
-    random_dit,
-    recall,
-    skeleton,
-)
-from models.self_forcing.block import draw_noise, generate_block
+from models.self_forcing.block import BlockNoise, State, draw_noise, generate_block
+from models.self_forcing.config import SamplerConfig, SelfForcingConfig
+from models.self_forcing.history import History, make_cache, recall
+from models.self_forcing.params import random_dit, skeleton
+from models.self_forcing.pipeline import Generation, SelfForcing
+from models.self_forcing.schedule import compressions, network_calls, plan_blocks
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
@@ -57,7 +46,7 @@ def request(frames, **changes):
     text_BUE = np.random.default_rng(0).normal(size=(1, 4, CONFIG.text_width)).astype(np.float32)
     fields = dict(text_BUE=text_BUE, frames=frames, latent_height=4, latent_width=4)
     fields |= dict(noise=jax.random.key(1), capacity=CAPACITY)  # one program for most tests
-    return Request(**(fields | changes))
+    return Generation(**(fields | changes))
 
 
 def pipeline(history=None):

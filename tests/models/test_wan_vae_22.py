@@ -1,17 +1,6 @@
-"""The Wan2.2 VAE against vectors of the released implementation, tiny and with made-up weights.
-
-`data/wan_vae_22.npz` (frame rate halved as in the released one) and `..._other_order.npz` hold a
-configuration, the names and shapes of the tensors under both namings, and what the implementation
-returned in float32. Weights and inputs are not stored but made by one rule:
-numbers in [-1, 1) from the generator PCG64 seeded with the CRC-32 of a name, top 53 bits of each
-output. A `gamma` is 1 + 0.3 of them, a `bias` 0.2, any other weight sqrt(3 / inputs); the video is
-"video" as it is, the latent twice "latent".
-"""
+"""The Wan2.2 VAE against vectors of the released implementation, tiny and with made-up weights."""
 
 import dataclasses
-import json
-import zlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,52 +12,10 @@ from safetensors.numpy import save_file
 from models.common import CheckpointError
 from models.wan_vae import WanVAE, WanVAEConfig, load_wan_vae
 from models.wan_vae.levels import average_down, duplicate_up, patchify, unpatchify
+from tests.support.wan_vae_22 import case, case_config, save_weights, weight
 
 RELATIVE = 1e-5  # largest difference to the largest value; measured: 1e-6
 BF16_RELATIVE_L2 = 0.05
-
-
-def made_up(name, shape):
-    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(int(np.prod(shape)))
-    return ((raw >> np.uint64(11)) * 2.0**-52 - 1).reshape(shape)
-
-
-def weight(name, shape):
-    x = made_up(name, shape)
-    if name.endswith("gamma"):
-        return (1 + 0.3 * x).astype(np.float32)
-    scale = 0.2 if name.endswith("bias") else (3 / np.prod(shape[1:])) ** 0.5
-    return (x * scale).astype(np.float32)
-
-
-def case(name):
-    with np.load(Path(__file__).parents[1] / "data" / f"{name}.npz") as file:
-        out = {k: file[k] for k in file.files}
-    stored = out["stored"] = json.loads(str(out.pop("config")))
-    out["latent"] = 2 * made_up("latent", stored["latent_shape"]).astype(np.float32)
-    out["video"] = made_up("video", stored["video_shape"]).astype(np.float32)
-    return out
-
-
-def case_config(stored):
-    fields = stored["fields"]
-    assert fields["attn_scales"] == []
-    return dataclasses.replace(
-        WanVAEConfig.wan_2_2(dtype=jnp.float32),
-        width=fields["dim"],
-        decoder_width=fields["dec_dim"],
-        multipliers=tuple(fields["dim_mult"]),
-        latent_channels=fields["z_dim"],
-        res_blocks=fields["num_res_blocks"],
-        temporal=tuple(fields["temperal_downsample"]),
-        mean=tuple(stored["mean"]),
-        std=tuple(stored["std"]),
-    )
-
-
-def save_weights(stored, path):
-    save_file({name: weight(name, shape) for name, _, shape in stored["tensors"]}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +39,9 @@ def vae(weights, config):
 
 
 @pytest.fixture(autouse=True)
-def true_float32_and_fast_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third of the time
+def true_float32():
     with jax.default_matmul_precision("highest"):
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def close(ours, original):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,30 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.common.wan_text import TextKV
-from models.worldplay import (
-    BlockInput,
-    CameraPath,
-    Frames,
-    History,
-    Request,
-    SamplerConfig,
-    State,
-    WorldPlay,
-    WorldPlayConfig,
-    action_ids,
-    ball_points,
-    make_cache,
-    network_calls,
-    random_dit,
-    select_frames,
-    skeleton,
-    walk,
-)
-from models.worldplay.block import generate_block
+from models.worldplay.cameras import CameraPath
+from models.worldplay.config import SamplerConfig, WorldPlayConfig
 from models.worldplay.encoding import encode_keys, encode_values, growth, model_encodings
-from models.worldplay.history import side_by_side
-from models.worldplay.request import block_inputs
+from models.worldplay.history import History, make_cache, side_by_side
+from models.worldplay.params import skeleton
+from models.worldplay.pipeline import WorldPlay
+from models.worldplay.request import Walk, block_inputs
+from models.worldplay.retrieval import select_frames
+from models.worldplay.schedule import network_calls
 from qvg_jax.attention.api import attend
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
@@ -82,7 +66,7 @@ def request(frames=12, **changes):
     text_BUE = np.random.default_rng(0).normal(size=(1, 4, CONFIG.text_width)).astype(np.float32)
     fields = dict(text_BUE=text_BUE, path=PATH, frames=frames, latent_height=4, latent_width=4)
     fields |= dict(noise=jax.random.key(1), capacity=12)  # one program for most tests
-    return Request(**(fields | changes))
+    return Walk(**(fields | changes))
 
 
 @functools.cache
@@ -169,7 +153,7 @@ def test_codecs_see_both_encodings_of_a_head_as_one_vector():
         seen.append(x_BHTD)
         return PLAIN.encode(x_BHTD, state, key=key)
 
-    codec = side_by_side(PLAIN._replace(encode=encode))
+    codec = side_by_side(dataclasses.replace(PLAIN, encode=encode))
     x_BCTD = jax.random.normal(jax.random.key(0), (2, 6, 5, 4))
     packed, _ = codec.encode(x_BCTD, codec.init(x_BCTD.shape, x_BCTD.dtype))
     np.testing.assert_array_equal(codec.decode(packed, jnp.float32), x_BCTD)
@@ -190,58 +174,6 @@ def test_recomputed_contexts_are_retrieved_and_bounded():
         assert max(context) < 2 * first or first == 0
     cache = make_cache(CONFIG, history, frames=14, latent_height=4, latent_width=4)
     assert cache.layout.window_blocks == 3 and not cache.layout.max_spans
-
-
-def test_retrieval_finds_the_way_back():
-    path = CameraPath.from_string("right-20,right-20,left-40,w-1")
-    points = ball_points(np.random.default_rng(0), 5000)
-    assert np.linalg.norm(points, axis=1).max() <= 8
-    chosen = select_frames(points, path.w2c_F44, 80, memory_frames=16, recent_frames=12)
-    assert chosen.tolist() == [*range(4), *range(68, 80)]  # the view from where it started
-    assert select_frames(points, path.w2c_F44, 12).tolist() == list(range(12))
-
-
-def test_actions_and_their_ids():
-    for name, motion in dict(w=9, s=18, d=27, a=36, right=1, left=2, up=3, down=4).items():
-        assert CameraPath.from_string(f" {name.upper()} - 2 ,").actions_F.tolist() == [
-            0,
-            motion,
-            motion,
-        ]
-    both = walk([[0.08, -0.08, 0.1, -0.1]])
-    assert action_ids(both).tolist() == [0, 9 * 6 + 6]
-    assert action_ids(both, third_person=True).tolist() == [0, 6]
-    first = CameraPath.from_string("w-3,right-2")
-    rest_F44 = walk([[0.08, 0, 0, 0]], start_44=first.c2w_F44[-1])[1:]
-    assert action_ids(rest_F44, previous_44=first.c2w_F44[-1]).tolist() == [9]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("w-8,x-2", "unknown action 'x-2'"),
-        ("w", "unknown action 'w'"),
-        ("w--3", "unknown action 'w--3'"),
-        ("w-1.5", "duration '1.5' in 'w-1.5'; accepted: a whole number"),
-        ("w-0", "duration '0'"),
-        ("w-nan", "duration 'nan'"),
-        ("w-inf", "duration 'inf'"),
-        ("w-two", "duration 'two'"),
-        (" , ", "no action"),
-    ],
-)
-def test_bad_pose_strings_say_what_is_wrong(text, said):
-    with pytest.raises(ValueError, match=said):
-        CameraPath.from_string(text)
-
-
-def test_durations_are_cut_only_when_asked():
-    path = CameraPath.from_string("w-2.9,right-0.5", durations="truncate")
-    assert path.actions_F.tolist() == [0, 9, 9]
-    with pytest.raises(ValueError, match="durations='round'"):
-        CameraPath.from_string("w-2", durations="round")
-    with pytest.raises(ValueError, match="duration 'inf'"):
-        CameraPath.from_string("w-inf", durations="truncate")
 
 
 LONG = CameraPath.from_string("w-30")
@@ -323,72 +255,6 @@ def test_single_storage_is_encoded_one_span_at_a_time():
         memory = read.lower(x, cache, x, x).compile().memory_analysis()
         temporaries.add((cache.layout.max_spans > 0, memory.temp_size_in_bytes))
     assert len(temporaries) == 1 and cache.layout.heads == CONFIG.heads
-
-
-def test_bytes_of_a_span_of_the_true_length():
-    """One head and 7,040 tokens; heads and layers are multiples of it."""
-    codec, rng = presets.qvg(), np.random.default_rng(0)
-    packed_bf16 = 2 * 2 * 7040 * 128 * 2  # K and V, both encodings, two bytes
-    for form, encodings, least in ((side_by_side(codec), 2, 5.8), (codec, 1, 11)):
-        x = jnp.asarray(rng.normal(size=(1, encodings, 7040, 128)), jnp.bfloat16)
-        packed, _ = jax.jit(form.encode)(x, form.init(x.shape, x.dtype))
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
-        assert size == form.nbytes(x.shape) and packed_bf16 > least * 2 * size
-
-
-def form_of(tree):
-    return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-
-
-def test_released_size_traces_with_caches_of_the_published_size():
-    config = WorldPlayConfig.wan_5b()
-    size = dict(frames=48, latent_height=44, latent_width=80)
-
-    def cache_of(history):
-        return jax.eval_shape(lambda: make_cache(config, history, **size))
-
-    frames = 44  # of 48: the last block is never read
-    published = cache_of(History())
-    dense = sum(x.size * 2 for x in (published.dense_k, published.dense_v))
-    assert dense == frames * 648_806_400  # bytes of bf16
-    elements = dense / 2
-    codec, spans = presets.qvg(), {}
-    for storage in ("packed", "single"):
-        cache = cache_of(History.qvg(codec, storage=storage))
-        lay = cache.layout
-        assert (lay.span_tokens, lay.max_spans, lay.window_blocks) == (7040, 5, 2)
-        bits = lay.key_codec.bits_per_element(lay.span_shape)
-        leaves = jax.tree.leaves((cache.span_k, cache.span_v))
-        spans[storage] = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-        stored = 2 * 30 * 5 * math.prod(lay.span_shape)
-        assert abs(8 * spans[storage] / stored - bits) < 1e-6
-    share = 40 / 44  # of the frames are in spans
-    assert 5.8 < 2 * elements * share / spans["packed"] < 5.9
-    assert 11 < 2 * elements * share / spans["single"] < 12
-
-    history = History.qvg(codec)
-    text = jax.ShapeDtypeStruct((30, 1, 512, 24, 128), jnp.bfloat16)
-
-    def like(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def frames_like(F):
-        return Frames(like(1, F, 4, 4), like(1, F, 3, 3), like(1, F))
-
-    state = State(
-        cache=cache_of(history),
-        text_kv=TextKV(text, text),
-        latents_BFZYX=like(1, 48, 48, 44, 80, dtype=jnp.bfloat16),
-        frames=frames_like(48),
-        blocks=like(dtype=jnp.int32),
-    )
-    noise, given = like(1, 4, 48, 44, 80), like(4, dtype=bool)
-    x = BlockInput(noise, frames_like(4), noise, given, like(44, dtype=jnp.int32))
-    assert form_of(jax.eval_shape(lambda: random_dit(config))) == form_of(skeleton(config))
-    step = functools.partial(generate_block, sampler=SamplerConfig(), history=history)
-    after, latents, _ = jax.eval_shape(step, skeleton(config), state, x)
-    assert (latents.shape, latents.dtype) == (noise.shape, jnp.bfloat16)
-    assert form_of(after) == form_of(state)
 
 
 def test_network_calls_of_a_long_video():

@@ -1,5 +1,6 @@
-"""`qvg generate --model worldplay` and `qvg plan`, end to end on a tiny model."""
+"""`qvg generate worldplay` and `qvg plan`, end to end on a tiny model."""
 
+import dataclasses
 import json
 import signal
 
@@ -12,18 +13,21 @@ from safetensors.numpy import save_file
 
 from models.common.weights import Weights
 from models.runs import decode as player
+from models.runs import latent_job
+from models.runs.prompts import stand_in_embedding
 from models.umt5 import Tokenizer
+from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from models.worldplay import job
+from models.worldplay.entry import Options, PlanOptions
 from qvg_jax.app import cli
-from qvg_jax.app.job import Request
 from qvg_jax.app.memory_plan import shape_bytes
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import NonFiniteError
-from tests.models.test_wan_vae_22 import case, save_weights
-from tests.models.test_worldplay_params import stored_shapes
 from tests.support import tiny_self_forcing
 from tests.support import tiny_worldplay as tiny
+from tests.support.checkpoint_shapes import worldplay_shapes
 from tests.support.tiny_world import as_in_its_own_process
+from tests.support.wan_vae_22 import case, save_weights
 
 WALK, LATENTS = "w-4,right-3,s-4", 12  # six blocks: spans of two before the third and the fifth
 FRAMES = 1 + 4 * (LATENTS - 1)
@@ -53,7 +57,7 @@ def picture(tmp_path_factory):
 
 
 def command(*argv, out, picture=None, weights="random", walk=WALK, codec=tiny.CODEC):
-    common = ["generate", "--model", "worldplay", "--codec", codec, "--seed", "3"]
+    common = ["generate", "worldplay", "--codec", codec, "--seed", "3"]
     common += ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--actions", walk]
     common += ["--weights", str(weights), "--out", str(out), "--prompt", "a room"]
     return cli.main([*common, *(["--image", str(picture)] if picture else []), *argv])
@@ -99,17 +103,17 @@ def test_a_picture_and_a_walk_become_a_video_for_each_memory(whole):
 
 def test_latents_are_those_of_the_pipeline(whole, picture):
     """The job adds files and frames, not numbers."""
-    asked = Request(
+    asked = Options(
         actions=WALK, height=tiny.HEIGHT, width=tiny.WIDTH, seed=3, weights="random",
-        codecs=("bf16",), prompt="a room",
+        codec="bf16", prompt="a room",
     )  # fmt: skip
     settings = job.settle(asked, tiny.sizes())
-    vae = job.VAE_WEIGHTS.random(settings.sizes.vae)
+    vae = VAE_WEIGHTS.random(settings.sizes.vae)
     dit = settings.sizes.dit
     size = dict(slots=dit.text_slots, width=dit.text_width, dtype=dit.dtype)
     wanted = job.WorldPlay(job.WEIGHTS.random(dit)).generate(
-        job.Request(
-            text_BUE=job.stand_in_embedding("a room", **size).text_BUE,
+        job.Walk(
+            text_BUE=stand_in_embedding("a room", **size).text_BUE,
             path=settings.path,
             latent_height=4,
             latent_width=6,
@@ -176,7 +180,7 @@ def test_weights_from_a_folder(tmp_path, picture):
     save_weights(case("wan_vae_22")["stored"], folder / "Wan2.2_VAE.safetensors")
     arrays = {
         f"model.{name}": (draw.normal(size=shape) / 4).astype(np.float32)
-        for name, shape in stored_shapes(c.dit).items()
+        for name, shape in worldplay_shapes(c.dit).items()
     }
     save_file(arrays, folder / "worldplay_distilled.safetensors")
     out = tmp_path / "out"
@@ -199,7 +203,7 @@ def test_weights_from_a_folder(tmp_path, picture):
         (["--image", "BROKEN"], ["not readable as an image"]),
         (["--image", "none.png"], ["none.png"]),
         (["--image", "TALL"], ["10 x 90", "would show", "accepted: a picture"]),
-        (["--window", "8"], ["--window 8", "worldplay"]),
+        (["--window", "8"], ["--window", "Models that have it: self-forcing"]),
         (["--codec", "qvg:storage=double"], ["storage='double'", "single"]),
         (["--codec", "zip"], ["'zip'"]),
         (["--layers", "2", "--weights", "nowhere"], ["--layers is for random"]),
@@ -213,7 +217,7 @@ def test_bad_input(argv, parts, tmp_path, capsys, monkeypatch):
     places = {"BROKEN": tmp_path / "broken.png", "TALL": tmp_path / "tall.png"}
     argv = [str(places.get(a, a)) for a in argv]
     if not parts:  # accepted: what follows the checks is not wanted here
-        monkeypatch.setattr(job, "stand_in_embedding", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(latent_job, "stand_in_embedding", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             command(*argv, out=tmp_path / "out")
         return
@@ -225,22 +229,23 @@ def test_bad_input(argv, parts, tmp_path, capsys, monkeypatch):
 
 
 def test_other_steps_lie_on_the_released_curve():
-    asked = Request(actions=WALK, height=tiny.HEIGHT, width=tiny.WIDTH, steps=4, codecs=("bf16",))
+    asked = Options(actions=WALK, height=tiny.HEIGHT, width=tiny.WIDTH, steps=4, codec="bf16")
     settings = job.settle(asked, tiny.sizes())
-    released = job.settle(Request(**(vars(asked) | {"steps": None})), tiny.sizes())
+    released = job.settle(dataclasses.replace(asked, steps=None), tiny.sizes())
     np.testing.assert_allclose(settings.sampler.steps, released.sampler.steps, rtol=1e-6)
 
 
 def test_plan_says_what_fits_and_how_far_a_walk_could_go(capsys):
     codecs = ("bf16", tiny.CODEC)
-    asked = Request(codecs=codecs, frames=LATENTS, height=tiny.HEIGHT, width=tiny.WIDTH)
-    plan = job.plan(asked, 10**9)
+    size = dict(frames=LATENTS, height=tiny.HEIGHT, width=tiny.WIDTH)
+    asked = PlanOptions(memory=10**9, codec=codecs, **size)
+    plan = job.plan(asked)
     bf16, single = plan.needs
     assert bf16.held["cache"] > 2.9 * single.held["cache"]
-    settings = job.settle(asked, tiny.sizes())
+    settings = job.settle(Options(codec="bf16", **size), tiny.sizes())
     assert bf16.held["cache"] == shape_bytes(settings.cache("bf16"))
     assert bf16.longest == single.longest == 24  # the RoPE table's rows
-    common = ["plan", "--model", "worldplay", "--codec", tiny.CODEC]
+    common = ["plan", "worldplay", "--codec", tiny.CODEC]
     common += ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--frames", "12"]
     assert cli.main([*common, "--memory", "10KB"]) == 1
     assert "Nothing fits: not one block" in capsys.readouterr().out

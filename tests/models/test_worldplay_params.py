@@ -8,7 +8,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from models.common.checkpoint import CheckpointError
-from models.worldplay import WorldPlayConfig, load_dit, skeleton
+from models.worldplay.config import WorldPlayConfig
+from models.worldplay.params import load_dit, skeleton
+from tests.support.checkpoint_shapes import worldplay_shapes
 
 TINY = WorldPlayConfig(
     layers=2,
@@ -24,37 +26,10 @@ TINY = WorldPlayConfig(
 )
 
 
-def stored_shapes(c):
-    """Name -> shape of a checkpoint, written out from the specification."""
-    M, patch = c.width, c.patch[0] * c.patch[1]
-    shapes = {
-        "patch_embedding.weight": (M, c.latent_channels, 1, *c.patch),
-        "patch_embedding.bias": (M,),
-        "scale_shift_table": (1, 2, M),
-    }
-    matrices = {"condition_embedder.time_proj": (6 * M, M), "proj_out": (c.out_channels * patch, M)}
-    for name, width in (("time", c.time_width), ("action", c.time_width), ("text", c.text_width)):
-        at = f"condition_embedder.{name}_embedder.linear_"
-        matrices |= {at + "1": (M, width), at + "2": (M, M)}
-    for i in range(c.layers):
-        at = f"blocks.{i}."
-        for kind in ("attn1", "attn2"):
-            names = ("to_q", "to_k", "to_v", "to_out.0")
-            matrices |= {f"{at}{kind}.{name}": (M, M) for name in names}
-            shapes |= {f"{at}{kind}.norm_{name}.weight": (M,) for name in "qk"}
-        matrices |= {at + "attn1.to_out_prope.0": (M, M)}
-        matrices |= {at + "ffn.net.0.proj": (c.ffn_width, M), at + "ffn.net.2": (M, c.ffn_width)}
-        shapes |= {at + "scale_shift_table": (1, 6, M)}
-        shapes |= {at + "norm2.weight": (M,), at + "norm2.bias": (M,)}
-    for name, shape in matrices.items():
-        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    return shapes
-
-
 @pytest.fixture
 def weights():
     rng = np.random.default_rng(0)
-    return {k: rng.normal(size=s).astype(np.float32) for k, s in stored_shapes(TINY).items()}
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in worldplay_shapes(TINY).items()}
 
 
 def leaves(model):
@@ -64,13 +39,13 @@ def leaves(model):
 
 def test_released_model_has_its_published_size():
     config = WorldPlayConfig.wan_5b()
-    count = sum(np.prod(s) for s in stored_shapes(config).values())
+    count = sum(np.prod(s) for s in worldplay_shapes(config).values())
     assert round(count / 1e9, 2) == 5.29
     assert f"{count:,}" in WorldPlayConfig.wan_5b.__doc__
     ours = jax.tree.leaves(nnx.state(skeleton(config), nnx.Param))
     assert sum(np.prod(v.shape) for v in ours) == count
-    prope = [n for n in stored_shapes(config) if "prope" in n]
-    assert round(sum(np.prod(stored_shapes(config)[n]) for n in prope) / 1e6) == 283
+    prope = [n for n in worldplay_shapes(config) if "prope" in n]
+    assert round(sum(np.prod(worldplay_shapes(config)[n]) for n in prope) / 1e6) == 283
 
 
 def test_wrapped_names_load_the_same_model(weights, tmp_path):

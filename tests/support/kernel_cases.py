@@ -20,7 +20,7 @@ E4M3 = jnp.float8_e4m3fn
 
 
 def rope_of(pairing: str, head_dim: int) -> Rope:
-    """A rotation by three coordinates."""
+    """RoPE by three coordinates."""
     small = head_dim // 3 // 2 * 2
     sizes = (head_dim - 2 * small, small, small)
     return axial_rope([frequency_ladder(n) for n in sizes], pairing=pairing)
@@ -102,14 +102,14 @@ def lowered(f, *args) -> str:
 
 
 def exact_attention(q, k, v) -> np.ndarray:
-    """Of queries (n, Q, 128) to keys and values (n, T, 128), by numpy."""
+    """Attention of queries (n, Q, 128) to keys and values (n, T, 128), by numpy."""
     s = np.einsum("nqd,ntd->nqt", q, k) / 128**0.5
     p = np.exp(s - s.max(-1, keepdims=True))
     return np.einsum("nqt,ntd->nqd", p / p.sum(-1, keepdims=True), v)
 
 
-def turns(seed: int, rows: int, tokens: int, head_dim: int = 128) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of random angles."""
+def angles(seed: int, rows: int, tokens: int, head_dim: int = 128) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of random angles, (rows, tokens, head_dim / 2)."""
     form = (rows, tokens, head_dim // 2)
     angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, form)
     return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
@@ -192,7 +192,7 @@ def positions(i: int, block: int) -> jax.Array:
 
 @functools.cache
 def encodings() -> Encodings:
-    """Two encodings: both rotations of k, and v beside v turned."""
+    """Two encodings: k rotated under both pairings, and v beside v rotated."""
 
     def both(a_BHTD, b_BHTD):
         return jnp.stack([a_BHTD, b_BHTD], 2).reshape(a_BHTD.shape[0], -1, *a_BHTD.shape[2:])
@@ -220,7 +220,7 @@ def codecs() -> dict:
 
 
 def with_window_garbage(cache: KVCache) -> KVCache:
-    """NaN wherever the dense buffer holds nothing."""
+    """The cache with NaN wherever its dense buffer holds nothing."""
     used = cache.dense_blocks * cache.layout.block_tokens
     hidden = jnp.arange(cache.dense_k.shape[3]) >= used
     fill = lambda x: jnp.where(hidden[None, None, None, :, None], jnp.nan, x)  # noqa: E731
@@ -242,7 +242,7 @@ def clustered(rows: int, tokens: int, clusters: int):
 
 
 def encoded_twice(codec: Codec, implementation: str | None, tokens: int = 300):
-    """Two spans in a row: [(span, packed, state), ...]."""
+    """Two spans encoded one after the other: [(span, packed, state), ...]."""
     x = clustered(2, 2 * tokens, 64)[0][None]
     state, out = codec.init((1, 2, tokens, 128), x.dtype), []
     encode = jax.jit(functools.partial(codec.encode, implementation=implementation))
@@ -259,7 +259,7 @@ def round_trip_error(codec: Codec, case) -> float:
 
 
 def difference(a, b) -> float:
-    """|a - b| / |b|"""
+    """The relative difference |a - b| / |b|."""
     a, b = (np.asarray(x, np.float32) for x in (a, b))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 

@@ -1,4 +1,4 @@
-"""A machine for kernels written in `pallas_kernels.gpu.lanes`: every thread of every block at once, in numpy.
+"""A machine for kernels written in `pallas_kernels.gpu.lanes`: all threads at once, in numpy.
 
 Pallas cannot interpret such kernels. They use few operations, though, each of which is a line of numpy; so
 their numbers can be compared without a GPU. The machine is strict: an access must be aligned and lie inside an
@@ -24,7 +24,7 @@ from pallas_kernels.gpu import lanes
 __all__ = ["Machine"]
 
 _NUMPY = {"i1": np.bool_, "i16": np.uint16, "i32": np.uint32, "i64": np.uint64, "f32": np.float32}
-_THREADS, _WARP, _GAP = 128, 32, 1 << 12  # of a block, of a warp; bytes between arrays
+_THREADS, _WARP, _GAP = 128, 32, 1 << 12  # of a CTA, of a warp; bytes between arrays
 
 
 class Value(NamedTuple):
@@ -39,7 +39,7 @@ def _value(x: Any, kind: str) -> Value:
 
 
 def _on(f: Any) -> Any:
-    """An operation on two values of a type."""
+    """The operation on two values of a type that f is on arrays."""
     return lambda a, b: _value(f(a.x, b.x), a.type)
 
 
@@ -60,8 +60,8 @@ def _permuted(a: np.ndarray, b: np.ndarray, selector: Any) -> np.ndarray:
 
 
 def _e4m3(x: np.ndarray) -> np.ndarray:
-    narrow = np.clip(_halves(x).astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    return np.ascontiguousarray(narrow).view(np.uint16)[..., 0]
+    fp8 = np.clip(_halves(x).astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return np.ascontiguousarray(fp8).view(np.uint16)[..., 0]
 
 
 def _garbage(x: Any) -> np.ndarray:
@@ -91,7 +91,7 @@ class Machine:
             (lanes, "utils", self._utils()),
             (lanes, "arith", self._arith()),
             (lanes, "gpu", SimpleNamespace(
-                Dimension=dimension, thread_id=thread, block_id=lambda i: self.block[i]
+                Dimension=dimension, thread_id=thread, block_id=lambda i: self.cta[i]
             )),
             (lanes, "llvm", SimpleNamespace(ptrtoint=lambda t, p: _constant(p, t))),
             (mosaic_gpu, "utils", self._utils()),
@@ -128,7 +128,7 @@ class Machine:
         self.active = before
 
     def _kernel(self, body: Any, *, out_type: Any, grid: Any, scratch_types: Any = (), **_: Any):
-        """Outputs begin as garbage; a reference among the operands is one that begins as it is."""
+        """A kernel that runs here; outputs begin as garbage, and references begin as they are."""
         alone = not isinstance(out_type, list | tuple)
         out_types = [out_type] if alone else list(out_type)
 
@@ -139,14 +139,14 @@ class Machine:
             self._lay_out(contents)
             self.inputs = self.places[: len(operands) - len(refs)]
             self.outputs = self.places[len(self.inputs) :]
-            blocks = int(np.prod(grid))
+            ctas = int(np.prod(grid))
             shared = 4 * int(np.prod(scratch_types[0])) if scratch_types else 0
-            self.shared = np.full((blocks, shared), 0xAA, np.uint8)
+            self.shared = np.full((ctas, shared), 0xAA, np.uint8)
             self.owner, self.thread = np.divmod(
-                np.arange(blocks * _THREADS, dtype=np.uint64), np.uint64(_THREADS)
+                np.arange(ctas * _THREADS, dtype=np.uint64), np.uint64(_THREADS)
             )
             y, x = np.divmod(self.owner, np.uint64(grid[-1]))
-            self.block, self.active = [Value(x, "i64"), Value(y, "i64")], np.ones(x.shape, bool)
+            self.cta, self.active = [Value(x, "i64"), Value(y, "i64")], np.ones(x.shape, bool)
             body(*(start for start, _ in self.places), *(0 for _ in scratch_types))
             results = [
                 jnp.asarray(self.memory[start:end].view(x.dtype).reshape(x.shape))
@@ -169,7 +169,7 @@ class Machine:
             self.memory[start:end] = np.frombuffer(x.tobytes(), np.uint8)
 
     def _bytes(self, address: Value, nbytes: int, where: np.ndarray, ends: Any) -> np.ndarray:
-        """Which ones (threads, nbytes) those of `where` access."""
+        """The bytes (threads, nbytes) that the threads of `where` access."""
         at = np.broadcast_to(address.x, self.thread.shape)[where].astype(np.int64)
         inside = np.zeros(at.shape, bool)
         for start, end in ends:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from models.longcat import LongCatConfig
+from models.longcat.config import LongCatConfig
 from models.runs.checkpoint_folder import Sizes
-from tests.models.test_longcat_params import released_shapes
 from tests.support import tiny_self_forcing as shared
+from tests.support.checkpoint_shapes import longcat_shapes
 
 HEIGHT, WIDTH = 16, 32
 CODEC = "qvg:num_centroids=4:group=16"
@@ -35,7 +35,7 @@ def weights_folder(folder: Path) -> Path:
 
     for name in ("dit", "vae", "text_encoder", "tokenizer"):
         (folder / name).mkdir(parents=True)
-    weights = arrays(released_shapes(c.dit))
+    weights = arrays(longcat_shapes(c.dit))
     names, index = sorted(weights), {}
     for i in (0, 1):
         shard = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"

@@ -12,7 +12,7 @@ from models.runs.checkpoint_folder import Sizes
 from models.self_forcing.config import SelfForcingConfig
 from models.umt5 import Tokenizer, UMT5Config
 from models.wan_vae import WanVAEConfig
-from tests.models.test_self_forcing_params import wan_shapes
+from tests.support.checkpoint_shapes import wan_shapes
 
 HEIGHT, WIDTH = 32, 48
 CODEC = "qvg:num_centroids=4:group=16"

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld
@@ -31,17 +30,10 @@ def random_weights(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def as_in_its_own_process(session: Path) -> Iterator[None]:
-    """What the command changes in JAX is undone afterwards, and what the tests changed before.
+    """The command's own settings of JAX inside, the tests' afterwards; nothing in the user's folder.
 
-    The command keeps compiled programs in the user's folder; here that is one of the test session.
+    The run of the tests names a folder of compiled programs, which the command then uses.
     """
-    threshold = "jax_persistent_cache_min_compile_time_secs"
     with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
         patch.setenv("XDG_CACHE_HOME", str(session / "user-cache"))
-        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        before = getattr(jax.config, threshold)
-        jax.config.update(threshold, 0.3)
         yield
-        jax.config.update("jax_compilation_cache_dir", None)
-        jax.config.update(threshold, before)
-        compilation_cache.reset_cache()

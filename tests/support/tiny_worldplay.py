@@ -10,9 +10,9 @@ from flax import nnx
 
 from models.common.weights import Weights
 from models.runs.checkpoint_folder import Sizes
-from models.worldplay import WorldPlayConfig
-from tests.models.test_wan_vae_22 import case, case_config
+from models.worldplay.config import WorldPlayConfig
 from tests.support import tiny_self_forcing
+from tests.support.wan_vae_22 import case, case_config
 
 HEIGHT, WIDTH = 64, 96
 CODEC = "qvg:num_centroids=4:group=16:storage=single"

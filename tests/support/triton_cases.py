@@ -23,7 +23,7 @@ _TYPES = {
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel takes: of a thread registers, and bytes of spills; of a program bytes."""
+    """Registers and bytes of spills of a thread, and bytes of shared memory of a program."""
 
     registers: int
     spills: int
@@ -67,7 +67,7 @@ def usage(kernel: Any) -> Usage:
 
 
 class _Tensor:
-    """What Triton's interpreter asks of a tensor, over the memory of a NumPy array."""
+    """A tensor for Triton's interpreter over the memory of a NumPy array."""
 
     def __init__(self, array: np.ndarray):
         self.array, self.dtype = array, array.dtype.name
@@ -99,7 +99,7 @@ class _Tensor:
 
 
 def run_interpreted(launch: Any, *operands: Any, out: Any) -> Any:
-    """What `Launch.__call__` does, by Triton's interpreter, with NumPy arrays as results.
+    """Runs a launch in Triton's interpreter; the results are NumPy arrays.
 
     References among the operands are updated as on a GPU.
     """

@@ -5,7 +5,9 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from models.worldplay import Frames, WorldPlayConfig, load_dit
+from models.worldplay.block import Frames
+from models.worldplay.config import WorldPlayConfig
+from models.worldplay.params import load_dit
 
 
 def config_of(sizes, dtype=jnp.float32):

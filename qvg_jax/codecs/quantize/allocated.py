@@ -12,18 +12,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike
 from qvg_jax.codecs.quantize.levels import best_ratio, midrise_levels, normal_error
 from qvg_jax.codecs.quantize.scales import (
     scale_format,
     span_exponent,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["AllocatedPacked", "allocate", "allocated_quantize"]
 
 
 class AllocatedPacked(NamedTuple):
-    """What allocated quantization stores; tokens are the last axis, so a code byte is a row."""
+    """The packed form of `allocated_quantize`; tokens are the last axis, so a code byte is a row."""
 
     codes_BHCT: UInt8[Array, "B H C T"]
     scales_BHT: Float[Array, "B H T"]
@@ -33,7 +36,7 @@ class AllocatedPacked(NamedTuple):
 
 @functools.cache
 def _table(max_bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per number of bits: step in units of the deviation, and error as a share of the energy."""
+    """Returns, per number of bits, the step in units of the deviation and the lost share of the energy."""
     steps, errors = [0.0], [1.0]
     for bits in range(1, max_bits + 1):
         levels = midrise_levels(2**bits)
@@ -45,7 +48,7 @@ def _table(max_bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def allocate(
     energy_BHD: Float[Array, "B H D"], total: int, max_bits: int = 8, min_bits: int = 0
 ) -> Int[Array, "B H D"]:
-    """Bits per channel that leave the least error for a total of `total` bits.
+    """Returns the bits of every channel that leave the least error for `total` bits in all.
 
     The next bit always goes where it removes most: energy_d (E_b - E_(b+1)), with E_b the error of
     a b-bit mid-rise grid for a normal density. As these gains fall with b, taking them one by one
@@ -71,12 +74,13 @@ def allocate(
     return jnp.sum(rank_BHbD < total, axis=2, dtype=jnp.int32)
 
 
+@factory
 def allocated_quantize(
     bits: float = 2.0,
     *,
     max_bits: int = 8,
     min_bits: int = 0,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
     gain: float = 0.0,
     gain_axis: str = "channel",
     refine: int = 2,
@@ -200,7 +204,7 @@ def allocated_quantize(
         return math.prod((b, h)) * (t * (total // 8 + dtype.itemsize) + 3 * d)
 
     def deficit(packed: AllocatedPacked) -> Array:
-        """v - v_hat of `key_bias`, for normal channels; of those without bits nothing is known."""
+        """Returns v - v_hat of `key_bias` for normal channels; channels without bits count as zero."""
         bits_BHD = packed.bits_BHD.astype(jnp.int32)
         ratio_BHD = jnp.asarray(ratios, jnp.float32)[bits_BHD]
         rho_BHD = 1 - jnp.asarray(errors, jnp.float32)[bits_BHD]
@@ -213,11 +217,20 @@ def allocated_quantize(
 
     least = f"-min{min_bits}" if min_bits else ""
     name = f"allocated{bits:g}{least}" + (f"-gain{gain:g}{gain_axis}" if gain else "")
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage("bits that differ from channel to channel"),
+        deficit,
+    )
 
 
 def _steps(x_BHDT: Array, scale_BHT: Array, bits_BHD: Array, ratios: tuple[float, ...]) -> Array:
-    """Least-error step of every channel for tokens of the given sizes; large tokens count most."""
+    """Returns the least-error step of every channel for tokens of the given sizes; large ones count most."""
     top = jnp.sum(x_BHDT * x_BHDT, axis=3)
     bottom = jnp.sum(scale_BHT * scale_BHT, axis=2)[..., None]
     deviation_BHD = jnp.sqrt(top / jnp.where(bottom > 0, bottom, 1))
@@ -238,7 +251,7 @@ def _levels(codes_BHDT: Array, bits_BHD: Array, step_BHD: Array) -> Array:
 
 
 def _gain(x_BHDT: Array, hat_BHDT: Array, power: float, axis: int) -> Array:
-    """lsq^(1 - p) match^p for reconstructions along an axis; 1 where there is nothing."""
+    """Returns lsq^(1 - p) match^p of reconstructions along an axis, and 1 where a reconstruction is zero."""
     energy = jnp.sum(x_BHDT * x_BHDT, axis=axis)
     along = jnp.sum(x_BHDT * hat_BHDT, axis=axis)
     square = jnp.sum(hat_BHDT * hat_BHDT, axis=axis)
@@ -257,7 +270,7 @@ def _least_squares(x_BHDT: Array, l_BHDT: Array, otherwise_BHT: Array) -> Array:
 
 
 def _pack(codes_BHDT: Array, bits_BHD: Array, total: int) -> Array:
-    """Codes one after another, the first channel's highest bit first, in bytes."""
+    """Returns bytes that hold codes one after another, the first channel's highest bit first."""
     position_P = jnp.arange(total, dtype=jnp.int32)
 
     def one(codes_DT: Array, bits_D: Array) -> Array:
@@ -272,7 +285,7 @@ def _pack(codes_BHDT: Array, bits_BHD: Array, total: int) -> Array:
 
 
 def _unpack(codes_BHCT: Array, bits_BHD: Array) -> Array:
-    """Codes of all channels, from the two bytes in which each of them lies."""
+    """Returns the codes of all channels, from the two bytes in which each of them lies."""
 
     def one(codes_CT: Array, bits_D: Array) -> Array:
         begin_D = jnp.cumsum(bits_D) - bits_D

@@ -10,7 +10,7 @@ __all__ = ["pack_bits", "packed_bits_width", "unpack_bits"]
 
 
 def packed_bits_width(count: int, bits: int) -> int:
-    """Bytes of `count` codes; the last byte may be partly empty.
+    """Returns the bytes that `count` codes take; the last byte may be partly empty.
 
     Raises:
         ValueError: bits outside 1 to 8.
@@ -31,7 +31,7 @@ def pack_bits(codes: UInt8[Array, "*lead N"], bits: int) -> UInt8[Array, "*lead 
 
 
 def unpack_bits(packed: UInt8[Array, "*lead C"], bits: int, count: int) -> UInt8[Array, "*lead N"]:
-    """The first `count` codes of packed bytes."""
+    """Returns the first `count` codes of packed bytes."""
     *lead, width = packed.shape
     place = jnp.arange(7, -1, -1, dtype=jnp.uint8).reshape((1,) * (len(lead) + 1) + (8,))
     stream = ((packed[..., None] >> place) & jnp.uint8(1)).reshape(*lead, width * 8)

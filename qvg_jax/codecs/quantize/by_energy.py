@@ -11,18 +11,21 @@ from jaxtyping import Array, PRNGKeyArray, UInt8
 from qvg_jax.codecs.base import Codec, Packed, Shape, State, check_span, per_element
 from qvg_jax.codecs.quantize.bitstream import pack_bits, packed_bits_width, unpack_bits
 from qvg_jax.codecs.quantize.scales import span_exponent, times_power_of_two
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["ByEnergyPacked", "by_energy"]
 
 
 class ByEnergyPacked(NamedTuple):
-    """What `by_energy` stores; a part without tokens is None."""
+    """The packed form of `by_energy`; a part without tokens is None."""
 
     large_BHC: UInt8[Array, "B H C"]  # a bit per token: whether it is among the large ones
     large: Packed
     small: Packed
 
 
+@factory
 def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
     """Encodes the share of each head's tokens with the most energy by `large`, the rest by `small`.
 
@@ -55,7 +58,7 @@ def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
         raise ValueError(f"share={share} is not accepted: give 0 to 1")
 
     def parts(shape: Shape, dtype: Any = jnp.float32) -> list[tuple[Codec, Shape] | None]:
-        """Both codecs and the shape of their tokens, None where there are none."""
+        """Returns both codecs with the shape of their tokens, None for a codec without tokens."""
         check_span(shape, dtype)
         b, h, t, d = shape
         n = min(t, int(share * t + 0.5))
@@ -96,7 +99,7 @@ def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
         return jnp.take_along_axis(x_BHTD, row_BHT[..., None], axis=2, mode="promise_in_bounds")
 
     def rows(packed: ByEnergyPacked, found: list[Array]) -> Array:
-        """Where among the large and then the small ones each token is."""
+        """Returns the row of each token among the large tokens, followed by the small ones."""
         n = 0 if packed.large is None else found[0].shape[2]
         total = sum(x.shape[2] for x in found)
         large_BHT = unpack_bits(packed.large_BHC, 1, total).astype(jnp.int32)
@@ -117,5 +120,6 @@ def by_energy(large: Codec, small: Codec, share: float = 0.5) -> Codec:
 
     name = f"{large.name} | {small.name}" + ("" if share == 0.5 else f" {share:g}")
     told = large.deficit is not None and small.deficit is not None
-    more = dict(deficit=deficit if told else None)
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, **more)
+    storage = Storage("two codecs, for tokens of more and of less energy")
+    told_by = deficit if told else None
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, told_by)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from pallas_kernels.quantize_pack import Midrise
-from qvg_jax.codecs.base import Codec, EmptyState, Shape, Written, check_span, per_element
+from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.levels import (
     best_ratio,
     lloyd_max_levels,
@@ -21,18 +21,20 @@ from qvg_jax.codecs.quantize.levels import (
 )
 from qvg_jax.codecs.quantize.radix import (
     LEVEL_COUNTS,
+    code_bits,
     pack_levels,
     packed_levels_width,
     unpack_levels,
 )
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import LeastSquaresFit, Levels, Storage
 
 __all__ = ["GridPacked", "grid_quantize"]
 
@@ -42,7 +44,7 @@ _GAINS = {"lsq": 0.0, "match": 1.0}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GridPacked:
-    """What grid quantization stores. `exponents_BH` is None unless scales are e4m3."""
+    """The packed form of `grid_quantize`. `exponents_BH` is None unless scales are e4m3."""
 
     codes_BHTC: Any  # uint8
     scales_BHTG: Any
@@ -50,13 +52,14 @@ class GridPacked:
     head_dim: int = dataclasses.field(metadata=dict(static=True))  # bytes of trits do not tell
 
 
+@factory
 def grid_quantize(
     bits: int | None = None,
     grid: str | tuple[float, ...] = "midrise",
     group: int | None = None,
     *,
     levels: int | None = None,
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
     gain: str | float = "match",
     refine: int = 2,
 ) -> Codec:
@@ -183,42 +186,40 @@ def grid_quantize(
         exponents = b * h if dtype.itemsize == 1 else 0
         return b * h * t * (packed_levels_width(d, n) + g * dtype.itemsize) + exponents
 
-    def collect(codes_BHTC: Array, stats_BH3T: Array) -> GridPacked:
-        lsq_BHT, match_BHT, largest_BHT = (stats_BH3T[:, :, i] for i in range(3))
-        scale_BHT = lsq_BHT ** (1 - gain_power) * match_BHT**gain_power if gain_power else lsq_BHT
-        exponent_BH = span_exponent(largest_BHT)
-        scale_BHT1 = times_power_of_two(scale_BHT, -exponent_BH)[..., None]
-        stored_BHT1, exponents_BH, _ = store_scale(scale_BHT1, exponent_BH, dtype)
-        return GridPacked(
-            codes_BHTC, stored_BHT1, exponents_BH, codes_BHTC.shape[-1] * 8 // (n.bit_length() - 1)
-        )
-
-    written = None
-    if (
-        uniform
-        and group is None
-        and gain_power is not None
-        and dtype.itemsize == 1
-        and n & (n - 1) == 0
-    ):
-        form = Midrise(n.bit_length() - 1, ratio, refine, recode=not gain_power)
-        written = Written(form, collect)
     lost = normal_error(levels_n, ratio)  # share of the energy, at least squares
 
     def deficit(packed: GridPacked) -> Array:
-        """v - v_hat of `key_bias`, for normal channels: the mean over the groups of a token."""
+        """Returns v - v_hat of `key_bias` for normal channels: the mean over the groups of a token."""
         p, scale_BHTG = gain_power or 0.0, load_scale(packed.scales_BHTG, packed.exponents_BH)
         variance_BHTG = jnp.square(scale_BHTG / ratio) * (1 - lost) ** (2 * p)
         return jnp.mean(variance_BHTG, axis=3) * (1 - (1 - lost) ** (1 - 2 * p))
 
+    bits_each, fit = code_bits(n), None
+    if gain_power is not None and group is None and dtype.itemsize == 1 and n & (n - 1) == 0:
+        fit = LeastSquaresFit(ratio, refine, gain_power)
+    if bits_each is None:
+        codes = f"digits of base {n}, several to a byte"
+    elif not uniform:
+        codes = (
+            f"{grid if isinstance(grid, str) else 'chosen'} levels, which are not equally spaced"
+        )
+    else:
+        codes = Levels(
+            bits_each,
+            group,
+            offset=(n - 1) / 2,
+            scale_dtype=format_name(dtype),
+            exponents=dtype.itemsize == 1,
+            fit=fit,
+        )
     short = {None: "none", 0.0: "lsq", 1.0: "match"}.get(gain_power, f"gain{gain_power}")
     what = grid if isinstance(grid, str) else "levels"
     name = f"{what}{n}-g{group or 'all'}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written, deficit)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, Storage(codes), deficit)
 
 
 def nearest_level(x: Array, levels: tuple[float, ...], uniform: bool) -> UInt8[Array, "..."]:
-    """Index of the level nearest to each x; halfway, the upper one. `uniform`: step 1 around 0."""
+    """Returns the index of the level nearest to each x; halfway, the upper one. `uniform`: step 1 around 0."""
     n = len(levels)
     if uniform:
         return jnp.clip(jnp.floor(x + n / 2), 0, n - 1).astype(jnp.uint8)
@@ -229,7 +230,7 @@ def nearest_level(x: Array, levels: tuple[float, ...], uniform: bool) -> UInt8[A
 
 
 def level_of(codes: Array, levels: tuple[float, ...], uniform: bool) -> Float[Array, "..."]:
-    """The levels of codes, float32; the inverse of `nearest_level` without a table look-up."""
+    """Returns the levels of codes, float32; the inverse of `nearest_level` without a table look-up."""
     if uniform:
         return codes.astype(jnp.float32) - (len(levels) - 1) / 2
     x = jnp.full(codes.shape, levels[0], jnp.float32)
@@ -268,7 +269,7 @@ def _levels(bits: int | None, grid: Any, count: int | None) -> tuple[float, ...]
 
 
 def power_of_gain(gain: Any) -> float | None:
-    """None for no refinement, else p of lsq^(1 - p) match^p."""
+    """Returns p of lsq^(1 - p) match^p for a setting `gain`, or None for no refinement."""
     if isinstance(gain, str) and gain in ("none", *_GAINS):
         return _GAINS.get(gain)
     if isinstance(gain, int | float) and not isinstance(gain, bool) and 0 <= gain <= 2:

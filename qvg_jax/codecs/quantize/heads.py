@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.codecs.base import Codec, Packed, Shape, State, check_span, per_element
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["HeadsPacked", "heads_as_channels", "heads_as_tokens"]
 
@@ -18,14 +20,15 @@ __all__ = ["HeadsPacked", "heads_as_channels", "heads_as_tokens"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadsPacked:
-    """What the codec of the joined heads stores, and how many they are."""
+    """The packed form of the joined heads, and how many heads there are."""
 
     packed: Packed
     heads: int = dataclasses.field(metadata=dict(static=True))
 
 
+@factory
 def heads_as_tokens(codec: Codec) -> Codec:
-    """The codec on H T tokens of one head: for `by_energy`, whose large tokens then are of any head.
+    """Returns the codec on H T tokens of one head: for `by_energy`, whose large tokens may be of any head.
 
     Heads of a layer differ in energy, values of pocket world up to fourfold behind k-means. In its loop
     a budget for all of them brings 2 dB: it gives the large ones more bits (reverse water-filling over
@@ -54,8 +57,9 @@ def heads_as_tokens(codec: Codec) -> Codec:
     return _joined(codec, "tokens", lambda b, h, t, d: (b, 1, h * t, d), join, part, deficit)
 
 
+@factory
 def heads_as_channels(codec: Codec) -> Codec:
-    """The codec on tokens of H D channels: for `allocated_quantize`, which then chooses among all.
+    """Returns the codec on tokens of H D channels: for `allocated_quantize`, which chooses among all.
 
     One scale per token serves all heads, and channels of any head compete for the same bits. Behind
     `klt_rotation`, which stays by head: the channels are each head's principal axes.
@@ -82,7 +86,7 @@ def heads_as_channels(codec: Codec) -> Codec:
 
 
 def _joined(codec: Codec, what: str, form: Any, join: Any, part: Any, deficit: Any) -> Codec:
-    """`codec` on spans of the shape `form(B, H, T, D)`, made by `join` and undone by `part`."""
+    """Returns `codec` on spans of the shape `form(B, H, T, D)`, made by `join` and undone by `part`."""
 
     def shaped(shape: Shape, dtype: Any = jnp.float32) -> Shape:
         check_span(shape, dtype)
@@ -105,4 +109,13 @@ def _joined(codec: Codec, what: str, form: Any, join: Any, part: Any, deficit: A
         return codec.nbytes(shaped(shape))
 
     name = f"heads as {what}: {codec.name}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage(f"all heads as {what} of one"),
+        deficit,
+    )

@@ -10,25 +10,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
-from pallas_kernels.quantize_pack import Integers
-from qvg_jax.codecs.base import Codec, EmptyState, Shape, Written, check_span, per_element
+from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.packing import BITS, pack, packed_width, unpack
-from qvg_jax.codecs.quantize.scales import span_exponent, times_power_of_two
+from qvg_jax.codecs.quantize.scales import (
+    saturate,
+    scale_format,
+    span_exponent,
+    times_power_of_two,
+)
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import LargestFit, Levels, Storage
 
 __all__ = ["IntegerPacked", "residual_quantize"]
 
 _MODES = ("symmetric", "asymmetric")
-_SCALE_DTYPES = {
-    "e4m3": jnp.dtype(jnp.float8_e4m3fn),
-    "bf16": jnp.dtype(jnp.bfloat16),
-    "f32": jnp.dtype(jnp.float32),
-}
 _SHIFT = 6  # a normalized span reaches up to 2^6: of e4m3's 2^-9 .. 448 most lies below
 _FLOOR = 1e-10  # least scale, as in the official kernels; zero once rounded to e4m3
 
 
 class IntegerPacked(NamedTuple):
-    """What integer quantization stores.
+    """The packed form of `residual_quantize`.
 
     `zeros_BHTG` is None in symmetric mode, `exponents_BH` unless the span is normalized.
     """
@@ -39,11 +41,12 @@ class IntegerPacked(NamedTuple):
     exponents_BH: Int8[Array, "B H"] | None = None
 
 
+@factory
 def residual_quantize(
     bits: int = 2,
     group: int = 64,
     mode: str = "symmetric",
-    scale_dtype: Any = "e4m3",
+    scale_dtype: FormatLike = "e4m3",
     *,
     normalize: bool = False,
 ) -> Codec:
@@ -90,10 +93,10 @@ def residual_quantize(
         raise ValueError(f"group={group} is not accepted: give 1 or more channels")
     if mode not in _MODES:
         raise ValueError(f"mode={mode!r} is not accepted: give 'symmetric' or 'asymmetric'")
-    dtype = _scale_dtype(scale_dtype)
+    dtype = scale_format(scale_dtype)
     symmetric = mode == "symmetric"
     q = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-    rounds_first = dtype == _SCALE_DTYPES["e4m3"]
+    rounds_first = dtype.itemsize == 1
 
     def check(shape: Shape, x_dtype: Any = jnp.float32) -> None:
         check_span(shape, x_dtype)
@@ -131,7 +134,7 @@ def residual_quantize(
             zero_BHTG = jnp.where(jnp.isfinite(low), low, 0)
             top_BHTG = jnp.where(jnp.isfinite(low), high - zero_BHTG, 0)
         scale_BHTG = jnp.maximum(top_BHTG / q, _FLOOR)
-        stored_scale, stored_zero = _store(scale_BHTG, dtype), _store(zero_BHTG, dtype)
+        stored_scale, stored_zero = saturate(scale_BHTG, dtype), saturate(zero_BHTG, dtype)
         if rounds_first:
             scale_BHTG = stored_scale.astype(jnp.float32)
             zero_BHTG = stored_zero.astype(jnp.float32)
@@ -166,38 +169,24 @@ def residual_quantize(
         scales = d // group * dtype.itemsize * (1 if symmetric else 2)
         return math.prod(lead) * (packed_width(d, bits) + scales) + normalize * lead[0] * lead[1]
 
-    def collect(codes_BHTC: Array, scales_BHTG: Array) -> IntegerPacked:
-        scales_BHTG = lax.bitcast_convert_type(scales_BHTG, jnp.float8_e4m3fn)
-        return IntegerPacked(codes_BHTC, scales_BHTG, None)
-
     def deficit(packed: IntegerPacked) -> Array:
-        """v - v_hat of `key_bias` for rounding to a fine grid: -step^2 / 12, mean over the groups."""
+        """Returns v - v_hat of `key_bias` for rounding to a fine grid: -step^2 / 12, mean over the groups."""
         scale_BHTG = packed.scales_BHTG.astype(jnp.float32)
         if normalize:
             scale_BHTG = times_power_of_two(scale_BHTG, packed.exponents_BH)
         return -jnp.mean(jnp.square(scale_BHTG), axis=3) / 12
 
-    kernels_can = symmetric and rounds_first and not normalize
-    written = Written(Integers(bits, group), collect) if kernels_can else None
-    short = next(name for name, known in _SCALE_DTYPES.items() if known == dtype)
-    name = f"int{bits}-{'sym' if symmetric else 'asym'}-g{group}-{short}"
+    storage = Storage(
+        Levels(
+            bits,
+            group,
+            offset=q if symmetric else 0,
+            scale_dtype=format_name(dtype),
+            zero_points=not symmetric,
+            exponents=normalize,
+            fit=LargestFit() if symmetric and rounds_first and not normalize else None,
+        )
+    )
+    name = f"int{bits}-{'sym' if symmetric else 'asym'}-g{group}-{format_name(dtype)}"
     name += "-normalized" if normalize else ""
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, written, deficit)
-
-
-def _scale_dtype(scale_dtype: Any) -> jnp.dtype:
-    if isinstance(scale_dtype, str) and scale_dtype in _SCALE_DTYPES:
-        return _SCALE_DTYPES[scale_dtype]
-    try:
-        known = jnp.dtype(scale_dtype) in _SCALE_DTYPES.values()
-    except TypeError:
-        known = False
-    if not known:
-        raise ValueError(f"scale_dtype={scale_dtype!r} is not accepted: give e4m3, bf16 or f32")
-    return jnp.dtype(scale_dtype)
-
-
-def _store(x: Array, dtype: jnp.dtype) -> Array:
-    # e4m3 has no infinity: XLA would turn anything above 448 into NaN.
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -largest, largest).astype(dtype)
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)

@@ -1,4 +1,4 @@
-"""Eight channels at a time on the E8 lattice: two bits per channel, less error than a grid's.
+"""Quantization of eight channels at a time to the E8 lattice: two bits per channel, less error than a grid.
 
 Axes: B batch, H heads, T tokens, D head dim, G octets of channels, N octets in a row, K patterns.
 """
@@ -13,14 +13,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["LatticePacked", "lattice_quantize", "patterns"]
 
@@ -33,7 +35,7 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 class LatticePacked(NamedTuple):
-    """What lattice quantization stores: per octet a pattern, and a byte of signs and shift."""
+    """The packed form of `lattice_quantize`: per octet a pattern, and a byte of signs and shift."""
 
     patterns_BHTG: UInt8[Array, "B H T G"]
     signs_BHTG: UInt8[Array, "B H T G"]
@@ -43,7 +45,7 @@ class LatticePacked(NamedTuple):
 
 @functools.cache
 def patterns() -> Float[np.ndarray, "K 8"]:
-    """The 256 patterns of absolute values: all positive half-integers of norm^2 <= 10, some of 12.
+    """Returns the 256 patterns of absolute values: all positive half-integers of norm^2 <= 10, some of 12.
 
     227 have norm^2 2 to 10; of the 224 of norm^2 12 the list is filled up with 29, evenly spaced in
     lexicographic order.
@@ -57,7 +59,10 @@ def patterns() -> Float[np.ndarray, "K 8"]:
     return np.asarray(near + filling, np.float32)
 
 
-def lattice_quantize(*, scale_dtype: Any = "e4m3", gain: float = 0.0, refine: int = 1) -> Codec:
+@factory
+def lattice_quantize(
+    *, scale_dtype: FormatLike = "e4m3", gain: float = 0.0, refine: int = 1
+) -> Codec:
     """Rounds every eight channels to the nearest of 2^16 points of a shifted E8 lattice.
 
     x_octet ~ g_t (s * sigma + shift), with s one of 256 patterns of half-integers, sigma signs of
@@ -147,18 +152,17 @@ def lattice_quantize(*, scale_dtype: Any = "e4m3", gain: float = 0.0, refine: in
         return b * h * (t * (d // 4 + dtype.itemsize) + (dtype.itemsize == 1))
 
     short = f"-gain{gain:g}" if gain else ""
-    return Codec(
-        init, encode, decode, per_element(nbytes), f"e8{short}-{format_name(dtype)}", nbytes
-    )
+    name, storage = f"e8{short}-{format_name(dtype)}", Storage("points of a lattice")
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage)
 
 
 def _parity() -> np.ndarray:
-    """Per pattern, 1 if an odd number of signs must be negative for the sum to be even."""
+    """Returns, per pattern, 1 if an odd number of signs must be negative for the sum to be even."""
     return (patterns().sum(1) % 2).astype(np.int32)
 
 
 def _nearest(x_BHTD: Array, scale_BHT: Array) -> tuple[Array, Array]:
-    """Pattern and sign byte (7 signs, the first one highest, then the shift) of every octet."""
+    """Returns pattern and sign byte (7 signs, the first one highest, then the shift) of every octet."""
     unit_BHT1 = jnp.where(scale_BHT > 0, scale_BHT, 1)[..., None]
     y_N8 = (x_BHTD / unit_BHT1).reshape(-1, OCTET)
     s_K8 = jnp.asarray(patterns())
@@ -203,7 +207,7 @@ def _nearest(x_BHTD: Array, scale_BHT: Array) -> tuple[Array, Array]:
 
 
 def _points(patterns_BHTG: Array, signs_BHTG: Array) -> Array:
-    """Lattice points of codes, float32, octets joined."""
+    """Returns the lattice points of codes, float32, octets joined."""
     b, h, t, g = patterns_BHTG.shape
     index = patterns_BHTG.astype(jnp.int32)
     s = jnp.asarray(patterns()).at[index].get(mode="promise_in_bounds")

@@ -10,7 +10,7 @@ __all__ = ["best_ratio", "lloyd_max_levels", "midrise_levels", "normal_error"]
 
 
 def midrise_levels(count: int) -> tuple[float, ...]:
-    """Uniform levels with step 1 around zero: code - (count - 1) / 2.
+    """Returns uniform levels with step 1 around zero: code - (count - 1) / 2.
 
     An even count has no level at zero (mid-rise: -3/2, -1/2, 1/2, 3/2); an odd one has one.
     """
@@ -18,7 +18,7 @@ def midrise_levels(count: int) -> tuple[float, ...]:
 
 
 def _cells(levels: tuple[float, ...]) -> list[tuple[float, float]]:
-    """Per level its probability and its share of E[x], for nearest-level cells of N(0, 1)."""
+    """Returns, per level, its probability and its share of E[x], for nearest-level cells of N(0, 1)."""
     edges = [-math.inf, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), math.inf]
     below = [0.5 * (1 + math.erf(e / math.sqrt(2))) for e in edges]
     density = [math.exp(-e * e / 2) / math.sqrt(2 * math.pi) for e in edges]
@@ -29,7 +29,7 @@ def _cells(levels: tuple[float, ...]) -> list[tuple[float, float]]:
 
 
 def normal_error(levels: tuple[float, ...], ratio: float = 1.0) -> float:
-    """Mean squared error of a standard normal value rounded to the nearest of ratio * levels.
+    """Returns the mean squared error of a standard normal value rounded to the nearest of ratio * levels.
 
     E = 1 - 2 sum_j l_j m_j + sum_j l_j^2 p_j with m_j = integral of x phi(x) over cell j and p_j
     its probability.
@@ -48,7 +48,7 @@ def normal_error(levels: tuple[float, ...], ratio: float = 1.0) -> float:
 
 @functools.cache
 def best_ratio(levels: tuple[float, ...]) -> float:
-    """The scale, in units of the standard deviation, with the least `normal_error`.
+    """Returns the scale, in units of the standard deviation, with the least `normal_error`.
 
     0.9957 for four mid-rise levels, 0.5860 for eight, 0.3352 for sixteen, 1.5958 for two; 1 for
     `lloyd_max_levels`. Found by golden-section search: the error has one minimum in the scale.
@@ -72,7 +72,7 @@ def best_ratio(levels: tuple[float, ...]) -> float:
 
 @functools.cache
 def lloyd_max_levels(count: int) -> tuple[float, ...]:
-    """The levels with the least mean squared error for a standard normal value.
+    """Returns the levels with the least mean squared error for a standard normal value.
 
     Fixed point of l_j = E[x | x in cell j] with cells between the midpoints.
     Four levels: +-0.4528, +-1.5104 (error 0.1175); three: 0, +-1.2240 (0.1902).

@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.packing import BITS, pack, packed_width, unpack
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
     store_scale,
     times_power_of_two,
 )
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Levels, Storage
 
 __all__ = ["MinMaxPacked", "minmax_quantize"]
 
@@ -26,7 +28,7 @@ _AXES = ("channel", "token")
 
 
 class MinMaxPacked(NamedTuple):
-    """What min-max quantization stores; scales and zeros are (B, H, M, N), see `axis`."""
+    """The packed form of `minmax_quantize`; scales and zeros are (B, H, M, N), see `axis`."""
 
     codes_BHTC: UInt8[Array, "B H T C"]
     scales_BHMN: Float[Array, "B H M N"]
@@ -34,6 +36,7 @@ class MinMaxPacked(NamedTuple):
     exponents_BH: Int8[Array, "B H"] | None
 
 
+@factory
 def minmax_quantize(
     bits: int = 2,
     group: int = 128,
@@ -41,7 +44,7 @@ def minmax_quantize(
     *,
     clip: float = 1.0,
     percentile: float = 0.0,
-    scale_dtype: Any = "bf16",
+    scale_dtype: FormatLike = "bf16",
 ) -> Codec:
     """Rounds each group to q + 1 = 2^bits even steps between its ends, which are stored.
 
@@ -103,7 +106,7 @@ def minmax_quantize(
         return d // group
 
     def split(x_BHTD: Array, n: int) -> Array:
-        """(B, H, M, N, g): the grouped axis last, its last group filled up with its last member."""
+        """Returns (B, H, M, N, g): the grouped axis last, its last group filled up with its last member."""
         x_BHMT = jnp.swapaxes(x_BHTD, 2, 3) if by_channel else x_BHTD
         b, h, m, t = x_BHMT.shape
         g = min(group, t)
@@ -166,4 +169,9 @@ def minmax_quantize(
 
     clipped = (f"-clip{clip:g}" if clip < 1 else "") + (f"-p{percentile:g}" if percentile else "")
     name = f"minmax{bits}-{axis}-g{group}{clipped}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes)
+    codes = "scales and zero points of a channel, for a group of tokens"
+    if not by_channel:
+        codes = Levels(
+            bits, group, 0, format_name(dtype), zero_points=True, exponents=dtype.itemsize == 1
+        )
+    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, Storage(codes))

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
 from qvg_jax.codecs.quantize.packing import pack, unpack
 from qvg_jax.codecs.quantize.scales import span_exponent, times_power_of_two
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["NVFP4Packed", "nvfp4_quantize"]
 
@@ -20,13 +22,14 @@ _E4M3_MAX = 448.0
 
 
 class NVFP4Packed(NamedTuple):
-    """What NVFP4 stores: code = sign << 3 | E2M1, the first channel of a pair in the high half."""
+    """The packed form of `nvfp4_quantize`: code = sign << 3 | E2M1, the first channel of a pair in the high half."""
 
     codes_BHTC: UInt8[Array, "B H T C"]
     scales_BHTG: Float[Array, "B H T G"]
     span_scale_BH: Float[Array, "B H"]
 
 
+@factory
 def nvfp4_quantize() -> Codec:
     """E2M1 values, one e4m3 scale per 16 channels, one float32 scale per head and span.
 
@@ -103,4 +106,4 @@ def nvfp4_quantize() -> Codec:
         b, h, t, d = shape
         return b * h * (t * (d // 2 + d // BLOCK) + 4)
 
-    return Codec(init, encode, decode, per_element(nbytes), "nvfp4", nbytes)
+    return Codec(init, encode, decode, per_element(nbytes), "nvfp4", nbytes, Storage("E2M1 values"))

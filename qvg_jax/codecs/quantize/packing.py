@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits packed into bytes, consecutive channels together, first one highest.
+"""Packing of codes of 2, 3, 4 or 8 bits into bytes, consecutive channels together, the first one highest.
 
 2 bits: c0<<6 | c1<<4 | c2<<2 | c3. 4 bits: c0<<4 | c1. 8 bits: the codes. 3 bits: eight codes fill
 24 bits, c0 in the highest, stored as three bytes, the highest first. This is the layout of the
@@ -18,7 +18,7 @@ _UNIT = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 
 
 def packed_width(channels: int, bits: int) -> int:
-    """Bytes that `channels` codes of `bits` bits take.
+    """Returns the bytes that `channels` codes of `bits` bits take.
 
     Args:
         channels: number of codes; a multiple of 4, 8, 2, 1 for 2, 3, 4, 8 bits.
@@ -57,7 +57,7 @@ def pack(codes: UInt8[Array, "*lead D"], bits: int) -> UInt8[Array, "*lead C"]:
 
 
 def unpack(packed: UInt8[Array, "*lead C"], bits: int) -> UInt8[Array, "*lead D"]:
-    """Codes from their packed bytes; the inverse of `pack`.
+    """Returns codes from their packed bytes; the inverse of `pack`.
 
     Decoding runs at every attention read, so its speed counts. Measured on two CPU cores inside a
     whole QVG decode (12 x 1536 x 128), G elements/s: shifting each field out and stacking them
@@ -83,7 +83,7 @@ def unpack(packed: UInt8[Array, "*lead C"], bits: int) -> UInt8[Array, "*lead D"
 
 
 def _whole(codes: Array) -> Array:
-    """On a CPU, makes XLA compute the codes once and keep them.
+    """Returns the codes; on a CPU, XLA computes them once and keeps them.
 
     Fused with their neighbours, every code is computed once per byte field while packing (5.3 ms
     instead of 0.8 for 12 x 1536 x 128) and 3-bit codes field by field while unpacking (0.3 G

@@ -1,4 +1,4 @@
-"""Codes with any number of levels up to 16 (or 256) packed into bytes.
+"""Packing of codes with any number of levels up to 16 (or 256) into bytes.
 
 Powers of two above two take the layout of `packing`. Otherwise a byte holds as many base-n digits
 as fit, the first one highest: 8 of base 2, 5 trits (3^5 = 243), 3 of base 5 or 6 (6^3 = 216).
@@ -9,7 +9,7 @@ from jaxtyping import Array, UInt8
 
 from qvg_jax.codecs.quantize.packing import pack, packed_width, unpack
 
-__all__ = ["LEVEL_COUNTS", "pack_levels", "packed_levels_width", "unpack_levels"]
+__all__ = ["LEVEL_COUNTS", "code_bits", "pack_levels", "packed_levels_width", "unpack_levels"]
 
 LEVEL_COUNTS = (*range(2, 17), 256)
 
@@ -17,8 +17,15 @@ _DIGITS = {2: 8, 3: 5, 5: 3, 6: 3}  # base -> digits in a byte
 _BITS = {4: 2, 256: 8} | dict.fromkeys(range(7, 9), 3) | dict.fromkeys(range(9, 17), 4)
 
 
+def code_bits(levels: int) -> int | None:
+    """Returns the bits of a code below `levels`, or None where codes are digits that share a byte."""
+    if levels in _DIGITS:
+        return 1 if levels == 2 else None
+    return _BITS[levels]
+
+
 def packed_levels_width(channels: int, levels: int) -> int:
-    """Bytes that `channels` codes below `levels` take; a last byte may be partly empty.
+    """Returns the bytes that `channels` codes below `levels` take; a last byte may be partly empty.
 
     Args:
         channels: number of codes.
@@ -52,7 +59,7 @@ def pack_levels(codes: UInt8[Array, "*lead D"], levels: int) -> UInt8[Array, "*l
 def unpack_levels(
     packed: UInt8[Array, "*lead C"], levels: int, channels: int
 ) -> UInt8[Array, "*lead D"]:
-    """The first `channels` codes of packed bytes.
+    """Returns the first `channels` codes of packed bytes.
 
     Digit i of n is byte // base^(n-1-i) mod base: per element a multiplication and a shift in
     place of the division, and a multiply-subtract for the remainder (a shift and a mask at base 2).

@@ -4,45 +4,37 @@ e4m3 reaches from 2^-9 to 448. Captured values reach +-700 and residuals go far 
 span is first divided by a power of two taken from its largest entry; that exponent is stored.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
-__all__ = ["load_scale", "scale_format", "span_exponent", "store_scale", "times_power_of_two"]
+from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
 
-_FORMATS = {
-    "e4m3": jnp.dtype(jnp.float8_e4m3fn),
-    "bf16": jnp.dtype(jnp.bfloat16),
-    "f32": jnp.dtype(jnp.float32),
-}
+__all__ = [
+    "load_scale",
+    "saturate",
+    "scale_format",
+    "span_exponent",
+    "store_scale",
+    "times_power_of_two",
+]
+
+_FORMATS = ("e4m3", "bf16", "f32")
 
 # A scale of 1 for the normalised span is stored as 2^6: of e4m3's 2^-9 .. 448, seven times the
 # span's largest entry is then the top, and 2^-12 of it is the smallest scale in full precision.
 _SHIFT = 6
 
 
-def scale_format(scale_dtype: Any) -> jnp.dtype:
-    """The dtype of "e4m3", "bf16" or "f32" (or of that jax dtype); ValueError otherwise."""
-    if isinstance(scale_dtype, str) and scale_dtype in _FORMATS:
-        return _FORMATS[scale_dtype]
-    try:
-        known = jnp.dtype(scale_dtype) in _FORMATS.values()
-    except TypeError:
-        known = False
-    if not known:
+def scale_format(scale_dtype: FormatLike) -> jnp.dtype:
+    """Returns the dtype of "e4m3", "bf16" or "f32" (or of that jax dtype); ValueError otherwise."""
+    if format_name(scale_dtype) not in _FORMATS:
         raise ValueError(f"scale_dtype={scale_dtype!r} is not accepted: give e4m3, bf16 or f32")
-    return jnp.dtype(scale_dtype)
-
-
-def format_name(dtype: jnp.dtype) -> str:
-    """ "e4m3", "bf16" or "f32"."""
-    return next(name for name, known in _FORMATS.items() if known == dtype)
+    return dtype_of(format_name(scale_dtype))
 
 
 def span_exponent(x_BH: Float[Array, "B H *rest"]) -> Int[Array, "B H"]:
-    """The e with max |x| in [2^(e-1), 2^e) per batch row and head, over the finite entries.
+    """Returns the e with max |x| in [2^(e-1), 2^e) per batch row and head, over the finite entries.
 
     Limited to -100 .. 120, where 2^e and 2^-e are ordinary float32 numbers; 0 for an all-zero span.
     """
@@ -54,7 +46,7 @@ def span_exponent(x_BH: Float[Array, "B H *rest"]) -> Int[Array, "B H"]:
 def times_power_of_two(
     x_BH: Float[Array, "B H *rest"], exponent_BH: Int[Array, "B H"]
 ) -> Float[Array, "B H *rest"]:
-    """x * 2^exponent per batch row and head, float32, exact; exponents in -126 .. 127."""
+    """Returns x * 2^exponent per batch row and head, float32, exact; exponents in -126 .. 127."""
     # From the bits: XLA's exp2 of an integer is not exact everywhere.
     bits_BH = (exponent_BH.astype(jnp.int32) + 127) << 23
     power_BH = lax.bitcast_convert_type(bits_BH, jnp.float32)
@@ -78,23 +70,24 @@ def store_scale(
         Saturates at the format's largest number.
     """
     if dtype.itemsize == 1:
-        stored = _saturate(scale_BH * 2.0**_SHIFT, dtype)
+        stored = saturate(scale_BH * 2.0**_SHIFT, dtype)
         exponents = (exponent_BH - _SHIFT).astype(jnp.int8)
         return stored, exponents, stored.astype(jnp.float32) * 2.0**-_SHIFT
-    stored = _saturate(times_power_of_two(scale_BH, exponent_BH), dtype)
+    stored = saturate(times_power_of_two(scale_BH, exponent_BH), dtype)
     return stored, None, times_power_of_two(stored, -exponent_BH)
 
 
 def load_scale(
     stored_BH: Float[Array, "B H *rest"], exponents_BH: Int8[Array, "B H"] | None
 ) -> Float[Array, "B H *rest"]:
-    """Scales in the units of the span, float32, from what `store_scale` stored."""
+    """Returns scales in the units of the span, float32, from what `store_scale` stored."""
     if exponents_BH is None:
         return stored_BH.astype(jnp.float32)
     return times_power_of_two(stored_BH.astype(jnp.float32), exponents_BH)
 
 
-def _saturate(x: Array, dtype: jnp.dtype) -> Array:
+def saturate(x: Array, dtype: jnp.dtype) -> Array:
+    """Returns x in `dtype`; what is too large becomes the largest number of that format."""
     # e4m3 has no infinity: XLA would turn anything above 448 into NaN.
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)

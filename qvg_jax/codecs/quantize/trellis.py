@@ -11,10 +11,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
+from qvg_jax.codecs.number_format import FormatLike, format_name
 from qvg_jax.codecs.quantize.bitstream import pack_bits
 from qvg_jax.codecs.quantize.grid import power_of_gain
 from qvg_jax.codecs.quantize.scales import (
-    format_name,
     load_scale,
     scale_format,
     span_exponent,
@@ -23,6 +23,8 @@ from qvg_jax.codecs.quantize.scales import (
 )
 from qvg_jax.codecs.quantize.trellis_levels import ERRORS, MEMORY, trellis_levels
 from qvg_jax.codecs.quantize.viterbi import closed_path
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Storage
 
 __all__ = ["TrellisPacked", "trellis_quantize"]
 
@@ -31,17 +33,18 @@ _PIECES = {"cpu": 512, "default": 2**15}
 
 
 class TrellisPacked(NamedTuple):
-    """What trellis quantization stores. `exponents_BH` is None unless scales are e4m3."""
+    """The packed form of `trellis_quantize`. `exponents_BH` is None unless scales are e4m3."""
 
     codes_BHTC: UInt8[Array, "B H T C"]
     scales_BHT: Float[Array, "B H T"]
     exponents_BH: Int8[Array, "B H"] | None
 
 
+@factory
 def trellis_quantize(
-    bits: int = 2, *, scale_dtype: Any = "e4m3", gain: str | float = "match"
+    bits: int = 2, *, scale_dtype: FormatLike = "e4m3", gain: str | float = "match"
 ) -> Codec:
-    """k bits per element, decoded from the eight latest bits of the stream.
+    """Stores k bits per element, each decoded from the eight latest bits of the stream.
 
     The codes of a token are one ring of k D bits. Element d is levels[w_d] scale with w_d the eight
     bits that end with its own k: every bit takes part in 8 / k elements, and the choice of all of
@@ -138,17 +141,26 @@ def trellis_quantize(
         return b * h * (t * (width(shape) + dtype.itemsize) + (dtype.itemsize == 1))
 
     def deficit(packed: TrellisPacked) -> Array:
-        """v - v_hat of `key_bias`, for normal channels."""
+        """Returns v - v_hat of `key_bias` for normal channels."""
         scale_BHT = load_scale(packed.scales_BHT, packed.exponents_BH)
         return jnp.square(scale_BHT) * (1 - (1 - ERRORS[bits]) ** (1 - 2 * power))
 
     short = {0.0: "lsq", 1.0: "match"}.get(power, f"gain{power:g}")
     name = f"trellis{bits}-{short}-{format_name(dtype)}"
-    return Codec(init, encode, decode, per_element(nbytes), name, nbytes, deficit=deficit)
+    return Codec(
+        init,
+        encode,
+        decode,
+        per_element(nbytes),
+        name,
+        nbytes,
+        Storage("codes of a trellis"),
+        deficit,
+    )
 
 
 def _paths(z_ND: Array, bits: int) -> Array:
-    """`closed_path` piece by piece, so that costs of 256 states per token take bounded memory."""
+    """Returns `closed_path` piece by piece, so that costs of 256 states per token take bounded memory."""
     total = z_ND.shape[0]
     levels_S = jnp.asarray(trellis_levels(bits))
 
@@ -164,7 +176,7 @@ def _paths(z_ND: Array, bits: int) -> Array:
 
 
 def _windows(codes_BHTC: Array, bits: int) -> Array:
-    """The `MEMORY` = 8 bits that end with each element's code, uint8, around the ring."""
+    """Returns the `MEMORY` = 8 bits that end with each element's code, uint8, around the ring."""
     *lead, width = codes_BHTC.shape
     nbytes = bits // math.gcd(bits, 8)  # elements and bytes repeat together
     before = jnp.roll(codes_BHTC, 1, axis=-1).astype(jnp.uint16)

@@ -56,6 +56,6 @@ _LEVELS = {
 
 @functools.cache
 def trellis_levels(bits: int) -> Float[np.ndarray, "256"]:
-    """The levels for codes of `bits` bits, in units of the deviation, for every register."""
+    """Returns the levels for codes of `bits` bits, in units of the deviation, for every register."""
     stored = np.frombuffer(base64.b64decode(_LEVELS[bits]), np.int8)
     return (stored / _UNIT).astype(np.float32)

@@ -20,7 +20,7 @@ def cheapest_path(
     bits: int,
     memory_N: Int32[Array, "N"] | None = None,
 ) -> Int32[Array, "N D"]:
-    """Register contents s_1 .. s_D with the least sum_d (x_d - levels[s_d])^2.
+    """Returns the register contents s_1 .. s_D with the least sum_d (x_d - levels[s_d])^2.
 
     Viterbi's algorithm: for every state the cheapest path that ends there, extended step by step.
     The P predecessors of a state differ in the bits that it shifts out, so they are P slices.
@@ -71,7 +71,7 @@ def cheapest_path(
 def closed_path(
     x_ND: Float[Array, "N D"], levels_S: Float[Array, "S"], bits: int, around: int = 16
 ) -> Int32[Array, "N D"]:
-    """A path that ends as it begins, so that the codes of a token are a ring and need no start.
+    """Returns a path that ends as it begins, so that the codes of a token are a ring and need no start.
 
     What the register holds at the seam is taken from the free path through the last and the first
     `around` steps: a register forgets, so this is nearly what the whole ring would say. Costs

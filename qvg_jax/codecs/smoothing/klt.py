@@ -11,24 +11,26 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from qvg_jax.codecs.base import EmptyState, Shape, Smoothing, check_span
 from qvg_jax.codecs.quantize.scales import times_power_of_two
-from qvg_jax.codecs.smoothing.mean import centred
+from qvg_jax.codecs.smoothing.centred import centred
 from qvg_jax.codecs.smoothing.reflections import (
     Reflections,
     reflections_nbytes,
     reflections_of,
     rotation_of,
 )
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["KLTPacked", "klt_rotation"]
 
 
 class KLTPacked(NamedTuple):
-    """What the rotation stores: the mean token, and the rotation as reflections."""
+    """The stored part of `klt_rotation`: the mean token, and the rotation as reflections."""
 
     mean_BHD: Float[Array, "B H D"]
     reflections: Reflections
 
 
+@factory
 def klt_rotation(rank: int | None = None, vector_bits: int = 6) -> Smoothing:
     """Removes the mean token of a span and rotates the rest onto the span's principal axes.
 

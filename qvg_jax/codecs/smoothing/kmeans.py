@@ -15,16 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray, UInt
 
-from qvg_jax.codecs.base import Codec, EmptyState, Fused, Shape, Smoothing, check_span
-from qvg_jax.codecs.smoothing.kmeans_kernels import LARGEST, Clustering, encode_kernels, unsupported
+from qvg_jax.codecs.base import EmptyState, Shape, Smoothing, check_span
+from qvg_jax.codecs.number_format import FormatLike, dtype_of
 from qvg_jax.codecs.smoothing.lloyd import assign, lloyd, rows
 from qvg_jax.codecs.smoothing.tables import load_table, store_table, table_format, table_nbytes
+from qvg_jax.codecs.spec import factory
+from qvg_jax.codecs.storage import Centroids, Lloyd
 
-__all__ = ["KMeansPacked", "KMeansState", "kmeans_smoothing", "start_tokens"]
+__all__ = ["LARGEST", "KMeansPacked", "KMeansState", "kmeans_smoothing", "start_tokens"]
+
+# Tokens with a non-finite or larger entry do not take part in the clustering: one of them would
+# turn the mean of its cluster, and then every distance, into NaN.
+LARGEST = 1e15
 
 
 class KMeansPacked(NamedTuple):
-    """What k-means stores: per stage, the cluster of every token and the centroids.
+    """The stored part of `kmeans_smoothing`: per stage, the cluster of every token and the centroids.
 
     Centroids in int8 or e4m3 come with steps (bfloat16, per channel) or exponents (int8).
     """
@@ -35,14 +41,14 @@ class KMeansPacked(NamedTuple):
 
 
 class KMeansState(NamedTuple):
-    """What one span hands to the next: its centroids, and whether there was one before."""
+    """The state of `kmeans_smoothing`: the previous span's centroids, and whether there was a span."""
 
     centroids_BHSKD: Float[Array, "B H S K D"]
     warm: Bool[Array, ""]
 
 
 def start_tokens(tokens: int, num_centroids: int) -> np.ndarray:
-    """Which tokens the first centroids are: the K with the smallest frac(t / golden ratio).
+    """Returns the tokens that become the first centroids: the K with the smallest frac(t / golden ratio).
 
     They are spread as evenly as a stride of T / K but with three different gaps, so that they do
     not fall on the same pixels of every frame as a constant stride may. Measured on captured K
@@ -60,13 +66,14 @@ def start_tokens(tokens: int, num_centroids: int) -> np.ndarray:
     return np.sort(np.argsort(fraction_T, kind="stable")[:num_centroids]).astype(np.int32)
 
 
+@factory
 def kmeans_smoothing(
     num_centroids: int = 256,
     iters: int = 2,
     stages: int = 1,
     *,
     cold_iters: int | None = None,
-    centroid_dtype: Any = jnp.bfloat16,
+    centroid_dtype: FormatLike = "bf16",
     warm_start: bool = True,
     reseed: bool = False,
 ) -> Smoothing:
@@ -122,7 +129,7 @@ def kmeans_smoothing(
     if stages < 1:
         raise ValueError(f"stages={stages} is not accepted: give 1 or more")
     form = table_format(centroid_dtype)
-    state_dtype = jnp.dtype("float32" if form in ("int8", "e4m3") else form)
+    state_dtype = dtype_of("f32" if form in ("int8", "e4m3") else form)
     id_dtype = jnp.dtype(jnp.uint8 if num_centroids <= 256 else jnp.uint16)
 
     def check(shape: Shape, dtype: Any = jnp.float32) -> None:
@@ -185,27 +192,7 @@ def kmeans_smoothing(
         per_head = t * id_dtype.itemsize + table_nbytes(form, num_centroids, d)
         return b * h * stages * per_head
 
-    clustering = Clustering(num_centroids, iters, cold_iters, stages, form, warm_start, reseed)
-
-    def fuse(last: Codec) -> Fused:
-        def encode_both(x_BHTD: Array, states: Any, otherwise: Any, kernels: str) -> Any:
-            check(x_BHTD.shape, x_BHTD.dtype)
-            start = start_tokens(x_BHTD.shape[2], num_centroids)
-            c_BHSKD, warm = states[0] if warm_start else (None, None)
-
-            def result(ids_BHST, tables, learned_BHSKD, packed):
-                state = KMeansState(learned_BHSKD, jnp.ones_like(warm)) if warm_start else states[0]
-                return (KMeansPacked(ids_BHST, *tables), packed), (state, states[1])
-
-            return encode_kernels(
-                x_BHTD, start, c_BHSKD, warm, clustering, last.written, result,
-                lambda: otherwise(x_BHTD, states), kernels,
-            )  # fmt: skip
-
-        return Fused(
-            lambda x_BHTD, kernels: unsupported(x_BHTD, clustering, last.written, kernels),
-            encode_both,
-        )
-
+    fit = Lloyd(iters, cold_iters, warm_start, reseed)
+    storage = Centroids(num_centroids, stages, form, fit)
     name = f"kmeans{num_centroids}" + (f"x{stages}" if stages > 1 else "")
-    return Smoothing(init, encode, decode, nbytes, name, fuse)
+    return Smoothing(init, encode, decode, nbytes, name, storage)

@@ -22,7 +22,7 @@ _PAIRS_CPU, _PAIRS = 2**20, 2**24
 def assign(
     x_BHTD: Float[Array, "B H T D"], c_BHKD: Float[Array, "B H K D"]
 ) -> tuple[Int[Array, "B H T"], Float[Array, "B H T"]]:
-    """Nearest centroid of every token and its squared distance.
+    """Returns the nearest centroid of every token and its squared distance.
 
     id_t = argmin_k ||c_k||^2 - 2 x_t . c_k, the first k on ties, accumulated in float32 whatever
     the dtype of x. Memory: a fixed number of (token, centroid) pairs at a time.
@@ -76,14 +76,14 @@ def _assign(x_BHTD: Array, c_BHKD: Array, pairs: int) -> tuple[Array, Array]:
 
 
 def _chunk(shape: Shape, k: int, pairs: int) -> int:
-    """Tokens per step, so that a step holds about `pairs` (token, centroid) pairs."""
+    """Returns the tokens of a step, so that a step holds about `pairs` (token, centroid) pairs."""
     b, h, t, _ = shape
     steps = math.ceil(t / max(64, pairs // (b * h * k)))
     return math.ceil(t / steps)  # even steps: the overlap of the last one is wasted work
 
 
 def _sums_scatter(x_BHTD: Array, ids_BHT: Array, k: int) -> tuple[Array, Array]:
-    """Sum and number of the tokens of each cluster by scatter-add; id K means "none"."""
+    """Returns sum and number of the tokens of each cluster by scatter-add; id K means "none"."""
 
     def one(x_TD: Array, ids_T: Array) -> tuple[Array, Array]:
         x_TD = x_TD.astype(jnp.float32)
@@ -95,7 +95,7 @@ def _sums_scatter(x_BHTD: Array, ids_BHT: Array, k: int) -> tuple[Array, Array]:
 
 
 def _sums_onehot(x_BHTD: Array, ids_BHT: Array, k: int, pairs: int = _PAIRS) -> tuple[Array, Array]:
-    """The same by products with one-hot rows, a fixed number of pairs at a time."""
+    """Returns the same sums by products with one-hot rows, a fixed number of pairs at a time."""
     b, h, t, d = x_BHTD.shape
     chunk = _chunk(x_BHTD.shape, k, pairs)
     k_K1 = jnp.arange(k, dtype=jnp.int32)[None, None, :, None]
@@ -133,7 +133,7 @@ def lloyd(
     used_BHT: Bool[Array, "B H T"] | None = None,
     reseed: bool = False,
 ) -> Float[Array, "B H K D"]:
-    """Lloyd's iterations: assign every token, move each centroid to the mean of its tokens.
+    """Returns the centroids after Lloyd's iterations: assign every token, move each centroid to their mean.
 
     c_k <- mean{x_t : id_t = k}; an empty cluster keeps its centroid.
 
@@ -175,7 +175,7 @@ def lloyd(
 def restarted(
     x_BHTD: Array, c_BHKD: Array, spare_BHK: Array, distance_BHT: Array
 ) -> Float[Array, "B H K D"]:
-    """Centroids with the spare ones moved to tokens far from theirs.
+    """Returns the centroids, the spare ones moved to tokens far from their nearest centroid.
 
     The n-th of N spare centroids takes the token at rank n * step by distance: evenly over the
     farthest quarter, as the very farthest ones are often all alike.
@@ -193,7 +193,7 @@ def restarted(
 def rows(
     table_BHKD: Float[Array, "B H K D"], ids_BHT: Int[Array, "B H T"] | UInt[Array, "B H T"]
 ) -> Float[Array, "B H T D"]:
-    """Row `ids` of each head's table. The ids are in bounds, so no clamping per element."""
+    """Returns row `ids` of each head's table. The ids are in bounds, so no clamping per element."""
 
     def one(table_KD: Array, ids_T: Array) -> Array:
         return table_KD.at[ids_T].get(mode="promise_in_bounds")

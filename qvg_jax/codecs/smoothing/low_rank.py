@@ -13,7 +13,8 @@ from qvg_jax.codecs.base import EmptyState, Shape, Smoothing, check_span
 from qvg_jax.codecs.quantize.bitstream import pack_bits, packed_bits_width, unpack_bits
 from qvg_jax.codecs.quantize.levels import best_ratio, midrise_levels
 from qvg_jax.codecs.quantize.scales import times_power_of_two
-from qvg_jax.codecs.smoothing.mean import centred
+from qvg_jax.codecs.smoothing.centred import centred
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["LowRankPacked", "low_rank_smoothing", "principal_axes"]
 
@@ -21,7 +22,7 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 class LowRankPacked(NamedTuple):
-    """What low-rank smoothing stores."""
+    """The stored part of `low_rank_smoothing`."""
 
     mean_BHD: Float[Array, "B H D"]
     axes_BHDR: Float[Array, "B H D R"]
@@ -32,7 +33,7 @@ class LowRankPacked(NamedTuple):
 def principal_axes(
     energy_BHDD: Float[Array, "B H D D"], rank: int, iters: int
 ) -> Float[Array, "B H D R"]:
-    """The `rank` leading eigenvectors of symmetric matrices by subspace iteration.
+    """Returns the `rank` leading eigenvectors of symmetric matrices by subspace iteration.
 
     Q <- orthonormal basis of C Q, from unit vectors of the largest diagonal entries; then the axes
     within Q that diagonalise Q^T C Q. Deterministic. With singular C the axes stay orthonormal.
@@ -59,6 +60,7 @@ def principal_axes(
     return jnp.matmul(q_BHDR, turn_BHRR[..., ::-1], precision=_HIGHEST)
 
 
+@factory
 def low_rank_smoothing(rank: int = 4, iters: int = 4, bits: int = 2) -> Smoothing:
     """Subtracts the span's mean token and every token's quantized part in R principal axes.
 
@@ -102,7 +104,7 @@ def low_rank_smoothing(rank: int = 4, iters: int = 4, bits: int = 2) -> Smoothin
             raise ValueError(f"rank={rank} is more than head_dim={shape[3]}; shape={tuple(shape)}")
 
     def common(packed: LowRankPacked) -> Array:
-        """m + A a_hat."""
+        """Returns m + A a_hat, which is what was subtracted."""
         codes_BHTR = unpack_bits(packed.codes_BHTC, bits, rank).astype(jnp.float32)
         a_BHTR = (codes_BHTR - half) * packed.step_BHR.astype(jnp.float32)[:, :, None]
         axes_BHDR = packed.axes_BHDR.astype(jnp.float32)

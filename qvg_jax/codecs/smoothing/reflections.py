@@ -25,18 +25,18 @@ class Reflections(NamedTuple):
 
 
 def _below(d: int, r: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the entries below the diagonal of a (D, R) matrix, column by column."""
+    """Returns rows and columns of the entries below the diagonal of a (D, R) matrix, column by column."""
     column, row = np.nonzero(np.tril(np.ones((d, r), bool), -1).T)
     return row, column
 
 
 def reflections_nbytes(d: int, r: int, bits: int) -> int:
-    """Bytes of the reflections of one matrix: R (D - (R + 1) / 2) codes and R steps."""
+    """Returns the bytes of the reflections of one matrix: R (D - (R + 1) / 2) codes and R steps."""
     return packed_bits_width(len(_below(d, r)[0]), bits) + 2 * r
 
 
 def reflections_of(a_BHDR: Float[Array, "B H D R"], bits: int) -> Reflections:
-    """Reflections whose product's first R columns are, up to sign, the given orthonormal ones.
+    """Returns reflections whose product's first R columns are, up to sign, the given orthonormal ones.
 
     Householder's QR: reflection i turns what earlier ones made of column i into +-e_i. Each vector
     is rounded before it is applied, so that later ones work on what decoding will see. Scaling a
@@ -83,7 +83,7 @@ def reflections_of(a_BHDR: Float[Array, "B H D R"], bits: int) -> Reflections:
 
 
 def rotation_of(stored: Reflections, d: int, bits: int) -> Float[Array, "B H D D"]:
-    """The product of the reflections, H_1 H_2 ... H_R with H_i = I - 2 v_i v_i^T / |v_i|^2.
+    """Returns the product of the reflections, H_1 H_2 ... H_R with H_i = I - 2 v_i v_i^T / |v_i|^2.
 
     In compact form I - V T V^T with T^-1 = strictly upper part of V^T V plus half its diagonal
     (Schreiber & Van Loan's WY form; Puglisi 1992). About R D (R + D) multiply-adds per matrix.
@@ -115,7 +115,7 @@ def rotation_of(stored: Reflections, d: int, bits: int) -> Float[Array, "B H D D
 
 
 def _inverse_of_upper(a_BHRR: Float[Array, "B H R R"]) -> Float[Array, "B H R R"]:
-    """The inverse of upper triangular matrices, blocks of 1, 2, 4, ... at a time.
+    """Returns the inverse of upper triangular matrices, blocks of 1, 2, 4, ... at a time.
 
     ((A, B), (0, C)) has the inverse ((A', -A' B C'), (0, C')). With the inverses of all diagonal blocks
     in one matrix, every doubling is two products. XLA's triangular solver takes its rows one by one:

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qvg_jax.codecs.base import EmptyState, Shape, Smoothing, check_span
+from qvg_jax.codecs.spec import factory
 
 __all__ = ["hadamard", "rotation", "token_signs"]
 
@@ -21,7 +22,7 @@ _SIGNS = ("span", "token")
 
 @functools.cache
 def hadamard(size: int, seed: int) -> Float[np.ndarray, "D D"]:
-    """The randomised Hadamard matrix diag(s) H / sqrt(D): orthogonal, entries +-1 / sqrt(D).
+    """Returns the randomised Hadamard matrix diag(s) H / sqrt(D): orthogonal, entries +-1 / sqrt(D).
 
     H is Sylvester's, H_ij = (-1)^(number of common binary ones of i and j); the signs s come from
     a generator seeded with `seed`, the same on every machine.
@@ -40,7 +41,7 @@ def hadamard(size: int, seed: int) -> Float[np.ndarray, "D D"]:
 
 
 def token_signs(tokens: int, size: int, seed: int) -> Float[Array, "1 1 T D"]:
-    """Signs +-1 that differ from token to token: bits of a hash of token and channel, no storage.
+    """Returns signs +-1 that differ from token to token: bits of a hash of token and channel, no storage.
 
     Word w of token t, which has the signs of channels 32 w to 32 w + 31, lowest bit first, is
     mix(t ceil(D / 32) + w + seed 2654435761) modulo 2^32, mix being the finalizer of MurmurHash3
@@ -57,6 +58,7 @@ def token_signs(tokens: int, size: int, seed: int) -> Float[Array, "1 1 T D"]:
     return 1 - 2 * bit_Twb.reshape(1, 1, tokens, -1)[..., :size].astype(jnp.float32)
 
 
+@factory
 def rotation(kind: str = "hadamard", seed: int = 0, signs: str = "span") -> Smoothing:
     """Rotates every token by a fixed random rotation: y = x R, decoding x = y R^T.
 

@@ -1,13 +1,12 @@
-"""Centroids in small formats: int8 with a step per channel, or e4m3 with one power of two.
+"""Storage of centroids in small formats: int8 with a step per channel, or e4m3 with one power of two.
 
 Axes: B batch, H heads, S stages, K centroids, D head dim.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
 from qvg_jax.codecs.quantize.scales import (
     load_scale,
     span_exponent,
@@ -17,32 +16,30 @@ from qvg_jax.codecs.quantize.scales import (
 
 __all__ = ["load_table", "store_table", "table_format", "table_nbytes"]
 
-_FLOATS = ("bfloat16", "float16", "float32")
+_FORMATS = ("bf16", "f16", "f32", "int8", "e4m3")
 
 
-def table_format(centroid_dtype: Any) -> str:
-    """The name of an accepted format: bfloat16, float16, float32, int8 or e4m3.
+def table_format(centroid_dtype: FormatLike) -> str:
+    """Returns the short name of an accepted format: bf16, f16, f32, int8 or e4m3.
 
     Raises:
         ValueError: anything else.
     """
-    names = {"int8": "int8", "e4m3": "e4m3", "float8_e4m3fn": "e4m3"}
-    names |= {name: name for name in _FLOATS}
-    name = centroid_dtype if isinstance(centroid_dtype, str) else jnp.dtype(centroid_dtype).name
-    if name not in names:
+    name = format_name(centroid_dtype)
+    if name not in _FORMATS:
         raise ValueError(
             f"centroid_dtype={name} is not accepted: give bfloat16, float16, float32, int8 or e4m3"
         )
-    return names[name]
+    return name
 
 
 def table_nbytes(form: str, k: int, d: int) -> int:
-    """Bytes of one table of K centroids."""
+    """Returns the bytes of one table of K centroids."""
     if form == "int8":
         return k * d + 2 * d
     if form == "e4m3":
         return k * d + 1
-    return k * d * jnp.dtype(form).itemsize
+    return k * d * dtype_of(form).itemsize
 
 
 def store_table(
@@ -68,12 +65,12 @@ def store_table(
         codes = jnp.round(c_BHKD / jnp.where(unit_BH1D > 0, unit_BH1D, 1))
         codes = jnp.clip(codes, -127, 127).astype(jnp.int8)
     else:
-        codes, steps = c_BHKD.astype(form), None
+        codes, steps = c_BHKD.astype(dtype_of(form)), None
     return codes, steps, load_table(codes, steps, form)
 
 
 def load_table(codes: Array, steps: Array | None, form: str) -> Float[Array, "B H K D"]:
-    """Centroids from what `store_table` stored; small formats as float32, floats as they are."""
+    """Returns centroids from what `store_table` stored; small formats as float32, floats as they are."""
     if form == "e4m3":
         return load_scale(codes, steps)
     if form == "int8":

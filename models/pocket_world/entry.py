@@ -1,0 +1,68 @@
+"""Pocket world, the embedded model, as the command knows it."""
+
+import dataclasses
+
+from qvg_jax.app.model_entry import (
+    CaptureOptions,
+    GenerateOptions,
+    ModelEntry,
+    PlayOptions,
+    deferred,
+)
+from qvg_jax.app.option_types import Count, Whole
+from qvg_jax.codecs.recommended import recommended
+
+__all__ = ["ENTRY", "Options", "WalkOptions"]
+
+NAME = "pocket-world"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(GenerateOptions):
+    """Options of pocket world.
+
+    Attributes:
+        frames: frames to generate; 240, or as many as --actions say, if left out.
+        steps: denoising steps per block; 4 if left out.
+        tour: real frames before the generated ones.
+        actions: where to go after the tour, such as w-8,d-4; back over the tour if left out.
+    """
+
+    codec: str = recommended(NAME)
+    tour: Count = 128
+    actions: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WalkOptions(PlayOptions):
+    """Options of a walk through pocket world.
+
+    Attributes:
+        steps: denoising steps per block; 4 if left out.
+        tour: real frames to begin with.
+        memory: frames to remember at least; 256 if left out.
+    """
+
+    # `trellis`, the default of `generate`, takes two CPU cores twice as long a block: over a second
+    # from a key to a frame where another block is under way.
+    codec: str = "midrise-k1v3"
+    tour: Whole = 64
+
+
+def memory_advice(options: Options) -> str:
+    """What to do when the device's memory is not enough."""
+    return "accepted: fewer --frames, --tour or --compare"
+
+
+ENTRY = ModelEntry(
+    name=NAME,
+    summary="Pocket world, the embedded model: a walk through a small world with a ground truth.",
+    options=Options,
+    prepare=deferred("models.pocket_world.job:prepare"),
+    capture_options=CaptureOptions,
+    capture=deferred("models.pocket_world.job:capture"),
+    play_options=WalkOptions,
+    play=deferred("models.pocket_world.walk:walk"),
+    loop=deferred("models.pocket_world.job:loop"),
+    memory_advice=memory_advice,
+)

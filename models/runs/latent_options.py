@@ -1,0 +1,69 @@
+"""Options that the large latent models share; without JAX."""
+
+import dataclasses
+from typing import Literal
+
+from qvg_jax.app.model_entry import GenerateOptions, PlanOptions
+from qvg_jax.app.option_types import Count
+
+__all__ = ["LatentOptions", "LatentPlanOptions"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentOptions(GenerateOptions):
+    """Options of a model that makes latent frames from a prompt.
+
+    Attributes:
+        frames: latent frames to generate.
+        weights: folder laid out like the release, an address hf:ORGANISATION/NAME[@REVISION][:FOLDER]
+            of another transformer on a hub, or "random" for random weights of the true size; what
+            `qvg fetch` got if left out.
+        prompt: what to see.
+        height: height of the video in pixels, whole tokens.
+        width: width of the video in pixels, whole tokens.
+        image: file with the first frame of the video.
+        layers: layers of a transformer of random weights.
+        attention: what reads the cache; the fastest that serves if left out.
+        precision: precision in which the cache is read; bf16 if left out.
+        resume: go on with an interrupted run in --out.
+    """
+
+    prompt: str | None = None
+    height: Count = 480
+    width: Count = 832
+    image: str | None = None
+    layers: Count | None = None
+    attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
+    precision: Literal["bf16", "fp8"] | None = None
+    resume: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentPlanOptions(PlanOptions):
+    """Options of a plan for a model that makes latent frames.
+
+    Attributes:
+        frames: latent frames of the video.
+        height: height of the video in pixels, whole tokens.
+        width: width of the video in pixels, whole tokens.
+        layers: layers of the transformer.
+    """
+
+    frames: Count | None = None
+    height: Count = 480
+    width: Count = 832
+    layers: Count | None = None
+
+    def request[O: LatentOptions](self, options: type[O], **more: object) -> O:
+        """The options of the run that is planned.
+
+        Args:
+            options: the model's options of a run.
+            **more: fields of them that `LatentPlanOptions` does not have.
+        """
+        first, *rest = self.codec
+        names = {f.name for f in dataclasses.fields(options)} & {
+            f.name for f in dataclasses.fields(self)
+        }
+        given = {name: getattr(self, name) for name in names} | dict(codec=first, compare=(*rest,))
+        return options(**(given | more))  # type: ignore[arg-type]

@@ -1,0 +1,41 @@
+"""What the k-means kernels return, and their sizes on Hopper."""
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+__all__ = ["HEAD_DIM", "TILE", "Sums", "Tuning"]
+
+HEAD_DIM = 128  # the head dim that the Hopper kernels read
+TILE = 128  # tokens that a CTA assigns at once
+
+
+class Sums(NamedTuple):
+    """The sum and the number of every cluster's tokens, and the cluster and the score of every token.
+
+    `ids_RT` and `score_RT` are None unless asked for.
+    """
+
+    total_RKD: Float[Array, "R K D"]
+    number_RK: Float[Array, "R K"]
+    ids_RT: Int[Array, "R T"] | None
+    score_RT: Float[Array, "R T"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Sizes of the Hopper kernels that do not change the result.
+
+    Attributes:
+        stages: tiles of x in flight.
+        late: whether a tile is added to the sums only after the next one is assigned, which lets
+            the two warpgroups drift apart.
+        columns: centroids per product.
+        registers: registers of a thread that computes and of a thread that loads.
+    """
+
+    stages: int = 4
+    late: bool = True
+    columns: int = 128
+    registers: tuple[int, int] = (240, 24)

@@ -1,0 +1,235 @@
+"""What the commands do once their options are read: this module imports JAX, `cli` does not."""
+
+import contextlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
+from qvg_jax.errors import UserError, told_to_user
+
+__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
+
+# `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
+WRITING = "accepted: a folder that can be written, on a disk with room"
+
+
+def generate(entry: ModelEntry, options: GenerateOptions) -> int:
+    """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
+    remember_compilations()
+    from qvg_jax.app.generate import generate as run
+    from qvg_jax.app.progress import Bars
+    from qvg_jax.app.report import table
+    from qvg_jax.cache.health import CacheFullError, NonFiniteError
+
+    def advice() -> str:
+        return entry.memory_advice(options)
+
+    with _told():
+        with _within_memory(advice):
+            job = entry.prepare(options)
+        arms = ", ".join(arm.name for arm in job.arms)
+        real = f"{job.tour} real frames, then " if job.tour else ""
+        what = f"{job.frames} generated" if real else f"{job.frames} frames"
+        print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
+        told = (NonFiniteError, CacheFullError, NotImplementedError)
+        with _within_memory(advice), _one_line(*told), _written(), Bars(job) as bars:
+            out, fps = options.out, options.fps
+            outcome = run(job, out, fps=fps, growing=options.stream, progress=bars.update)
+    if outcome.report is None:
+        print(
+            f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"\n{table(outcome.report)}\n")
+    seconds = outcome.report["timings"]["total_seconds"]
+    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
+    return 0
+
+
+def play(entry: ModelEntry, options: PlayOptions) -> int:
+    """Serves the page of a walk until Ctrl-C."""
+    try:
+        from qvg_jax.app.play import server
+    except ImportError as error:
+        raise UserError(
+            f"the page needs NiceGUI ({error}); install the extra: pip install 'qvg-jax[play]', or "
+            "uv run --extra play qvg play"
+        ) from error
+    remember_compilations()
+    from qvg_jax.app.play.walk import Walk
+
+    assert entry.play is not None
+    with _within_memory(lambda: "accepted: less --memory"):
+        world = entry.play(options)
+        with told_to_user():
+            walk = Walk(world, seed=options.seed, codec=options.chosen_codec)
+    try:
+        sock = server.listen(options.host, options.port)
+    except OSError as error:
+        raise UserError(
+            f"--host {options.host} --port {options.port}: {error.strerror or error}; accepted: an "
+            "address of this machine and a free port, 0 for any"
+        ) from error
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve(walk, sock, show=not options.no_browser)
+    print(f"qvg: ended after {walk.blocks} blocks")
+    return 0
+
+
+def plan(entry: ModelEntry, options: PlanOptions) -> int:
+    """Prints what fits into the memory; 1 if nothing does."""
+    remember_compilations()
+    from qvg_jax.app.memory_plan import plan_table
+
+    assert entry.plan is not None
+    with _told():
+        made = entry.plan(options)
+    print(plan_table(made, options.memory))
+    return 0 if any(made.fits(need, options.memory) for need in made.needs) else 1
+
+
+def capture(entry: ModelEntry, options: Any) -> int:
+    """Writes K, V and Q of a model."""
+    remember_compilations()
+    from qvg_jax.app.tune_command import run_capture
+
+    assert entry.capture is not None
+    with _written():
+        print(run_capture(entry.capture, options))
+    return 0
+
+
+def tune(
+    file: Path,
+    entry: ModelEntry | None,
+    budget: float | None,
+    span_tokens: int | None,
+    recipes: Sequence[str],
+    out: Path,
+) -> int:
+    """Measures recipes on captured tensors; see `tune_command.run_tune`."""
+    if entry is not None and entry.loop is None:
+        raise UserError(f"model={entry.name!r} has no loop to tune in; accepted: pocket-world")
+    remember_compilations()
+    from qvg_jax.app.tune_command import run_tune
+
+    loop = None if entry is None else entry.loop
+    options = dict(span_tokens=span_tokens, budget=budget, loop=loop)
+    with _written():
+        print(run_tune(file, out, recipes=recipes or None, **options))  # type: ignore[arg-type]
+    print(f"wrote tune.json and tune.png to {out}")
+    return 0
+
+
+def fetch(entry: ModelEntry, yes: bool) -> int:
+    """Downloads the released weights of a model, after its user accepted their licences."""
+    from qvg_jax.app import fetch as fetching
+
+    if not entry.needs:
+        raise UserError(f"model={entry.name!r} brings its weights along: there is nothing to fetch")
+    with _written():
+        folder = fetching.fetch(entry.needs, accept=(lambda _: True) if yes else fetching.ask)
+        fetching.remember(entry.name, folder)
+    print(f"weights of {entry.name} in {folder}; `qvg generate {entry.name}` reads them")
+    return 0
+
+
+def convert(source: Path, target: Path, entry: str | None) -> int:
+    """Makes safetensors of a checkpoint of PyTorch."""
+    from qvg_jax.app.convert import convert as run
+
+    with _written():
+        done = run(source, target, entry=entry)
+    of = f" of {done['entry']}" if done["entry"] else ""
+    print(f"{done['tensors']} tensors{of}, {done['bytes'] / 1e9:.3f} GB, in {target}")
+    return 0
+
+
+def codecs(shape: tuple[int, ...]) -> int:
+    """Prints the recipes with their bits per element in spans of a shape."""
+    from qvg_jax.app.report import aligned
+    from qvg_jax.codecs import presets
+    from qvg_jax.codecs.accounting import pair_bits
+
+    rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
+    for name, constructor in (presets.PRESETS | presets.PAIRS).items():
+        what = (constructor.__doc__ or "").strip().splitlines()[0]
+        try:
+            bits = pair_bits(presets.pair(name), shape)
+        except ValueError as error:
+            raise UserError(f"codec={name!r}: {error}") from error
+        parameter = inspect.signature(constructor).parameters.get("bits")
+        code = str(parameter.default) if parameter else "-"
+        rows.append((name, code, f"{bits:.4f}", f"{16 / bits:.2f}x", what))
+    print(aligned(rows))
+    return 0
+
+
+def remember_compilations() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told otherwise."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
+        return
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder, "qvg_jax", "compiled")))
+
+
+@contextlib.contextmanager
+def _within_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a lack of memory into one line with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: how JAX says it
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        # The first line says how much; the next ones list every buffer.
+        what = (str(error) or "out of memory").strip().splitlines()[0][:120]
+        raise UserError(f"{what}; {advice()}") from error
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """Turns an error of the disk under the output into one line."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror or error}; {WRITING}") from error
+
+
+@contextlib.contextmanager
+def _one_line(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions of these kinds into one line."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Shows on stderr what models log on the way."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    log = logging.getLogger("models")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"qvg: {level}{' '.join(record.getMessage().split())}"

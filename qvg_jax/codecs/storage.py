@@ -1,0 +1,116 @@
+"""Storage: what the bytes of a codec stand for, declared once for the kernels that read and write them.
+
+    x = (code - offset) scale 2^exponent + zero point + sum of the token's centroids
+
+A codec declares the terms of this that it has, and how it chooses them. Kernels that decode read the
+terms; kernels that encode also read the `fit`s. What has another form is declared by a phrase that
+names it, so that whoever cannot read it can say which part that is.
+"""
+
+import dataclasses
+
+__all__ = [
+    "Centroids",
+    "LargestFit",
+    "LeastSquaresFit",
+    "Levels",
+    "Lloyd",
+    "Storage",
+    "Values",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestFit:
+    """The scale of a group is its largest magnitude over the largest level; codes are the nearest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastSquaresFit:
+    """Scale and codes are chosen in turn by least squares, as in `grid_quantize`.
+
+    Attributes:
+        ratio: the first scale over the root mean square of the group.
+        refine: rounds of codes and least-squares scale.
+        gain: p of the stored scale, lsq^(1 - p) match^p; with 0 the codes are those of the scale as
+            stored, else those that the least-squares scale was computed from.
+    """
+
+    ratio: float
+    refine: int
+    gain: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """Codes that stand for equally spaced levels, with a scale per group of channels.
+
+    Attributes:
+        bits: of a code; consecutive channels packed together, the first one highest.
+        group: channels that share a scale; None is the whole vector.
+        offset: the code of zero; half integers are the grids without a zero (mid-rise).
+        scale_dtype: "e4m3", "bf16" or "f32".
+        zero_points: whether every group also stores what code 0 stands for.
+        exponents: whether scales have a power of two per head and span.
+        fit: how scales and codes are chosen, if kernels can do it.
+    """
+
+    bits: int
+    group: int | None
+    offset: int | float
+    scale_dtype: str
+    zero_points: bool = False
+    exponents: bool = False
+    fit: LargestFit | LeastSquaresFit | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """Plain numbers of a dtype, by its short name."""
+
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Lloyd:
+    """Centroids are chosen by Lloyd's algorithm, with these settings of `kmeans_smoothing`."""
+
+    iters: int
+    cold_iters: int
+    warm_start: bool
+    reseed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Centroids:
+    """Tables of centroids and, for every token and stage, the id of the row that is added.
+
+    Attributes:
+        num_centroids: rows of a table; ids take a byte up to 256, else two.
+        stages: tables per head, and ids per token.
+        dtype: of the rows: "bf16", "f16", "f32", "int8" with a bf16 step per channel, or "e4m3" with a
+            power of two per table.
+        fit: how they are chosen.
+    """
+
+    num_centroids: int
+    stages: int
+    dtype: str
+    fit: Lloyd
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """The declaration of a packed span: its codes, and what was taken out before them.
+
+    Attributes:
+        codes: what is stored of every channel, or the phrase that names another form.
+        smoothings: what was taken out before, in order: centroids, or the phrase that names it.
+        chained: whether `packed` is a tuple with one entry per smoothing and one for the codes.
+        heads: heads of the span whose channels are one vector to the codec, one after the other.
+    """
+
+    codes: Levels | Values | str
+    smoothings: tuple[Centroids | str, ...] = ()
+    chained: bool = False
+    heads: int = 1

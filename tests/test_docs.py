@@ -1,0 +1,120 @@
+"""What the pages say is true: links lead somewhere, commands are accepted, and the code of "add a ..." works."""
+
+import importlib.util
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qvg_jax as qvg
+from models import registry
+from qvg_jax.app import cli
+from qvg_jax.attention.formats import scheme_of
+from tests.support.pages import ROOT, anchors, code_blocks, commands, links, pages
+from tests.support.tiny_world import as_in_its_own_process
+
+NAMES = [str(page.relative_to(ROOT)) for page in pages()]
+TOY = "docs/add-a-model.md"  # whose commands need its package
+
+
+def run_blocks(name):
+    """Runs the Python of a page from top to bottom; returns its names."""
+    names = {"__name__": "page"}
+    for block in code_blocks(ROOT / name, "python"):
+        exec(compile(block, name, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for link in links(page):
+        target, _, heading = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), link
+        assert not heading or heading in anchors(path), link
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != TOY])
+def test_commands_are_accepted(name):
+    for words in commands(ROOT / name):
+        if words[0] == "qvg":
+            app = cli._app(words[1:])
+            app.parse_args(words[1:], exit_on_error=False, print_error=False)
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]) is not None, words
+            tests = [word for word in words[3:] if word.startswith("tests/")]
+            assert all(Path(ROOT, test).exists() for test in tests), words
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs/a")])
+def test_pages_of_the_house_fit_a_screen_or_two(name):
+    assert len((ROOT / name).read_text().splitlines()) <= 95
+
+
+def test_a_codec_from_outside_is_a_value_and_serves_a_cache():
+    names = run_blocks("docs/add-a-codec.md")
+    codec, cache, signs = names["codec"], names["cache"], names["signs"]
+    assert signs(32) == signs(group=32) and str(signs(32)) == "signs(group=32)"
+    assert qvg.presets.parse(str(codec)) == codec
+    assert int(cache.num_spans) == 1 and int(cache.dense_blocks) == 0
+    x = jax.random.normal(jax.random.key(1), (1, 2, 128, 64))
+    packed, _ = codec.encode(x, codec.init(x.shape, x.dtype))
+    assert qvg.packed_bytes(packed) == codec.nbytes(x.shape)
+    error = codec.decode(packed, jnp.float32) - x
+    assert jnp.linalg.norm(error) < 0.7 * jnp.linalg.norm(x)  # of one bit per channel of noise
+    # Attention of what is decoded, in the plain way.
+    q, k, v = (names[n].astype(jnp.float32)[0].swapaxes(0, 1) for n in "qkv")
+    read = lambda x: codec.decode(jax.tree.map(lambda a: a[0, 0], x), jnp.float32)[0]  # noqa: E731
+    keys = jnp.concatenate([read(cache.span_k), k], 1)
+    values = jnp.concatenate([read(cache.span_v), v], 1)
+    logits = jnp.einsum("htd,hsd->hts", q, keys) / 8
+    want = jnp.einsum("hts,hsd->thd", jax.nn.softmax(logits), values)
+    np.testing.assert_allclose(names["out"][0].astype(jnp.float32), want, atol=0.03)
+
+
+def test_a_declared_storage_is_read_by_the_kernels_definition():
+    names = run_blocks("docs/add-a-kernel-format.md")
+    codec, packed = names["codec"], names["packed"]
+    assert not isinstance(names["scheme"], str)
+    want = codec.decode(packed)[0]
+    np.testing.assert_allclose(names["values"].astype(jnp.float32), want.astype(jnp.float32))
+    error = want.astype(jnp.float32) - names["x_BHTD"][0]
+    assert jnp.linalg.norm(error) < 0.1 * jnp.linalg.norm(names["x_BHTD"][0])
+    assert "no storage" in scheme_of(run_blocks("docs/add-a-codec.md")["signs"](), 128)
+
+
+@pytest.fixture
+def toy_package(tmp_path, monkeypatch):
+    """The package that the page describes, on the path."""
+    (code,), (project,) = (code_blocks(ROOT / TOY, kind) for kind in ("python", "toml"))
+    (tmp_path / "toy_model.py").write_text(code)
+    points = tomllib.loads(project)["project"]["entry-points"]["qvg.models"]
+    info = tmp_path / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    lines = [f"{name} = {target}" for name, target in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[qvg.models]", *lines]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._foreign.cache_clear()
+    yield
+    registry._foreign.cache_clear()
+    sys.modules.pop("toy_model", None)
+
+
+def test_a_model_from_outside_generates_a_video(toy_package, tmp_path, capsys):
+    ((_, *words),) = commands(ROOT / TOY)
+    out = tmp_path / "out"
+    with as_in_its_own_process(tmp_path):
+        assert cli.main([*words, "--out", str(out)]) == 0, capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["arms"]) == ["bf16", "rtn", "midrise:num_centroids=8"]
+    assert report["config"]["contrast"] == 60
+    assert (out / "video.mp4").stat().st_size > 0
+    assert cli.main([*words, "--weights", "x", "--out", str(out)]) == 2
+    assert "the toy has none" in capsys.readouterr().err
