@@ -5,7 +5,6 @@ window, or more tokens of those, or a few spans. `flash` merges the results of t
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -103,52 +102,39 @@ def attend_cudnn(
     q_RBHGTD = q_BHTD.reshape(branches, lay.batch, view.heads, group, tokens, lay.head_dim)
     q_nQD = jnp.moveaxis(q_RBHGTD, 0, 2).reshape(rows, -1, lay.head_dim)
 
-    reader = _Reader(view, layer, q_nQD, workspaces)
+    # The new block shares a call with the oldest spans, or else with the first part of sink and window. Not
+    # where each branch has its own, nor where an offset is added to the logits of spans only.
+    offset = 0.0 if lay.key_bias is None else lay.key_bias.offset
+    joins = branches == 1 and not offset
+    new = (k_BHTD, v_BHTD) if joins else None
+    reader = _Reader(view, layer, q_nQD, new, workspaces)
 
     def visit_keys(run: Softmax, keys: _Keys, offset: float = 0.0) -> Softmax:
         k_nSD, v_nSD = (x.reshape(rows, -1, lay.head_dim) for x in (keys.k_BHTD, keys.v_BHTD))
         parts = dict(parts=keys.parts, backend=backend, offset=offset)
         return visit(run, q_nQD, k_nSD, v_nSD, keys.valid, **parts)
 
-    # The new block shares a call with spans, or else with the first part of sink and window. Not where
-    # each branch has its own, nor where an offset is added to the logits of spans only.
-    offset = 0.0 if lay.key_bias is None else lay.key_bias.offset
-    first_part, first_group = 0, 0
-    nothing = functools.partial(no_keys, q_nQD)
-    if branches > 1 or offset:
-        apart_nQD = q_RBHGTD.reshape(branches * rows, -1, lay.head_dim)
-        keys = reader.new_block(k_BHTD, v_BHTD, apart_nQD)
-        k_nSD, v_nSD = (x.reshape(branches * rows, -1, lay.head_dim) for x in keys[:2])
-        run = visit(
-            no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, parts=keys.parts, backend=backend
-        )
-        run = Softmax(*(_side_by_side(x, branches) for x in run))
-    elif lay.max_spans:
-        has_spans = view.cache.num_spans > 0
-        run = lax.cond(
-            has_spans,
-            lambda: visit_keys(nothing(), reader.spans(0, k_BHTD, v_BHTD)),
-            lambda: visit_keys(nothing(), reader.dense(0, k_BHTD, v_BHTD)),
-        )
-        first_part, first_group = jnp.where(has_spans, 0, 1), 1
+    if joins:
+        run = no_keys(q_nQD)
     else:
-        run, first_part = visit_keys(nothing(), reader.dense(0, k_BHTD, v_BHTD)), 1
-
-    if lay.max_spans or reader.dense_parts > 1 or first_part == 0:
-        part = lambda i, run: visit_keys(run, reader.dense(i))  # noqa: E731
-        run = lax.fori_loop(first_part, reader.valid_parts(), part, run)
-    if lay.max_spans > reader.at_once * first_group:
+        apart_nQD = q_RBHGTD.reshape(branches * rows, -1, lay.head_dim)
+        parts, room = split(*apart_nQD.shape[:2], tokens, workspaces.parts)
+        k_BHTD, v_BHTD = _joined([view.new(k_BHTD)], room), _joined([v_BHTD], room)
+        k_nSD, v_nSD = (x.reshape(branches * rows, -1, lay.head_dim) for x in (k_BHTD, v_BHTD))
+        alone = dict(parts=parts, backend=backend)
+        run = visit(no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, **alone)
+        run = Softmax(*(_behind(x.reshape(branches, rows, *x.shape[1:]), 1) for x in run))
+    # Loops, also where there is at most one step: a condition becomes a part of a CUDA graph, which cost
+    # the host of an H100 0.1 to 0.7 ms more in each call than a loop that looks at a counter.
+    if lay.max_spans:
         some = lambda i, run: visit_keys(run, reader.spans(i), offset)  # noqa: E731
-        run = lax.fori_loop(first_group, reader.valid_groups(), some, run)
+        run = lax.fori_loop(0, reader.valid_groups(), some, run)
+    part = lambda i, run: visit_keys(run, reader.dense(i))  # noqa: E731
+    run = lax.fori_loop(0, reader.valid_parts(), part, run)
 
     out = run.out_nQD.reshape(lay.batch, view.heads, branches, group, tokens, lay.head_dim)
     out_RBTHGD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
     return out_RBTHGD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
-
-
-def _side_by_side(x: Array, branches: int) -> Array:
-    """Queries of all branches' rows (R n, Q, ...) as queries of one row (n, R Q, ...)."""
-    return _behind(x.reshape(branches, -1, *x.shape[1:]), 1)
 
 
 class _Keys(NamedTuple):
@@ -161,14 +147,23 @@ class _Keys(NamedTuple):
 
 
 class _Reader:
-    """Workspaces of one layer: valid tokens first, then zeros or tokens that do not count.
+    """Workspaces of one layer: valid tokens first, then tokens that do not count.
 
-    What does not count is finite: an unused slot may hold NaN, and a weight of zero times NaN is NaN.
+    Those are finite: an unused slot may hold NaN, and a weight of zero times NaN is NaN.
     """
 
-    def __init__(self, view: CacheView, layer: Array, q_nQD: Array, sizes: Workspaces):
+    def __init__(
+        self,
+        view: CacheView,
+        layer: Array,
+        q_nQD: Array,
+        new: tuple[Array, Array] | None,
+        sizes: Workspaces,
+    ):
+        """A reader for queries q_nQD; `new` are keys before RoPE and values that join one workspace."""
         lay: Layout = view.cache.layout
         self.view, self.layer, self.q_nQD, self.parts = view, layer, q_nQD, sizes.parts
+        self.new, self.new_tokens = new, 0 if new is None else new[0].shape[2]
         token = 2 * lay.batch * view.heads * lay.head_dim * q_nQD.dtype.itemsize
         self.dense_tokens = lay.dense_blocks * lay.block_tokens
         self.dense_parts = -(-self.dense_tokens * token // sizes.dense_bytes)
@@ -180,83 +175,81 @@ class _Reader:
             self.at_once = -(-lay.max_spans // groups)  # groups of nearly equal size
 
     def valid_parts(self) -> Array:
-        """Parts of sink and window that hold a token."""
-        valid = self.view.cache.dense_blocks * self.view.cache.layout.block_tokens
-        return (valid + self.part_tokens - 1) // self.part_tokens
+        """Parts of sink and window to visit: those that hold a token, or the first for the new block."""
+        cache, size = self.view.cache, self.part_tokens
+        parts = (cache.dense_blocks * cache.layout.block_tokens + size - 1) // size
+        if self.new is None:
+            return parts
+        return jnp.where(cache.num_spans > 0, parts, jnp.maximum(parts, 1))
 
     def valid_groups(self) -> Array:
         """Groups of spans that hold one."""
         return (self.view.cache.num_spans + self.at_once - 1) // self.at_once
 
-    def new_block(self, k_BHTD: Array, v_BHTD: Array, q_nQD: Array) -> _Keys:
-        """The new block alone, for queries `q_nQD`."""
-        parts, room = split(*q_nQD.shape[:2], k_BHTD.shape[2], self.parts)
-        k_BHTD, v_BHTD = _joined([self.view.new(k_BHTD)], room), _joined([v_BHTD], room)
-        return _Keys(k_BHTD, v_BHTD, k_BHTD.shape[2], parts)
-
-    def dense(
-        self, i: Array | int, k_new_BHTD: Array | None = None, v_new_BHTD: Array | None = None
-    ) -> _Keys:
-        """Part i of sink and window, behind the new block before RoPE if that is given."""
+    def dense(self, i: Array) -> _Keys:
+        """Part i of sink and window; the first with the new block if there are no spans."""
         view, lay = self.view, self.view.cache.layout
         size, total = self.part_tokens, self.dense_tokens
-        # The last part is moved back to stay inside the buffer.
-        wanted = jnp.asarray(i, jnp.int32) * size
+        # The last part is moved back to stay inside the buffer, and what it repeats is moved out of it.
+        wanted = i * size
         start = jnp.minimum(wanted, total - size)
         valid = jnp.clip(view.cache.dense_blocks * lay.block_tokens - wanted, 0, size)
-        visible_T = jnp.arange(size) < valid
+
+        def valid_first(x: Array, axis: int) -> Array:
+            if total % size:
+                x = _joined([x], 2 * size, axis)
+                x = lax.dynamic_slice_in_dim(x, wanted - start, size, axis)
+            form = [1] * x.ndim
+            form[axis] = size
+            return jnp.where((jnp.arange(size) < valid).reshape(form), x, 0)
 
         def read(buffer: Array) -> Array:
             corner, form = (
                 (self.layer, 0, 0, start, 0),
                 (1, lay.batch, lay.heads, size, lay.head_dim),
             )
-            return lax.dynamic_slice(buffer, corner, form)[0].astype(self.q_nQD.dtype)
+            return valid_first(lax.dynamic_slice(buffer, corner, form)[0], 2).astype(
+                self.q_nQD.dtype
+            )
 
-        def valid_first(x_BHTD: Array) -> Array:
-            if total % size:
-                x_BHTD = _joined([x_BHTD], 2 * size)
-                x_BHTD = lax.dynamic_slice_in_dim(x_BHTD, wanted - start, size, 2)
-            return jnp.where(visible_T[None, None, :, None], x_BHTD, 0)
+        table = jax.tree.map(lambda t: valid_first(t, 1), view.dense_table(start, size))
+        joins = (i == 0) & (view.cache.num_spans == 0)
+        return self._keys(read(view.cache.dense_k), read(view.cache.dense_v), table, valid, joins)
 
-        table = view.dense_table(start, size)
-        k = [valid_first(view.keys(read(view.cache.dense_k), table))]
-        v = [valid_first(view.values(read(view.cache.dense_v), table))]
-        if k_new_BHTD is not None:
-            k, v = [view.new(k_new_BHTD), *k], [v_new_BHTD, *v]
-            size, valid = size + k_new_BHTD.shape[2], valid + k_new_BHTD.shape[2]
-        parts, room = split(*self.q_nQD.shape[:2], size, self.parts)
-        return _Keys(_joined(k, room), _joined(v, room), valid, parts)
-
-    def spans(
-        self, i: Array | int, k_new_BHTD: Array | None = None, v_new_BHTD: Array | None = None
-    ) -> _Keys:
-        """Group i of the spans, the oldest first, behind the new block before RoPE if that is given."""
-        view, cache, lay = self.view, self.view.cache, self.view.cache.layout
-        first = jnp.asarray(i, jnp.int32) * self.at_once
+    def spans(self, i: Array) -> _Keys:
+        """Group i of the spans, the oldest first; the first with the new block."""
+        cache, lay, first = self.view.cache, self.view.cache.layout, i * self.at_once
         count = jnp.clip(cache.num_spans - first, 0, self.at_once)
         # In place of spans that do not exist the last one is read again, and does not count.
         span_N = first + jnp.minimum(jnp.arange(self.at_once), jnp.maximum(count - 1, 0))
-        k_BHTD, v_BHTD, table = self._stored((cache.first_span + span_N) % lay.max_spans)
+        stored = self._stored((cache.first_span + span_N) % lay.max_spans)
+        return self._keys(*stored, count * lay.span_tokens, i == 0)
+
+    def _keys(self, k_BHTD: Array, v_BHTD: Array, table: Any, valid: Array, joins: Array) -> _Keys:
+        """Workspace of stored keys and values, the new block behind the valid ones if it joins."""
+        view = self.view
         if isinstance(view.rope, Encodings):
             # An encoding reads each channel more than once; without the barrier XLA decodes it again.
             k_BHTD, v_BHTD = lax.optimization_barrier((k_BHTD, v_BHTD))
             k_BHTD, v_BHTD = view.keys(k_BHTD, table), view.values(v_BHTD, table)
-        k, v, valid, tables = [k_BHTD], [v_BHTD], count * lay.span_tokens, [table]
-        if k_new_BHTD is not None:
-            k, v, tables = [k_new_BHTD, *k], [v_new_BHTD, *v], [view.table_new, *tables]
-            valid += k_new_BHTD.shape[2]
-        size = sum(x.shape[2] for x in k)
+        size = k_BHTD.shape[2] + self.new_tokens
         parts, room = split(*self.q_nQD.shape[:2], size, self.parts)
-        # Decoding writes to where rotation reads, so rotation has no cases. It reads each channel twice:
-        # without the barrier XLA decodes it twice.
-        k_BHTD, v_BHTD = _joined(k, room), _joined(v, room)
+
+        def placed(x: Array, new: Array | None, axis: int = 2) -> Array:
+            x = _joined([x], room, axis)
+            return x if new is None else lax.dynamic_update_slice_in_dim(x, new, valid, axis)
+
+        k_new_BHTD, v_new_BHTD = self.new or (None, None)
+        k_BHTD, v_BHTD = placed(k_BHTD, k_new_BHTD), placed(v_BHTD, v_new_BHTD)
         if isinstance(view.rope, Rope):
-            if room > lay.span_tokens:
-                table = jax.tree.map(lambda *t: _joined(t, room, 1), *tables)
-                table = lax.optimization_barrier(table)
+            if self.new is not None:
+                table = jax.tree.map(lambda t, n: placed(t, n, 1), table, view.table_new)
+            elif room > size:
+                table = jax.tree.map(lambda t: placed(t, None, 1), table)
+            table = lax.optimization_barrier(table)
+            # Rotation reads each channel twice; without the barrier XLA decodes it twice.
             k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
-        return _Keys(k_BHTD, v_BHTD, valid, parts)
+        return _Keys(k_BHTD, v_BHTD, valid + jnp.where(joins, self.new_tokens, 0), parts)
 
     def _stored(self, slot_N: Array) -> tuple[Array, Array, Any]:
         """Keys and values of spans behind each other as their codecs give them, and their rope table."""
