@@ -115,8 +115,9 @@ def test_own_frames_take_the_place_of_the_newest_blocks():
         data.SequenceShape(near=1, distractors=0, recent=1, run=1),
     )
     model = modeling.PocketWorld(cfg.model, rngs=nnx.Rngs(0))
-    batch = train.sample_batch(jax.random.key(0), cfg, shape, 8)
-    tokens, own = objective.own_context(model, jax.random.key(1), batch, shape.blocks)
+    batch = jax.jit(lambda key: train.sample_batch(key, cfg, shape, 8))(jax.random.key(0))
+    own_context = nnx.jit(objective.own_context, static_argnames="blocks")
+    tokens, own = own_context(model, jax.random.key(1), batch, blocks=shape.blocks)
     assert bool(own[:, -1].all()) and not bool(own[:, 0].all())
     assert bool((own[:, 1:] >= own[:, :-1]).all())  # from one block on, to the end
     same = jnp.all(tokens == modeling.to_tokens(batch[0], cfg.model.patch), axis=-1)
