@@ -127,10 +127,10 @@ def _with(implementation: str) -> Any:
     return lambda q, view, k, v: attend(q, view, k, v, implementation=implementation)
 
 
-def _planned(narrow: bool, plan: Plan) -> Any:
+def _planned(fp8: bool, plan: Plan) -> Any:
     """`attend` under another plan than its own."""
     return lambda q, view, k, v: attend_kernels(
-        q, view, k, v, jnp.int32(0), jnp.float32(q.shape[-1] ** -0.5), narrow=narrow, plan=plan
+        q, view, k, v, jnp.int32(0), jnp.float32(q.shape[-1] ** -0.5), fp8=fp8, plan=plan
     )
 
 

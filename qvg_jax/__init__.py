@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qvg_jax.attention.api import attend
+    from qvg_jax.attention.choice import explain
     from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "attend": "attention.api",
+    "explain": "attention.choice",
     "CacheFullError": "cache.health",
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
@@ -74,6 +76,7 @@ __all__ = [
     "compression_ratio",
     "encoded_by",
     "evict",
+    "explain",
     "frequency_ladder",
     "grid_quantize",
     "identity",

@@ -19,7 +19,7 @@ from models.longcat.modeling import LongCatDiT
 from models.longcat.passes import clip_forward
 from models.longcat.rope import clip_positions, model_rope
 from models.longcat.sharding import AXIS, devices, spread_out
-from qvg_jax.attention.api import DENSE_CHUNK_TOKENS
+from qvg_jax.attention.xla import DENSE_CHUNK_TOKENS
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec, identity

@@ -15,12 +15,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.attention.flash import BACKENDS, Softmax, no_keys, split, visit
+from qvg_jax.backends import capability, on_several_devices
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.cache.view import CacheView
-from qvg_jax.capability import capability
-from qvg_jax.devices import on_several_devices
 
 __all__ = ["Workspaces", "attend_cudnn", "unsupported"]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from qvg_jax.capability import processors
+from qvg_jax.backends import num_sms
 
 __all__ = ["BACKENDS", "Softmax", "no_keys", "parts_for", "split", "visit"]
 
@@ -57,7 +57,7 @@ def split(rows: int, queries: int, keys: int, parts: int | None = None) -> tuple
     """(number of parts, keys of all parts together); None lets `parts_for` choose their number."""
     aligned = 1
     if parts is None:
-        parts = parts_for(rows, queries, keys, processors())
+        parts = parts_for(rows, queries, keys, num_sms())
         aligned = _ALIGNED_KEYS if parts > 1 else 1
     size = -(-keys // (parts * aligned)) * aligned
     return parts, parts * size

@@ -3,6 +3,8 @@
 Spans are decoded one or a few at a time into a workspace (`workspaces`), which one kernel attends to.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.dequant_attention import (
+    Queries,
     Schedule,
     combine_splits,
     prepare_tokens,
@@ -21,20 +24,17 @@ from pallas_kernels.dequant_attention import (
 from pallas_kernels.dequantize import HEAD_DIMS
 from qvg_jax.attention.formats import scheme_of
 from qvg_jax.attention.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
-from qvg_jax.attention.new_block import new_block, turning
+from qvg_jax.attention.new_block import NewBlock, new_block, rotation_of
 from qvg_jax.attention.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla
+from qvg_jax.backends import num_sms, on_several_devices
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.view import CacheView
-from qvg_jax.capability import processors
-from qvg_jax.devices import is_hopper, on_several_devices
 
-__all__ = ["attend_kernels", "is_hopper", "unsupported"]
+__all__ = ["attend_kernels", "undecodable", "unsupported"]
 
 
-def unsupported(
-    view: CacheView, q_BTHD: Array, narrow: bool, implementation: str = "mosaic"
-) -> str | None:
-    """Why the kernels cannot serve this call, or None if they can."""
+def unsupported(view: CacheView, q_BTHD: Array, fp8: bool) -> str | None:
+    """The reason why the attention kernels cannot serve a call, or None if they can."""
     lay: Layout = view.cache.layout
     if lay.head_dim not in HEAD_DIMS:
         return f"head_dim={lay.head_dim}; the kernels read {', '.join(map(str, HEAD_DIMS))}"
@@ -44,12 +44,70 @@ def unsupported(
     if (why := on_several_devices(q_BTHD)) is not None:
         return why
     for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
-        if not narrow or not lay.max_spans:
-            continue
-        # All arguments, as elsewhere: they are the key under which a format is remembered.
-        if scheme_of(codec, lay.head_dim, 1) is None:
+        if fp8 and lay.max_spans and scheme_of(codec, lay.head_dim, 1) is None:
             return f"{name} codec {codec.name}: e4m3 attention needs a bound that codes give"
     return None
+
+
+def undecodable(view: CacheView) -> str | None:
+    """The part of a codec that the kernels do not decode, or None if they decode keys and values."""
+    lay: Layout = view.cache.layout
+    for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
+        why = scheme_of(codec, lay.head_dim, 1) if lay.max_spans else None
+        if isinstance(why, str) and isinstance(scheme_of(codec, lay.head_dim, 2), str):
+            return f"the kernels do not decode the {name} codec {codec.name}: {why}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What every phase of a call needs.
+
+    Attributes:
+        view, layer: what is read.
+        dtype: of spans and the new block in their workspace.
+        plan: how kernel calls, memory and waiting are spent.
+        implementation: of the kernels.
+        kernels_read: whether kernels turn stored bytes into what attention reads, and XLA nothing.
+        branches: videos of the queries for each video of the cache.
+    """
+
+    view: CacheView
+    layer: Array
+    dtype: Any
+    plan: Plan
+    implementation: str
+    kernels_read: bool
+    branches: int
+
+    @property
+    def layout(self) -> Layout:
+        """The cache's layout."""
+        return self.view.cache.layout
+
+    @property
+    def rows(self) -> int:
+        """Key-value heads of all videos of the cache."""
+        return self.layout.batch * self.view.heads
+
+    @property
+    def spans_at_once(self) -> int:
+        """Spans of a group, which lie behind each other in a workspace."""
+        if not self.kernels_read:
+            return 1
+        return self.plan.spans_at_once(self.layout, self.view.heads, self.dtype)
+
+    @property
+    def groups(self) -> int:
+        """Groups of spans in a full cache."""
+        return -(-self.layout.max_spans // self.spans_at_once)
+
+    def slots_of(self, group: Any) -> tuple[Array, Array]:
+        """The slots of a group of spans, and the number of its valid tokens."""
+        cache, first, many = self.view.cache, group * self.spans_at_once, self.spans_at_once
+        count = jnp.clip(cache.num_spans - first, 0, many)
+        slot = (cache.first_span + first + jnp.arange(many)) % self.layout.max_spans
+        return (slot if many > 1 else slot[0]), count * self.layout.span_tokens
 
 
 def attend_kernels(
@@ -60,110 +118,140 @@ def attend_kernels(
     layer: Array,
     scale: Array,
     *,
-    narrow: bool,
+    fp8: bool,
     implementation: str = "mosaic",
     plan: Plan = MEASURED,
 ) -> Array:
     """`attend` for what is not `unsupported`, by the kernels of `implementation`.
 
-    Spans are decoded into a workspace and merged into one running softmax. If `narrow`, they and
-    the new block are attended in e4m3; sink and window always in bf16, as nothing bounds their
-    values but a pass over them. `plan` is for "mosaic".
+    Spans are decoded into a workspace and merged into one running softmax. With `fp8` they and the
+    new block are attended in e4m3; sink and window always in bf16, as nothing bounds their values but
+    a pass over them. `plan` is for "mosaic".
     """
-    plan = plan if implementation == "mosaic" else SPAN_BY_SPAN
-    cache, lay = view.cache, view.cache.layout
-    rows = lay.batch * view.heads
+    lay: Layout = view.cache.layout
     branches = q_BTHD.shape[0] // lay.batch
 
-    def prepared(batch: int, narrow: bool) -> Any:
-        q, rotation = turning(view, q_BTHD, batch)
+    def prepared(batch: int, fp8: bool) -> tuple[Queries, Queries]:
+        q, rotation = rotation_of(view, q_BTHD, batch)
         by = implementation if implementation == "mosaic" else "reference"  # which is XLA
-        here = dict(batch=batch, heads=view.heads, fp8=narrow, implementation=by)
-        return prepare_tokens(q, scale, rotation=rotation, **here)
+        sizes = dict(batch=batch, heads=view.heads, fp8=fp8, implementation=by)
+        return prepare_tokens(q, scale, rotation=rotation, **sizes)
 
-    wide, asked = prepared(lay.batch, narrow)
-    queries = q_BTHD.shape[1] * q_BTHD.shape[0] * q_BTHD.shape[2] // rows
-    dtype = asked.q_nQD.dtype
-
-    kernels_read = by_kernels(view)
-    at_once = plan.spans_at_once(lay, view.heads, dtype) if kernels_read else 1
-    groups = -(-lay.max_spans // at_once)
-    typical = at_once * lay.span_tokens if lay.max_spans else k_BTHD.shape[1]
-    about = (typical, max(1, groups), narrow, processors())
-    if plan.even and branches == 1:
-        splits = schedule_for(rows * asked.q_nQD.shape[1] // 128, *about)
-    else:
-        splits = splits_for(rows, queries, *about)
+    bf16_queries, queries = prepared(lay.batch, fp8)
+    call = _Call(
+        view=view,
+        layer=layer,
+        dtype=queries.q_nQD.dtype,
+        plan=plan if implementation == "mosaic" else SPAN_BY_SPAN,
+        implementation=implementation,
+        kernels_read=by_kernels(view),
+        branches=branches,
+    )
+    count = q_BTHD.shape[1] * q_BTHD.shape[0] * q_BTHD.shape[2] // call.rows
+    splits = _splits(call, queries, count, k_BTHD.shape[1])
     by = dict(splits=splits, implementation=implementation)
-
-    read = None
-    if lay.max_spans:
-        read = (of_spans if kernels_read else of_spans_by_xla)(view, layer, dtype, implementation)
-
-    def group(i: Any) -> tuple[Array, Array]:
-        """Slots of a group of spans, and its valid tokens."""
-        first = i * at_once
-        count = jnp.clip(cache.num_spans - first, 0, at_once)
-        slot = (cache.first_span + first + jnp.arange(at_once)) % lay.max_spans
-        return (slot if at_once > 1 else slot[0]), count * lay.span_tokens
-
-    new = new_block(view, k_BTHD, v_BTHD, dtype, implementation)
-    joined = plan.joined and branches == 1 and kernels_read and lay.max_spans
-    joined = joined and not lay.span_tokens % 16
-    if joined:
-        slot, valid = group(0)
-        units, k, v = read(slot, valid, new)
-        valid = valid + new.tokens
-    else:
-        units, valid = new.units, new.tokens
-        k, v = new.workspace(units)
-    own = asked if branches == 1 else prepared(branches * lay.batch, narrow)[1]
-    state = visit(own, k, v, valid, k_scale_n=units[0], v_scale_n=units[1], **by)
+    read = _reader(call)
+    new = new_block(view, k_BTHD, v_BTHD, call.dtype, implementation)
+    own = queries if branches == 1 else prepared(branches * lay.batch, fp8)[1]
+    state, first_group = _visit_new_block(call, own, new, read, by)
     if branches > 1:  # each had a block of its own; all read the same cache
-        state = [_joined(x[:, :, : queries // branches], branches, 1) for x in state]
-        more = asked.q_nQD.shape[1] - queries
-        state = [jnp.pad(x, ((0, 0), (0, 0), (0, more)) + ((0, 0),) * (x.ndim - 3)) for x in state]
+        state = _shared_state(state, branches, count, queries.q_nQD.shape[1])
     refs = [jax.new_ref(x) for x in state]
-
-    valid = cache.dense_blocks * lay.block_tokens
-    for part in plan.dense_parts(lay, view.heads, dtype):
-        here = jnp.clip(valid - part[0], 0, part[1])
-        k_dense, v_dense = of_dense(view, layer, here, part, implementation)
-        visit(wide, k_dense, v_dense, here, state=refs, **by)
-
-    if lay.max_spans:
-
-        def some(slot: Array, valid: Any) -> None:
-            units, k, v = read(slot, valid)
-            visit(asked, k, v, valid, k_scale_n=units[0], v_scale_n=units[1], state=refs, **by)
-
-        first = 1 if joined else 0
-        straight = kernels_read and groups <= plan.unrolled
-        if straight:
-            for i in range(first, groups):
-                some(*group(i + _zero_after(refs)))
-        else:
-
-            def several(i: Array, done: Array) -> Array:
-                some(*group(i))
-                return done
-
-            lax.fori_loop(first, -(-cache.num_spans // at_once), several, jnp.int32(0))
+    _visit_dense(call, bf16_queries, refs, by)
+    if read is not None:
+        _visit_spans(call, queries, refs, read, by, first_group)
     left = [r[...] for r in refs]
-    out_nQD = combine_splits(left, queries, splits if isinstance(splits, Schedule) else None)
+    out_nQD = combine_splits(left, count, splits if isinstance(splits, Schedule) else None)
     out = out_nQD.reshape(lay.batch, view.heads, branches, -1, q_BTHD.shape[1], lay.head_dim)
     out_BTHD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
     return out_BTHD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
 
 
+def _splits(call: _Call, queries: Queries, count: int, new_tokens: int) -> int | Schedule:
+    """Into how many parts the keys of a visit are split, so that every multiprocessor has work."""
+    fp8 = call.dtype != jnp.bfloat16
+    typical = call.spans_at_once * call.layout.span_tokens if call.layout.max_spans else new_tokens
+    about = (typical, max(1, call.groups), fp8, num_sms())
+    if call.plan.even and call.branches == 1:
+        return schedule_for(call.rows * queries.q_nQD.shape[1] // 128, *about)
+    return splits_for(call.rows, count, *about)
+
+
+def _reader(call: _Call) -> Callable[..., Any] | None:
+    """read(slot, valid, new=None): scales and workspaces of spans; None for a cache without spans."""
+    if not call.layout.max_spans:
+        return None
+    make = of_spans if call.kernels_read else of_spans_by_xla
+    return make(call.view, call.layer, call.dtype, call.implementation)
+
+
+def _visit_new_block(
+    call: _Call, queries: Queries, new: NewBlock, read: Callable[..., Any] | None, by: dict
+) -> tuple[Any, int]:
+    """The softmax state after the new block, and the first group of spans that is not in it.
+
+    Where the plan allows it the new block lies behind the spans of the first group.
+    """
+    joined = call.plan.joined and call.branches == 1 and call.kernels_read
+    if read is not None and joined and not call.layout.span_tokens % 16:
+        slot, valid = call.slots_of(0)
+        scales, k, v = read(slot, valid, new)
+        state = visit(
+            queries, k, v, valid + new.tokens, k_scale_n=scales[0], v_scale_n=scales[1], **by
+        )
+        return state, 1
+    scales = new.scales
+    k, v = new.workspace(scales)
+    state = visit(queries, k, v, new.tokens, k_scale_n=scales[0], v_scale_n=scales[1], **by)
+    return state, 0
+
+
+def _shared_state(state: Any, branches: int, count: int, room: int) -> list[Array]:
+    """The state of all branches as that of queries which read the same cache, padded to `room`."""
+    state = [_joined(x[:, :, : count // branches], branches, 1) for x in state]
+    more = room - count
+    return [jnp.pad(x, ((0, 0), (0, 0), (0, more)) + ((0, 0),) * (x.ndim - 3)) for x in state]
+
+
+def _visit_dense(call: _Call, queries: Queries, refs: list[Any], by: dict) -> None:
+    """Attends to sink and window, in bf16."""
+    valid = call.view.cache.dense_blocks * call.layout.block_tokens
+    for part in call.plan.dense_parts(call.layout, call.view.heads, call.dtype):
+        in_part = jnp.clip(valid - part[0], 0, part[1])
+        k, v = of_dense(call.view, call.layer, in_part, part, call.implementation)
+        visit(queries, k, v, in_part, state=refs, **by)
+
+
+def _visit_spans(
+    call: _Call, queries: Queries, refs: list[Any], read: Callable[..., Any], by: dict, first: int
+) -> None:
+    """Attends to the groups of spans from `first` on."""
+
+    def one(slot: Array, valid: Any) -> None:
+        scales, k, v = read(slot, valid)
+        visit(queries, k, v, valid, k_scale_n=scales[0], v_scale_n=scales[1], state=refs, **by)
+
+    if call.kernels_read and call.groups <= call.plan.unrolled:
+        for i in range(first, call.groups):
+            one(*call.slots_of(i + _zero_after(refs)))
+        return
+
+    def step(i: Array, done: Array) -> Array:
+        one(*call.slots_of(i))
+        return done
+
+    groups = -(-call.view.cache.num_spans // call.spans_at_once)
+    lax.fori_loop(first, groups, step, jnp.int32(0))
+
+
 def _zero_after(refs: list[Any]) -> Array:
     """Zero, known only when the visits so far are done.
 
-    What is decoded next depends on it. Otherwise XLA may decode several groups of spans before it
-    visits the first, and keep them all.
+    The next decoding depends on it. Otherwise XLA may decode several groups of spans before it visits
+    the first, and keep them all.
     """
-    top = refs[1][(0,) * refs[1].ndim]
-    return (top > 1e37).astype(jnp.int32)
+    m = refs[1][(0,) * refs[1].ndim]
+    return (m > 1e37).astype(jnp.int32)
 
 
 def _joined(x: Array, branches: int, axis: int = 0) -> Array:

@@ -18,10 +18,10 @@ from pallas_kernels.dequantize import (
 from qvg_jax.cache.rope import Rope
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["NewBlock", "new_block", "pairing_in", "turning", "unit_of"]
+__all__ = ["NewBlock", "new_block", "pairing_in", "rotation_of", "scale_of"]
 
 
-def unit_of(bound: Array) -> Array:
+def scale_of(bound: Array) -> Array:
     """The least power of two by which values up to `bound` may be divided for e4m3."""
     bound = bound.astype(jnp.float32) / 448
     return jnp.exp2(jnp.ceil(jnp.log2(jnp.where(bound > 0, bound, 1))))
@@ -34,7 +34,7 @@ def pairing_in(view: CacheView) -> str | None:
     return view.rope.pairing
 
 
-def turning(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, Rotation | None]:
+def rotation_of(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, Rotation | None]:
     """New queries or keys, and their rotation by the kernels; XLA rotates what the kernels cannot.
 
     Args:
@@ -45,8 +45,8 @@ def turning(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, Rotation
     if not isinstance(view.rope, Rope):
         return x_BTHD, None
     if (pairing := pairing_in(view)) is None:
-        turned = view.new(jnp.swapaxes(x_BTHD, 1, 2))
-        return jnp.swapaxes(turned, 1, 2), None
+        rotated = view.new(jnp.swapaxes(x_BTHD, 1, 2))
+        return jnp.swapaxes(rotated, 1, 2), None
     return x_BTHD, Rotation(view.new_table(batch), pairing, batch)
 
 
@@ -57,8 +57,8 @@ class NewBlock:
     Attributes:
         k, v: bf16, as the kernels read them: (B, T, H, D), or rows.
         rows, tokens: sizes.
-        rotation: of the keys, see `turning`.
-        units: of the rows of keys and of values in e4m3; 1 in bf16.
+        rotation: of the keys, see `rotation_of`.
+        scales: of the rows of keys and of values in e4m3; 1 in bf16.
         dtype, implementation: of the workspace, of the kernels.
     """
 
@@ -67,21 +67,21 @@ class NewBlock:
     rows: int
     tokens: int
     rotation: Rotation | None
-    units: list[Array]
+    scales: list[Array]
     dtype: Any
     implementation: str
 
-    def workspace(self, units: list[Array], behind: Any = None) -> tuple[Array, Array]:
+    def workspace(self, scales: list[Array], behind: Any = None) -> tuple[Array, Array]:
         """Keys and values in workspaces of their own, or in (keys, values) from token `at` on.
 
         Args:
-            units: of the rows.
+            scales: of the rows.
             behind: (keys, values, at), or None.
         """
         k, v = (Tokens(x, 0, self.rows) for x in (self.k, self.v))
         here = dict(valid=self.tokens, implementation=self.implementation)
-        keys = here | dict(scale_n=units[0], rotation=self.rotation)
-        values = here | dict(scale_n=units[1])
+        keys = here | dict(scale_n=scales[0], rotation=self.rotation)
+        values = here | dict(scale_n=scales[1])
         if behind is not None:
             k_nWD, v_nWD, at = behind
             return append_keys(k_nWD, at, k, **keys), append_values(v_nWD, at, v, **values)
@@ -94,18 +94,18 @@ def new_block(
 ) -> NewBlock:
     """Of what `attend` is given; its batch may be a multiple of the cache's."""
     batch, tokens, heads, d = k_BTHD.shape
-    rows, narrow = batch * heads, dtype != jnp.bfloat16
+    rows, fp8 = batch * heads, dtype != jnp.bfloat16
     k_BTHD, v_BTHD = k_BTHD.astype(jnp.bfloat16), v_BTHD.astype(jnp.bfloat16)
-    k_BTHD, rotation = turning(view, k_BTHD, batch)
+    k_BTHD, rotation = rotation_of(view, k_BTHD, batch)
     # A rotation lets the largest number grow by no more than the root of two.
     growths = (1.0 if rotation is None else math.sqrt(2), 1.0)
-    units = [
-        unit_of(jnp.abs(x).max(axis=(1, 3)).reshape(-1) * growth)
-        if narrow
+    scales = [
+        scale_of(jnp.abs(x).max(axis=(1, 3)).reshape(-1) * growth)
+        if fp8
         else jnp.ones((rows,), jnp.float32)
         for x, growth in zip((k_BTHD, v_BTHD), growths, strict=True)
     ]
     k, v = k_BTHD, v_BTHD
     if implementation != "mosaic":
         k, v = (jnp.swapaxes(x, 1, 2).reshape(rows, tokens, d) for x in (k, v))
-    return NewBlock(k, v, rows, tokens, rotation, units, dtype, implementation)
+    return NewBlock(k, v, rows, tokens, rotation, scales, dtype, implementation)

@@ -26,7 +26,7 @@ from pallas_kernels.dequantize import (
 )
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.attention.formats import E4M3, encoded, halves, scheme_of
-from qvg_jax.attention.new_block import NewBlock, pairing_in, unit_of
+from qvg_jax.attention.new_block import NewBlock, pairing_in, scale_of
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings
 from qvg_jax.cache.slots import read_slot
@@ -44,17 +44,17 @@ class _Spans:
     scheme: Scheme | None
     bound_R: Array | None
 
-    def unit(self, first: Array, rows: int, growth: Array | float) -> Array:
-        """The units of some rows in e4m3, if they grow by so much when they are read."""
+    def scale(self, first: Array, rows: int, growth: Array | float) -> Array:
+        """The scales of some rows in e4m3, if they grow by so much when they are read."""
         if self.bound_R is None:
             return jnp.ones((rows,), jnp.float32)
-        return unit_of(lax.dynamic_slice_in_dim(self.bound_R, first, rows) * growth)
+        return scale_of(lax.dynamic_slice_in_dim(self.bound_R, first, rows) * growth)
 
 
-def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool) -> _Spans:
+def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, fp8: bool) -> _Spans:
     source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1)
     rows = lay.max_spans * lay.batch * lay.heads
-    if not narrow:
+    if not fp8:
         return _Spans(source, scheme, None)
     pick = lambda x: lax.dynamic_slice_in_dim(x, layer * rows, rows, 0)  # noqa: E731
     # Positive e4m3 numbers are ordered as their bytes.
@@ -70,7 +70,7 @@ def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, narrow: bool) ->
 
 def by_kernels(view: CacheView) -> bool:
     """Whether the kernels turn stored bytes into what attention reads, and XLA nothing of it."""
-    return _decoded_by_kernels(view.cache.layout) and _turned_by_kernels(view)
+    return _decoded_by_kernels(view.cache.layout) and _rotated_by_kernels(view)
 
 
 def _decoded_by_kernels(lay: Layout) -> bool:
@@ -79,7 +79,7 @@ def _decoded_by_kernels(lay: Layout) -> bool:
     return not any(isinstance(s, str) for s in schemes)
 
 
-def _turned_by_kernels(view: CacheView) -> bool:
+def _rotated_by_kernels(view: CacheView) -> bool:
     if isinstance(view.rope, Encodings):
         return False
     return view.rope is None or pairing_in(view) is not None
@@ -100,12 +100,12 @@ def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: An
 def _of_rows(
     k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
 ) -> tuple[Any, Array, Array]:
-    """((unit of keys, of values), keys, values) of bf16 ones in e4m3."""
-    units = [unit_of(jnp.abs(x).max(axis=(1, 2))) for x in (k_nTD, v_nTD)]
+    """((scale of keys, of values), keys, values) of bf16 ones in e4m3."""
+    scales = [scale_of(jnp.abs(x).max(axis=(1, 2))) for x in (k_nTD, v_nTD)]
     here = dict(valid=tokens, dtype=dtype, implementation=implementation)
     k, v = (Tokens(x, 0, x.shape[0]) for x in (k_nTD, v_nTD))
-    k = decode_keys(k, **here, scale_n=units[0])
-    return units, k, decode_values(v, **here, scale_n=units[1])
+    k = decode_keys(k, **here, scale_n=scales[0])
+    return scales, k, decode_values(v, **here, scale_n=scales[1])
 
 
 def of_dense(
@@ -127,12 +127,12 @@ def of_dense(
         tokens = Tokens(x.reshape(-1, *x.shape[-2:]), layer * rows, rows)
         return tokens if part == (0, total) else Window(tokens, *part)
 
-    turned, rotation = _turned_by_kernels(view), None
-    if turned and (cos_sin := view.dense_table(0, total)) is not None:
+    rotated, rotation = _rotated_by_kernels(view), None
+    if rotated and (cos_sin := view.dense_table(0, total)) is not None:
         rotation = Rotation(cos_sin, pairing_in(view), lay.batch)
     k_nWD = decode_keys(source(cache.dense_k), **here, rotation=rotation)
     v_nWD = decode_values(source(cache.dense_v), **here)
-    if turned:
+    if rotated:
         return k_nWD, v_nWD
     heads = lambda x: x.reshape(lay.batch, lay.heads, *x.shape[1:])  # noqa: E731
     table = view.dense_table(*part)
@@ -141,27 +141,27 @@ def of_dense(
 
 
 def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> Callable[..., Any]:
-    """read(slot, valid, new=None): units and workspaces of a span, decoded and rotated by the kernels.
+    """read(slot, valid, new=None): scales and workspaces of a span, decoded and rotated by the kernels.
 
-    Given several slots, their spans lie behind each other, and their units are those of all spans.
+    Given several slots, their spans lie behind each other, and their scales are those of all spans.
     With a `NewBlock` its tokens lie behind the valid ones, a multiple of 16.
     """
-    cache, lay, narrow = view.cache, view.cache.layout, dtype != jnp.bfloat16
-    rows, turned = lay.batch * lay.heads, view.rope is not None
-    keys = _spans(cache.span_k, lay.key_codec, lay, layer, narrow)
-    values = _spans(cache.span_v, lay.value_codec, lay, layer, narrow)
+    cache, lay, fp8 = view.cache, view.cache.layout, dtype != jnp.bfloat16
+    rows, rotated = lay.batch * lay.heads, view.rope is not None
+    keys = _spans(cache.span_k, lay.key_codec, lay, layer, fp8)
+    values = _spans(cache.span_v, lay.value_codec, lay, layer, fp8)
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
 
-    def unit(x: _Spans, slot: Array, growth: float) -> Array:
+    def scale(x: _Spans, slot: Array, growth: float) -> Array:
         if not slot.ndim:
-            return x.unit(slot * rows, rows, growth)
+            return x.scale(slot * rows, rows, growth)
         age_N = (jnp.arange(lay.max_spans) - cache.first_span) % lay.max_spans
-        unit_Nn = x.unit(0, lay.max_spans * rows, growth).reshape(lay.max_spans, rows)
-        most_n = jnp.where((age_N < cache.num_spans)[:, None], unit_Nn, 0).max(axis=0)
+        scale_Nn = x.scale(0, lay.max_spans * rows, growth).reshape(lay.max_spans, rows)
+        most_n = jnp.where((age_N < cache.num_spans)[:, None], scale_Nn, 0).max(axis=0)
         return jnp.where(most_n > 0, most_n, 1)
 
     def rotation(slot: Array) -> Rotation | None:
-        if not turned:
+        if not rotated:
             return None
         first = 0
         if view.table_spans is not None:
@@ -176,14 +176,14 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
     def read(slot: Array, valid: Any, new: NewBlock | None = None) -> Any:
         here = dict(valid=valid, dtype=dtype, implementation=implementation)
         first_row = (layer * lay.max_spans + slot) * rows
-        units = [unit(keys, slot, math.sqrt(2) if turned else 1), unit(values, slot, 1)]
+        scales = [scale(keys, slot, math.sqrt(2) if rotated else 1), scale(values, slot, 1)]
         if new is not None:
-            units = [jnp.maximum(*both) for both in zip(units, new.units, strict=True)]
+            scales = [jnp.maximum(*both) for both in zip(scales, new.scales, strict=True)]
             here |= dict(room=new.tokens)
         k, v = (Spans(x.source, x.scheme, first_row, rows) for x in (keys, values))
-        k_nWD = decode_keys(k, **here, scale_n=units[0], rotation=rotation(slot))
-        v = decode_values(v, **here, scale_n=units[1])
-        return units, *((k_nWD, v) if new is None else new.workspace(units, (k_nWD, v, valid)))
+        k_nWD = decode_keys(k, **here, scale_n=scales[0], rotation=rotation(slot))
+        v = decode_values(v, **here, scale_n=scales[1])
+        return scales, *((k_nWD, v) if new is None else new.workspace(scales, (k_nWD, v, valid)))
 
     return read
 
@@ -225,15 +225,15 @@ def of_spans_by_xla(
         v_nWD = _through_xla(view.values, v_BHTD, table)
         if spans is not None:
             growths = view.rope.growth(table)
-            units = [
-                jnp.repeat(x.unit(slot * rows, rows, g), view.rope.copies)
+            scales = [
+                jnp.repeat(x.scale(slot * rows, rows, g), view.rope.copies)
                 for x, g in zip(spans, growths, strict=True)
             ]
             k_nWD, v_nWD = (
-                jnp.clip(x / unit_n[:, None, None], -448, 448).astype(dtype)
-                for x, unit_n in zip((k_nWD, v_nWD), units, strict=True)
+                jnp.clip(x / scale_n[:, None, None], -448, 448).astype(dtype)
+                for x, scale_n in zip((k_nWD, v_nWD), scales, strict=True)
             )
-            return units, in_key_rows(k_nWD), jnp.swapaxes(v_nWD, 1, 2)
+            return scales, in_key_rows(k_nWD), jnp.swapaxes(v_nWD, 1, 2)
         if dtype != jnp.bfloat16:
             return _of_rows(k_nWD, v_nWD, valid, dtype, implementation)
         ones = jnp.ones((k_nWD.shape[0],), jnp.float32)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from qvg_jax.backends import row_major
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.slots import write_slot
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import checked_positions
-from qvg_jax.devices import row_major
 
 __all__ = ["KVCache", "append", "compress", "evict"]
 

@@ -5,14 +5,14 @@ it together, see `kernel_encoding`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
-from qvg_jax.capability import no_triton
+from qvg_jax.backends import Candidate, no_hopper, no_triton, resolve
 from qvg_jax.codecs.base import (
     Codec,
     Packed,
@@ -25,7 +25,6 @@ from qvg_jax.codecs.base import (
 from qvg_jax.codecs.kernel_encoding import KernelEncoding, kernel_encoding
 from qvg_jax.codecs.spec import FACTORIES, Spec, factory
 from qvg_jax.codecs.storage import Storage
-from qvg_jax.devices import is_hopper
 
 __all__ = ["ENCODERS", "chain", "encoded_by", "labelled"]
 
@@ -183,23 +182,31 @@ def _check_encoder(name: str) -> None:
         raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
 
 
+class _Encoding(NamedTuple):
+    """What decides who encodes a span."""
+
+    storage: Storage | None
+    x_BHTD: Array
+
+    def without(self, kernels: str) -> str | None:
+        """The reason why kernels of this kind cannot encode the span, or None if they can."""
+        found = kernel_encoding(self.storage, self.x_BHTD, kernels)
+        return found if isinstance(found, str) else None
+
+
+# In order of preference.
+CANDIDATES = (
+    Candidate("mosaic", lambda call: no_hopper() or call.without("mosaic")),
+    Candidate("triton", lambda call: call.without("triton") or no_triton(), named=True),
+    Candidate("xla", lambda call: None),
+)
+
+
 def _kernels(name: str | None, storage: Storage | None, x_BHTD: Array) -> KernelEncoding | None:
     """Returns the kernels that encode x, None for XLA; a named implementation is never replaced."""
-    if name is None:
-        found = kernel_encoding(storage, x_BHTD, "mosaic") if is_hopper() else None
-        return None if isinstance(found, str) else found
-    _check_encoder(name)
-    if name == "xla":
+    chosen = resolve(CANDIDATES, _Encoding(storage, x_BHTD), implementation=name).chosen
+    if chosen.implementation == "xla":
         return None
-    found = kernel_encoding(storage, x_BHTD, name)
-    if isinstance(found, str):
-        missing = found
-    elif name == "triton":
-        missing = no_triton()
-    elif not is_hopper():
-        missing = f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
-    else:
-        missing = None
-    if missing is None and not isinstance(found, str):
-        return found
-    raise NotImplementedError(f"implementation={name!r}: {missing}; 'xla' serves it")
+    found = kernel_encoding(storage, x_BHTD, chosen.implementation)
+    assert not isinstance(found, str)
+    return found

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from qvg_jax.backends import on_several_devices
 from qvg_jax.codecs.base import Packed, State
 from qvg_jax.codecs.quantize.grid import GridPacked
 from qvg_jax.codecs.quantize.integer import IntegerPacked
@@ -34,7 +35,6 @@ from qvg_jax.codecs.storage import (
     Storage,
     Values,
 )
-from qvg_jax.devices import on_several_devices
 
 __all__ = ["KernelEncoding", "kernel_encoding"]
 

@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
-from qvg_jax.attention.api import DENSE_CHUNK_TOKENS, attend
+from qvg_jax.attention.api import attend
+from qvg_jax.attention.xla import DENSE_CHUNK_TOKENS
 from qvg_jax.cache.operations import KVCache, append, compress, evict
 from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
 from qvg_jax.codecs.base import identity
@@ -120,7 +121,7 @@ def test_a_window_longer_than_a_chunk():
 @pytest.mark.parametrize("span_blocks", [3, 4])
 def test_a_span_longer_than_a_chunk(span_blocks, monkeypatch):
     # 9 tokens are pieces of 5 and 5 with one repeated and hidden, 12 are three pieces of 4.
-    monkeypatch.setattr("qvg_jax.attention.api.SPAN_CHUNK_TOKENS", 5)
+    monkeypatch.setattr("qvg_jax.attention.xla.SPAN_CHUNK_TOKENS", 5)
     check(*filled("a" * (2 + span_blocks) + "caa", span_blocks=span_blocks))
 
 

@@ -13,8 +13,7 @@ import pytest
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import Schedule
 from pallas_kernels.dequant_attention import reference as attention_reference
-from qvg_jax.attention import api as attention
-from qvg_jax.attention import kernel_plan, new_block, workspaces
+from qvg_jax.attention import choice, kernel_plan, new_block, workspaces
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.kernel_plan import Plan
@@ -84,7 +83,7 @@ def references(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, narrow, pairing, precompute, d",
+    "name, fp8, pairing, precompute, d",
     [
         ("qvg", False, "half", True, 128),
         ("rtn", True, None, True, 128),
@@ -99,7 +98,7 @@ def references(monkeypatch):
         ("qvg", False, "interleaved", False, 256),
     ],
 )
-def test_the_way_from_cache_to_kernels_is_right(references, name, narrow, pairing, precompute, d):
+def test_the_way_from_cache_to_kernels_is_right(references, name, fp8, pairing, precompute, d):
     """Layers, slots of a ring that has turned, two query heads a head, a window with garbage."""
     rope = pairing and rope_of(pairing, d)
     cache = filled_cache(codecs()[name], blocks=9, block=64, head_dim=d)
@@ -110,8 +109,8 @@ def test_the_way_from_cache_to_kernels_is_right(references, name, narrow, pairin
     q = jnp.asarray(rng.standard_normal((1, 64, 4, d)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, d)), jnp.bfloat16) for _ in range(2))
     view = cache.view(positions(9, 64), rope, precompute=precompute)
-    assert mosaic.unsupported(view, q, narrow) is None
-    _agrees_with_xla(view, q, k, v, narrow)
+    assert mosaic.unsupported(view, q, fp8) is None
+    _agrees_with_xla(view, q, k, v, fp8)
 
 
 ODD = {
@@ -121,9 +120,9 @@ ODD = {
 
 
 @pytest.mark.parametrize(
-    "name, narrow", [("qvg", False), ("midrise", True), ("lloyd", False), ("joined", True)]
+    "name, fp8", [("qvg", False), ("midrise", True), ("lloyd", False), ("joined", True)]
 )
-def test_what_kernels_cannot_read_comes_into_their_workspace_by_xla(references, name, narrow):
+def test_what_kernels_cannot_read_comes_into_their_workspace_by_xla(references, name, fp8):
     """Two encodings of one stored k and v; levels not equally spaced; two heads in a vector."""
     cache = with_window_garbage(filled_cache((codecs() | ODD)[name], blocks=9, block=64))
     rope, copies = (HALF, 1) if name in ODD else (encodings(), 2)
@@ -131,16 +130,16 @@ def test_what_kernels_cannot_read_comes_into_their_workspace_by_xla(references, 
     shape = (1, 64, 2 * copies, 128)
     rng = np.random.default_rng(3)
     q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(3))
-    assert mosaic.unsupported(view, q, narrow) is None
-    _agrees_with_xla(view, q, k, v, narrow)
-    if copies == 2 and narrow:  # units from a pass over what was encoded
+    assert mosaic.unsupported(view, q, fp8) is None
+    _agrees_with_xla(view, q, k, v, fp8)
+    if copies == 2 and fp8:  # units from a pass over what was encoded
         view = cache.view(None, rope._replace(growth=None))
-        _agrees_with_xla(view, q, k, v, narrow)
+        _agrees_with_xla(view, q, k, v, fp8)
 
 
 def test_devices_that_share_the_heads_read_by_kernels(references, monkeypatch):
     """Also a codec and a rope whose forms are first met there: probing them is not part of it."""
-    monkeypatch.setattr(attention, "is_hopper", lambda: True)
+    monkeypatch.setattr(choice, "no_hopper", lambda: None)
     rope = axial_rope([frequency_ladder(44, 100.0), *[frequency_ladder(42, 100.0)] * 2])
     cache = filled_cache(presets.get("qvg", num_centroids=48), blocks=9, block=64)
     view = cache.view(positions(9, 64), rope)
@@ -154,15 +153,15 @@ def test_devices_that_share_the_heads_read_by_kernels(references, monkeypatch):
     assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < 6e-2
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["bf16", "e4m3"])
-def test_branches_share_a_cache_and_keep_their_own_block(references, narrow):
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
+def test_branches_share_a_cache_and_keep_their_own_block(references, fp8):
     """Three branches in one call are three calls of one branch."""
     cache = with_window_garbage(filled_cache(codecs()["midrise"], blocks=9, block=64))
     view = cache.view(positions(9, 64), INTERLEAVED)
     rng = np.random.default_rng(3)
     q = jnp.asarray(rng.standard_normal((3, 64, 4, 128)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((3, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
-    _agrees_with_xla(view, q, k, v, narrow)
+    _agrees_with_xla(view, q, k, v, fp8)
     together = attend(q, view, k, v, layer=1, implementation="xla")
     for i in range(3):
         own = slice(i, i + 1)
@@ -181,7 +180,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize(
-    "name, narrow, plan, precompute",
+    "name, fp8, plan, precompute",
     [
         ("qvg", False, "looped", True),
         ("midrise", True, "looped", False),
@@ -192,7 +191,7 @@ PLANS = {
         ("midrise-k1v3", True, "looped, joined", True),
     ],
 )
-def test_plans_change_nothing_but_rounding(references, monkeypatch, name, narrow, plan, precompute):
+def test_plans_change_nothing_but_rounding(references, monkeypatch, name, fp8, plan, precompute):
     """Spans behind each other, the last group not full, a slot that is not valid; cut windows."""
     monkeypatch.setattr(kernel_plan, "_LEAST_BYTES", 1)
     cache = filled_cache(codecs()[name], blocks=9, block=64, max_spans=4)
@@ -202,17 +201,17 @@ def test_plans_change_nothing_but_rounding(references, monkeypatch, name, narrow
     rng = np.random.default_rng(3)
     q = jnp.asarray(rng.standard_normal((1, 64, 4, 128)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
-    parts = PLANS[plan].dense_parts(cache.layout, 2, E4M3 if narrow else jnp.bfloat16)
+    parts = PLANS[plan].dense_parts(cache.layout, 2, E4M3 if fp8 else jnp.bfloat16)
     assert (len(parts) > 1) == (plan == "straight")
-    _agrees_with_xla(view, q, k, v, narrow, PLANS[plan])
+    _agrees_with_xla(view, q, k, v, fp8, PLANS[plan])
 
 
-def _agrees_with_xla(view, q, k, v, narrow, plan=kernel_plan.MEASURED):
+def _agrees_with_xla(view, q, k, v, fp8, plan=kernel_plan.MEASURED):
     right = attend(q, view, k, v, layer=1, implementation="xla")
-    ours = jax.jit(functools.partial(mosaic.attend_kernels, narrow=narrow, plan=plan))(
+    ours = jax.jit(functools.partial(mosaic.attend_kernels, fp8=fp8, plan=plan))(
         q, view, k, v, jnp.int32(1), jnp.float32(q.shape[3] ** -0.5)
     )
     assert ours.shape == right.shape and ours.dtype == right.dtype
     error = jnp.linalg.norm((ours - right).astype(jnp.float32))
-    bound = 6e-2 if narrow else 1e-2
+    bound = 6e-2 if fp8 else 1e-2
     assert float(error / jnp.linalg.norm(right.astype(jnp.float32))) < bound

@@ -206,9 +206,9 @@ def test_what_kernels_do_not_read_is_named(codec, part):
     assert isinstance(why, str) and part in why
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("precompute", [True, False], ids=["tables", "no tables"])
-def test_attend_compiles_inside_a_scan_over_layers_and_copies_no_codes(narrow, precompute):
+def test_attend_compiles_inside_a_scan_over_layers_and_copies_no_codes(fp8, precompute):
     cache = form_of_cache(codecs()["midrise"])
     x, pos = jax.ShapeDtypeStruct((1, 160, 4, 128), jnp.bfloat16), positions(9, 160)
     kv = jax.ShapeDtypeStruct((1, 160, 2, 128), jnp.bfloat16)
@@ -216,7 +216,7 @@ def test_attend_compiles_inside_a_scan_over_layers_and_copies_no_codes(narrow, p
     def model(q, cache, k, v, pos):
         view = cache.view(pos, HALF, precompute=precompute)
         read = lambda h, i: mosaic.attend_kernels(  # noqa: E731
-            h, view, k, v, i, jnp.float32(0.1), narrow=narrow
+            h, view, k, v, i, jnp.float32(0.1), fp8=fp8
         )
         return lax.scan(lambda h, i: (read(h, i), None), q, jnp.arange(3))[0]
 
@@ -237,13 +237,13 @@ def test_attend_names_what_is_missing_for_a_named_kernel():
         with pytest.raises(NotImplementedError, match="Hopper.*'xla' serves it"):
             attend(q, cache, q, q, implementation="mosaic", **args)
     view = cache.view(positions(2, 96), HALF)
-    assert mosaic.unsupported(view, q, narrow=True) is None
-    assert "float32" in mosaic.unsupported(view, q.astype(jnp.float32), narrow=True)
+    assert mosaic.unsupported(view, q, fp8=True) is None
+    assert "float32" in mosaic.unsupported(view, q.astype(jnp.float32), fp8=True)
     plain = filled_cache(codecs()["bf16"], layers=1, blocks=2).view(positions(2, 96), HALF)
-    assert mosaic.unsupported(plain, q, narrow=False) is None
-    assert "bound" in mosaic.unsupported(plain, q, narrow=True)
+    assert mosaic.unsupported(plain, q, fp8=False) is None
+    assert "bound" in mosaic.unsupported(plain, q, fp8=True)
     odd = filled_cache(codecs()["bf16"], layers=1, blocks=2, head_dim=96).view(None, None)
-    assert "64, 128, 256" in mosaic.unsupported(odd, q, narrow=False)
+    assert "64, 128, 256" in mosaic.unsupported(odd, q, fp8=False)
 
 
 def test_naming_xla_changes_nothing_and_hidden_garbage_stays_hidden():
@@ -280,6 +280,6 @@ def test_e4m3_adds_little_to_the_error_of_two_bits():
     queries = prepare(q, jnp.float32(128**-0.5), E4M3)
     state = attention_reference.empty(1, *queries.q_nQD.shape)
     state = attention_reference.segment(*queries, keys, values, 1024, scale, scale, state)
-    narrow = np.asarray(combine_splits(state, 64))
+    fp8 = np.asarray(combine_splits(state, 64))
     error = lambda x: np.linalg.norm(x - exact)  # noqa: E731
-    assert error(narrow) < 1.1 * error(stored)
+    assert error(fp8) < 1.1 * error(stored)

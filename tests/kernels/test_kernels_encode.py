@@ -149,7 +149,7 @@ def test_bad_input_is_named(change, error, message):
 @pytest.fixture
 def references(monkeypatch):
     """Codecs encode as on a Hopper GPU, with every kernel replaced by its reference."""
-    monkeypatch.setattr(compose, "is_hopper", lambda: True)
+    monkeypatch.setattr(compose, "no_hopper", lambda: None)
     for module, name in (
         (kmeans, "kmeans_sums"),
         (quantize_pack, "assign_and_pack"),
@@ -208,7 +208,7 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="Hopper.*'xla' serves it"):
             encode(presets.get("qvg", num_centroids=8))
-    monkeypatch.setattr(compose, "is_hopper", lambda: True)
+    monkeypatch.setattr(compose, "no_hopper", lambda: None)
     smoothing = kmeans_smoothing(8)
     for codec, message in (
         (chain(smoothing, grid_quantize(grid="lloyd_max")), "lloyd_max levels"),
@@ -227,7 +227,7 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
 
 def test_a_span_compiles_to_kernels(monkeypatch):
     """Warm or cold is data; heads may be mapped over layers."""
-    monkeypatch.setattr(compose, "is_hopper", lambda: True)
+    monkeypatch.setattr(compose, "no_hopper", lambda: None)
     codec = ENCODERS["midrise values"]()
     x = jax.ShapeDtypeStruct((3, 1, 2, 300, 128), jnp.bfloat16)
     state = jax.eval_shape(jax.vmap(lambda x: codec.init(x.shape, x.dtype)), x)

@@ -13,12 +13,12 @@ import pytest
 
 from pallas_kernels.kmeans import Tuning, kmeans_sums
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
-from qvg_jax.attention import kernels as mosaic
+from qvg_jax.backends import is_hopper
 from tests.support.kernel_cases import ENCODERS, clustered, encoded_twice, on_cpu, round_trip_error
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not mosaic.is_hopper(), reason="no Hopper GPU"),
+    pytest.mark.skipif(not is_hopper(), reason="no Hopper GPU"),
 ]
 
 

@@ -35,6 +35,7 @@ from qvg_jax.attention import kernel_plan
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.kernel_plan import Plan
+from qvg_jax.backends import is_hopper
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from tests.support.kernel_cases import (
     E4M3,
@@ -54,7 +55,7 @@ from tests.support.kernel_cases import (
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not mosaic.is_hopper(), reason="no Hopper GPU"),
+    pytest.mark.skipif(not is_hopper(), reason="no Hopper GPU"),
 ]
 
 
@@ -300,8 +301,8 @@ def _layers(cache, rope, implementation, block=96, plan=None):
             q, k, v, i = x
             if plan is None:
                 return None, attend(q, view, k, v, layer=i, implementation=implementation)
-            narrow, scale = implementation == "mosaic_fp8", jnp.float32(128**-0.5)
-            return None, mosaic.attend_kernels(q, view, k, v, i, scale, narrow=narrow, plan=plan)
+            fp8, scale = implementation == "mosaic_fp8", jnp.float32(128**-0.5)
+            return None, mosaic.attend_kernels(q, view, k, v, i, scale, fp8=fp8, plan=plan)
 
         return lax.scan(layer, None, (q, k, v, jnp.arange(2)))[1]
 

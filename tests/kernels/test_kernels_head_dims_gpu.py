@@ -21,8 +21,8 @@ from pallas_kernels.dequantize import (
     decode_keys,
     decode_values,
 )
-from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
+from qvg_jax.backends import is_hopper
 from tests.support.kernel_cases import (
     E4M3,
     angles,
@@ -38,7 +38,7 @@ from tests.support.kernel_cases import (
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not mosaic.is_hopper(), reason="no Hopper GPU"),
+    pytest.mark.skipif(not is_hopper(), reason="no Hopper GPU"),
     pytest.mark.parametrize("head_dim", [64, 256]),
 ]
 

@@ -32,8 +32,8 @@ from pallas_kernels.dequantize import (
 )
 from pallas_kernels.dequantize import api as dequantize_api
 from pallas_kernels.dequantize import triton as dequantize
-from qvg_jax import capability
-from qvg_jax.attention import api as attend_module
+from qvg_jax import backends
+from qvg_jax.attention import choice
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.formats import scheme_of
@@ -199,7 +199,7 @@ def test_attention_equals_the_reference(head_dim, splits):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """As on a GPU with jax_triton, which only lowering would need."""
-    for module in (capability, attend_module):
+    for module in (backends, choice):
         monkeypatch.setattr(module, "no_triton", lambda: None)
     for api in (attention_api, dequantize_api):
         monkeypatch.setattr(api, "missing", lambda: None)
@@ -250,7 +250,7 @@ def test_attend_equals_xla(name, monkeypatch, on_a_gpu):
             ),
         )
         ours = mosaic.attend_kernels(
-            q, view, k, v, i32(0), f32(128**-0.5), narrow=False, implementation="triton"
+            q, view, k, v, i32(0), f32(128**-0.5), fp8=False, implementation="triton"
         )
     assert ours.shape == right.shape and ours.dtype == jnp.bfloat16
     assert float(jnp.linalg.norm(ours.astype(f32) - right)) < 1e-2 * float(jnp.linalg.norm(right))
@@ -264,7 +264,7 @@ def test_what_is_missing_is_named(monkeypatch):
         message = "implementation='triton': .* cpu; .*compute capability 8.0.*'xla' serves it"
         with pytest.raises(NotImplementedError, match=message):
             attend(q, cache, q, q, **args)
-    monkeypatch.setattr(attend_module, "no_triton", lambda: None)
+    monkeypatch.setattr(choice, "no_triton", lambda: None)
     with pytest.raises(NotImplementedError, match="q has dtype float32"):
         attend(q.astype(f32), cache, q, q, **args)
     source, scheme = encoded("qvg", 2, 64)

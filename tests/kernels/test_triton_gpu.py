@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dequantize import Rotation, Spans, decode_keys, decode_values
-from qvg_jax.capability import no_triton
+from qvg_jax.backends import no_triton
 from qvg_jax.codecs import presets
 from tests.kernels.test_kernels_gpu import _layers
 from tests.support.kernel_cases import (

@@ -1,0 +1,146 @@
+"""What reads a cache: the implementations of `attend` in order of preference, and `explain`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from qvg_jax.attention import xla
+from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.view import CacheView
+
+__all__ = ["CANDIDATES", "Explanation", "choose", "explain"]
+
+ALIASES = {"mosaic_fp8": ("mosaic", "fp8")}  # names of earlier releases
+
+
+class _Call(NamedTuple):
+    """What decides who serves a call of `attend`."""
+
+    view: CacheView
+    q_BTHD: Array
+
+
+def _no_kernels(
+    call: _Call, no_device: Callable[[], str | None], fp8: bool, decoding: str
+) -> str | None:
+    """The reason why kernels do not serve a call, or None if they do.
+
+    `no_device()` is the reason why they cannot run here. It is asked before they are imported, as
+    Mosaic takes long.
+    """
+    if call.view.cache.layout.key_bias is not None:
+        return "the cache has a key_bias, which the kernels do not add"
+    if (why := no_device()) is not None:
+        return why
+    from qvg_jax.attention import kernels
+
+    why = kernels.unsupported(call.view, call.q_BTHD, fp8)
+    if why is None and decoding == "kernels":
+        why = kernels.undecodable(call.view)
+    return why
+
+
+def _no_cudnn(call: _Call) -> str | None:
+    from qvg_jax.attention import cudnn
+
+    return cudnn.unsupported(call.view, call.q_BTHD)
+
+
+def _mosaic(precision: str, decoding: str, named: bool | None) -> Candidate:
+    def why_not(call: _Call) -> str | None:
+        return _no_kernels(call, lambda: no_hopper(), precision == "fp8", decoding)
+
+    return Candidate("mosaic", why_not, precision, decoding, named)
+
+
+# In order of preference. Who names "mosaic" or "triton" has spans decoded by them, or an error; who
+# names nothing may get the attention of the one and the decoding of XLA.
+CANDIDATES = (
+    _mosaic("bf16", "kernels", None),
+    _mosaic("fp8", "kernels", True),
+    _mosaic("bf16", "xla", False),
+    Candidate("cudnn", _no_cudnn, "bf16", "xla"),
+    Candidate(
+        "triton", lambda call: _no_kernels(call, lambda: no_triton(), False, "kernels"), "bf16",
+        "kernels", named=True,
+    ),
+    Candidate("xla", lambda call: xla.unsupported(call.view), None, "xla"),
+)  # fmt: skip
+
+
+def choose(
+    view: CacheView, q_BTHD: Array, implementation: str | None, precision: str | None
+) -> Choice:
+    """The choice for a call of `attend`; see there for names and errors."""
+    if implementation in ALIASES:
+        implementation, implied = ALIASES[implementation]
+        if precision not in (None, implied):
+            raise ValueError(f"precision={precision!r} beside implementation='mosaic_fp8'")
+        precision = implied
+    names = dict(implementation=implementation, precision=precision)
+    return resolve(CANDIDATES, _Call(view, q_BTHD), **names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What would serve a call of `attend`, and why nothing else would.
+
+    Attributes:
+        implementation: "mosaic", "cudnn", "triton" or "xla".
+        precision: "bf16" or "fp8", of the matrix products; None is that of the queries.
+        decoding: "kernels" or "xla", by which compressed spans are decoded.
+        others: why each other way does not run: the reason why it cannot, or that it must be named.
+    """
+
+    implementation: str
+    precision: str | None
+    decoding: str | None
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        chosen = Candidate(self.implementation, lambda _: None, self.precision, self.decoding)
+        return "\n".join([f"runs: {chosen}", *(f"not {k}: {v}" for k, v in self.others.items())])
+
+
+def explain(
+    cache: KVCache | CacheView,
+    q_BTHD: Float[Array, "B T Hq D"] | jax.ShapeDtypeStruct,
+    *,
+    implementation: str | None = None,
+    precision: str | None = None,
+) -> Explanation:
+    """Says what `attend` would run for a cache and queries, and why the others would not.
+
+        print(qvg.explain(view, q))
+
+    Nothing is computed.
+
+    Args:
+        cache: the cache, or the view of it that `attend` would be given.
+        q_BTHD: the queries, or their shape and dtype.
+        implementation, precision: as in `attend`.
+
+    Returns:
+        The explanation; `str` gives a line for each way.
+
+    Raises:
+        ValueError, NotImplementedError: as `attend` would.
+    """
+    view = cache if isinstance(cache, CacheView) else cache.view()
+    if isinstance(q_BTHD, jax.ShapeDtypeStruct):
+        q_BTHD = jax.eval_shape(lambda: jax.numpy.zeros(q_BTHD.shape, q_BTHD.dtype))
+    chosen = choose(view, q_BTHD, implementation, precision).chosen
+    others = {}
+    for candidate in CANDIDATES:
+        if candidate == chosen:
+            continue
+        why = candidate.why_not(_Call(view, q_BTHD))
+        after = CANDIDATES.index(candidate) > CANDIDATES.index(chosen)
+        if why is None:
+            why = "it serves the call, and comes later" if after else "it serves if it is named"
+        others[str(candidate)] = why
+    return Explanation(chosen.implementation, chosen.precision, chosen.decoding, others)

@@ -1,0 +1,206 @@
+"""attend on plain XLA: one softmax over the new block, sink, window and compressed spans, anywhere.
+
+For a query q and keys k_t with values v_t in regions R_1, R_2, ... the output is
+    o = sum_t exp(s_t - m) v_t / sum_t exp(s_t - m),   s_t = scale q . k_t,   m = max_t s_t.
+Regions are visited one after another with a running state (m, l, acc) in float32: the largest logit,
+the sum of the weights and the weighted sum of the values. That is the same softmax (Milakov & Gimelshein,
+arXiv 1805.02867; Dao et al., arXiv 2205.14135). So one span is decoded at a time, and never the whole
+history at once. A cache with a `key_bias` adds it to the logits of its spans.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from qvg_jax.cache.key_bias import LogitBias, logit_bias
+from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.rope import Encodings
+from qvg_jax.cache.slots import read_slot
+from qvg_jax.cache.view import CacheView
+
+__all__ = ["attend_xla", "unsupported"]
+
+# Tokens of sink and window that are read together. Small enough to skip most of an empty window,
+# large enough for one matrix product to be worth its call.
+DENSE_CHUNK_TOKENS = 512
+
+# Keys of a decoded span, or of the new block, that meet the queries at once. The float32 logits of 12 heads, 4,680
+# queries and a whole span of 37,440 keys would take 8.4 GB.
+SPAN_CHUNK_TOKENS = 1024
+
+
+class _Running(NamedTuple):
+    """The running softmax of the keys so far, float32; Q counts the queries of a key-value head."""
+
+    m_BHQ: Array  # the largest logit
+    l_BHQ: Array  # sum of exp(logit - m)
+    acc_BHQD: Array  # sum of exp(logit - m) v
+
+
+def unsupported(view: CacheView) -> str | None:
+    """Returns the reason why XLA cannot serve a call, or None if it can."""
+    bias = view.cache.layout.key_bias
+    if bias is not None and bias.factor and isinstance(view.rope, Encodings):
+        return (
+            f"key_bias factor={bias.factor}: Encodings change the norms of queries and keys; "
+            "accepted: factor=0, with any offset"
+        )
+    return None
+
+
+def attend_xla(
+    q_BTHD: Array, view: CacheView, k_BTHD: Array, v_BTHD: Array, layer: Array, scale: Array
+) -> Array:
+    """Returns the output of `attend`; the products are in q's dtype.
+
+    Args:
+        q_BTHD, view, k_BTHD, v_BTHD, layer, scale: as in `attend`; `layer` and `scale` are arrays.
+    """
+    batch = view.cache.layout.batch
+    if q_BTHD.shape[0] == batch:
+        return _attend_branch(q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
+    # Mapping over branches leaves the decoding, which does not depend on them, outside.
+    branches = (x.reshape(-1, batch, *x.shape[1:]) for x in (q_BTHD, k_BTHD, v_BTHD))
+    one = lambda q, k, v: _attend_branch(q, view, k, v, layer, scale)  # noqa: E731
+    return jax.vmap(one)(*branches).reshape(q_BTHD.shape)
+
+
+def _attend_branch(
+    q_BTHD: Array, view: CacheView, k_BTHD: Array, v_BTHD: Array, layer: Array, scale: Array
+) -> Array:
+    """Returns the output for a batch of the cache's size."""
+    lay: Layout = view.cache.layout
+    q_BHTD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+    k_BHTD, v_BHTD = k_BHTD.astype(q_BTHD.dtype), v_BHTD.astype(q_BTHD.dtype)
+    q_BHTD, k_BHTD = view.new(q_BHTD), view.new(k_BHTD)
+    # Query heads that share a key-value head become more queries of that head. In two steps, for
+    # explicitly sharded heads: XLA knows how to split that axis and how to merge the others.
+    q_BHGTD = q_BHTD.reshape(lay.batch, view.heads, -1, *q_BHTD.shape[2:])
+    q_BHQD = q_BHGTD.reshape(lay.batch, view.heads, -1, lay.head_dim)
+
+    # The new block comes first: all of it is visible, so the maximum is finite from here on.
+    run = _visit_long(_nothing(q_BHQD), q_BHQD, k_BHTD, v_BHTD, scale)
+    run = _visit_dense(run, view, q_BHQD, layer, scale)
+    if lay.max_spans:
+        run = _visit_spans(run, view, q_BHQD, layer, scale)
+    out_BHGTD = (run.acc_BHQD / run.l_BHQ[..., None]).reshape(q_BHGTD.shape)
+    out_BHTD = out_BHGTD.reshape(q_BHTD.shape)
+    return jnp.swapaxes(out_BHTD, 1, 2).astype(q_BTHD.dtype)
+
+
+def _nothing(q_BHQD: Array) -> _Running:
+    """Returns the running softmax of no keys: m is -inf, l and acc are zero."""
+    like = q_BHQD.astype(jnp.float32)  # keeps q's sharding
+    return _Running(
+        jnp.full_like(like[..., 0], -jnp.inf), jnp.zeros_like(like[..., 0]), jnp.zeros_like(like)
+    )
+
+
+def _visit(
+    run: _Running,
+    q_BHQD: Array,
+    k_BHTD: Array,
+    v_BHTD: Array,
+    scale: Array,
+    visible_T: Array | None = None,
+    bias: LogitBias | None = None,
+    first: Array | int = 0,
+) -> _Running:
+    """Returns the running softmax with one more set of keys; those where `visible_T` is false are masked.
+
+    With a `bias` the keys are those of its span from token `first` on.
+    """
+    f32 = jnp.float32
+    s_BHQT = jnp.einsum("bhqd,bhtd->bhqt", q_BHQD, k_BHTD, preferred_element_type=f32) * scale
+    if bias is not None:
+        s_BHQT = bias.added(s_BHQT, first)
+    if visible_T is not None:
+        s_BHQT = jnp.where(visible_T[None, None, None, :], s_BHQT, -jnp.inf)
+    m_BHQ = jnp.maximum(run.m_BHQ, s_BHQT.max(-1))
+    p_BHQT = jnp.exp(s_BHQT - m_BHQ[..., None])
+    l_BHQ = p_BHQT.sum(-1)
+    p_BHQT = p_BHQT.astype(v_BHTD.dtype)
+    acc_BHQD = jnp.einsum("bhqt,bhtd->bhqd", p_BHQT, v_BHTD, preferred_element_type=f32)
+    alpha_BHQ = jnp.exp(run.m_BHQ - m_BHQ)
+    return _Running(
+        m_BHQ, run.l_BHQ * alpha_BHQ + l_BHQ, run.acc_BHQD * alpha_BHQ[..., None] + acc_BHQD
+    )
+
+
+def _visit_dense(
+    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, scale: Array
+) -> _Running:
+    """Visits sink and window, in chunks of their valid prefix, so that an empty window costs nothing."""
+    cache, lay = view.cache, view.cache.layout
+    total, valid = (n * lay.block_tokens for n in (lay.dense_blocks, cache.dense_blocks))
+    size = min(total, DENSE_CHUNK_TOKENS)
+
+    def chunk(i, run):
+        # The last chunk is moved back to stay inside the buffer; the mask hides what it repeats.
+        start = jnp.minimum(i * size, total - size)
+        token = start + jnp.arange(size)
+        visible = (token >= i * size) & (token < valid)
+
+        def read(buffer):
+            corner, form = (layer, 0, 0, start, 0), (1, lay.batch, lay.heads, size, lay.head_dim)
+            return lax.dynamic_slice(buffer, corner, form)[0].astype(q_BHQD.dtype)
+
+        # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
+        v_BHTD = jnp.where(visible[None, None, :, None], read(cache.dense_v), 0)
+        table = view.dense_table(start, size)
+        k_BHTD, v_BHTD = view.keys(read(cache.dense_k), table), view.values(v_BHTD, table)
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, visible)
+
+    return lax.fori_loop(0, (valid + size - 1) // size, chunk, run)
+
+
+def _visit_spans(
+    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, scale: Array
+) -> _Running:
+    """Visits the valid compressed spans; K and V of one span are decoded at a time."""
+    cache, lay = view.cache, view.cache.layout
+
+    def span(i, run):
+        slot = (cache.first_span + i) % lay.max_spans
+
+        packed_k, packed_v = (read_slot(x, layer, slot) for x in (cache.span_k, cache.span_v))
+        k_BHTD = lay.key_codec.decode(packed_k, q_BHQD.dtype)
+        v_BHTD = lay.value_codec.decode(packed_v, q_BHQD.dtype)
+        if view.rope is not None:
+            table = view.span_table(slot)
+            # Rotation reads each channel twice; without the barrier XLA decodes it twice.
+            k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
+            if view.heads > lay.heads:
+                v_BHTD = view.values(lax.optimization_barrier(v_BHTD), table)
+        bias = logit_bias(lay.key_bias, lay.key_codec, packed_k, q_BHQD, scale)
+        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, scale, bias)
+
+    return lax.fori_loop(0, cache.num_spans, span, run)
+
+
+def _visit_long(
+    run: _Running,
+    q_BHQD: Array,
+    k_BHTD: Array,
+    v_BHTD: Array,
+    scale: Array,
+    bias: LogitBias | None = None,
+) -> _Running:
+    """Visits a set of keys in pieces of at most `SPAN_CHUNK_TOKENS`, whose logits fit memory."""
+    total = k_BHTD.shape[2]
+    pieces = -(-total // SPAN_CHUNK_TOKENS)
+    if pieces == 1:
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, bias=bias)
+    size = -(-total // pieces)
+
+    def piece(i, run):
+        # The last piece is moved back to stay inside the span; the mask hides what it repeats.
+        start = jnp.minimum(i * size, total - size)
+        k, v = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k_BHTD, v_BHTD))
+        visible = None if total % size == 0 else start + jnp.arange(size) >= i * size
+        return _visit(run, q_BHQD, k, v, scale, visible, bias, start)
+
+    return lax.fori_loop(0, pieces, piece, run)

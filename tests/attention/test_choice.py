@@ -1,0 +1,124 @@
+"""What serves a call of attend, what refuses it, and how that is said."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qvg_jax as qvg
+from qvg_jax import backends
+from qvg_jax.attention import choice, cudnn
+from qvg_jax.backends import Candidate, resolve
+from qvg_jax.cache.key_bias import KeyBias
+
+
+def cache_of(codec="qvg:num_centroids=8", head_dim=128, **settings):
+    key_codec, value_codec = qvg.presets.parse_pair(codec)
+    return qvg.KVCache.create(
+        heads=2, head_dim=head_dim, block_tokens=32, span_blocks=2, max_spans=2, pos_dims=0,
+        key_codec=key_codec, value_codec=value_codec, **settings,
+    )  # fmt: skip
+
+
+def queries(head_dim=128, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((1, 32, 2, head_dim), dtype)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on an H100 with jax_triton; nothing is run."""
+    monkeypatch.setattr(choice, "no_hopper", lambda: None)
+    monkeypatch.setattr(choice, "no_triton", lambda: None)
+    monkeypatch.setattr(backends, "capability", lambda: (9, 0))
+    monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
+
+
+def chosen(cache, q=None, **names):
+    found = choice.explain(cache, queries() if q is None else q, **names)
+    return found.implementation, found.precision, found.decoding
+
+
+def test_the_order_of_preference_on_hopper(hopper):
+    assert chosen(cache_of()) == ("mosaic", "bf16", "kernels")
+    # XLA decodes what kernels do not know, and the attention kernel still runs.
+    assert chosen(cache_of("kivi")) == ("mosaic", "bf16", "xla")
+    # cuDNN takes widths that the kernels do not.
+    assert chosen(cache_of("rtn", head_dim=96), queries(96)) == ("cudnn", "bf16", "xla")
+    assert chosen(cache_of(), queries(dtype=jnp.float32)) == ("xla", None, "xla")
+    assert chosen(cache_of(key_bias=KeyBias(offset=-0.5))) == ("cudnn", "bf16", "xla")
+
+
+def test_ampere_gets_cudnn_and_a_t4_xla(monkeypatch):
+    for capability, name in (((8, 6), "cudnn"), ((8, 9), "cudnn"), ((7, 5), "xla"), (None, "xla")):
+        monkeypatch.setattr(backends, "capability", lambda c=capability: c)
+        monkeypatch.setattr(cudnn, "capability", lambda c=capability: c)
+        assert chosen(cache_of())[0] == name
+
+
+def test_names_choose_precision_and_implementation(hopper):
+    cache = cache_of()
+    fp8 = ("mosaic", "fp8", "kernels")
+    assert chosen(cache, implementation="mosaic") == ("mosaic", "bf16", "kernels")
+    assert chosen(cache, implementation="mosaic", precision="fp8") == fp8
+    assert chosen(cache, precision="fp8") == fp8
+    assert chosen(cache, implementation="mosaic_fp8") == fp8
+    assert chosen(cache, precision="bf16") == ("mosaic", "bf16", "kernels")
+    assert chosen(cache, implementation="triton") == ("triton", "bf16", "kernels")
+    assert chosen(cache, implementation="cudnn") == ("cudnn", "bf16", "xla")
+    assert chosen(cache, implementation="xla") == ("xla", None, "xla")
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (dict(implementation="cuda"), ValueError, "implementation='cuda' is not accepted: give one of"),
+        (dict(precision="int8"), ValueError, "precision='int8' is not accepted"),
+        (dict(implementation="mosaic_fp8", precision="bf16"), ValueError, "beside implementation"),
+        (dict(implementation="xla", precision="fp8"), NotImplementedError,
+         "implementation='xla', precision='fp8': these do not go together; 'mosaic' serves it"),
+    ],
+)  # fmt: skip
+def test_names_that_do_not_exist(hopper, names, error, message):
+    with pytest.raises(error, match=message):
+        choice.explain(cache_of(), queries(), **names)
+
+
+@pytest.mark.parametrize(
+    ("codec", "parts"),
+    [
+        ("qvg-asym:num_centroids=8", ["the key codec qvg-asym", "zero points"]),
+        ("quarot", ["the key codec quarot", "hadamard"]),
+        ("qvg:num_centroids=8:scale_dtype=bf16", ["key codec", "bf16 scales"]),
+        ("klt", ["the key codec klt"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_a_named_kernel_never_leaves_the_decoding_to_xla(hopper, codec, parts, name):
+    with pytest.raises(NotImplementedError) as error:
+        choice.explain(cache_of(codec), queries(), implementation=name)
+    assert all(part in str(error.value) for part in (*parts, "do not decode")), error.value
+    assert "serves it" in str(error.value)
+
+
+def test_an_explanation_has_a_line_for_each_way(hopper):
+    lines = str(qvg.explain(cache_of("kivi"), queries())).splitlines()
+    assert lines[0] == "runs: mosaic in bf16, spans decoded by xla"
+    assert len(lines) == len(choice.CANDIDATES)
+    assert any(
+        "not mosaic in bf16, spans decoded by kernels: the kernels do not" in x for x in lines
+    )
+    assert any("not xla" in x and "comes later" in x for x in lines)
+
+
+def test_attend_runs_what_is_explained():
+    """On this machine, whatever it is."""
+    cache = cache_of("rtn")
+    x = jnp.ones((1, 32, 2, 128), jnp.bfloat16)
+    found = qvg.explain(cache, x)
+    named = qvg.attend(x, cache, x, x, implementation=found.implementation)
+    assert jnp.array_equal(qvg.attend(x, cache, x, x), named)
+
+
+def test_a_call_that_nothing_serves_says_all_reasons():
+    table = (Candidate("a", lambda _: "a is shut"), Candidate("b", lambda _: "b is far"))
+    with pytest.raises(NotImplementedError, match="a is shut; b is far; nothing serves it"):
+        resolve(table, None)
