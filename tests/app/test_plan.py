@@ -88,6 +88,7 @@ def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
     assert plan.before["text encoder"] > 0 and plan.backend == "cpu" and plan.seconds > 0
 
 
+@pytest.mark.slow
 def test_a_block_of_real_size_needs_no_second_cache():
     """XLA copied the dense K and V of all layers once: 7.5 GB with 30 of them."""
     sizes, temporaries = released_sizes(), {}

@@ -165,6 +165,7 @@ def test_small_frames_are_lossless_and_large_ones_small():
         assert np.abs(shown.astype(int) - image).mean() <= (0 if kind == "png" else 10)
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_from_elsewhere(server):
     with urllib.request.urlopen(server, timeout=20) as answer:
         text = answer.read().decode()
@@ -173,6 +174,7 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     assert loaded == [] and '@import url("http' not in text
 
 
+@pytest.mark.slow
 def test_a_browser_that_goes_away_in_the_middle_of_a_request(server):
     host, port = server.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as half:
@@ -181,6 +183,7 @@ def test_a_browser_that_goes_away_in_the_middle_of_a_request(server):
         assert answer.status == 200
 
 
+@pytest.mark.slow
 def test_a_key_is_a_block_and_the_meter_counts_it(tab):
     me = tab()
     begin = me.settled()
@@ -201,6 +204,7 @@ def test_a_key_is_a_block_and_the_meter_counts_it(tab):
     assert me.page.evaluate("scrollY") == 0  # arrows and space do not scroll
 
 
+@pytest.mark.slow
 def test_keys_that_mean_something_else_do_not_walk(tab):
     me = tab()
     begin = me.settled()
@@ -211,6 +215,7 @@ def test_keys_that_mean_something_else_do_not_walk(tab):
     assert me.settled() == begin
 
 
+@pytest.mark.slow
 def test_a_held_key_goes_on_until_it_is_let_go(tab):
     me = tab()
     begin = me.settled()
@@ -224,6 +229,7 @@ def test_a_held_key_goes_on_until_it_is_let_go(tab):
     assert me.settled() == end + 1
 
 
+@pytest.mark.slow
 def test_many_presses_at_once_leave_the_newest(tab):
     me = tab()
     begin = me.settled()
@@ -236,6 +242,7 @@ def test_many_presses_at_once_leave_the_newest(tab):
     assert me.turn() == f"{end - 1}-d"
 
 
+@pytest.mark.slow
 def test_two_tabs_see_one_walk_and_a_closed_one_lets_go(tab):
     me, you = tab(), tab()
     begin = me.settled()
@@ -255,6 +262,7 @@ def test_two_tabs_see_one_walk_and_a_closed_one_lets_go(tab):
     assert me.blocks() == end + 1
 
 
+@pytest.mark.slow
 def test_a_window_without_the_keyboard_lets_go(tab):
     me = tab()
     begin = me.settled()
@@ -266,6 +274,7 @@ def test_a_window_without_the_keyboard_lets_go(tab):
     me.page.keyboard.up("w")
 
 
+@pytest.mark.slow
 def test_the_codec_changes_mid_walk_for_every_tab(tab):
     me, you = tab(), tab()
     me.page.keyboard.down("d")
@@ -290,6 +299,7 @@ def test_the_codec_changes_mid_walk_for_every_tab(tab):
     me.wait_for_turn(f"{blocks + 1}-s")
 
 
+@pytest.mark.slow
 def test_a_new_world_and_a_seed_that_is_none(tab):
     me = tab()
     me.page.keyboard.press("d")
@@ -308,6 +318,7 @@ def test_a_new_world_and_a_seed_that_is_none(tab):
     me.wait_for_turn(f"{TOUR // 4}-w")
 
 
+@pytest.mark.slow
 def test_the_walk_is_saved_as_mp4(tab, tmp_path):
     me = tab()
     blocks = me.settled()

@@ -8,6 +8,7 @@ from benchmarks import kernels
 from benchmarks.attention_cases import Row
 
 
+@pytest.mark.slow
 def test_other_implementations_are_timed_beside_ours(monkeypatch, capsys):
     monkeypatch.setattr(
         kernels, "ROWS", (Row("tiny", 2, 16, 512, 2), Row("wide", 1, 16, 512, 1, 64))

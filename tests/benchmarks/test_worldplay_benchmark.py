@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_arms_and_limit_at_hardly_any_size(tmp_path):
     argv = ["--tiny", "--layers", "1", "--height", "64", "--width", "64", "--frames", "16"]
     argv += ["--arms", "single,cudnn", "--out", str(tmp_path)]

@@ -34,7 +34,7 @@ from pallas_kernels.dequantize import (
     decode_values,
 )
 from pallas_kernels.dequantize.reference import key_row_of_token
-from qvg_jax.attention.new_block import unit_of
+from qvg_jax.attention.new_block import scale_of
 from tests.support.kernel_cases import (
     E4M3,
     FORMATS,
@@ -90,7 +90,7 @@ def test_keys_in_e4m3_lie_in_a_permutation_of_every_sixteen():
 
 def test_scales_make_e4m3_of_any_magnitude():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 128)), jnp.float32) * 1e-4
-    scale = unit_of(jnp.abs(x).max(axis=(1, 2)))
+    scale = scale_of(jnp.abs(x).max(axis=(1, 2)))
     here = dict(valid=64, dtype=E4M3, implementation="reference")
     y = decode_values(Tokens(x, 0, 2), scale_n=scale, **here).astype(jnp.float32)
     y *= scale[:, None, None]
@@ -175,6 +175,7 @@ def test_attention_compiles_and_updates_its_state_in_place(dtype, head_dim):
     assert text.count("output_operand_alias<") == 3
 
 
+@pytest.mark.slow
 def test_what_the_sanitizer_runs_compiles():
     """Spans and new tokens behind each other, windows, schedules; the rest has tests of its own."""
     names = {name: (f, args) for name, f, args in sanitize.calls()}

@@ -257,6 +257,7 @@ def test_what_fits(capsys):
     assert "Nothing fits: accepted: fewer --cond-frames" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_its_arms_agree(tmp_path, monkeypatch):
     argv = ["--out", str(tmp_path), "--tiny", "--layers", "1", "--height", "16", "--width", "32"]
     argv += ["--arms", "bf16", "--repeats", "1", "--opponents", "merge"]

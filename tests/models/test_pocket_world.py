@@ -126,6 +126,7 @@ def test_own_frames_take_the_place_of_the_newest_blocks():
     assert not bool((same & own[..., None]).any())
 
 
+@pytest.mark.slow
 def test_training_continues_from_weights(trained, tmp_path):
     cfg = train.TrainConfig.smoke()
     _, state = train.init_state(cfg, jnp.float32, trained[3])
@@ -158,6 +159,7 @@ def trained(tmp_path_factory):
     return out, state, rows, weights
 
 
+@pytest.mark.slow
 def test_training_resumes_where_it_stopped(trained):
     out, state, rows, _ = trained
     assert int(state["step"]) == 6
@@ -174,6 +176,7 @@ def test_training_needs_one_length(tmp_path):
         train.train(train.TrainConfig.smoke(), tmp_path, steps=1, minutes=1.0)
 
 
+@pytest.mark.slow
 def test_weights_round_trip_and_bad_files_are_named(trained, tmp_path):
     _, state, _, weights = trained
     cfg, card = params.read_header(weights)
@@ -231,6 +234,7 @@ def test_a_second_order_step_is_exact_where_the_prediction_is_linear_in_the_nois
     np.testing.assert_allclose(sampling.second_order_step(exact(0.7), a, 0.0, 0.7, 0.0), a)
 
 
+@pytest.mark.slow
 def test_given_blocks_pass_through_and_runs_repeat(trained):
     model = params.load_weights(trained[3])
     path = camera.wander(jax.random.key(0), jnp.zeros(3), 24, 64.0)[None]
@@ -252,6 +256,7 @@ def test_given_blocks_pass_through_and_runs_repeat(trained):
     assert int(window.cache.dropped_blocks) == 4
 
 
+@pytest.mark.slow
 def test_evaluation_runs_and_tabulates(trained, tmp_path, capsys):
     small = "--worlds 1 --tour 16 --frames 8 --steps 1 --free 8 --free-tour 8 --free-steps 1"
     argv = ["--out", str(tmp_path), "--weights", str(trained[3]), *small.split()]
