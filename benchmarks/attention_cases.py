@@ -161,6 +161,7 @@ def _official(q, view, k, v):
 READS = {
     "mosaic_fp8": _with("mosaic_fp8"),
     "mosaic": _with("mosaic"),
+    "cudnn": _with("cudnn"),
     "xla": _with("xla"),
     "official style": _official,
 }

@@ -138,7 +138,8 @@ def filled_cache(
     old = [lay.sink_blocks + i for i in range(spans * lay.span_blocks)]
     new = [i for i in range(blocks) if i not in old]
     dense_pos, span_pos = (np.zeros(x.shape, np.float32) for x in (cache.dense_pos, cache.span_pos))
-    dense_pos[:, : dense * block] = np.concatenate([positions(i, block) for i in new], 1)
+    if new:
+        dense_pos[:, : dense * block] = np.concatenate([positions(i, block) for i in new], 1)
     for slot in range(spans):
         here = old[slot * lay.span_blocks : (slot + 1) * lay.span_blocks]
         span_pos[slot] = np.concatenate([positions(i, block) for i in here], 1)
