@@ -62,7 +62,7 @@ def dithered_quantize(
 ) -> Codec:
     """Rounds each token to n = 2^bits even levels that are shifted by a known dither.
 
-    Channels are first divided by their deviations w, the root mean square over the span, so that no
+    Channels are first divided by their deviations w, the mean magnitude over the span, so that no
     loud channel sets the step of the others. Then, per token, with y = x / w and the dither j:
         without zero points: m = 0,                 scale = 2 max |y| / reach
         with zero points:    m = (max y + min y)/2, scale = (max y - min y) / reach
@@ -132,11 +132,7 @@ def dithered_quantize(
         x_BHTD = jnp.where(jnp.isnan(x_BHTD), 0, x_BHTD).astype(jnp.float32)
         finite_BHTD = jnp.isfinite(x_BHTD)
         known_BHTD = jnp.where(finite_BHTD, x_BHTD, 0)
-        # Normalised before squares are taken: they stay inside float32 whatever the size of x.
-        whole_BH = span_exponent(known_BHTD)
-        unit_BHTD = times_power_of_two(known_BHTD, -whole_BH)
-        mean_BHD = jnp.sqrt(jnp.mean(jnp.square(unit_BHTD), axis=2))
-        w_BHD = times_power_of_two(mean_BHD, whole_BH).astype(jnp.bfloat16)
+        w_BHD = jnp.sum(jnp.abs(known_BHTD) / x_BHTD.shape[2], axis=2).astype(jnp.bfloat16)
         w_BH1D = w_BHD.astype(jnp.float32)[:, :, None]
         y_BHTD = x_BHTD / jnp.where(w_BH1D > 0, w_BH1D, 1)
         inside_BHTD = jnp.where(finite_BHTD, y_BHTD, 0)
