@@ -67,7 +67,9 @@ def world_codec(name: str, **settings) -> tuple[Codec, Codec]:
     Raises:
         ValueError: an unknown name, with the known ones, or a setting that is not accepted.
     """
-    defaults = dict(num_centroids=16) if name.startswith(("qvg", "midrise", "trellis")) else {}
+    defaults = (
+        dict(num_centroids=16) if name.startswith(("qvg", "midrise", "trellis", "dither")) else {}
+    )
     return presets.pair(name, **(defaults | settings))
 
 

@@ -69,6 +69,8 @@ def _known_parts(storage: Storage | None) -> tuple[Centroids, Levels] | str:
         return f"{centroids} before the codes; {known}"
     if isinstance(codes, str):
         return f"{codes}; {known}"
+    if centroids.fit.equalize:
+        return f"channels made equal for distances; {known}"
     if isinstance(codes, Values):
         return f"plain values in {codes.dtype}; {known}"
     if codes.zero_points:

@@ -204,6 +204,8 @@ PRESETS: dict[str, Callable[..., Codec]] = {
     "qvg-pro": qvg_pro,
     "qvg-pro-4bit": _at_4_bits(qvg_pro),
     "qvg-asym": qvg_asymmetric,
+    "dither": own.dither,
+    "dither-asym": own.dither_asymmetric,
     "rtn": rtn,
     "rtn-4bit": _at_4_bits(rtn),
     "quarot": published.quarot,

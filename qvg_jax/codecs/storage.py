@@ -79,6 +79,7 @@ class Lloyd:
     cold_iters: int
     warm_start: bool
     reseed: bool
+    equalize: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from qvg_jax.codecs.quantize.allocated import AllocatedPacked, allocated_quantize
 from qvg_jax.codecs.quantize.by_energy import ByEnergyPacked, by_energy
+from qvg_jax.codecs.quantize.dithered import DitheredPacked, dithered_quantize
 from qvg_jax.codecs.quantize.grid import GridPacked, grid_quantize
 from qvg_jax.codecs.quantize.heads import HeadsPacked, heads_as_channels, heads_as_tokens
 from qvg_jax.codecs.quantize.integer import IntegerPacked, residual_quantize
@@ -14,6 +15,7 @@ from qvg_jax.codecs.quantize.trellis import TrellisPacked, trellis_quantize
 __all__ = [
     "AllocatedPacked",
     "ByEnergyPacked",
+    "DitheredPacked",
     "GridPacked",
     "HeadsPacked",
     "IntegerPacked",
@@ -23,6 +25,7 @@ __all__ = [
     "TrellisPacked",
     "allocated_quantize",
     "by_energy",
+    "dithered_quantize",
     "grid_quantize",
     "heads_as_channels",
     "heads_as_tokens",

@@ -76,6 +76,7 @@ def kmeans_smoothing(
     centroid_dtype: FormatLike = "bf16",
     warm_start: bool = True,
     reseed: bool = False,
+    equalize: bool = False,
 ) -> Smoothing:
     """Subtracts from every token its nearest centroid; S stages repeat it on the residual.
 
@@ -108,6 +109,9 @@ def kmeans_smoothing(
         reseed: let a centroid that attracts at most one token in the first iteration restart at a
             badly served token, see `lloyd`. Matters when few tokens share a centroid or when the
             content moved on since the previous span.
+        equalize: measure distances in channels that are divided by their mean absolute deviation over
+            the span, so that ids do not depend on the size of channels and no loud one decides
+            alone. What is stored has the same form.
 
     Returns:
         A `Smoothing` that stores ids (uint8 for K <= 256, uint16 above; S x T per head) and
@@ -163,9 +167,13 @@ def kmeans_smoothing(
                 previous_BHKD = state.centroids_BHSKD[:, :, s].astype(jnp.float32)
                 c_BHKD = jnp.where(state.warm, previous_BHKD, c_BHKD)
                 n = iters if iters == cold_iters else jnp.where(state.warm, iters, cold_iters)
+            if equalize:
+                size_BH1D = _deviations(tokens_BHTD, used_BHT)
+                tokens_BHTD, c_BHKD = tokens_BHTD / size_BH1D, c_BHKD / size_BH1D
             c_BHKD = lloyd(tokens_BHTD, c_BHKD, n, used_BHT=used_BHT, reseed=reseed)
+            c_BHKD = c_BHKD * size_BH1D if equalize else c_BHKD
             codes_BHKD, steps, c_BHKD = store_table(c_BHKD, form)
-            ids_BHT, _ = assign(tokens_BHTD, c_BHKD)
+            ids_BHT, _ = assign(tokens_BHTD, c_BHKD / size_BH1D if equalize else c_BHKD)
             picked_BHTD = rows(c_BHKD, ids_BHT).astype(jnp.float32)
             residual_BHTD = residual_BHTD.astype(jnp.float32) - picked_BHTD
             ids.append(ids_BHT.astype(id_dtype))
@@ -192,7 +200,18 @@ def kmeans_smoothing(
         per_head = t * id_dtype.itemsize + table_nbytes(form, num_centroids, d)
         return b * h * stages * per_head
 
-    fit = Lloyd(iters, cold_iters, warm_start, reseed)
+    fit = Lloyd(iters, cold_iters, warm_start, reseed, equalize)
     storage = Centroids(num_centroids, stages, form, fit)
     name = f"kmeans{num_centroids}" + (f"x{stages}" if stages > 1 else "")
     return Smoothing(init, encode, decode, nbytes, name, storage)
+
+
+def _deviations(x_BHTD: Array, used_BHT: Array) -> Float[Array, "B H 1 D"]:
+    """Returns each channel's mean absolute deviation over the used tokens; 1 for a constant channel."""
+    used_BHT1 = used_BHT[..., None]
+    share_BH11 = 1 / jnp.maximum(jnp.sum(used_BHT1, axis=2, keepdims=True), 1)
+    x_BHTD = x_BHTD.astype(jnp.float32)  # zero where a token is not used
+    mean_BH1D = jnp.sum(x_BHTD * share_BH11, axis=2, keepdims=True)
+    away_BHTD = jnp.where(used_BHT1, jnp.abs(x_BHTD - mean_BH1D), 0)
+    size_BH1D = jnp.sum(away_BHTD * share_BH11, axis=2, keepdims=True)
+    return jnp.where(size_BH1D > 0, size_BH1D, 1)
