@@ -1,5 +1,6 @@
 """WorldPlay's pose strings, actions and the retrieval of frames by their cameras."""
 
+import numpy as np
 import pytest
 
 from models.worldplay.cameras import CameraPath, action_ids, walk
