@@ -18,7 +18,7 @@ ALIASES = {"mosaic_fp8": ("mosaic", "fp8")}  # names of earlier releases
 
 
 class _Call(NamedTuple):
-    """What decides who serves a call of `attend`."""
+    """The parts of a call of `attend` that decide which implementation serves it."""
 
     view: CacheView
     q_BTHD: Array
@@ -75,7 +75,7 @@ CANDIDATES = (
 def choose(
     view: CacheView, q_BTHD: Array, implementation: str | None, precision: str | None
 ) -> Choice:
-    """The choice for a call of `attend`; see there for names and errors."""
+    """The choice for a call of `attend`, whose docstring has the names and errors."""
     if implementation in ALIASES:
         implementation, implied = ALIASES[implementation]
         if precision not in (None, implied):

@@ -26,7 +26,7 @@ __all__ = ["Workspaces", "attend_cudnn", "unsupported"]
 
 @dataclasses.dataclass(frozen=True)
 class Workspaces:
-    """How much one call of cuDNN reads; results differ by rounding only.
+    """Sizes of what one call of cuDNN reads; results differ by rounding only.
 
     Attributes:
         dense_bytes: K and V of sink and window. All of them are rotated, the empty ones too.
@@ -40,7 +40,7 @@ class Workspaces:
 
 
 def unsupported(view: CacheView, q_BTHD: Array) -> str | None:
-    """Why cuDNN cannot serve this call, or None if it can."""
+    """The reason why cuDNN cannot serve a call, or None if it can."""
     lay: Layout = view.cache.layout
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q has dtype {q_BTHD.dtype}; cuDNN reads bfloat16 and float16"
@@ -71,7 +71,7 @@ def attend_cudnn(
     backend: str = "cudnn",
     workspaces: Workspaces = Workspaces(),
 ) -> Float[Array, "R T Hq D"]:
-    """`attend` for calls that are not `unsupported`.
+    """The output of `attend` through cuDNN, for calls that are not `unsupported`.
 
     Args:
         q_BTHD, view, k_BTHD, v_BTHD, layer, scale: as in `attend`; `layer` and `scale` are arrays.
@@ -123,8 +123,8 @@ def attend_cudnn(
         alone = dict(parts=parts, backend=backend)
         run = visit(no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, **alone)
         run = Softmax(*(_behind(x.reshape(branches, rows, *x.shape[1:]), 1) for x in run))
-    # Loops, also where there is at most one step: a condition becomes a part of a CUDA graph, which cost
-    # the host of an H100 0.1 to 0.7 ms more in each call than a loop that looks at a counter.
+    # Loops, also where there is at most one step: a loop that looks at a counter, and no condition, which
+    # would become a node of a CUDA graph.
     if lay.max_spans:
         some = lambda i, run: visit_keys(run, reader.spans(i), offset)  # noqa: E731
         run = lax.fori_loop(0, reader.valid_groups(), some, run)
@@ -182,7 +182,7 @@ class _Reader:
         return jnp.where(cache.num_spans > 0, parts, jnp.maximum(parts, 1))
 
     def valid_groups(self) -> Array:
-        """Groups of spans that hold one."""
+        """The number of groups that hold a valid span."""
         return (self.view.cache.num_spans + self.at_once - 1) // self.at_once
 
     def dense(self, i: Array) -> _Keys:
@@ -267,7 +267,7 @@ class _Reader:
 
 
 def _behind(x_N: Array, axis: int) -> Array:
-    """Arrays x_N[0], x_N[1], ... behind each other along `axis` of theirs."""
+    """The arrays x_N[0], x_N[1], ... concatenated along their own `axis`."""
     x = jnp.moveaxis(x_N, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 

@@ -35,13 +35,13 @@ class Softmax(NamedTuple):
 
 
 def no_keys(q_nQD: Array) -> Softmax:
-    """Attention to no key at all."""
+    """The result of attention to no key at all: a log-sum-exp of -inf."""
     like = q_nQD.astype(jnp.float32)  # keeps q's sharding
     return Softmax(jnp.zeros_like(like), jnp.full_like(like[..., 0], -jnp.inf))
 
 
 def parts_for(rows: int, queries: int, keys: int, multiprocessors: int) -> int:
-    """Into how many parts a call's keys are split, so that few multiprocessors wait at its end."""
+    """The number of parts into which a call's keys are split, so that few multiprocessors wait at its end."""
     tiles = rows * -(-queries // _TILE_QUERIES)
 
     def cost(parts: int) -> float:

@@ -22,7 +22,7 @@ E4M3 = jnp.float8_e4m3fn
 
 
 def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | str:
-    """How the codec's bytes decode; None for plain bf16, or which part of them the kernels cannot read.
+    """The scheme by which kernels decode a codec's bytes, None for plain bf16, or a reason why they cannot.
 
     Args:
         codec: of keys or values; its `storage` is what it declares.
@@ -75,7 +75,7 @@ def _known_parts(storage: Storage) -> tuple[Centroids | None, Levels | Values] |
 
 
 def _forms(scheme: Scheme, head_dim: int, centroids: Centroids | None) -> Encoded:
-    """Arrays of one token, for what `supported` looks at."""
+    """Shapes of the arrays of one token, which `supported` checks."""
     form: Any = jax.ShapeDtypeStruct
     ids = None
     if centroids is not None:
@@ -90,7 +90,7 @@ def _forms(scheme: Scheme, head_dim: int, centroids: Centroids | None) -> Encode
 
 
 def encoded(packed: Any) -> Encoded | Array:
-    """Arrays with all leading axes in one; float8 as bytes."""
+    """A packed span's arrays as kernels read them: leading axes flattened into rows, float8 as bytes."""
     *before, last = packed if type(packed) is tuple else (packed,)
     kmeans = before[0] if before else None
     flat = lambda x, keep: x.reshape(-1, *x.shape[x.ndim - keep :])  # noqa: E731
@@ -109,7 +109,9 @@ def encoded(packed: Any) -> Encoded | Array:
 
 
 def halves(packed: Any) -> Encoded:
-    """As `encoded`, each row's vectors as those of two rows: their first channels, then the others.
+    """A packed span of vectors that join two heads, as kernels read it: one row for each head.
+
+    Each row of `encoded` becomes two: the first half of its channels, then the second half.
 
     It copies, so it is for one span and not for all slots.
     """
@@ -136,7 +138,7 @@ def halves(packed: Any) -> Encoded:
 
 
 def _bytes(x: Any) -> Array:
-    """The array, or the bytes of a float8 one, in a slot or not."""
+    """The array itself, or the bytes of a float8 array, whether it lies in a slot or not."""
     if isinstance(x, Float8Bytes):
         return x.bytes_x
     return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == E4M3 else x

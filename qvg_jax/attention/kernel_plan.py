@@ -1,4 +1,7 @@
-"""How `attend_kernels` spends kernel calls, memory and waiting; results differ by rounding only."""
+"""Plans of `attend_kernels`: how many spans a kernel call reads, and in how much memory.
+
+Results under different plans differ by rounding only.
+"""
 
 import dataclasses
 
@@ -15,7 +18,7 @@ _LEAST_BYTES = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What may be done at once.
+    """The order and size of the kernel calls of one attention call.
 
     Attributes:
         even: whether only the queries of the last wave of blocks share their keys
@@ -37,7 +40,7 @@ class Plan:
     joined: bool = False
 
     def spans_at_once(self, lay: Layout, heads: int, dtype: jnp.dtype) -> int:
-        """Spans of a group; spans that fill no whole sixteens of tokens go alone."""
+        """The number of spans of a group; spans that fill no whole sixteens of tokens go alone."""
         if lay.span_tokens % 16 or lay.max_spans < 2:
             return 1
         one = _bytes(lay, heads, lay.span_tokens, dtype)
@@ -45,7 +48,7 @@ class Plan:
         return -(-lay.max_spans // -(-lay.max_spans // most))  # groups of nearly equal size
 
     def dense_parts(self, lay: Layout, heads: int, dtype: jnp.dtype) -> list[tuple[int, int]]:
-        """First token and number of tokens of each part of sink and window, read in bf16."""
+        """The first token and the number of tokens of each part of sink and window, read in bf16."""
         total = lay.dense_blocks * lay.block_tokens
         if not self.cut or not lay.max_spans:
             return [(0, total)]

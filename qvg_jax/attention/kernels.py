@@ -1,4 +1,4 @@
-"""attend on the GPU kernels: from a cache view and a new block to one running softmax over all keys.
+"""Attention by the GPU kernels: one running softmax over the new block, sink, window and spans.
 
 Spans are decoded one or a few at a time into a workspace (`workspaces`), which one kernel attends to.
 """
@@ -61,7 +61,7 @@ def undecodable(view: CacheView) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What every phase of a call needs.
+    """The constants of one call of `attend_kernels`, which all of its phases need.
 
     Attributes:
         view, layer: what is read.
@@ -122,7 +122,7 @@ def attend_kernels(
     implementation: str = "mosaic",
     plan: Plan = MEASURED,
 ) -> Array:
-    """`attend` for what is not `unsupported`, by the kernels of `implementation`.
+    """The output of `attend` by GPU kernels, for calls that are not `unsupported`.
 
     Spans are decoded into a workspace and merged into one running softmax. With `fp8` they and the
     new block are attended in e4m3; sink and window always in bf16, as nothing bounds their values but
@@ -168,7 +168,7 @@ def attend_kernels(
 
 
 def _splits(call: _Call, queries: Queries, count: int, new_tokens: int) -> int | Schedule:
-    """Into how many parts the keys of a visit are split, so that every multiprocessor has work."""
+    """The number of parts into which the keys of a visit are split, so that every multiprocessor has work."""
     fp8 = call.dtype != jnp.bfloat16
     typical = call.spans_at_once * call.layout.span_tokens if call.layout.max_spans else new_tokens
     about = (typical, max(1, call.groups), fp8, num_sms())
@@ -178,7 +178,10 @@ def _splits(call: _Call, queries: Queries, count: int, new_tokens: int) -> int |
 
 
 def _reader(call: _Call) -> Callable[..., Any] | None:
-    """read(slot, valid, new=None): scales and workspaces of spans; None for a cache without spans."""
+    """The function that brings spans into workspaces, None for a cache without spans.
+
+    `read(slot, valid, new=None)` returns scales, keys and values.
+    """
     if not call.layout.max_spans:
         return None
     make = of_spans if call.kernels_read else of_spans_by_xla
@@ -255,7 +258,7 @@ def _zero_after(refs: list[Any]) -> Array:
 
 
 def _joined(x: Array, branches: int, axis: int = 0) -> Array:
-    """Rows of all branches as more queries of a branch's rows: (R n, Q) to (n, R Q) at `axis`."""
+    """The rows of all branches as more queries of one branch's rows: (R n, Q) to (n, R Q) at `axis`."""
     *before, _, queries = x.shape[: axis + 2]
     apart = x.reshape(*before, branches, -1, queries, *x.shape[axis + 2 :])
     rows = apart.shape[axis + 1]

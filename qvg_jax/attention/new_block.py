@@ -1,4 +1,4 @@
-"""The new tokens of a call of `attend` on their way into a workspace of the kernels."""
+"""The new tokens of a call of `attend`, and how they come into a workspace of the kernels."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def scale_of(bound: Array) -> Array:
 
 
 def pairing_in(view: CacheView) -> str | None:
-    """Which channels a view's rope turns together, or None if kernels cannot turn them."""
+    """The pairing of channels that a view's rope rotates, or None if kernels cannot rotate them."""
     if not isinstance(view.rope, Rope):
         return "half"
     return view.rope.pairing
@@ -92,7 +92,10 @@ class NewBlock:
 def new_block(
     view: CacheView, k_BTHD: Array, v_BTHD: Array, dtype: Any, implementation: str
 ) -> NewBlock:
-    """Of what `attend` is given; its batch may be a multiple of the cache's."""
+    """The new tokens of a call of `attend` as a `NewBlock`.
+
+    Their batch may be a multiple of the cache's: the branches of guidance.
+    """
     batch, tokens, heads, d = k_BTHD.shape
     rows, fp8 = batch * heads, dtype != jnp.bfloat16
     k_BTHD, v_BTHD = k_BTHD.astype(jnp.bfloat16), v_BTHD.astype(jnp.bfloat16)

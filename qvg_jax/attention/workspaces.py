@@ -38,7 +38,7 @@ __all__ = ["by_kernels", "of_dense", "of_spans", "of_spans_by_xla"]
 
 @dataclasses.dataclass(frozen=True)
 class _Spans:
-    """Keys or values of all spans, and bounds of one layer's rows; None in bf16."""
+    """Keys or values of all spans, and a bound of each row of one layer (None where spans are read in bf16)."""
 
     source: Any
     scheme: Scheme | None
@@ -86,7 +86,7 @@ def _rotated_by_kernels(view: CacheView) -> bool:
 
 
 def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: Any) -> Array:
-    """Keys or values, padded to a workspace, through an encoding: rows of all its heads."""
+    """Keys or values, padded to a workspace and encoded by XLA, as rows of all heads that attention sees."""
     more = padded(x_BHTD.shape[2]) - x_BHTD.shape[2]
     x_BHTD = jnp.pad(x_BHTD, ((0, 0), (0, 0), (0, more), (0, 0)))
 
@@ -100,7 +100,7 @@ def _through_xla(encode: Callable[[Array, Any], Array], x_BHTD: Array, table: An
 def _of_rows(
     k_nTD: Array, v_nTD: Array, tokens: int, dtype: Any, implementation: str
 ) -> tuple[Any, Array, Array]:
-    """((scale of keys, of values), keys, values) of bf16 ones in e4m3."""
+    """The scales of keys and of values, and keys and values in e4m3, from bf16 ones."""
     scales = [scale_of(jnp.abs(x).max(axis=(1, 2))) for x in (k_nTD, v_nTD)]
     here = dict(valid=tokens, dtype=dtype, implementation=implementation)
     k, v = (Tokens(x, 0, x.shape[0]) for x in (k_nTD, v_nTD))
@@ -141,7 +141,9 @@ def of_dense(
 
 
 def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> Callable[..., Any]:
-    """read(slot, valid, new=None): scales and workspaces of a span, decoded and rotated by the kernels.
+    """The function that decodes and rotates spans by kernels: `read(slot, valid, new=None)`.
+
+    It returns the scales of keys and values, and their workspaces.
 
     Given several slots, their spans lie behind each other, and their scales are those of all spans.
     With a `NewBlock` its tokens lie behind the valid ones, a multiple of 16.
@@ -191,7 +193,10 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
 def of_spans_by_xla(
     view: CacheView, layer: Array, dtype: Any, implementation: str
 ) -> Callable[[Array, int], Any]:
-    """read(slot, valid) for other codecs and encodings: what the kernels cannot do, XLA does."""
+    """The function that brings a span into workspaces with the help of XLA: `read(slot, valid)`.
+
+    For codecs that the kernels do not decode, and for encodings that they do not apply.
+    """
     cache, lay = view.cache, view.cache.layout
     rows, spans = lay.batch * lay.heads, None
     bounded = isinstance(view.rope, Encodings) and view.rope.growth is not None

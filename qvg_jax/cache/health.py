@@ -1,4 +1,4 @@
-"""What the host asks a cache: is anything wrong, and how many bytes is that."""
+"""Questions of the host to a cache: whether anything is wrong with it, and how many bytes it takes."""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -19,7 +19,7 @@ __all__ = ["recode"]
 def recode(
     cache: KVCache, key_codec: Codec, value_codec: Codec, key: PRNGKeyArray | None = None
 ) -> KVCache:
-    """The same memory under other codecs; sink and window are uncompressed and stay as they are.
+    """A cache with the same contents under other codecs; sink and window are uncompressed and stay as they are.
 
     Spans are encoded oldest first, each from the state that the one before left and with the
     randomness that `compress` would have given it. So a cache that comes from `identity` has

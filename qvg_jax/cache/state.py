@@ -174,6 +174,21 @@ class KVCache:
         """
         return view_of(self, positions_BTP, rope, precompute)
 
+    def __repr__(self) -> str:
+        lay = self.layout
+        codecs = dict.fromkeys(str(codec) for codec in (lay.key_codec, lay.value_codec))
+
+        def count(x: Any) -> str:
+            known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.ndim
+            return str(int(x)) if known else "?"
+
+        spans, dense = count(self.num_spans), count(self.dense_blocks)
+        return (
+            f"KVCache({lay.layers} layers x {lay.batch} x {lay.heads} heads x {lay.head_dim}, blocks of "
+            f"{lay.block_tokens} tokens: {dense} of {lay.dense_blocks} dense, {spans} of {lay.max_spans} "
+            f"spans of {lay.span_blocks} blocks, {' | '.join(codecs)})"
+        )
+
     @property
     def tokens(self) -> Int[Array, ""]:
         """Valid tokens of one layer and batch row, in all regions."""

@@ -384,3 +384,21 @@ def test_evict_says_what_is_wrong():
         evict(small(max_spans=0, window_blocks=4))
     with pytest.raises(ValueError, match="spans=-1 is not accepted"):
         evict(small(), -1)
+
+
+def test_the_repr_of_a_cache_is_short_and_never_fails():
+    cache = KVCache.create(
+        heads=2, head_dim=64, block_tokens=8, span_blocks=2, max_spans=3, pos_dims=0
+    )
+    block = jnp.ones((1, 1, 8, 2, 64))
+    filled = cache
+    for _ in range(6):
+        filled = compress(append(filled, block, block))
+    assert "0 of 3 spans of 2 blocks" in repr(cache)
+    assert "1 of 3 spans" in repr(filled) and "2 heads x 64" in repr(filled)
+    assert len(repr(filled)) < 250
+    seen = []
+    jax.jit(lambda c: seen.append(repr(c)) or c.num_spans)(filled)
+    assert "? of 3 spans" in seen[0]
+    assert "? of 3 spans" in repr(jax.eval_shape(lambda: cache))
+    assert repr(jax.tree.map(lambda x: None, cache)).startswith("KVCache(")

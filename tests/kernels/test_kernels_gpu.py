@@ -285,7 +285,9 @@ def test_a_codec_that_the_kernels_cannot_read_comes_in_by_xla(codec):
     Nothing is named: a named kernel would refuse the levels, the choice takes its attention.
     """
     cache = filled_cache(codec)
-    assert explain(cache.view(), jnp.zeros((1, 96, 2, 128), jnp.bfloat16)).implementation == "mosaic"
+    assert (
+        explain(cache.view(), jnp.zeros((1, 96, 2, 128), jnp.bfloat16)).implementation == "mosaic"
+    )
     ours, right = (_layers(cache, HALF, i) for i in (None, "xla"))
     assert difference(ours, right) < 1e-2
 
