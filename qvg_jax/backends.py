@@ -168,7 +168,10 @@ def resolve(
         return Choice(chosen, refused)
     given = {"implementation": implementation, "precision": precision}
     names = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
-    reasons = "; ".join(dict.fromkeys(refused.values())) or "these do not go together"
+    reasons = "; ".join(dict.fromkeys(refused.values()))
+    if not meant:
+        found = [str(c) for c in candidates if implementation in (None, c.implementation)]
+        reasons = f"these do not go together; there is {', '.join(found)}"
     other, _ = _first([c for c in candidates if c.is_meant(None, None)], call)
     instead = "nothing serves it" if other is None else f"{other.implementation!r} serves it"
     raise NotImplementedError(f"{names + ': ' if names else ''}{reasons}; {instead}")

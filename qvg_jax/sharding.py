@@ -71,6 +71,7 @@ def attend_by_heads(
     axis: str,
     layer: int | Int[Array, ""] = 0,
     implementation: str | None = None,
+    precision: str | None = None,
 ) -> Float[Array, "B T Hq D"]:
     """`attend`, by each device for the heads that it has.
 
@@ -78,7 +79,7 @@ def attend_by_heads(
     on each device as if it were alone; what it would divide anyhow stays without communication.
 
     Args:
-        q_BTHD, k_BTHD, v_BTHD, view, layer, implementation: as for `attend`.
+        q_BTHD, k_BTHD, v_BTHD, view, layer, implementation, precision: as for `attend`.
         axis: name of the mesh axis that divides the heads.
 
     Raises:
@@ -103,7 +104,8 @@ def attend_by_heads(
         heads = view.cache.layout.heads // mesh.shape[axis]
         layout = dataclasses.replace(view.cache.layout, heads=heads)
         view = dataclasses.replace(view, cache=dataclasses.replace(view.cache, layout=layout))
-        return attend(q, view, k, v, layer=layer, implementation=implementation)
+        names = dict(implementation=implementation, precision=precision)
+        return attend(q, view, k, v, layer=layer, **names)
 
     inputs = (apart, specs, apart, apart, everywhere)
     # The kernels do not say on which axes their results vary.

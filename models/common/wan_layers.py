@@ -17,7 +17,7 @@ from models.common.numerics import gelu, rms_norm, standardise
 
 
 class Sizes(Protocol):
-    """What the layers read of a configuration."""
+    """The sizes that the layers read from a model's configuration."""
 
     width: int
     heads: int

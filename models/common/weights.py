@@ -1,4 +1,4 @@
-"""What every model does with its parameters: name them, load them, check files, make random ones.
+"""The parameters of a model: names in checkpoints, loading, checking files, random ones.
 
 WEIGHTS = Weights(Model, RULES)
 model = WEIGHTS.load("model.safetensors", config)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """What the frames of one arm come from."""
+    """The latents of one arm, and what decoding them needs to know."""
 
     arm: str
     latents: Iterator[Any]  # [B, F, Z, Y, X], block by block: given, stored, then new ones
@@ -38,7 +38,7 @@ class _Block(NamedTuple):
 
 @functools.partial(jax.jit, donate_argnames="past")
 def decode_frame(vae: WanVAE, latent_B1ZYX: Any, past: Past | None) -> tuple[jax.Array, Past]:
-    """`decode` of one latent frame."""
+    """One latent frame decoded, in a program of its own: `decode` for a single frame."""
     video, past = vae.decode_stream(latent_B1ZYX, past)
     return to_uint8(video), past
 
@@ -74,7 +74,7 @@ def play(
 
 
 def _made(source: Source, saved: SavedLatents) -> Iterator[_Block]:
-    """Latents as they are made; new ones are on disk before the next block begins."""
+    """Yields blocks of latents as they are made; a new one is on disk before the next begins."""
     frame, number, begin = 0, 0, time.perf_counter()
     for latents_BFZYX in source.latents:
         seconds = time.perf_counter() - begin

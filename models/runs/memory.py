@@ -1,4 +1,4 @@
-"""Device memory of what several models have, from shapes and from compiled programs."""
+"""Device memory of the parts that several models have, from shapes and from compiled programs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def text_kv_bytes(config: Any, rows: int, prompts: int = 1) -> int:
 def with_decoder(
     name: str, held: dict[str, int], block: int, past: int, decoding: int, *, last: bool
 ) -> Need:
-    """What an arm needs whose blocks are decoded by a VAE.
+    """The memory needs of an arm whose blocks a VAE decodes.
 
     Args:
         name: of the arm.

@@ -27,6 +27,12 @@ def check_needed(model: str, options: LatentOptions) -> None:
         raise UserError(f"prompt is missing: model {model} needs --prompt")
     if options.image and getattr(options, "video", None):
         raise UserError("--image and --video: give one of them")
+    if options.precision == "fp8" and options.attention not in (None, "mosaic", "mosaic_fp8"):
+        raise UserError(
+            f"--precision fp8 and --attention {options.attention} do not go together; accepted: mosaic"
+        )
+    if options.precision == "bf16" and options.attention == "mosaic_fp8":
+        raise UserError("--precision bf16 and --attention mosaic_fp8 exclude each other")
     if options.layers is not None and options.weights != RANDOM:
         raise UserError("--layers is for random weights; leave it out")
 
@@ -62,9 +68,7 @@ def attention_of(arm: str, options: LatentOptions) -> str | None:
     """How an arm reads its cache: as asked, but the baseline never with less than its precision."""
     if arm == BASELINE:
         return None
-    if (options.attention, options.precision) == ("mosaic", "fp8"):
-        return "mosaic_fp8"
-    return options.attention
+    return "mosaic_fp8" if options.precision == "fp8" else options.attention
 
 
 def codec_pair(recipe: str) -> tuple[Codec | None, Codec | None]:

@@ -1,4 +1,4 @@
-"""What the commands do once their options are read: this module imports JAX, `cli` does not."""
+"""The work of the commands, once `cli` has read their options; this module imports JAX."""
 
 import contextlib
 import inspect

@@ -24,7 +24,7 @@ __all__ = ["Outcome", "generate"]
 
 
 class Outcome(NamedTuple):
-    """What is there after a run."""
+    """The result of a run: the video, its frames, the report."""
 
     video: Path
     frames: int  # in the video
@@ -101,7 +101,7 @@ def generate(
 
 
 def _drawing(job: Job) -> Callable[[Made, int], UInt8[np.ndarray, "H W 3"]]:
-    """draw(made, i): picture i of a block, as it goes into the video."""
+    """The function `draw(made, i)` that draws picture i of a block as the video shows it."""
     if len(job.arms) == 1 and not job.truth:
         return lambda made, i: made.frames[job.arms[0].name][i]
     count = len(job.arms) + job.truth

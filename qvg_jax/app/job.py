@@ -52,7 +52,7 @@ class Played(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything a run needs to know of a model.
+    """A run of a model: its step or its way of playing an arm, the arms, the path, sizes and report.
 
     Attributes:
         model: its name.
@@ -144,7 +144,7 @@ def lockstep(job: Job) -> Iterator[Made]:
 
 
 def _steps(job: Job) -> Callable[[Arm, Iterator[Any]], Iterator[Played]]:
-    """A job whose step makes frames."""
+    """The `play` of a job whose step makes frames."""
 
     def play(arm, xs):
         blocks = stream(job.step, arm.state, xs)

@@ -1,4 +1,4 @@
-"""What of a run fits into a device's memory, worked out before it runs.
+"""Plans: the device memory that a run needs, worked out before it runs.
 
 Bytes of arrays come from their shapes (`jax.eval_shape`), temporaries from the compiled program.
 """
@@ -35,7 +35,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """The most that is there at once."""
+        """The most bytes that are in use at once."""
         beside = max(self.temporaries.values(), default=0)
         instead = max(self.in_place_of_cache.values(), default=0) - self.held["cache"]
         return sum(self.held.values()) + max(beside, instead)

@@ -1,4 +1,4 @@
-"""What a run measured: frame by frame while it goes on, then report.json and a small table."""
+"""Reports: measurements of a run frame by frame, report.json, and a small table."""
 
 import json
 import os
@@ -174,7 +174,7 @@ def write_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The few numbers that a run is about, a line for each arm."""
+    """The main numbers of a report as text, a line for each arm."""
 
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""What `qvg capture` and `qvg tune` do once their arguments are read."""
+"""The work of `qvg capture` and `qvg tune`, once their arguments are read."""
 
 import dataclasses
 import json

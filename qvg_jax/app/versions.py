@@ -1,4 +1,4 @@
-"""What is installed: for `qvg --version` and for reports."""
+"""Versions of this package and of what it uses, for `qvg --version` and for reports."""
 
 import importlib.metadata
 import platform

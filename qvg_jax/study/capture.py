@@ -127,7 +127,7 @@ def load_captured(path: str | os.PathLike) -> Captured:
 
 
 def rotated(x_BHTD: jax.Array, turn: jax.Array, pairing: str) -> jax.Array:
-    """x turned by the angles whose cosine and sine `turn` holds; x itself where it holds none."""
+    """x rotated by the angles whose cosine and sine `turn` holds; x itself where it holds none."""
     if not turn.shape[-1]:
         return x_BHTD
     cos, sin = (t[:, None] for t in turn)

@@ -44,7 +44,7 @@ CENTROIDS = (16, 32, 64, 128, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a codec does to captured tensors.
+    """Errors and size of a codec on captured tensors.
 
     Attributes:
         recipe: NAME or NAME:SETTING=VALUE:..., as the command takes it.

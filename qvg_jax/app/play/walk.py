@@ -75,7 +75,7 @@ class World:
 
 
 class Meter(NamedTuple):
-    """How large the memory is. Bytes are those of the device's buffers that are in use."""
+    """The size of the memory at one moment. Bytes are those of the device's buffers that are in use."""
 
     bytes: int
     bf16_bytes: int  # K and V of the same tokens in bf16
@@ -138,7 +138,7 @@ class Walk:
         self._stream = self._streamed(world.begin(seed, self._codecs))
 
     def tour(self) -> Iterator[Seen]:
-        """What is left of the real frames, block by block."""
+        """Yields the rest of the real frames, block by block."""
         while self.blocks < self.world.tour_blocks:
             yield self._next(None)
 
