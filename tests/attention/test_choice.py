@@ -74,7 +74,7 @@ def test_names_choose_precision_and_implementation(hopper):
         (dict(precision="int8"), ValueError, "precision='int8' is not accepted"),
         (dict(implementation="mosaic_fp8", precision="bf16"), ValueError, "beside implementation"),
         (dict(implementation="xla", precision="fp8"), NotImplementedError,
-         "implementation='xla', precision='fp8': these do not go together; there is xla, spans decoded by xla; 'mosaic'"),
+         "precision='fp8': these do not go together; there is xla, spans decoded by xla; 'mosaic'"),
     ],
 )  # fmt: skip
 def test_names_that_do_not_exist(hopper, names, error, message):
