@@ -1,6 +1,6 @@
 """Recipes of this library's own, to be measured against the published ones.
 
-Every constructor but `dither` returns (key codec, value codec). Bits per element are for head dim 128.
+Every constructor returns (key codec, value codec). Bits per element are for head dim 128.
 """
 
 from typing import Any
@@ -113,52 +113,58 @@ def dither(
     bits: int = 2,
     num_centroids: int = 256,
     *,
-    zero_points: bool = False,
+    asymmetric: bool = False,
     reach: float | None = None,
     stages: int = 1,
     iters: int = 2,
     cold_iters: int = 5,
     centroid_dtype: FormatLike = "int8",
     warm_start: bool = True,
-) -> Codec:
+    key_gain: str | float = 0.5,
+    value_gain: str | float = "match",
+) -> tuple[Codec, Codec]:
     """Returns k-means and even levels that a dither shifts token by token, both with channels made equal.
 
     bits per element = bits + 8/D + S (8/D + 8 K / T) + 16/T: 2.18 at 2 bits and K = 256 in a span of
     37,440 tokens. Errors of tokens that are alike, as in frames that repeat, cancel in attention, and
     how loud a channel is makes no difference: factors of channels, folded into the weights, come out again.
 
-    Clips: the largest value of a token by up to 7/8 of a step, by 1/14 of one on average (`reach`);
-    with `reach=3` nothing.
+    Clips: a token's largest value falls short by up to a step for some shifts of the grid, by 1/14 of a
+    step on average; see `dithered_quantize`, `reach`.
 
     Args:
         bits: 2, 3 or 4.
         num_centroids: K, at most the tokens of a span.
-        zero_points, reach: as in `dithered_quantize`.
+        asymmetric, reach: as in `dithered_quantize`.
         stages: S.
         iters, cold_iters, warm_start, centroid_dtype: as in `midrise`.
+        key_gain, value_gain: `gain` of `dithered_quantize` for K and for V.
 
     Returns:
-        The codec, for K and for V.
+        (key codec, value codec).
 
     Source: QVG's smoothing (arXiv 2602.02958); the grid: see `dithered_quantize`. Not a published
     recipe.
     """
-    smoothing = kmeans_smoothing(
+    quantizers = [
+        dithered_quantize(bits, asymmetric=asymmetric, reach=reach, gain=gain)
+        for gain in (key_gain, value_gain)
+    ]
+    return _behind_kmeans(
+        quantizers,
         num_centroids,
         iters,
         stages,
         cold_iters=cold_iters,
         centroid_dtype=centroid_dtype,
         warm_start=warm_start,
-        reseed=True,
         equalize=True,
     )
-    return chain(smoothing, dithered_quantize(bits, zero_points=zero_points, reach=reach))
 
 
-def dither_asymmetric(bits: int = 2, zero_points: bool = True, **settings: Any) -> Codec:
-    """Returns `dither` with a zero point per token: 1/16 bit more, less error where tails have one side."""
-    return dither(bits, zero_points=zero_points, **settings)
+def dither_asymmetric(asymmetric: bool = True, **settings: Any) -> tuple[Codec, Codec]:
+    """Returns `dither` with a middle per token: 1/16 bit more, less error where tails have one side."""
+    return dither(asymmetric=asymmetric, **settings)
 
 
 def kmeans_e8(
