@@ -38,8 +38,18 @@ def test_the_command_answers_without_jax():
     assert "jax" not in modules_after(code)
 
 
-def test_the_library_on_a_cpu_loads_no_dialect_of_mosaic():
-    code = "import qvg_jax\nfor name in qvg_jax.__all__: getattr(qvg_jax, name)"
-    ours = modules_after(code) - modules_after("import jax, flax")
+CACHE = """
+import qvg_jax as qvg
+for name in qvg.__all__: getattr(qvg, name)
+qvg.KVCache.create(
+    heads=1, head_dim=64, block_tokens=4, span_blocks=2, max_spans=1, pos_dims=0,
+    key_codec=qvg.presets.get("qvg", num_centroids=4), value_codec=qvg.presets.get("rtn"),
+)
+"""
+
+
+def test_every_name_and_a_cache_load_no_kernel_and_no_dialect_of_mosaic():
+    ours = modules_after(CACHE) - modules_after("import jax, flax")
     assert "qvg_jax.attention.api" in ours
-    assert not [m for m in ours if "mosaic" in m or m.startswith("triton") or "jax_triton" in m]
+    heavy = ("pallas_kernels", "triton", "jax_triton", "jax.experimental.pallas")
+    assert not [m for m in ours if "mosaic" in m or m.startswith(heavy)]
