@@ -77,9 +77,9 @@ def errors(captured: Captured, recipe: str) -> dict[str, float]:
     """Bits, and the errors of K, V and attention's output that the module names."""
     layers, batch, heads, tokens, dim = captured.k_LBHTD.shape
     pair = fitting(recipe, (batch, heads, tokens, dim))
-    exact = captured.k_LBHTD, captured.v_LBHTD
+    exact = [np.asarray(x, np.float32) for x in (captured.k_LBHTD, captured.v_LBHTD)]
     k, v = (restored(c, x, tokens) for c, x in zip(pair, exact, strict=True))
-    whole, share, each = [], [], []
+    whole, each = [], []
     for layer in range(layers):
         turn = [jnp.asarray(t, jnp.float32) for t in (captured.turn_q, captured.turn_k)]
         q = rotated(jnp.asarray(captured.q_LBHQD[layer], jnp.float32), turn[0], captured.pairing)
@@ -92,8 +92,8 @@ def errors(captured: Captured, recipe: str) -> dict[str, float]:
         size_BH1 = np.sqrt(np.mean(np.sum(out**2, -1), -1, keepdims=True))
         each.append((np.linalg.norm(wrong, axis=-1) / size_BH1).ravel())
     share = [
-        float(np.linalg.norm(a - np.asarray(b, np.float32)) / np.linalg.norm(b))
-        for a, b in ((np.asarray(k), exact[0]), (np.asarray(v), exact[1]))
+        float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
+        for a, b in zip((k, v), exact, strict=True)
     ]
     each = np.concatenate(each)
     return dict(

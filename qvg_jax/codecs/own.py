@@ -63,6 +63,9 @@ def midrise(
     bits per element = bits + 8/D + S (8/D + 8 K / T): 2.18 at 2 bits and K = 256 in a span of
     37,440 tokens. Decodes with QVG's operations, (code - 1.5) scale + centroid.
 
+    Clips: at 2 bits residuals beyond 2 root mean squares of their token, which become 1.5 of them;
+    where tails are heavy, that is what matters.
+
     Args:
         bits: 1, 2, 3, 4 or 8.
         num_centroids: K, at most the tokens of a span.
@@ -181,7 +184,8 @@ def kmeans_e8(
 ) -> tuple[Codec, Codec]:
     """Returns k-means and two bits per channel on the E8 lattice, gain-corrected for values.
 
-    The bits of `midrise`, an eighth less error, and a table of 512 bytes in the decoder.
+    The bits of `midrise`, an eighth less error, and a table of 512 bytes in the decoder. Clips: as
+    `midrise`, residuals outside the lattice's ball.
 
     Args:
         num_centroids, stages, iters, cold_iters, centroid_dtype, warm_start: as in `midrise`.
@@ -216,6 +220,8 @@ def klt(
     **settings: Any,
 ) -> tuple[Codec, Codec]:
     """Returns transform coding: each span's principal axes, bits by energy, within a budget of 2.33 bits.
+
+    Clips: coefficients beyond about 1.5 to 2.5 deviations of their axis, by the bits that it has.
 
     Args:
         budget: bits per element of K and V together, everything counted, whatever the span.
@@ -268,7 +274,8 @@ def trellis(
 
     2.33 bits in a span of 1,536 tokens, 2.24 in one of 37,440: 0.84 for keys, the rest for values, which
     all heads of a layer share (`heads_as_channels`, `heads_as_tokens`). For models like pocket world,
-    where values are what hurts; see BENCHMARKS.md.
+    where values are what hurts; see BENCHMARKS.md. Clips: values beyond the largest entry of the
+    trellis's table, a few root mean squares of the token, and keys as `klt`.
 
     Decode of V, per element: shift, mask, a read of a table of 256 bytes, a multiplication, log2 D
     additions of the Hadamard transform, a sign, an addition of the centroid; a row index per token.

@@ -60,6 +60,8 @@ def qvg(
     At 2 bits and K = 256: 6.88x on a LongCat span (29,640 x 128), 6.97x on a Self-Forcing span
     (37,440 x 128), 5.84x on a WorldPlay span (7,040 x 256).
 
+    Clips: residuals beyond +-448, where e4m3 ends, unless `normalize`; nothing below that.
+
     Args:
         bits: bits of a residual code: 2, 3, 4 or 8.
         num_centroids: K, at most the tokens of a span.
@@ -105,7 +107,8 @@ def qvg_asymmetric(
 ) -> Codec:
     """QVG's k-means, then asymmetric integers with all four levels, ends per 128 channels.
 
-    2.30 bits at 2 bits in a span of 37,440 tokens, as QVG.
+    2.30 bits at 2 bits in a span of 37,440 tokens, as QVG. Clips: residuals below -448, unless
+    `normalize`; ends are the smallest and the largest value of a group.
 
     Args:
         bits, num_centroids, **overrides: as in `qvg`.
@@ -153,6 +156,7 @@ def rtn(
 
     bits per element = bits + 8/G: 2.5 (6.40x) and 4.5 (3.56x), the ratios the paper lists for RTN.
     `group=64, mode="asymmetric"` is the stronger variant of equal size to QVG (2.25 bits).
+    Clips: values beyond +-448, where e4m3 ends.
 
     Args:
         bits, group, mode, scale_dtype: as in `residual_quantize`.

@@ -28,7 +28,8 @@ def kivi(
 ) -> tuple[Codec, Codec]:
     """KIVI: keys per channel in blocks of 128 tokens, values per token; no residual of any kind.
 
-    2.25 bits for both K and V at 2 bits, groups of 128 and bfloat16 scale and zero point.
+    2.25 bits for both K and V at 2 bits, groups of 128 and bfloat16 scale and zero point. Clips:
+    nothing, unless `clip` or `percentile` say so.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -63,7 +64,8 @@ def quarot(
 ) -> Codec:
     """QuaRot: a randomised Hadamard rotation, then asymmetric integers per token.
 
-    2.125 bits at 2 bits with e4m3 scale and zero point per 128 channels (group=64: 2.25).
+    2.125 bits at 2 bits with e4m3 scale and zero point per 128 channels (group=64: 2.25). Clips:
+    rotated values below -448, where e4m3 ends.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -86,7 +88,7 @@ def quarot(
 def turboquant(bits: int = 2, *, scale_dtype: FormatLike = "e4m3", seed: int = 0) -> Codec:
     """TurboQuant-style: a random rotation, then the Lloyd-Max grid of a normal density.
 
-    2.0625 bits at 2 bits with the token's RMS in e4m3.
+    2.0625 bits at 2 bits with the token's RMS in e4m3. Clips: rotated values beyond 1.5 of it.
 
     Args:
         bits: 1, 2, 3 or 4.
@@ -119,7 +121,8 @@ def pca(
 ) -> Codec:
     """Mean and rank-4 principal components per span, then asymmetric integers per channel.
 
-    2.33 bits at 2 bits with 2-bit coefficients and bfloat16 ends per 128 tokens of a channel.
+    2.33 bits at 2 bits with 2-bit coefficients and bfloat16 ends per 128 tokens of a channel. Clips:
+    nothing of the residual.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -141,6 +144,8 @@ def pca(
 
 def nvfp4() -> Codec:
     """NVFP4: E2M1 values, an e4m3 scale per 16 channels, a float32 scale per span; 4.5 bits.
+
+    Clips: nothing, scales follow the largest value.
 
     Returns:
         The codec.

@@ -137,7 +137,9 @@ DECLARED = {
         for name in [*presets.PRESETS, *presets.PAIRS]
         for part, codec in zip(
             ("keys", "values"),
-            presets.pair(name, **(SMALL if name.startswith(("qvg", "midrise", "auto")) else {})),
+            presets.pair(
+                name, **(SMALL if name.startswith(("qvg", "midrise", "auto", "dither")) else {})
+            ),
             strict=True,
         )
     },

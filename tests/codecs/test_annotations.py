@@ -15,7 +15,7 @@ def test_annotations_hold():
         import jax, jax.numpy as jnp
         x = jnp.linspace(-1, 1, 2 * 96 * 128).reshape(1, 2, 96, 128).astype(jnp.bfloat16)
         for name in [*presets.PRESETS, *presets.PAIRS]:
-            clusters = any(word in name for word in ("qvg", "midrise", "kmeans", "auto"))
+            clusters = any(word in name for word in ("qvg", "midrise", "kmeans", "auto", "dither"))
             small = {"num_centroids": 4} if clusters else {}
             for codec in presets.pair(name, **small):
                 packed, _ = jax.eval_shape(codec.encode, x, codec.init(x.shape, x.dtype))

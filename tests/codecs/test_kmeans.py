@@ -138,6 +138,26 @@ def test_residual_is_relative_to_what_is_stored(dtype):
     )
 
 
+def test_equal_channels_do_not_depend_on_their_size():
+    x = blobs(5, noise=1.0)
+    factor = np.ones(16, np.float32)
+    factor[[2, 9]] = 16, 1 / 8
+    smoothing = kmeans_smoothing(6, 2, stages=2, equalize=True, centroid_dtype="int8")
+    plain = kmeans_smoothing(6, 2, stages=2, centroid_dtype="int8")
+    encode = jit(smoothing.encode)
+    first, residual, _ = encode(x, smoothing.init(x.shape))
+    second, scaled, _ = encode(x * factor[None, None, None], smoothing.init(x.shape))
+    np.testing.assert_array_equal(first.ids_BHST, second.ids_BHST)
+    np.testing.assert_array_equal(np.asarray(residual) * factor, scaled)
+    unequal, _, _ = jit(plain.encode)(x * factor[None, None, None], plain.init(x.shape))
+    assert (np.asarray(unequal.ids_BHST) != first.ids_BHST).any()
+    # A channel that is constant over the span has no deviation to divide by.
+    still = x.at[..., 3].set(7.0)
+    node, residual, _ = encode(still, smoothing.init(x.shape))
+    assert np.isfinite(residual).all() and np.abs(residual[..., 3]).max() < 0.1
+    np.testing.assert_allclose(smoothing.decode(node, residual), still, atol=1e-5)
+
+
 def test_stages_shrink_the_residual():
     x = blobs(4, noise=1.0)
     norms = []

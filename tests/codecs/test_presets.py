@@ -28,12 +28,16 @@ NAMES = [
     "nvfp4",
     "kivi",
     "midrise",
+    "dither",
+    "dither-asym",
     "kmeans-e8",
     "klt",
     "klt-kmeans",
     "trellis",
 ]
-SMALL = {name: CENTROIDS for name in NAMES if name.startswith(("midrise", "kmeans", "trellis"))}
+SMALL = {
+    name: CENTROIDS for name in NAMES if name.startswith(("midrise", "kmeans", "trellis", "dither"))
+}
 SMALL["klt-kmeans"] = CENTROIDS
 SMALL["trellis"] = CENTROIDS | dict(key_budget=2.0)
 CODECS = {

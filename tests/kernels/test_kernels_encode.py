@@ -213,6 +213,8 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     for codec, message in (
         (chain(smoothing, grid_quantize(grid="lloyd_max")), "lloyd_max levels"),
         (chain(smoothing, residual_quantize(mode="asymmetric")), "zero points"),
+        (chain(kmeans_smoothing(16, equalize=True), grid_quantize()), "channels made equal"),
+        (presets.pair("dither", num_centroids=16)[0], "dithered levels"),
         (chain(smoothing, residual_quantize(bits=3)), "bits=3"),
         (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "f32"),
         (chain(smoothing, smoothing, residual_quantize()), "one kmeans_smoothing"),

@@ -169,7 +169,8 @@ def kmeans_smoothing(
                 n = iters if iters == cold_iters else jnp.where(state.warm, iters, cold_iters)
             if equalize:
                 size_BH1D = _deviations(tokens_BHTD, used_BHT)
-                tokens_BHTD, c_BHKD = tokens_BHTD / size_BH1D, c_BHKD / size_BH1D
+                tokens_BHTD = tokens_BHTD.astype(jnp.float32) / size_BH1D
+                c_BHKD = c_BHKD / size_BH1D
             c_BHKD = lloyd(tokens_BHTD, c_BHKD, n, used_BHT=used_BHT, reseed=reseed)
             c_BHKD = c_BHKD * size_BH1D if equalize else c_BHKD
             codes_BHKD, steps, c_BHKD = store_table(c_BHKD, form)
