@@ -1,10 +1,7 @@
 """Strict and quick settings of JAX for every test."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 # Eight fake devices, so that sharding is tested without hardware. Before JAX is imported.
@@ -16,11 +13,6 @@ os.environ["XLA_FLAGS"] = (
 # Most programs run a few times on tiny sizes, so that a CPU spends its time on compiling them.
 # `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do; the checks of a push say so.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # One folder of compiled programs for the run, which the worker processes inherit.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qvg-compiled-")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
