@@ -27,7 +27,16 @@ from qvg_jax.study.capture import Captured, rotated
 
 __all__ = ["Bench", "Score", "candidates", "draw", "pareto", "restored", "tune"]
 
-CLUSTERED = ("qvg", "qvg-pro", "qvg-asym", "midrise", "midrise-k1v3", "midrise2", "midrise-1bit")
+CLUSTERED = (
+    "qvg",
+    "qvg-pro",
+    "qvg-asym",
+    "dither",
+    "midrise",
+    "midrise-k1v3",
+    "midrise2",
+    "midrise-1bit",
+)
 OTHERS = (
     "rtn",
     "kivi",
