@@ -43,18 +43,12 @@ def fitting(recipe: str, shape: tuple[int, ...]) -> tuple[Codec, Codec]:
         ValueError: what the recipe does not allow on such spans.
     """
     name, settings = parse_recipe(recipe)
-    wanted: list[dict[str, Any]] = [
-        dict(num_centroids=max(1, shape[2] // TOKENS_PER_CENTROID), group=shape[3]),
-        dict(num_centroids=max(1, shape[2] // TOKENS_PER_CENTROID)),
-        dict(group=shape[3]),
-        {},
-    ]
-    if name in ("trellis", "klt"):  # theirs are part of a budget
-        wanted = [{}]
-    why = None
-    for more in wanted:
-        if "group" in more and (name == "qvg" or shape[3] >= 128):
-            more = {k: v for k, v in more.items() if k != "group"}
+    clusters: dict[str, Any] = dict(num_centroids=max(1, shape[2] // TOKENS_PER_CENTROID))
+    if name in ("trellis", "klt"):  # a budget decides
+        clusters = {}
+    narrow = dict(group=shape[3]) if shape[3] < 128 and name != "qvg" else {}
+    why: ValueError | None = None
+    for more in (clusters | narrow, clusters, narrow, {}):
         try:
             pair = presets.parse_pair(written(name, more | settings))
             pair_bits(pair, shape)
