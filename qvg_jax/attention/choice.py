@@ -141,6 +141,11 @@ def explain(
         why = candidate.why_not(_Call(view, q_BTHD))
         after = CANDIDATES.index(candidate) > CANDIDATES.index(chosen)
         if why is None:
-            why = "it serves the call, and comes later" if after else "it serves if it is named"
+            later = after and candidate.named is not True
+            why = (
+                "it serves the call, and comes later"
+                if later
+                else "it serves the call if it is named"
+            )
         others[str(candidate)] = why
     return Explanation(chosen.implementation, chosen.precision, chosen.decoding, others)
