@@ -8,7 +8,7 @@ a minute for each recipe.
 Of (a) and (b) the table has the error of attention's output, relative L2, in the median layer and the worst
 one, and per query, over the head's root mean square output: mean, and what one in a thousand
 exceeds. A span is all tokens of a layer, with as many of them per centroid as 256 centroids have in a span
-of 29,000. Of (c): dB to the frames of the exact run.
+of 29,000. Of (c): dB to the frames of the exact run; only of recipes, not of codecs written as calls.
 """
 
 import argparse
@@ -23,14 +23,25 @@ import numpy as np
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.codecs.base import Codec
-from qvg_jax.codecs.recipes import parse_recipe, written
+from qvg_jax.codecs.recipes import is_recipe, parse_recipe, written
 from qvg_jax.study.capture import Captured, load_captured, rotated
 from qvg_jax.study.stress import stress
 from qvg_jax.study.tune import restored
 
 RECIPES = (
-    "qvg,qvg-asym,kivi,quarot,pca,klt,trellis,midrise,midrise:key_gain=0.5,midrise-k1v3,"
-    "kmeans-e8,dither,dither-asym"
+    "qvg",
+    "qvg-asym",
+    "kivi",
+    "quarot",
+    "pca",
+    "klt",
+    "trellis",
+    "midrise",
+    "midrise:key_gain=0.5",
+    "midrise-k1v3",
+    "kmeans-e8",
+    "dither",
+    "dither-asym",
 )
 TOKENS_PER_CENTROID = 114
 LONG_SPAN = (1, 12, 37_440, 128)
@@ -42,6 +53,8 @@ def fitting(recipe: str, shape: tuple[int, ...]) -> tuple[Codec, Codec]:
     Raises:
         ValueError: what the recipe does not allow on such spans.
     """
+    if not is_recipe(recipe):
+        return presets.parse_pair(recipe)
     name, settings = parse_recipe(recipe)
     clusters: dict[str, Any] = dict(num_centroids=max(1, shape[2] // TOKENS_PER_CENTROID))
     if name in ("trellis", "klt"):  # a budget decides
@@ -164,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measures recipes from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--recipes", default=RECIPES, help="comma-separated")
+    add("--recipes", nargs="+", default=RECIPES, help="or codecs: 'SMOOTHING(...) > ...'")
     add("--seeds", type=int, default=3, help="made-up clips")
     add("--data", type=pathlib.Path, help="captured K, V and Q")
     add("--loop", action="store_true", help="pocket world too")
@@ -174,12 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--factor", type=float, default=8.0, help="of the outlier channels")
     add("--out", type=pathlib.Path, help="a JSON file with all numbers")
     args = parser.parse_args(argv)
-    recipes = args.recipes.split(",")
     evidence: dict[str, list[Captured]] = {"stress": [stress(s) for s in range(args.seeds)]}
     if args.data is not None:
         evidence["data"] = [load_captured(args.data)]
     found: dict[str, dict[str, Any]] = {}
-    for recipe in recipes:
+    for recipe in args.recipes:
         row = found[recipe] = {"bits": pair_bits(presets.parse_pair(recipe), LONG_SPAN)}
         for kind, tensors in evidence.items():
             try:
@@ -188,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
                 row[kind] = f"not possible: {error}"
         print(recipe, row, flush=True)
     if args.loop:
-        for recipe, row in loops(recipes, args).items():
+        for recipe, row in loops([r for r in args.recipes if is_recipe(r)], args).items():
             found[recipe]["loop"] = row
     print(table(found))
     if args.out is not None:

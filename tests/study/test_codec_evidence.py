@@ -10,7 +10,7 @@ from qvg_jax.study.stress import stress
 
 def test_recipes_fit_narrow_heads():
     shape = (1, 6, 4096, 64)
-    for recipe in codec_evidence.RECIPES.split(","):
+    for recipe in codec_evidence.RECIPES:
         assert pair_bits(codec_evidence.fitting(recipe, shape), shape) < 2.7, recipe
     assert codec_evidence.fitting("dither", shape)[0].spec is not None
     assert pair_bits(codec_evidence.fitting("dither", shape), shape) <= 2.33
