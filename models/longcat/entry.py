@@ -12,7 +12,7 @@ __all__ = ["ENTRY", "Options", "PlanOptions"]
 
 NAME = "longcat"
 
-# Source: the file list of the repository meituan-longcat/LongCat-Video.
+# After the files of the repository meituan-longcat/LongCat-Video. Not tried against a hub.
 NEEDS = (
     Download(
         what="the transformer, the video VAE, the text encoder and its tokenizer",

@@ -13,7 +13,7 @@ __all__ = ["ENTRY", "Options", "PlanOptions"]
 NAME = "self-forcing"
 FRAMES = 21
 
-# Source: the download instructions of the repository guandeh17/Self-Forcing.
+# After the download instructions of the repository guandeh17/Self-Forcing. Not tried against a hub.
 NEEDS = (
     Download(
         what="the transformer",

@@ -11,7 +11,7 @@ from qvg_jax.codecs.recommended import recommended
 __all__ = ["ENTRY", "Options", "PlanOptions"]
 
 NAME = "worldplay"
-# Source: the download instructions of the repository Tencent-Hunyuan/HY-WorldPlay.
+# After the download instructions of the repository Tencent-Hunyuan/HY-WorldPlay. Not tried against a hub.
 NEEDS = (
     Download(
         what="the distilled transformer",
