@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Eight fake devices, so that sharding is tested without hardware. Before JAX is imported.
 # Programs run once, so a search for the fastest matrix products on a GPU costs more than it saves.
@@ -33,3 +34,24 @@ def strict_dtypes() -> Iterator[None]:
     """Mixing dtypes without saying so is an error inside the test."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+MAPPED_REGIONS = Path("/proc/self/maps")  # Linux only
+MOST_MAPPED_REGIONS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Drop compiled programs between files once a process holds very many of them.
+
+    A compiled program maps three regions of memory. Linux ends a process with a segmentation
+    fault, inside the compiler, when it asks for more than 65,530 (`vm.max_map_count`).
+    """
+    yield
+    if not MAPPED_REGIONS.exists():
+        return
+    with MAPPED_REGIONS.open("rb") as regions:
+        count = sum(1 for _ in regions)
+    if count > MOST_MAPPED_REGIONS:
+        jax.clear_caches()
+        gc.collect()
