@@ -4,9 +4,9 @@ import dataclasses
 
 from qvg_jax.app.model_entry import (
     CaptureOptions,
-    GenerateOptions,
     ModelEntry,
     PlayOptions,
+    ResumableOptions,
     deferred,
 )
 from qvg_jax.app.option_types import Count, Whole
@@ -18,7 +18,7 @@ NAME = "pocket-world"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(GenerateOptions):
+class Options(ResumableOptions):
     """Options of pocket world.
 
     Attributes:

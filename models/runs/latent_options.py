@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from qvg_jax.app.model_entry import GenerateOptions, PlanOptions
+from qvg_jax.app.model_entry import PlanOptions, ResumableOptions
 from qvg_jax.app.option_types import Count
 
 __all__ = ["LatentOptions", "LatentPlanOptions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentOptions(GenerateOptions):
+class LatentOptions(ResumableOptions):
     """Options of a model that makes latent frames from a prompt.
 
     Attributes:
@@ -25,7 +25,6 @@ class LatentOptions(GenerateOptions):
         layers: layers of a transformer of random weights.
         attention: what reads the cache; the fastest that serves if left out.
         precision: precision in which the cache is read; bf16 if left out.
-        resume: go on with an interrupted run in --out.
     """
 
     prompt: str | None = None
@@ -35,7 +34,6 @@ class LatentOptions(GenerateOptions):
     layers: Count | None = None
     attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
     precision: Literal["bf16", "fp8"] | None = None
-    resume: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

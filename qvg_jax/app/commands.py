@@ -26,12 +26,14 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     from qvg_jax.app.generate import generate as run
     from qvg_jax.app.progress import Bars
     from qvg_jax.app.report import table
+    from qvg_jax.app.run_lock import check_alone_in
     from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
     def advice() -> str:
         return entry.memory_advice(options)
 
     with _told():
+        check_alone_in(options.out)  # before minutes are spent on loading
         with _within_memory(advice):
             job = entry.prepare(options)
         arms = ", ".join(arm.name for arm in job.arms)
@@ -43,11 +45,10 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
             out, fps = options.out, options.fps
             outcome = run(job, out, fps=fps, growing=options.stream, progress=bars.update)
     if outcome.report is None:
-        print(
-            f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
-            file=sys.stderr,
-        )
-        return 130
+        kept = f"; {outcome.video} has the {outcome.frames} frames so far" if outcome.frames else ""
+        go_on = "; --resume goes on" if kept and hasattr(options, "resume") else ""
+        print(f"qvg: interrupted{kept}{go_on}", file=sys.stderr)
+        return 128 + (outcome.signal or 0)
     print(f"\n{table(outcome.report)}\n")
     seconds = outcome.report["timings"]["total_seconds"]
     print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")

@@ -68,6 +68,7 @@ class Job:
         play: `play(arm, xs)` yields a `Played` for each x; None runs `step` through `stream`.
         fps: frames a second at which the model's videos are meant to be seen.
         truth: whether frames have a ground truth; if not, `blocks` give none.
+        finished: called when all files of the run are written.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Job:
     play: Callable[[Arm, Iterator[Any]], Iterator[Played]] | None = None
     fps: int = 8
     truth: bool = True
+    finished: Callable[[], None] = lambda: None
 
     @property
     def baseline(self) -> str | None:

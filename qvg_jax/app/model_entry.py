@@ -30,6 +30,7 @@ __all__ = [
     "ModelEntry",
     "PlanOptions",
     "PlayOptions",
+    "ResumableOptions",
     "deferred",
 ]
 
@@ -67,6 +68,19 @@ class GenerateOptions:
         """Recipes of all arms, the main one first."""
         default = type(self).codec
         return tuple(default if name in DEFAULT else name for name in (self.codec, *self.compare))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResumableOptions(GenerateOptions):
+    """Options of a model whose interrupted runs can go on.
+
+    Attributes:
+        resume: go on with an interrupted run in --out.
+        restart: replace an interrupted run in --out.
+    """
+
+    resume: bool = False
+    restart: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
