@@ -1,7 +1,6 @@
 """The networks of a text-to-video run: which sizes they have, and where a folder keeps them."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from models.common.checkpoint import CheckpointError
 from models.common.shards import checkpoint_shards
 from models.umt5.config import UMT5Config
 from qvg_jax.errors import UserError
+from qvg_jax.reading.schema import read_json
 
 TOKENIZERS = ("google/umt5-xxl", "tokenizer", ".")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -117,6 +117,6 @@ def _tokenizer(folder: Path) -> Path | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        return read_json(path, dict[str, Any])
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
