@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
-from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.errors import UserError, printable, told_to_user
 
 __all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
 
@@ -148,6 +148,13 @@ def convert(source: Path, target: Path, entry: str | None) -> int:
 
     with _written():
         done = run(source, target, entry=entry)
+    if bad := done.get("nonfinite"):
+        name, count = next(iter(bad.items()))
+        print(
+            f"qvg: warning: {len(bad)} tensors have NaN or Inf, the first is {printable(name)} with "
+            f"{count} of them; a model that needs it will refuse the file",
+            file=sys.stderr,
+        )
     of = f" of {done['entry']}" if done["entry"] else ""
     print(f"{done['tensors']} tensors{of}, {done['bytes'] / 1e9:.3f} GB, in {target}")
     return 0
