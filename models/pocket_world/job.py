@@ -117,6 +117,7 @@ def prepare(options: Options) -> Job:
 
 def capture(options: CaptureOptions) -> Captured:
     """K, V and Q of the shipped model after a tour of `options.frames` frames; see `capture.capture`."""
+    check_seed(options.seed)
     model = params.load_weights()
     return capturing.capture(model, options.layers, options.frames, seed=options.seed)
 

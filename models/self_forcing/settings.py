@@ -14,7 +14,7 @@ from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from qvg_jax.cache.operations import KVCache
-from qvg_jax.errors import told_to_user
+from qvg_jax.errors import UserError, told_to_user
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,8 @@ def _sampler(steps: int | None) -> SamplerConfig:
     if steps is None:
         return SamplerConfig()
     top = SamplerConfig().train_steps
+    if not 1 <= steps <= top:
+        raise UserError(f"steps={steps} is not accepted: give 1 to {top}")
     return SamplerConfig(steps=tuple(top - i * top // steps for i in range(steps)))
 
 
