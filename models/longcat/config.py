@@ -109,7 +109,7 @@ class LongCatConfig:
             ValueError: a variant whose arithmetic differs (patches over time, sparse attention),
                 or a size is missing.
         """
-        file = checked(sizes, _File, "config.json")
+        file = checked(sizes, _File)
         if file.patch_size[0] != 1:
             raise ValueError(
                 f"patch_size={file.patch_size} is not supported; need (1, rows, columns)"

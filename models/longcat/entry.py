@@ -5,7 +5,7 @@ import dataclasses
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Frames
+from qvg_jax.app.option_types import Frames, Name
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -39,9 +39,9 @@ class Options(LatentOptions):
     """
 
     codec: str = recommended(NAME)
-    video: str | None = None
+    video: Name | None = None
     cond_frames: Frames | None = None
-    lora: str | None = None
+    lora: Name | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

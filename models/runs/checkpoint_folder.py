@@ -1,7 +1,8 @@
 """The networks of a text-to-video run: which sizes they have, and where a folder keeps them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def wanted_keys(config: Mapping[str, Any], *names: str, folder: str | None = Non
     """Raises UserError if a config.json lacks one of these keys."""
     if lacking := sorted(set(names) - config.keys()):
         raise UserError(f"config.json in {folder} lacks {', '.join(lacking)}")
+
+
+@contextlib.contextmanager
+def named_config(folder: str | None) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with a config.json."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"config.json in {folder}: {error}") from error
 
 
 def _first(folder: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from qvg_jax.app.model_entry import GenerateOptions, PlanOptions
-from qvg_jax.app.option_types import Frames, Layers, Side
+from qvg_jax.app.option_types import Frames, Layers, Name, Side
 
 __all__ = ["LatentOptions", "LatentPlanOptions"]
 
@@ -31,7 +31,7 @@ class LatentOptions(GenerateOptions):
     prompt: str | None = None
     height: Side = 480
     width: Side = 832
-    image: str | None = None
+    image: Name | None = None
     layers: Layers | None = None
     attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
     precision: Literal["bf16", "fp8"] | None = None

@@ -97,6 +97,8 @@ def _orientation(path: str | Path) -> int | None:
 def _size(file: Any) -> tuple[int, int]:
     """Width and height that a file says its pictures have."""
     context = file.streams.video[0].codec_context
+    if context is None:
+        raise ValueError("FFmpeg has no decoder for it")
     return context.width, context.height
 
 

@@ -108,7 +108,7 @@ class SelfForcingConfig:
         Raises:
             ValueError: for a variant whose arithmetic differs (image-to-video, no q/k norm, ...).
         """
-        file = checked(sizes, _WanFile, "config.json")
+        file = checked(sizes, _WanFile)
         wanted = {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True}
         for name, value in wanted.items():
             if getattr(file, name) != value:

@@ -5,7 +5,7 @@ import dataclasses
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Frames, SomeFrames
+from qvg_jax.app.option_types import Frames, Name, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -47,7 +47,7 @@ class Options(LatentOptions):
     """
 
     codec: str = recommended(NAME)
-    video: str | None = None
+    video: Name | None = None
     window: Frames | None = None
     sink: SomeFrames | None = None
     span: Frames | None = None

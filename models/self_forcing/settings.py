@@ -5,7 +5,7 @@ import logging
 
 import jax
 
-from models.runs.checkpoint_folder import Parts, Sizes, wanted_keys
+from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.entry import FRAMES, Options
@@ -119,7 +119,8 @@ def chosen_sizes(options: Options, parts: Parts | None, released: Sizes) -> Size
     if parts and parts.config:
         size = ("num_layers", "dim", "num_heads", "ffn_dim", "in_dim", "out_dim", "freq_dim")
         wanted_keys(parts.config, *size, "text_len", "eps", folder=options.weights)
-        dit = SelfForcingConfig.from_wan(parts.config, dtype=dit.dtype)
+        with named_config(options.weights):
+            dit = SelfForcingConfig.from_wan(parts.config, dtype=dit.dtype)
     return dataclasses.replace(released, dit=with_layers(dit, options))
 
 

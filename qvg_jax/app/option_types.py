@@ -21,6 +21,7 @@ __all__ = [
     "Frames",
     "Indices",
     "Layers",
+    "Name",
     "Names",
     "Port",
     "Rate",
@@ -86,6 +87,10 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _name(text: str) -> str:
+    return str(_path(text)) if not text or "\0" in text else text
+
+
 def _bits(text: str) -> float:
     try:
         bits = float(text)
@@ -130,7 +135,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",")) if text else ()
+    names = tuple(name.strip() for name in text.split(",")) if text else ()
+    if not all(names):
+        raise ValueError(f"{_quoted(text)} is not accepted: give names with one comma between them")
+    return names
 
 
 def _indices(text: str) -> tuple[int, ...]:
@@ -183,6 +191,9 @@ type Names = Annotated[tuple[str, ...], _option(_names, "NAMES"), Parameter(show
 
 type Indices = Annotated[tuple[int, ...], _option(_indices, "LIST")]
 """Whole numbers, separated by commas on the command line."""
+
+type Name = Annotated[str, _option(_name, "PATH")]
+"""The name of a file that is read, kept as it was written."""
 
 type File = Annotated[Path, _option(_path, "PATH")]
 """A file or a folder."""

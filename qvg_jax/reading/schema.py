@@ -7,6 +7,7 @@ The types are checked by msgspec (BSD-3-Clause, 0.6 MB, no dependencies). pydant
 candidate, is nine times as large, and its schemas are written by hand where pydantic itself is not used.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ def read_json[T](path: str | os.PathLike, kind: type[T], *, most: int = JSON_BYT
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise UserError(f"{path}: {size} bytes; accepted: at most {most}")
-            text = file.read(most + 1)
+            text = file.read(size)
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror or error})") from error
     return parse_json(text, kind, str(path))
@@ -65,17 +66,25 @@ def parse_json[T](text: bytes | str, kind: type[T], where: str) -> T:
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as error:
-        raise _refused(error, msgspec.json.decode(text), where) from None
+        found = None
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):  # it is for the message only
+            found = msgspec.json.decode(text)
+        raise _refused(error, found, where) from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply; accepted: JSON of a few levels") from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise UserError(f"{where}: not readable as JSON ({printable(str(error))})") from None
 
 
-def checked[T](values: Any, kind: type[T], where: str) -> T:
+def checked[T](values: Any, kind: type[T], where: str = "") -> T:
     """Values of Python, such as a parsed JSON object, as a value of a schema.
 
     Fields that the schema lacks are ignored, except for a dataclass: there each key must be a field.
+
+    Args:
+        values: mapping of names to values.
+        kind: schema.
+        where: what the values are, for the message; left out if the caller says it.
 
     Raises:
         UserError: a value of another type or out of range, a missing or an unknown field; the
@@ -85,7 +94,7 @@ def checked[T](values: Any, kind: type[T], where: str) -> T:
     unknown = sorted(map(str, values.keys() - fields.keys())) if fields and _named(values) else ()
     if unknown:
         raise UserError(
-            f"{where}: {printable(', '.join(unknown))[:SHOWN]} is not known; accepted: "
+            f"{_front(where)}{printable(', '.join(unknown))[:SHOWN]} is not known; accepted: "
             f"{', '.join(fields)}"
         )
     try:
@@ -93,7 +102,7 @@ def checked[T](values: Any, kind: type[T], where: str) -> T:
     except msgspec.ValidationError as error:
         raise _refused(error, values, where) from None
     except RecursionError:
-        raise UserError(f"{where}: nested too deeply; accepted: a few levels") from None
+        raise UserError(f"{_front(where)}nested too deeply; accepted: a few levels") from None
 
 
 def named_file(folder: Path, name: str, where: str) -> Path:
@@ -116,6 +125,10 @@ def named_file(folder: Path, name: str, where: str) -> Path:
     return folder / name
 
 
+def _front(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
 def _named(values: Any) -> bool:
     return isinstance(values, Mapping)
 
@@ -135,4 +148,4 @@ def _refused(error: msgspec.ValidationError, values: Any, where: str) -> UserErr
             known = False
             break
     value = f"={printable(repr(found))[:SHOWN]}" if known else ""
-    return UserError(f"{where}: {name + value + ': ' if name else ''}{printable(what)}")
+    return UserError(f"{_front(where)}{name + value + ': ' if name else ''}{printable(what)}")
