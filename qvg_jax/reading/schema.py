@@ -67,7 +67,9 @@ def parse_json[T](text: bytes | str, kind: type[T], where: str) -> T:
         return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as error:
         found = None
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):  # it is for the message only
+        with contextlib.suppress(
+            msgspec.DecodeError, RecursionError, UnicodeError
+        ):  # it is for the message only
             found = msgspec.json.decode(text)
         raise _refused(error, found, where) from None
     except RecursionError:

@@ -195,6 +195,7 @@ def inputs(tmp_path_factory):
     arrays = [bad.npz(bad.plain()), bad.npz(bad.plain(), zipfile.ZIP_DEFLATED),
               *(make() for kind, make in bad.ARRAYS.items() if kind != "a bomb")]  # fmt: skip
     stored = list(bad.TENSORS.values())
+    texts = [text for text in bad.TEXTS.values() if len(text) < 2**20]  # others only take long
     fields = st.dictionaries(st.sampled_from(FIELDS), JSON | st.integers(1, 64), max_size=5)
     index = JSON | st.fixed_dictionaries({"weight_map": JSON})
     config = json.loads(header["__metadata__"]["config"])
@@ -224,8 +225,8 @@ def inputs(tmp_path_factory):
         read_weights: mutated([small, *stored]) | changed,
         read_checkpoint: mutated([small, *stored]),
         read_lora: mutated(stored),
-        read_index: index.map(lambda x: json.dumps(x).encode()) | mutated([*bad.TEXTS.values()]),
-        read_config: mutated([*bad.TEXTS.values()]),
+        read_index: index.map(lambda x: json.dumps(x).encode()) | mutated(texts),
+        read_config: mutated(texts),
         read_sizes: fields.map(lambda x: WAN | x),
         read_captured: mutated(arrays),
         read_picture: mutated(pictures),

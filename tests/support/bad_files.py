@@ -99,6 +99,7 @@ TEXTS = {
     "half": b'{"dim": 3',
     "no JSON": b"never",
     "bytes": b"\xff\xfe\x00",
+    "a text that is no UTF-8": b'"dim\x80": 3',
     "a list": b"[1, 2]",
     "null": b"null",
     "a number": b"3",
