@@ -9,7 +9,7 @@ from qvg_jax.app.model_entry import (
     ResumableOptions,
     deferred,
 )
-from qvg_jax.app.option_types import Count, Whole
+from qvg_jax.app.option_types import Frames, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "WalkOptions"]
@@ -29,7 +29,7 @@ class Options(ResumableOptions):
     """
 
     codec: str = recommended(NAME)
-    tour: Count = 128
+    tour: Frames = 128
     actions: str | None = None
 
 
@@ -46,7 +46,7 @@ class WalkOptions(PlayOptions):
     # `trellis`, the default of `generate`, takes two CPU cores twice as long a block: over a second
     # from a key to a frame where another block is under way.
     codec: str = "midrise-k1v3"
-    tour: Whole = 64
+    tour: SomeFrames = 64
 
 
 def memory_advice(options: Options) -> str:

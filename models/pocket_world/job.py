@@ -170,6 +170,7 @@ def _play(
 
 def capture(options: CaptureOptions) -> Captured:
     """K, V and Q of the shipped model after a tour of `options.frames` frames; see `capture.capture`."""
+    check_seed(options.seed)
     model = params.load_weights()
     return capturing.capture(model, options.layers, options.frames, seed=options.seed)
 

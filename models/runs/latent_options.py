@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from qvg_jax.app.model_entry import PlanOptions, ResumableOptions
-from qvg_jax.app.option_types import Count
+from qvg_jax.app.option_types import Frames, Layers, Name, Side
 
 __all__ = ["LatentOptions", "LatentPlanOptions"]
 
@@ -28,10 +28,10 @@ class LatentOptions(ResumableOptions):
     """
 
     prompt: str | None = None
-    height: Count = 480
-    width: Count = 832
-    image: str | None = None
-    layers: Count | None = None
+    height: Side = 480
+    width: Side = 832
+    image: Name | None = None
+    layers: Layers | None = None
     attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
     precision: Literal["bf16", "fp8"] | None = None
 
@@ -47,10 +47,10 @@ class LatentPlanOptions(PlanOptions):
         layers: layers of the transformer.
     """
 
-    frames: Count | None = None
-    height: Count = 480
-    width: Count = 832
-    layers: Count | None = None
+    frames: Frames | None = None
+    height: Side = 480
+    width: Side = 832
+    layers: Layers | None = None
 
     def request[O: LatentOptions](self, options: type[O], **more: object) -> O:
         """The options of the run that is planned.

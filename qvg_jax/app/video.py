@@ -105,7 +105,9 @@ class Mp4:
         if self.growing:
             options["movflags"] = "+frag_every_frame+empty_moov+default_base_moof"
             options["flush_packets"] = "1"
-        self._container = av.open(str(self._partial), "w", format="mp4", options=options)
+        # "file:", for FFmpeg takes what is in front of another colon as a protocol.
+        where = f"file:{self._partial}"
+        self._container = av.open(where, "w", format="mp4", options=options)
         stream = self._container.add_stream("libx264", rate=self._fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # A key frame every two seconds, so that a player can jump.
@@ -149,7 +151,7 @@ class Mp4:
 
     def _check(self) -> None:
         # The muxer does not report every failed write: what it wrote is read back.
-        with av.open(str(self._partial)) as file:
+        with av.open(f"file:{self._partial}") as file:
             if (stored := sum(p.size > 0 for p in file.demux(video=0))) != self.frames:
                 raise OSError(f"only {stored} of {self.frames} frames could be read back")
 
