@@ -16,6 +16,9 @@ from qvg_jax.errors import UserError, told_to_user
 
 __all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
 
+# The package of the models, whose loggers bear its name; the registry's, for a wheel says it longer.
+MODELS = "models.registry".removesuffix(".registry")
+
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
 
@@ -218,7 +221,7 @@ def _told() -> Iterator[None]:
     """Shows on stderr what models log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    log = logging.getLogger("models")
+    log = logging.getLogger(MODELS)
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
