@@ -52,7 +52,9 @@ class CustomBuildHook(BuildHookInterface):
             return
         root = Path(self.root)
         modules = {
-            package: {path.stem for path in (root / package).iterdir() if path.suffix in ("", ".py")}
+            package: {
+                path.stem for path in (root / package).iterdir() if path.suffix in ("", ".py")
+            }
             for package in MOVED
         }
         self._folder = tempfile.TemporaryDirectory()
@@ -62,7 +64,7 @@ class CustomBuildHook(BuildHookInterface):
                     continue
                 inside = path.relative_to(root)
                 target = inside if package == HOME else Path(HOME, inside)
-                if path.suffix == ".py":
+                if path.suffix in (".py", ".md"):
                     path = Path(self._folder.name, target)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     text = renamed((root / inside).read_text(encoding="utf-8"), modules)

@@ -13,7 +13,18 @@ from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.slow
 
-KINDS = {"py", "typed", "md", "safetensors", "METADATA", "WHEEL", "RECORD", "txt", "LICENSE", "NOTICE"}
+KINDS = {
+    "py",
+    "typed",
+    "md",
+    "safetensors",
+    "METADATA",
+    "WHEEL",
+    "RECORD",
+    "txt",
+    "LICENSE",
+    "NOTICE",
+}
 DOTTED = re.compile(r"(?<![\w.])\w+\.[a-z_]+(?:[.:]\w+)*")  # names of modules inside strings
 WEIGHTS = "qvg_jax/models/pocket_world/pocket_world.safetensors"
 
