@@ -12,12 +12,9 @@ from typing import Any
 import jax
 
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
-from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.errors import MissingExtraError, UserError, told_to_user
 
 __all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
-
-# The package of the models, whose loggers bear its name; the registry's, for a wheel says it longer.
-MODELS = "models.registry".removesuffix(".registry")
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
@@ -34,7 +31,7 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     def advice() -> str:
         return entry.memory_advice(options)
 
-    with _told():
+    with _told(entry):
         with _within_memory(advice):
             job = entry.prepare(options)
         arms = ", ".join(arm.name for arm in job.arms)
@@ -62,10 +59,7 @@ def play(entry: ModelEntry, options: PlayOptions) -> int:
     try:
         from qvg_jax.app.play import server
     except ImportError as error:
-        raise UserError(
-            f"the page needs NiceGUI ({error}); install the extra: pip install 'qvg-jax[play]', or "
-            "uv run --extra play qvg play"
-        ) from error
+        raise MissingExtraError(f"the page needs NiceGUI ({error})", "play") from error
     remember_compilations()
     from qvg_jax.app.play.walk import Walk
 
@@ -93,7 +87,7 @@ def plan(entry: ModelEntry, options: PlanOptions) -> int:
     from qvg_jax.app.memory_plan import plan_table
 
     assert entry.plan is not None
-    with _told():
+    with _told(entry):
         made = entry.plan(options)
     print(plan_table(made, options.memory))
     return 0 if any(made.fits(need, options.memory) for need in made.needs) else 1
@@ -217,11 +211,11 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _told(entry: ModelEntry) -> Iterator[None]:
     """Shows on stderr what models log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    log = logging.getLogger(MODELS)
+    log = logging.getLogger(entry.options.__module__.partition(".")[0])
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
