@@ -12,6 +12,7 @@ raises its errors, where tyro (MIT), the other candidate, prints several lines a
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,8 +155,11 @@ def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
         )
 
     def run(given: Any) -> int:
-        from qvg_jax.app import commands
+        from qvg_jax.app.progress import saying
 
+        said = saying(f"{entry.name}: loading JAX") if task == "generate" else nullcontext()
+        with said:
+            from qvg_jax.app import commands
         return getattr(commands, task)(entry, given)
 
     run.__doc__ = entry.summary

@@ -22,26 +22,33 @@ WRITING = "accepted: a folder that can be written, on a disk with room"
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
-    remember_compilations()
-    from qvg_jax.app.generate import generate as run
-    from qvg_jax.app.progress import Bars
-    from qvg_jax.app.report import table
-    from qvg_jax.cache.health import CacheFullError, NonFiniteError
+    from qvg_jax.app.progress import Progress, saying
 
     def advice() -> str:
         return entry.memory_advice(options)
 
     with _told(entry):
-        with _within_memory(advice):
+        with _within_memory(advice), saying(f"{entry.name}: loading the model"):
+            remember_compilations()
+            from qvg_jax.app.generate import generate as run
+            from qvg_jax.app.report import table
+            from qvg_jax.cache.health import CacheFullError, NonFiniteError
+
             job = entry.prepare(options)
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
         what = f"{job.frames} generated" if real else f"{job.frames} frames"
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
-        with _within_memory(advice), _one_line(*told), _written(), Bars(job) as bars:
-            out, fps = options.out, options.fps
-            outcome = run(job, out, fps=fps, growing=options.stream, progress=bars.update)
+        with _within_memory(advice), _one_line(*told), _written(), Progress(job) as progress:
+            outcome = run(
+                job,
+                options.out,
+                fps=options.fps,
+                growing=options.stream,
+                begins=progress.begins,
+                progress=progress.update,
+            )
     if outcome.report is None:
         print(
             f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
