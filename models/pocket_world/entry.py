@@ -43,8 +43,8 @@ class WalkOptions(PlayOptions):
         memory: frames to remember at least; 256 if left out.
     """
 
-    # `trellis`, the default of `generate`, takes two CPU cores twice as long a block: over a second
-    # from a key to a frame where another block is under way.
+    # The smallest recipe that two CPU cores walk with at ease: with `trellis` a block takes twice as
+    # long, over a second from a key to a frame where another block is under way.
     codec: str = "midrise-k1v3"
     tour: SomeFrames = 64
 

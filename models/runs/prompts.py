@@ -16,7 +16,7 @@ from models.runs.checkpoint_folder import Parts
 from models.umt5 import PromptTooLongWarning, Tokenizer
 from models.umt5.config import UMT5Config
 from models.umt5.pipeline import borrow_umt5, encode_tokens
-from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.errors import told_to_user
 
 
 class Embedded(NamedTuple):
@@ -43,11 +43,8 @@ def embed_prompts(
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PromptTooLongWarning)
-        try:
-            with told_to_user():
-                tokens = Tokenizer.from_file(parts.tokenizer, length=slots)(prompts)
-        except ImportError as error:
-            raise UserError(str(error)) from error
+        with told_to_user():
+            tokens = Tokenizer.from_file(parts.tokenizer, length=slots)(prompts)
     said = [str(w.message) for w in caught if issubclass(w.category, PromptTooLongWarning)]
     with borrow_umt5(parts.text, config) as model:
         text_BUE = jax.block_until_ready(encode_tokens(model, tokens))

@@ -16,6 +16,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -187,8 +188,11 @@ def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
         )
 
     def run(given: Any) -> int:
-        from qvg_jax.app import commands
+        from qvg_jax.app.progress import saying
 
+        said = saying(f"{entry.name}: loading JAX") if task == "generate" else nullcontext()
+        with said:
+            from qvg_jax.app import commands
         return getattr(commands, task)(entry, given)
 
     run.__doc__ = entry.summary

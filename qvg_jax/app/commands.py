@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
-from qvg_jax.errors import UserError, printable, told_to_user
+from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
 
 __all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
 
@@ -22,28 +22,35 @@ WRITING = "accepted: a folder that can be written, on a disk with room"
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
-    set_up_jax()
-    from qvg_jax.app.generate import generate as run
-    from qvg_jax.app.progress import Bars
-    from qvg_jax.app.report import table
-    from qvg_jax.app.run_lock import check_alone_in
-    from qvg_jax.cache.health import CacheFullError, NonFiniteError
+    from qvg_jax.app.progress import Progress, saying
 
     def advice() -> str:
         return entry.memory_advice(options)
 
-    with _told():
-        check_alone_in(options.out)  # before minutes are spent on loading
-        with _within_memory(advice):
+    with _told(entry):
+        with _within_memory(advice), saying(f"{entry.name}: loading the model"):
+            set_up_jax()
+            from qvg_jax.app.generate import generate as run
+            from qvg_jax.app.report import table
+            from qvg_jax.app.run_lock import check_alone_in
+            from qvg_jax.cache.health import CacheFullError, NonFiniteError
+
+            check_alone_in(options.out)  # before minutes are spent on loading
             job = entry.prepare(options)
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
         what = f"{job.frames} generated" if real else f"{job.frames} frames"
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
-        with _within_memory(advice), _one_line(*told), _written(), Bars(job) as bars:
-            out, fps = options.out, options.fps
-            outcome = run(job, out, fps=fps, growing=options.stream, progress=bars.update)
+        with _within_memory(advice), _one_line(*told), _written(), Progress(job) as progress:
+            outcome = run(
+                job,
+                options.out,
+                fps=options.fps,
+                growing=options.stream,
+                begins=progress.begins,
+                progress=progress.update,
+            )
     if outcome.report is None:
         kept = f"; {outcome.video} has the {outcome.frames} frames so far" if outcome.frames else ""
         go_on = "; --resume goes on" if kept and hasattr(options, "resume") else ""
@@ -60,10 +67,7 @@ def play(entry: ModelEntry, options: PlayOptions) -> int:
     try:
         from qvg_jax.app.play import server
     except ImportError as error:
-        raise UserError(
-            f"the page needs NiceGUI ({error}); install the extra: pip install 'qvg-jax[play]', or "
-            "uv run --extra play qvg play"
-        ) from error
+        raise MissingExtraError(f"the page needs NiceGUI ({error})", "play") from error
     set_up_jax()
     from qvg_jax.app.play.walk import Walk
 
@@ -91,7 +95,7 @@ def plan(entry: ModelEntry, options: PlanOptions) -> int:
     from qvg_jax.app.memory_plan import plan_table
 
     assert entry.plan is not None
-    with _told():
+    with _told(entry):
         made = entry.plan(options)
     print(plan_table(made, options.memory))
     return 0 if any(made.fits(need, options.memory) for need in made.needs) else 1
@@ -243,11 +247,11 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _told(entry: ModelEntry) -> Iterator[None]:
     """Shows on stderr what models log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    log = logging.getLogger("models")
+    log = logging.getLogger(entry.options.__module__.partition(".")[0])
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qvg_jax.errors import UserError, printable
+from qvg_jax.errors import MissingExtraError, UserError, printable
 from qvg_jax.files import replacing
 from qvg_jax.reading.tensors import count_nonfinite, opened
 
@@ -84,9 +84,7 @@ def _torch() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise UserError(
-            "reading PyTorch's files needs PyTorch: `pip install 'qvg-jax[convert]'` installs it"
-        ) from error
+        raise MissingExtraError("reading PyTorch's files needs PyTorch", "convert") from error
 
 
 def _read(torch: Any, source: Path) -> Any:

@@ -42,6 +42,7 @@ def generate(
     *,
     fps: int | None = None,
     growing: bool = False,
+    begins: Callable[[str], None] | None = None,
     progress: Callable[[Made], None] | None = None,
 ) -> Outcome:
     """Makes the frames of all arms and writes what came of it.
@@ -57,6 +58,7 @@ def generate(
         out: folder; made if missing.
         fps: frames a second of the video; None is the job's.
         growing: whether video.mp4 can be played while the run goes on, see `Mp4`.
+        begins: called with an arm's name before it makes its next block.
         progress: called with each block after all arms have made it.
 
     Returns:
@@ -94,7 +96,7 @@ def _generate(
     try:
         with stop, video, Background() as later:
             total = job.tour + job.frames
-            for made in lockstep(job):
+            for made in lockstep(job, begins):
                 later.wait()  # for the block before, in the middle of which it may come
                 if stop.signal is not None and made.first < total:
                     raise KeyboardInterrupt

@@ -107,8 +107,12 @@ class Made(NamedTuple):
     kept: dict[str, bool]  # see `Played`
 
 
-def lockstep(job: Job) -> Iterator[Made]:
+def lockstep(job: Job, begins: Callable[[str], None] | None = None) -> Iterator[Made]:
     """Runs all arms of a job, block by block.
+
+    Args:
+        job: the run.
+        begins: called with an arm's name before it makes its next block.
 
     Raises:
         NonFiniteError, CacheFullError: in place of the block in which it happened, with the name
@@ -124,6 +128,8 @@ def lockstep(job: Job) -> Iterator[Made]:
     for block in ours:
         played, seconds = {}, {}
         for name, player in players.items():
+            if begins is not None:
+                begins(name)
             begin = time.perf_counter()
             try:
                 played[name] = next(player)
