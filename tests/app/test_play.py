@@ -97,8 +97,14 @@ class Tab:
         self.asked, self.complaints = [], []
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", self.heard)
         self.page.goto(address)
         self.wait_for("ready")
+
+    def heard(self, message):
+        """Browsers tell the console what the content security policy has stopped."""
+        if message.type == "error" and "Content Security Policy" in message.text:
+            self.complaints.append(message.text)
 
     def wait_for(self, phase):
         self.page.wait_for_selector(f".chip.{phase}")
@@ -358,6 +364,7 @@ def test_a_port_in_use_is_one_line(command):
     [
         (["--port", "70000"], ["--port", "'70000'", "0 to 65535"]),
         (["--host", "203.0.113.7", "--port", "0"], ["203.0.113.7", "address of this machine"]),
+        (["--host", ""], ["--host ''", "127.0.0.1 for this machine alone"]),
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),
         (["--model", "wan"], ["'wan' is not known", "accepted: pocket-world"]),
         (["--model", "self-forcing"], ["cannot be used with `qvg play`", "accepted: pocket-world"]),
