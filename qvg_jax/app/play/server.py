@@ -11,6 +11,7 @@ walk waits for the next tab.
 """
 
 import asyncio
+import collections
 import contextlib
 import ipaddress
 import secrets
@@ -167,6 +168,8 @@ class _Hall:
         self._pages: list[Page] = []  # with a browser behind them
         self._loop: asyncio.AbstractEventLoop | None = None
         self._showing: asyncio.Task | None = None
+        self._news = collections.deque(maxlen=1)  # the newest block that the loop has not seen
+        self._told_already = False
         self._last: tuple[str, str, str | None] | None = None  # what is up
         self._begun = time.perf_counter()
         self._announced = False
@@ -212,15 +215,20 @@ class _Hall:
             self._announced = True
             seconds = time.perf_counter() - self._begun
             print(f"qvg: ready after {seconds:.1f} s (Ctrl-C ends)", flush=True)
-        truth = self._player.truth
-        with contextlib.suppress(RuntimeError):  # the loop has been closed
-            self._loop.call_soon_threadsafe(self._react, seen, truth)
-
-    def _react(self, seen: Seen | None, truth) -> None:
         if seen is not None:
+            self._news.append((seen, self._player.truth))
+        if self._told_already:
+            return  # blocks can be faster than pages: the loop would have no time for keys
+        self._told_already = True
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self._react)
+
+    def _react(self) -> None:
+        self._told_already = False
+        if self._news:
             if self._showing is not None:
                 self._showing.cancel()
-            self._showing = self._loop.create_task(self._show(seen, truth))
+            self._showing = self._loop.create_task(self._show(*self._news.popleft()))
         self._refresh()
 
     async def _show(self, seen: Seen, truth) -> None:
