@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
@@ -141,7 +142,8 @@ def load[M: nnx.Module](
 
     Raises:
         CheckpointError: any name missing, unused, doubly stored, misshapen or not floating-point;
-            all of them in one message. No tensor has been read then.
+            all of them in one message. No tensor has been read then. Or NaN or Inf in a parameter:
+            one such value makes a whole video black.
     """
     graphdef, state = nnx.split(skeleton)
     plan, wanted = _checked(state, source, rules, rename, ignore)
@@ -150,6 +152,10 @@ def load[M: nnx.Module](
         path: jax.device_put(_read(plan[path], v), place(path, v.shape))
         for path, v in wanted.items()
     }
+    finite = jax.device_get({path: jnp.isfinite(x).all() for path, x in arrays.items()})
+    if bad := [path for path, is_finite in finite.items() if not is_finite]:
+        named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise CheckpointError(f"{source}: NaN or Inf in {named}; accepted: finite weights")
     filled = [
         (path, v.replace(arrays[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)
     ]
