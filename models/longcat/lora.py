@@ -135,6 +135,8 @@ def _modules(files: Iterable[Path], errors: list[str]) -> dict[str, dict[str | i
             if not parts or prefix != "lora" or not module:
                 errors.append(f"unused: {name}, not a name of a LoRA's part")
                 continue
+            if not np.isfinite(x).all():
+                errors.append(f"{name} has NaN or Inf; accepted: finite values")
             if name.endswith("alpha_scale"):
                 part: str | int = "scale"
             else:

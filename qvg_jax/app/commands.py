@@ -77,14 +77,15 @@ def play(entry: ModelEntry, options: PlayOptions) -> int:
         with told_to_user():
             walk = Walk(world, seed=options.seed, codec=options.chosen_codec)
     try:
-        sock = server.listen(options.host, options.port)
+        with told_to_user():
+            sock = server.listen(options.host, options.port)
     except OSError as error:
         raise UserError(
             f"--host {options.host} --port {options.port}: {error.strerror or error}; accepted: an "
             "address of this machine and a free port, 0 for any"
         ) from error
     with contextlib.suppress(KeyboardInterrupt):
-        server.serve(walk, sock, show=not options.no_browser)
+        server.serve(walk, sock, host=options.host, show=not options.no_browser)
     print(f"qvg: ended after {walk.blocks} blocks")
     return 0
 

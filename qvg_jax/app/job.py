@@ -16,7 +16,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from qvg_jax.app.metrics import to_uint8
-from qvg_jax.cache.health import CacheBytes, CacheFullError, NonFiniteError, cache_bytes
+from qvg_jax.cache.health import (
+    CacheBytes,
+    CacheFullError,
+    NonFiniteError,
+    cache_bytes,
+    raise_if_not_finite,
+)
 from qvg_jax.cache.state import KVCache
 from qvg_jax.rollout import stream
 
@@ -156,7 +162,8 @@ def _steps(job: Job) -> Callable[[Arm, Iterator[Any]], Iterator[Played]]:
 
     def play(arm, xs):
         blocks = stream(job.step, arm.state, xs)
-        for y in blocks:
+        for number, y in enumerate(blocks):
+            raise_if_not_finite(f"frames of block {number}", y)
             yield Played(to_uint8(y[0]), cache_bytes(job.cache(blocks.state)))
 
     return play

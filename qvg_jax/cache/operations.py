@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.backends import row_major
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.no_gradient import no_gradient
 from qvg_jax.cache.slots import write_slot
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import checked_positions
@@ -144,7 +146,8 @@ def _encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
                 return lax.dynamic_slice(dense, (l, 0, 0, start, 0), form)
 
             state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, l, 0, False), states)
-            packed, state = codec.encode(read(begin, size)[0], state, key=key)
+            span = no_gradient(read(begin, size)[0], "compress")
+            packed, state = codec.encode(span, state, key=key)
             # All reading before all writing, or XLA copies the whole buffer to be safe.
             moved = read(begin + size, tail)
             packed, state, moved = lax.optimization_barrier((packed, state, moved))
@@ -159,8 +162,9 @@ def _encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
         (cache.dense_k, cache.span_k, cache.state_k),
         (cache.dense_v, cache.span_v, cache.state_v),
     )
+    # int32 whatever `jax_enable_x64` says: the counters are, and indices of one slice must agree.
     (dense_k, span_k, state_k), (dense_v, span_v, state_v) = lax.fori_loop(
-        0, lay.layers, one_layer, carry
+        np.int32(0), np.int32(lay.layers), one_layer, carry
     )
     pos = cache.dense_pos
     return dataclasses.replace(
