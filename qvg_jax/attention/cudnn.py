@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from qvg_jax.attention.features import PLAIN, Features
 from qvg_jax.attention.flash import BACKENDS, Softmax, no_keys, split, visit
+from qvg_jax.attention.xla import attend_new_block
 from qvg_jax.backends import capability, on_several_devices
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings, Rope
@@ -39,8 +41,10 @@ class Workspaces:
     parts: int | None = None
 
 
-def unsupported(view: CacheView, q_BTHD: Array) -> str | None:
+def unsupported(view: CacheView, q_BTHD: Array, features: Features = PLAIN) -> str | None:
     """The reason why cuDNN cannot serve a call, or None if it can."""
+    if features.softcap is not None:
+        return f"softcap={features.softcap}; cuDNN attends to plain logits"
     lay: Layout = view.cache.layout
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q has dtype {q_BTHD.dtype}; cuDNN reads bfloat16 and float16"
@@ -67,19 +71,23 @@ def attend_cudnn(
     v_BTHD: Float[Array, "R T H D"],
     layer: Int[Array, ""],
     scale: Float[Array, ""],
+    features: Features = PLAIN,
     *,
     backend: str = "cudnn",
     workspaces: Workspaces = Workspaces(),
-) -> Float[Array, "R T Hq D"]:
-    """The output of `attend` through cuDNN, for calls that are not `unsupported`.
+) -> tuple[Float[Array, "R T Hq D"], Float[Array, "R T Hq"] | None]:
+    """Output and log-sum-exp of `attend` through cuDNN, for calls that are not `unsupported`.
+
+    XLA attends to a new block of which not all is seen, and its result is one of those that are merged.
 
     Args:
         q_BTHD, view, k_BTHD, v_BTHD, layer, scale: as in `attend`; `layer` and `scale` are arrays.
+        features: of the call.
         backend: "cudnn", or "xla" for the same path anywhere and in any floating dtype.
         workspaces: sizes of the calls.
 
     Returns:
-        The attention output in q's dtype.
+        The attention output in q's dtype, and the log-sum-exp if the features need it.
 
     Raises:
         ValueError: an unknown backend.
@@ -102,9 +110,11 @@ def attend_cudnn(
     q_nQD = jnp.moveaxis(q_RBHGTD, 0, 2).reshape(rows, -1, lay.head_dim)
 
     # The new block shares a call with the oldest spans, or else with the first part of sink and window. Not
-    # where each branch has its own, nor where an offset is added to the logits of spans only.
+    # where each branch has its own, nor where an offset is added to the logits of spans only, nor where
+    # not all of it is seen.
     offset = 0.0 if lay.key_bias is None else lay.key_bias.offset
-    joins = branches == 1 and not offset
+    by_xla = features.hides or not k_BHTD.shape[2]
+    joins = branches == 1 and not offset and not by_xla
     new = (k_BHTD, v_BHTD) if joins else None
     reader = _Reader(view, layer, q_nQD, new, workspaces)
 
@@ -117,11 +127,18 @@ def attend_cudnn(
         run = no_keys(q_nQD)
     else:
         apart_nQD = q_RBHGTD.reshape(branches * rows, -1, lay.head_dim)
-        parts, room = split(*apart_nQD.shape[:2], tokens, workspaces.parts)
-        k_BHTD, v_BHTD = _joined([view.new(k_BHTD)], room), _joined([v_BHTD], room)
-        k_nSD, v_nSD = (x.reshape(branches * rows, -1, lay.head_dim) for x in (k_BHTD, v_BHTD))
-        alone = dict(parts=parts, backend=backend)
-        run = visit(no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, **alone)
+        k_BHTD = view.new(k_BHTD) if k_BHTD.shape[2] else k_BHTD
+        if by_xla:
+            apart_BHQD = apart_nQD.reshape(batches, view.heads, -1, lay.head_dim)
+            of_cudnn = jnp.float32(1 / math.sqrt(lay.head_dim))
+            found = attend_new_block(apart_BHQD, k_BHTD, v_BHTD, of_cudnn, features)
+            run = Softmax(*(x.reshape(branches * rows, *x.shape[2:]) for x in found))
+        else:
+            parts, room = split(*apart_nQD.shape[:2], tokens, workspaces.parts)
+            k_BHTD, v_BHTD = _joined([k_BHTD], room), _joined([v_BHTD], room)
+            k_nSD, v_nSD = (x.reshape(branches * rows, -1, lay.head_dim) for x in (k_BHTD, v_BHTD))
+            alone = dict(parts=parts, backend=backend)
+            run = visit(no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, **alone)
         run = Softmax(*(_behind(x.reshape(branches, rows, *x.shape[1:]), 1) for x in run))
     # Loops, also where there is at most one step: a loop that looks at a counter, and no condition, which
     # would become a node of a CUDA graph.
@@ -133,7 +150,12 @@ def attend_cudnn(
 
     out = run.out_nQD.reshape(lay.batch, view.heads, branches, group, tokens, lay.head_dim)
     out_RBTHGD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
-    return out_RBTHGD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+    out_BTHD, lse_BTH = out_RBTHGD.reshape(q_BTHD.shape), None
+    if features.needs_lse:
+        lse = run.lse_nQ.reshape(out.shape[:5])
+        lse_BTH = jnp.transpose(lse, (2, 0, 4, 1, 3)).reshape(q_BTHD.shape[:3])
+    out_BTHD, lse_BTH = features.finished(out_BTHD, lse_BTH)
+    return out_BTHD.astype(q_BTHD.dtype), lse_BTH
 
 
 class _Keys(NamedTuple):

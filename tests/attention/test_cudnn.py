@@ -34,7 +34,7 @@ FEW_CALLS = Workspaces()
 def ours(q, view, k, v, layer=0, scale=None, workspaces=FEW_CALLS, backend="xla"):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layer, scale = jnp.asarray(layer, jnp.int32), jnp.float32(scale)
-    return attend_cudnn(q, view, k, v, layer, scale, backend=backend, workspaces=workspaces)
+    return attend_cudnn(q, view, k, v, layer, scale, backend=backend, workspaces=workspaces)[0]
 
 
 def filled(steps="", **sizes):
