@@ -143,7 +143,7 @@ def explain(
     Raises:
         ValueError, NotImplementedError: as `attend` would.
     """
-    view = cache if isinstance(cache, CacheView) else cache.view()
+    view = cache if isinstance(cache, CacheView) else cache.view(rope=False)
     if isinstance(q_BTHD, jax.ShapeDtypeStruct):
         q_BTHD = jax.eval_shape(lambda: jax.numpy.zeros(q_BTHD.shape, q_BTHD.dtype))
     asked = features_of(q_BTHD.shape[:3], **features)

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["PLAIN", "Features", "features_of", "known"]
+from qvg_jax.cache.view import checked_lengths
+
+__all__ = ["PLAIN", "Features", "features_of"]
 
 
 @jax.tree_util.register_dataclass
@@ -119,11 +120,6 @@ class Features:
 PLAIN = Features()
 
 
-def known(x: Any) -> np.ndarray | None:
-    """The numbers of an argument if they are known while a program is traced, None otherwise."""
-    return None if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) else np.asarray(x)
-
-
 def features_of(
     form: tuple[int, int, int],
     *,
@@ -184,18 +180,3 @@ def _checked_mask(mask: Any, rows: int, tokens: int, heads: int) -> Array:
             f"({rows} or 1, {heads} or 1, {t}, {t}): (B, Hq, queries, keys) of the new block"
         )
     return mask.reshape(shape)
-
-
-def checked_lengths(lengths: Any, rows: int, tokens: int) -> Array:
-    """Lengths of rows as int32 (B,), or a ValueError that says what is wrong."""
-    found = jnp.asarray(lengths)
-    if found.shape != (rows,) or not jnp.issubdtype(found.dtype, jnp.integer):
-        raise ValueError(
-            f"lengths have shape {found.shape} and dtype {found.dtype}; accepted: ({rows},) integers"
-        )
-    numbers = known(lengths)
-    if numbers is not None and numbers.size and not (0 <= numbers.min() <= numbers.max() <= tokens):
-        raise ValueError(
-            f"lengths={numbers.tolist()} are not accepted: give 0 to {tokens}, the tokens of the block"
-        )
-    return found.astype(jnp.int32)

@@ -22,7 +22,7 @@ from qvg_jax.attention.features import PLAIN, Features
 from qvg_jax.cache.key_bias import LogitBias, logit_bias
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings
-from qvg_jax.cache.slots import read_slot
+from qvg_jax.cache.slots import decode_slot, read_slot
 from qvg_jax.cache.view import CacheView
 
 __all__ = ["attend_new_block", "attend_xla", "unsupported"]
@@ -224,7 +224,7 @@ def _visit_dense(
 ) -> _Running:
     """Visits sink and window, in chunks of their valid prefix, so that an empty window costs nothing."""
     cache, lay = view.cache, view.cache.layout
-    total, valid = (n * lay.block_tokens for n in (lay.dense_blocks, cache.dense_blocks))
+    total, valid = lay.dense_blocks * lay.block_tokens, cache.dense_tokens
     size = min(total, DENSE_CHUNK_TOKENS)
 
     def chunk(i, run):
@@ -232,13 +232,17 @@ def _visit_dense(
         start = jnp.minimum(i * size, total - size)
         token = start + jnp.arange(size)
         visible = (token >= i * size) & (token < valid)
+        counts = visible[None, None, :, None]
+        if cache.dense_valid is not None:
+            visible = visible[None] & lax.dynamic_slice_in_dim(cache.dense_valid, start, size, 1)
+            counts, visible = visible[:, None, :, None], visible[:, None, None, :]
 
         def read(buffer):
             corner, form = (layer, 0, 0, start, 0), (1, lay.batch, lay.heads, size, lay.head_dim)
             return lax.dynamic_slice(buffer, corner, form)[0].astype(q_BHQD.dtype)
 
         # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
-        v_BHTD = jnp.where(visible[None, None, :, None], read(cache.dense_v), 0)
+        v_BHTD = jnp.where(counts, read(cache.dense_v), 0)
         table = view.dense_table(start, size)
         k_BHTD, v_BHTD = view.keys(read(cache.dense_k), table), view.values(v_BHTD, table)
         return _visit(run, q_BHQD, k_BHTD, v_BHTD, rules, visible)
@@ -255,17 +259,24 @@ def _visit_spans(
     def span(i, run):
         slot = (cache.first_span + i) % lay.max_spans
 
-        packed_k, packed_v = (read_slot(x, layer, slot) for x in (cache.span_k, cache.span_v))
-        k_BHTD = lay.key_codec.decode(packed_k, q_BHQD.dtype)
-        v_BHTD = lay.value_codec.decode(packed_v, q_BHQD.dtype)
+        k_BHTD = decode_slot(cache.span_k, lay.key_codec, layer, slot, q_BHQD.dtype)
+        v_BHTD = decode_slot(cache.span_v, lay.value_codec, layer, slot, q_BHQD.dtype)
         if view.rope is not None:
             table = view.span_table(slot)
             # Rotation reads each channel twice; without the barrier XLA decodes it twice.
             k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
             if view.heads > lay.heads:
                 v_BHTD = view.values(lax.optimization_barrier(v_BHTD), table)
-        bias = logit_bias(lay.key_bias, lay.key_codec, packed_k, q_BHQD, rules.scale)
-        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, rules, bias)
+        read_packed = lambda: read_slot(cache.span_k, layer, slot)  # noqa: E731
+        bias = logit_bias(lay.key_bias, lay.key_codec, read_packed, q_BHQD, rules.scale)
+        see = None
+        if cache.span_valid is not None:
+            counts_BT = lax.dynamic_index_in_dim(cache.span_valid, slot, 0, False)
+
+            def see(start, size):
+                return lax.dynamic_slice_in_dim(counts_BT, start, size, 1)[:, None, None, :]
+
+        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, rules, bias, see)
 
     return lax.fori_loop(0, cache.num_spans, span, run)
 
