@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+    from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
     from qvg_jax.codecs.base import Codec, identity
@@ -48,6 +49,7 @@ _MODULES = {
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
+    "summary": "cache.summary",
     "presets": "codecs",
     "bits_per_element": "codecs.accounting",
     "compression_ratio": "codecs.accounting",
@@ -93,6 +95,7 @@ __all__ = [
     "residual_quantize",
     "rollout",
     "stream",
+    "summary",
     "take_rows",
     "truncate",
 ]
