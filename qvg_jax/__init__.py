@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvg_jax import sharding
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
     from qvg_jax.cache.edits import reset, take_rows, truncate
@@ -50,6 +51,7 @@ _MODULES = {
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
     "summary": "cache.summary",
+    "sharding": "sharding",
     "presets": "codecs",
     "bits_per_element": "codecs.accounting",
     "compression_ratio": "codecs.accounting",
@@ -94,6 +96,7 @@ __all__ = [
     "reset",
     "residual_quantize",
     "rollout",
+    "sharding",
     "stream",
     "summary",
     "take_rows",
@@ -105,9 +108,12 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    value = importlib.import_module(f"{module.__name__}.presets") if name == "presets" else getattr(
-        module, name
-    )  # fmt: skip
+    if name == "sharding":  # a module of ours that is a name of its own, as `presets` is
+        value = module
+    elif name == "presets":
+        value = importlib.import_module(f"{module.__name__}.presets")
+    else:
+        value = getattr(module, name)
     globals()[name] = value
     return value
 
