@@ -198,7 +198,8 @@ def undisturbed():
     return run()
 
 
-SWITCHES = ["jax_enable_x64", "jax_debug_nans", "jax_disable_jit"]
+SLOW = pytest.param("jax_disable_jit", marks=pytest.mark.slow)
+SWITCHES = ["jax_enable_x64", "jax_debug_nans", SLOW]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
