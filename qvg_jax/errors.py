@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["MissingExtraError", "UserError", "told_to_user"]
+__all__ = ["MissingExtraError", "UserError", "printable", "told_to_user"]
 
 
 class UserError(ValueError):
@@ -40,3 +40,13 @@ def told_to_user() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def printable(text: str) -> str:
+    r"""The text in one line that a terminal can only show, not obey: for words from files and strangers.
+
+    White space becomes a space. Other control characters, which could move the cursor or change the
+    terminal's title, and lone surrogates are written as escapes, such as `\x1b`.
+    """
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qvg_jax.app.model_entry import CaptureOptions
 from qvg_jax.app.report import aligned
+from qvg_jax.errors import UserError
 from qvg_jax.files import replacing, writable_folder
 from qvg_jax.study.capture import Captured, load_captured, save_captured
 from qvg_jax.study.tune import Score, candidates, draw, tune
@@ -23,7 +24,11 @@ LOOPED = 6  # recipes that are tried in the model: the closest within the budget
 
 def run_capture(capture: Callable[[Any], Captured], options: CaptureOptions) -> str:
     """Writes K, V and Q of a model; returns what was written, in one line."""
-    out, captured = options.out, capture(options)
+    out = options.out
+    if out.is_dir():
+        raise UserError(f"out={str(out)!r} is a folder; accepted: a file to write, such as a.npz")
+    writable_folder(out.parent)
+    captured = capture(options)
     save_captured(out, captured)
     layers, _, heads, tokens, dim = captured.k_LBHTD.shape
     queries = captured.q_LBHQD.shape[3]
@@ -54,6 +59,7 @@ def run_tune(
     writable_folder(out)
     span = span_tokens or min(4096, captured.k_LBHTD.shape[3])
     count = len(candidates(span) if recipes is None else recipes)
+    left_out: dict[str, str] = {}
     with tqdm(total=count, unit="codec", file=sys.stderr, disable=None) as bar:
         scores = tune(
             captured,
@@ -61,6 +67,7 @@ def run_tune(
             recipes,
             budget=math.inf if budget is None else budget,
             progress=lambda _: bar.update(),
+            refused=left_out.__setitem__,
         )
     if loop is not None:
         closest = sorted(scores, key=lambda s: s.attention_error)[:LOOPED]
@@ -73,7 +80,9 @@ def run_tune(
         rows = [dataclasses.asdict(s) for s in scores]
         partial.write_text(json.dumps({"span_tokens": span, "scores": rows}, indent=1) + "\n")
     draw(out / "tune.png", scores)
-    return _table(scores)
+    return "\n".join(
+        [_table(scores), *(f"left out {name}: {why}" for name, why in left_out.items())]
+    )
 
 
 def _table(scores: Sequence[Score]) -> str:
