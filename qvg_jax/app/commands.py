@@ -249,19 +249,18 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(entry: ModelEntry) -> Iterator[None]:
-    """Shows on stderr what the model and the package log on the way."""
+    """Shows on stderr what the model's package and this one log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    names = {entry.options.__module__.partition(".")[0], "qvg_jax"}
-    logs = [logging.getLogger(name) for name in names]
-    before = [log.level for log in logs]
-    for log in logs:
+    names = {entry.options.__module__.partition(".")[0], __name__.partition(".")[0]}
+    before = {log: log.level for log in map(logging.getLogger, names)}
+    for log in before:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        for log, level in zip(logs, before, strict=True):
+        for log, level in before.items():
             log.removeHandler(handler)
             log.setLevel(level)
 
