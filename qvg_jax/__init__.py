@@ -10,13 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvg_jax import sharding
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
+    from qvg_jax.cache.edits import reset, take_rows, truncate
     from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+    from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
     from qvg_jax.codecs.base import Codec, identity
@@ -31,6 +34,9 @@ __version__ = "0.1.0"
 _MODULES = {
     "attend": "attention.api",
     "explain": "attention.choice",
+    "reset": "cache.edits",
+    "take_rows": "cache.edits",
+    "truncate": "cache.edits",
     "CacheFullError": "cache.health",
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
@@ -44,6 +50,8 @@ _MODULES = {
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
+    "summary": "cache.summary",
+    "sharding": "sharding",
     "presets": "codecs",
     "bits_per_element": "codecs.accounting",
     "compression_ratio": "codecs.accounting",
@@ -85,9 +93,14 @@ __all__ = [
     "presets",
     "raise_if_bad",
     "recode",
+    "reset",
     "residual_quantize",
     "rollout",
+    "sharding",
     "stream",
+    "summary",
+    "take_rows",
+    "truncate",
 ]
 
 
@@ -95,9 +108,12 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    value = importlib.import_module(f"{module.__name__}.presets") if name == "presets" else getattr(
-        module, name
-    )  # fmt: skip
+    if name == "sharding":  # a module of ours that is a name of its own, as `presets` is
+        value = module
+    elif name == "presets":
+        value = importlib.import_module(f"{module.__name__}.presets")
+    else:
+        value = getattr(module, name)
     globals()[name] = value
     return value
 
