@@ -1,7 +1,7 @@
 """Settings of the documentation: `sphinx-build -W docs site` writes the pages to `site/`.
 
-Some pages stand elsewhere in the repository, such as the README of a model; `<!-- page: FILE -->` brings one in. Links are
-written for the place of the file in the repository, and `_links_for_site` turns them into links between pages.
+Some pages stand elsewhere in the repository, such as the README of a model; `<!-- page: FILE -->` brings one in. Links
+are written for the place of the file in the repository, and `_links_for_site` turns them into links between pages.
 """
 
 import inspect
@@ -15,8 +15,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-import qvg_jax  # noqa: E402
 from docstrings import as_rst  # noqa: E402
+
+import qvg_jax  # noqa: E402
 
 REPOSITORY = "https://github.com/OWNER/qvg_jax/blob/main"
 
@@ -37,7 +38,9 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"  # tests/test_notebook.py runs the notebooks
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # types and shapes stand in the signature of the source, shapes in the text too
+autodoc_typehints = (
+    "none"  # types and shapes stand in the signature of the source, shapes in the text too
+)
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -105,7 +108,8 @@ def _read(app, name: str, source: list[str]) -> None:
     page = Path(app.env.doc2path(name))
     if page.suffix == ".md":
         file = _file_of(page)
-        source[0] = _links_for_site(file.read_text(), file, page)
+        shown = _links_for_site(file.read_text(), file, page)
+        source[0] = _PAGE.sub(lambda _: shown, source[0]) if file != page else shown
         source[0] = _NAMES.sub(_documented, source[0])
 
 

@@ -7,6 +7,7 @@ lines, `name`: text for the parts of a result. napoleon reads the sections; the 
 import re
 
 _SECTION = re.compile(r"^[A-Z][\w ]*:$")
+_CODE = re.compile(r"(`[^`]+`)(?=\w)")
 _PART = re.compile(r"^(\s+)(`\w+`: )")
 
 
@@ -36,7 +37,7 @@ def _close(out: list[str], inside: str) -> str:
 
 
 def _escaped(line: str) -> str:
-    """The line with `|` and `**`, which are signs here and markup there, escaped outside of code."""
+    """The line with `|` and `**`, which are signs here and markup there, escaped outside of code; plurals of code."""
     parts = line.split("`")
     parts[::2] = [part.replace("|", r"\|").replace("**", r"\*\*") for part in parts[::2]]
-    return "`".join(parts)
+    return _CODE.sub(r"\1\\ ", "`".join(parts))
