@@ -32,6 +32,8 @@ html_title = "qvg_jax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_sourcelink = False
+html_copy_source = False
 html_show_copyright = False
 
 myst_heading_anchors = 4
