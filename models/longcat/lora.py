@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from safetensors import SafetensorError, safe_open
 
 from models.common.checkpoint import CheckpointError, checkpoint_files
 from models.longcat.modeling import LongCatDiT
 from models.longcat.params import RULES
+from qvg_jax.errors import UserError
+from qvg_jax.reading.tensors import opened, read_tensor
 
 _HYPHEN = "___lorahyphen___"
 _SUFFIX = re.compile(
@@ -124,16 +125,18 @@ def _modules(files: Iterable[Path], errors: list[str]) -> dict[str, dict[str | i
     modules: dict[str, dict[str | int, np.ndarray]] = {}
     for file in files:
         try:
-            with safe_open(file, "numpy") as f:
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except SafetensorError as e:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({e})") from e
+            with opened(file) as f:
+                tensors = {name: read_tensor(f, name, file) for name in f.keys()}  # noqa: SIM118
+        except UserError as e:
+            raise CheckpointError(str(e)) from e
         for name, x in tensors.items():
             parts = _SUFFIX.fullmatch(name)
             prefix, _, module = (parts[1] if parts else "").partition(_HYPHEN)
             if not parts or prefix != "lora" or not module:
                 errors.append(f"unused: {name}, not a name of a LoRA's part")
                 continue
+            if not np.isfinite(x).all():
+                errors.append(f"{name} has NaN or Inf; accepted: finite values")
             if name.endswith("alpha_scale"):
                 part: str | int = "scale"
             else:

@@ -5,7 +5,7 @@ import dataclasses
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Count, Whole
+from qvg_jax.app.option_types import Frames, Name, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -47,11 +47,11 @@ class Options(LatentOptions):
     """
 
     codec: str = recommended(NAME)
-    video: str | None = None
-    window: Count | None = None
-    sink: Whole | None = None
-    span: Count | None = None
-    recent: Whole | None = None
+    video: Name | None = None
+    window: Frames | None = None
+    sink: SomeFrames | None = None
+    span: Frames | None = None
+    recent: SomeFrames | None = None
     decode_last: bool = False
 
 
@@ -68,10 +68,10 @@ class PlanOptions(LatentPlanOptions):
         decode_last: make the pictures when all latents are there and the cache is gone.
     """
 
-    window: Count | None = None
-    sink: Whole | None = None
-    span: Count | None = None
-    recent: Whole | None = None
+    window: Frames | None = None
+    sink: SomeFrames | None = None
+    span: Frames | None = None
+    recent: SomeFrames | None = None
     decode_last: bool = False
 
 
