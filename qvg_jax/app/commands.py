@@ -249,18 +249,21 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(entry: ModelEntry) -> Iterator[None]:
-    """Shows on stderr what models log on the way."""
+    """Shows on stderr what the model and the package log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    log = logging.getLogger(entry.options.__module__.partition(".")[0])
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    names = {entry.options.__module__.partition(".")[0], "qvg_jax"}
+    logs = [logging.getLogger(name) for name in names]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.removeHandler(handler)
+            log.setLevel(level)
 
 
 class _OneLine(logging.Formatter):
