@@ -20,6 +20,7 @@ BUILT_IN = {
     "self-forcing": "models.self_forcing.entry",
     "worldplay": "models.worldplay.entry",
     "longcat": "models.longcat.entry",
+    "lingbot": "models.lingbot.entry",
 }
 
 

@@ -66,9 +66,11 @@ class Ladder:
 
     @cached_property
     def step_sigmas(self) -> np.ndarray:
-        """Float32 [J + 1]: sigma of each denoising pass, then 0 for "keep the prediction"."""
-        rungs = self.config.train_steps - np.asarray(self.config.steps)
-        return np.append(self.sigmas[rungs], np.float32(0.0))
+        """Float32 [J + 1]: sigma of each denoising pass, then 0 for "keep the prediction".
+
+        Looked up by the timestep: where whole timesteps make rungs equal, the noisiest of them.
+        """
+        return np.append(self.sigma(self.steps), np.float32(0.0))
 
 
 type Sigma = Float[Array | np.ndarray, "..."] | float
