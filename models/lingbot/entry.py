@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from models.lingbot.protocol import PROTOCOL
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
@@ -74,6 +75,7 @@ ENTRY = ModelEntry(
     summary="LingBot-World 2 (Wan 14B, causal): a picture and a walk become a video.",
     options=Options,
     needs=NEEDS,
+    protocol=PROTOCOL,
     prepare=deferred("models.lingbot.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.lingbot.job:plan"),

@@ -3,6 +3,7 @@
 import dataclasses
 
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
+from models.self_forcing.protocol import PROTOCOL
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
 from qvg_jax.app.option_types import Count, Whole
@@ -90,6 +91,7 @@ ENTRY = ModelEntry(
     summary="Self-Forcing (Wan2.1 1.3B, causal): a prompt becomes a video.",
     options=Options,
     needs=NEEDS,
+    protocol=PROTOCOL,
     prepare=deferred("models.self_forcing.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.self_forcing.job:plan"),

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
+from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.errors import UserError, told_to_user
 
-__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
+__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune", "verify"]
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
@@ -23,9 +24,41 @@ WRITING = "accepted: a folder that can be written, on a disk with room"
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
     remember_compilations()
+    from qvg_jax.app.metrics import METRICS
+    from qvg_jax.app.report import table
+
+    outcome = _generated(entry, options, METRICS)
+    if outcome.report is None:
+        return 130
+    print(f"\n{table(outcome.report)}\n")
+    seconds = outcome.report["timings"]["total_seconds"]
+    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
+    return 0
+
+
+def verify(entry: ModelEntry, options: GenerateOptions, how: VerifyOptions) -> int:
+    """Runs a model's protocol: verify.json and verify.html in `options.out`; 1 if a band fails."""
+    remember_compilations()
+    from qvg_jax.app import verify as verifying
+    from qvg_jax.app.metrics import METRICS
+    from qvg_jax.app.perceptual import load_lpips
+
+    metrics = (*METRICS, load_lpips()) if how.lpips else METRICS
+    with _written():
+        result = verifying.verify(
+            entry, options, how, lambda asked, m: _generated(entry, asked, m), metrics
+        )
+    if result is None:
+        return 130
+    print(f"\n{verifying.summary_table(result)}\n")
+    print(f"wrote verify.json and verify.html to {options.out}")
+    return 1 if result["verdict"] == "fail" else 0
+
+
+def _generated(entry: ModelEntry, options: GenerateOptions, metrics: Sequence[Any]) -> Any:
+    """The `Outcome` of a model's job; an interruption is told on stderr."""
     from qvg_jax.app.generate import generate as run
     from qvg_jax.app.progress import Bars
-    from qvg_jax.app.report import table
     from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
     def advice() -> str:
@@ -41,17 +74,14 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
         told = (NonFiniteError, CacheFullError, NotImplementedError)
         with _within_memory(advice), _one_line(*told), _written(), Bars(job) as bars:
             out, fps = options.out, options.fps
-            outcome = run(job, out, fps=fps, growing=options.stream, progress=bars.update)
+            more = dict(growing=options.stream, metrics=metrics)
+            outcome = run(job, out, fps=fps, progress=bars.update, **more)
     if outcome.report is None:
         print(
             f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
             file=sys.stderr,
         )
-        return 130
-    print(f"\n{table(outcome.report)}\n")
-    seconds = outcome.report["timings"]["total_seconds"]
-    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
-    return 0
+    return outcome
 
 
 def play(entry: ModelEntry, options: PlayOptions) -> int:

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from qvg_jax.app.background import Background
 from qvg_jax.app.figure import write_figure
 from qvg_jax.app.job import Job, Made, lockstep
+from qvg_jax.app.metrics import METRICS, Metric
 from qvg_jax.app.panels import Panel, Sheet
 from qvg_jax.app.report import SEEN, Record, write_json
 from qvg_jax.app.video import Mp4
@@ -38,6 +39,7 @@ def generate(
     fps: int | None = None,
     growing: bool = False,
     progress: Callable[[Made], None] | None = None,
+    metrics: Sequence[Metric] = METRICS,
 ) -> Outcome:
     """Makes the frames of all arms and writes what came of it.
 
@@ -52,6 +54,7 @@ def generate(
         fps: frames a second of the video; None is the job's.
         growing: whether video.mp4 can be played while the run goes on, see `Mp4`.
         progress: called with each block after all arms have made it.
+        metrics: what compares the frames of an arm with those of bf16 and with the truth.
 
     Returns:
         The outcome; one without a report if Ctrl-C came after the first frame.
@@ -66,7 +69,7 @@ def generate(
     fps = job.fps if fps is None else fps
     video = Mp4(Path(out) / "video.mp4", fps, growing=growing)
     out = writable_folder(out)
-    record = Record(job)
+    record = Record(job, metrics)
     draw = _drawing(job)
 
     def write(made: Made) -> None:
