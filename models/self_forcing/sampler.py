@@ -51,7 +51,9 @@ class Ladder:
 
     @cached_property
     def steps(self) -> np.ndarray:
-        """Float32 [J]: the timesteps of the denoising passes, warped onto the ladder."""
+        """Float32 [J]: the timesteps of the denoising passes, warped onto the ladder if asked for."""
+        if not self.config.warped:
+            return np.asarray(self.config.steps, np.float32)
         with_end = np.append(self.timesteps, np.float32(0.0))
         return with_end[self.config.train_steps - np.asarray(self.config.steps)]
 
