@@ -188,12 +188,13 @@ def codecs(shape: tuple[int, ...]) -> int:
     from qvg_jax.app.report import aligned
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import pair_bits
+    from qvg_jax.codecs.fitted import fitted
 
     rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
     for name, constructor in (presets.PRESETS | presets.PAIRS).items():
         what = (constructor.__doc__ or "").strip().splitlines()[0]
         try:
-            bits = pair_bits(presets.pair(name), shape)
+            bits = pair_bits(presets.parse_pair(fitted(name, shape[-1])), shape)
         except ValueError as error:
             raise UserError(f"codec={name!r}: {error}") from error
         parameter = inspect.signature(constructor).parameters.get("bits")

@@ -1,7 +1,6 @@
 """Recipes whose groups fit the heads of a model: a preset made for heads of 128 works at 64, too."""
 
 import inspect
-import math
 
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.recipes import is_recipe, parse_recipe, written
@@ -13,10 +12,10 @@ CHANNELS = {"kivi": "value_group"}
 
 
 def fitted(recipe: str, head_dim: int) -> str:
-    """A recipe with groups of channels that divide the head dim.
+    """A recipe whose groups of channels are not longer than a head.
 
-    A group that the recipe states itself stays. A preset's own becomes the largest that divides both
-    it and the head dim, so `qvg-asym` at head dim 64 is `qvg-asym:group=64`.
+    A group that the recipe states itself stays. A preset's own is clamped to the head dim, so
+    `qvg-asym` at head dim 64 is `qvg-asym:group=64`.
 
     Args:
         recipe: NAME or NAME:SETTING=VALUE:...; what is composed by hand comes back as it is.
@@ -36,6 +35,6 @@ def fitted(recipe: str, head_dim: int) -> str:
     default = parameters[setting].default if setting in parameters else None
     if default is None and "group" in parameters:
         default = settings.get("group", parameters["group"].default)
-    if setting in settings or not isinstance(default, int) or head_dim % default == 0:
+    if setting in settings or not isinstance(default, int) or default <= head_dim:
         return recipe
-    return written(name, settings | {setting: math.gcd(default, head_dim)})
+    return written(name, settings | {setting: head_dim})

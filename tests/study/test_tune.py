@@ -246,7 +246,7 @@ def test_groups_of_presets_are_clamped_to_the_head_dim():
         fitted("qvg-asym", 64) == "qvg-asym:group=64"
         and fitted("kivi", 64) == "kivi:value_group=64"
     )
-    assert fitted("qvg-asym", 128) == "qvg-asym" and fitted("qvg-asym", 96) == "qvg-asym:group=32"
+    assert fitted("qvg-asym", 128) == "qvg-asym" and fitted("qvg-asym", 96) == "qvg-asym:group=96"
     assert fitted("qvg-asym:group=48", 64) == "qvg-asym:group=48"  # what a user states stays
     assert fitted("nope", 64) == "nope"
     scores = tune(made_up(), 96, ["kivi:group=32", "quarot"])
