@@ -7,16 +7,22 @@ A name is imported when it is used first, so that the `qvg` command answers befo
 """
 
 import importlib
+import importlib.metadata
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvg_jax import sharding
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
+    from qvg_jax.cache.edits import reset, take_rows, truncate
     from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+    from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
     from qvg_jax.codecs.base import Codec, identity
@@ -27,10 +33,14 @@ if TYPE_CHECKING:
     from qvg_jax.rollout import rollout, stream
 
 __version__ = "0.1.0"
+JAX_RANGE = ">=0.8,<0.13"  # of the versions that the tests ran on
 
 _MODULES = {
     "attend": "attention.api",
     "explain": "attention.choice",
+    "reset": "cache.edits",
+    "take_rows": "cache.edits",
+    "truncate": "cache.edits",
     "CacheFullError": "cache.health",
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
@@ -44,6 +54,8 @@ _MODULES = {
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
+    "summary": "cache.summary",
+    "sharding": "sharding",
     "presets": "codecs",
     "bits_per_element": "codecs.accounting",
     "compression_ratio": "codecs.accounting",
@@ -85,19 +97,54 @@ __all__ = [
     "presets",
     "raise_if_bad",
     "recode",
+    "reset",
     "residual_quantize",
     "rollout",
+    "sharding",
     "stream",
+    "summary",
+    "take_rows",
+    "truncate",
 ]
+
+
+def _warn_of_an_untried_jax() -> None:
+    """Warns of a JAX outside of `JAX_RANGE`, by its metadata: JAX is not imported for it."""
+    if "jax" in sys.modules:
+        found = getattr(sys.modules["jax"], "__version__", "")
+    else:
+        try:
+            found = importlib.metadata.version("jax")
+        except importlib.metadata.PackageNotFoundError:
+            found = ""
+    oldest, end = (bound.lstrip(">=<") for bound in JAX_RANGE.split(","))
+    if found and not _numbers(oldest) <= _numbers(found) < _numbers(end):
+        warnings.warn(
+            f"qvg_jax {__version__} was tested with jax{JAX_RANGE}, and jax {found} is installed; "
+            f"`pip install 'jax{JAX_RANGE}'` brings one that was",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, which order JAX's releases."""
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:2])
+
+
+_warn_of_an_untried_jax()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    value = importlib.import_module(f"{module.__name__}.presets") if name == "presets" else getattr(
-        module, name
-    )  # fmt: skip
+    if name == "sharding":  # a module of ours that is a name of its own, as `presets` is
+        value = module
+    elif name == "presets":
+        value = importlib.import_module(f"{module.__name__}.presets")
+    else:
+        value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Where the arrays of a cache lie on several devices: heads apart, everything else on each."""
+"""Where the arrays of a cache lie on several devices: batch rows or heads apart, everything else on each."""
 
 import dataclasses
 from typing import Any
@@ -9,10 +9,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.attention.api import attend
+from qvg_jax.cache.slots import batch_leaves
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["attend_by_heads", "head_shardings"]
+__all__ = ["attend_by_heads", "cache_shardings", "head_shardings"]
 
 
 def head_shardings(cache: KVCache, mesh: Mesh | AbstractMesh, axis: str) -> KVCache:
@@ -34,31 +35,72 @@ def head_shardings(cache: KVCache, mesh: Mesh | AbstractMesh, axis: str) -> KVCa
     Raises:
         ValueError: the mesh has no such axis, or its size does not divide the heads.
     """
+    return cache_shardings(cache, mesh, heads=axis)
+
+
+def cache_shardings(
+    cache: KVCache,
+    mesh: Mesh | AbstractMesh,
+    *,
+    batch: str | None = None,
+    heads: str | None = None,
+) -> KVCache:
+    """Shardings of a cache whose batch rows, heads or both are spread over axes of a mesh.
+
+        cache = jax.device_put(cache, cache_shardings(cache, mesh, batch="data", heads="model"))
+
+    Neither rows nor heads meet in the cache or in attention. Arrays without such an axis are
+    replicated. Axes of the mesh may be of type Auto or Explicit.
+
+    Args:
+        cache: a cache, or its `jax.eval_shape`.
+        mesh: the devices.
+        batch: name of the mesh axis that divides the batch; None leaves it together.
+        heads: name of the mesh axis that divides the key-value heads; None leaves them together.
+
+    Returns:
+        A pytree of the cache's structure with a `NamedSharding` in place of each array.
+
+    Raises:
+        ValueError: the mesh has no such axis, or its size does not divide the heads or the batch.
+        NotImplementedError: rows are divided, and a codec stores them together.
+    """
     lay = cache.layout
-    if axis not in mesh.shape:
-        raise ValueError(f"axis={axis!r} is not accepted: the mesh has {tuple(mesh.axis_names)}")
-    if lay.heads % mesh.shape[axis]:
-        raise ValueError(
-            f"heads={lay.heads} do not divide over axis {axis!r} of size {mesh.shape[axis]}"
-        )
-    batch_heads = (lay.batch, lay.heads)
+    for name, axis, size in (("heads", heads, lay.heads), ("batch", batch, lay.batch)):
+        if axis is not None and axis not in mesh.shape:
+            raise ValueError(
+                f"axis={axis!r} is not accepted: the mesh has {tuple(mesh.axis_names)}"
+            )
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name}={size} do not divide over axis {axis!r} of size {mesh.shape[axis]}"
+            )
 
-    def place(leading: int):
+    def placed(*spec: str | None) -> NamedSharding:
+        return NamedSharding(mesh, jax.P(*spec) if any(spec) else jax.P())
+
+    def of_codec(leading: int, tree: Any, rows: Any) -> Any:
         # Codecs keep (B, H) in front of what they store for each head.
-        def of(x: Any) -> NamedSharding:
-            apart = x.shape[leading : leading + 2] == batch_heads
-            spec = (None,) * (leading + 1) + (axis,) if apart else ()
-            return NamedSharding(mesh, jax.P(*spec))
+        def of(x: Any, has_rows: bool) -> NamedSharding:
+            apart = x.shape[leading : leading + 2] == (lay.batch, lay.heads)
+            return placed(*(None,) * leading, batch if has_rows else None, heads if apart else None)
 
-        return of
+        return jax.tree.map(of, tree, rows)
 
-    fields = {}
-    for name, leading in (("dense", 1), ("span", 2), ("state", 1)):
-        for side in ("k", "v"):
-            value = getattr(cache, f"{name}_{side}")
-            fields[f"{name}_{side}"] = jax.tree.map(place(leading), value)
-    everywhere = NamedSharding(mesh, jax.P())
-    shardings = jax.tree.map(lambda x: everywhere, cache)
+    shardings = jax.tree.map(lambda x: placed(), cache)
+    fields = dict.fromkeys(("dense_k", "dense_v"), placed(None, batch, heads))
+    for side, codec in (("k", lay.key_codec), ("v", lay.value_codec)):
+        trees = [getattr(cache, f"{name}_{side}") for name in ("span", "state")]
+        rows = [jax.tree.map(lambda _: False, tree) for tree in trees]
+        if batch is not None and lay.max_spans:
+            rows = batch_leaves(lay, codec, cache.dense_k.dtype)
+        fields[f"span_{side}"] = of_codec(2, trees[0], rows[0])
+        fields[f"state_{side}"] = of_codec(1, trees[1], rows[1])
+    for name in ("pos", "valid", "table"):
+        for region, leading in (("dense", ()), ("span", (None,))):
+            tree = getattr(cache, f"{region}_{name}")
+            field = jax.tree.map(lambda _, leading=leading: placed(*leading, batch), tree)
+            fields[f"{region}_{name}"] = field
     return dataclasses.replace(shardings, **fields)
 
 

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from safetensors import SafetensorError, safe_open
 
 from models.common.checkpoint import CheckpointError, Rule, checkpoint_files
+from qvg_jax.errors import UserError
+from qvg_jax.reading.tensors import opened, read_tensor
 
 _HYPHEN = "___lorahyphen___"
 _DOWN = re.compile(r"(.+)\.(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight")
@@ -141,18 +142,18 @@ def _modules(files: Iterable[Path], errors: list[str]) -> dict[str, dict[str | i
     modules: dict[str, dict[str | int, np.ndarray]] = {}
     for file in files:
         try:
-            with safe_open(file, "numpy") as f:
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except SafetensorError as e:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({e})") from e
+            with opened(file) as f:
+                tensors = {name: read_tensor(f, name, file) for name in f.keys()}  # noqa: SIM118
+        except UserError as e:
+            raise CheckpointError(str(e)) from e
         for name, x in tensors.items():
             module, part = _part(name)
             if not module:
                 errors.append(f"unused: {name}, not a name of a LoRA's part")
                 continue
-            if (
-                _HYPHEN in module
-            ):  # LongCat's files always have a scale; 0 marks one that is missing
+            if not np.isfinite(x).all():
+                errors.append(f"{name} has NaN or Inf; accepted: finite values")
+            if _HYPHEN in module:  # LongCat's files always have a scale; an empty one is missing
                 module = module.replace(_HYPHEN, ".").removeprefix("lora.")
                 modules.setdefault(module, {"scale": np.empty(0)})
             modules.setdefault(module, {})[part] = x

@@ -6,6 +6,7 @@ from models.lingbot.protocol import PROTOCOL
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
+from qvg_jax.app.option_types import Name
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -45,7 +46,7 @@ class Options(LatentOptions):
 
     codec: str = recommended(NAME)
     actions: str | None = None
-    poses: str | None = None
+    poses: Name | None = None
     decode_last: bool = False
 
 

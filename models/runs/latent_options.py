@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from qvg_jax.app.model_entry import GenerateOptions, PlanOptions
-from qvg_jax.app.option_types import Count
+from qvg_jax.app.model_entry import PlanOptions, ResumableOptions
+from qvg_jax.app.option_types import Frames, Layers, Name, Side
 
 __all__ = ["LatentOptions", "LatentPlanOptions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentOptions(GenerateOptions):
+class LatentOptions(ResumableOptions):
     """Options of a model that makes latent frames from a prompt.
 
     Attributes:
@@ -25,17 +25,15 @@ class LatentOptions(GenerateOptions):
         layers: layers of a transformer of random weights.
         attention: what reads the cache; the fastest that serves if left out.
         precision: precision in which the cache is read; bf16 if left out.
-        resume: go on with an interrupted run in --out.
     """
 
     prompt: str | None = None
-    height: Count = 480
-    width: Count = 832
-    image: str | None = None
-    layers: Count | None = None
+    height: Side = 480
+    width: Side = 832
+    image: Name | None = None
+    layers: Layers | None = None
     attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
     precision: Literal["bf16", "fp8"] | None = None
-    resume: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +47,10 @@ class LatentPlanOptions(PlanOptions):
         layers: layers of the transformer.
     """
 
-    frames: Count | None = None
-    height: Count = 480
-    width: Count = 832
-    layers: Count | None = None
+    frames: Frames | None = None
+    height: Side = 480
+    width: Side = 832
+    layers: Layers | None = None
 
     def request[O: LatentOptions](self, options: type[O], **more: object) -> O:
         """The options of the run that is planned.

@@ -8,7 +8,7 @@ from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from models.self_forcing.protocol import PROTOCOL
 from models.self_forcing.releases import RELEASES, Release
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Count, Whole
+from qvg_jax.app.option_types import Frames, Name, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRIES", "ENTRY", "Options", "PlanOptions"]
@@ -33,12 +33,12 @@ class Options(LatentOptions):
     """
 
     codec: str = recommended(NAME)
-    video: str | None = None
-    window: Count | None = None
-    sink: Whole | None = None
-    span: Count | None = None
-    recent: Whole | None = None
-    lora: str | None = None
+    video: Name | None = None
+    window: Frames | None = None
+    sink: SomeFrames | None = None
+    span: Frames | None = None
+    recent: SomeFrames | None = None
+    lora: Name | None = None
     decode_last: bool = False
 
 
@@ -55,10 +55,10 @@ class PlanOptions(LatentPlanOptions):
         decode_last: make the pictures when all latents are there and the cache is gone.
     """
 
-    window: Count | None = None
-    sink: Whole | None = None
-    span: Count | None = None
-    recent: Whole | None = None
+    window: Frames | None = None
+    sink: SomeFrames | None = None
+    span: Frames | None = None
+    recent: SomeFrames | None = None
     decode_last: bool = False
 
 

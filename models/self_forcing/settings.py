@@ -5,7 +5,7 @@ import logging
 
 import jax
 
-from models.runs.checkpoint_folder import Parts, Sizes, wanted_keys
+from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.entry import FRAMES, NAME, Options
@@ -15,7 +15,7 @@ from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from qvg_jax.cache.operations import KVCache
-from qvg_jax.errors import told_to_user
+from qvg_jax.errors import UserError, told_to_user
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +134,10 @@ def chosen_sizes(options: Options, parts: Parts | None, released: Sizes) -> Size
     if parts and parts.config:
         size = ("num_layers", "dim", "num_heads", "ffn_dim", "in_dim", "out_dim", "freq_dim")
         wanted_keys(parts.config, *size, "text_len", "eps", folder=options.weights)
-        dit = SelfForcingConfig.from_wan(
-            parts.config, frames_per_block=dit.frames_per_block, dtype=dit.dtype
-        )
+        with named_config(options.weights):
+            dit = SelfForcingConfig.from_wan(
+                parts.config, frames_per_block=dit.frames_per_block, dtype=dit.dtype
+            )
     return dataclasses.replace(released, dit=with_layers(dit, options))
 
 
@@ -144,6 +145,8 @@ def _sampler(steps: int | None, release: Release) -> SamplerConfig:
     if steps is None:
         return SamplerConfig(**dict(release.sampler))
     top = SamplerConfig().train_steps
+    if not 1 <= steps <= top:
+        raise UserError(f"steps={steps} is not accepted: give 1 to {top}")
     return SamplerConfig(steps=tuple(top - i * top // steps for i in range(steps)))
 
 

@@ -1,6 +1,7 @@
 """The `qvg` command: arguments in, files and a small table out, errors of the user in one line.
 
-Exit codes: 0 done, 1 nothing fits (plan), 2 bad input or a file that could not be written, 130 Ctrl-C.
+Exit codes: 0 done, 1 nothing fits (plan), 2 bad input or a file that could not be written, 130 Ctrl-C,
+141 the reader of the output went away.
 
 Each model is a subcommand with exactly its own options, made from the dataclasses of its `ModelEntry`;
 without a model, `generate` and its likes take a default. JAX is imported when a command runs, so help
@@ -10,8 +11,12 @@ The parser is cyclopts (Apache-2.0): it builds options from typed dataclasses an
 raises its errors, where tyro (MIT), the other candidate, prints several lines and leaves the process.
 """
 
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +27,7 @@ from qvg_jax.app.model_entry import ModelEntry
 from qvg_jax.app.option_types import Bits, Count, File, Names, Shape
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.app.versions import own_version
-from qvg_jax.errors import UserError
+from qvg_jax.errors import UserError, printable
 
 __all__ = ["main"]
 
@@ -51,26 +56,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _give_streams()
     try:
-        if not words:
-            raise UserError(f"COMMAND is missing; accepted: {', '.join((*TASKS, *_OTHERS))}")
-        words = _with_model(words)
-        result = _app(words)(words, exit_on_error=False, print_error=False)
-        return result if isinstance(result, int) else 0
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except cyclopts.CycloptsError as error:
         return _told(_explained(error, words))
     except UserError as error:
         return _told(str(error))
+    except BrokenPipeError:  # who reads our output has seen enough, such as `head`
+        _drop_output()
+        return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _drop_output()
+        return _told(f"standard output: {error.strerror}; accepted: a disk with room")
     except KeyboardInterrupt:
         print("qvg: interrupted", file=sys.stderr)
         return 130
 
 
+def _run(words: list[str]) -> int:
+    if not words:
+        raise UserError(f"COMMAND is missing; accepted: {', '.join((*TASKS, *_OTHERS))}")
+    words = _with_model(words)
+    result = _app(words)(words, exit_on_error=False, print_error=False)
+    return result if isinstance(result, int) else 0
+
+
+def _give_streams() -> None:
+    """Replaces an output that was closed before the start, as by `2>&-`, by one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+
+
+def _drop_output() -> None:
+    """Points standard output at nothing, so that what is still in its buffer raises no second error."""
+    with contextlib.suppress(OSError, ValueError):  # a stand-in without a file of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _told(message: str) -> int:
-    line = " ".join(message.split())
+    line = printable(message)
     if len(line) > LONGEST_LINE:
         line = line[: LONGEST_LINE - 4] + " ..."
-    print(f"qvg: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody can be told on an output that is full or closed
+        print(f"qvg: error: {line}", file=sys.stderr)
     return 2
 
 
@@ -162,8 +196,11 @@ def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
         )
 
     def run(given: Any) -> int:
-        from qvg_jax.app import commands
+        from qvg_jax.app.progress import saying
 
+        said = saying(f"{entry.name}: loading JAX") if task == "generate" else nullcontext()
+        with said:
+            from qvg_jax.app import commands
         return getattr(commands, task)(entry, given)
 
     def verify(given: Any, how: Any) -> int:

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvg_jax.app.hub import Download
-from qvg_jax.app.option_types import ByteSize, Count, File, Indices, Names, Port, Whole
+from qvg_jax.app.option_types import (
+    ByteSize,
+    File,
+    Frames,
+    Indices,
+    Names,
+    Port,
+    Rate,
+    Steps,
+    Whole,
+)
 from qvg_jax.app.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -31,6 +41,7 @@ __all__ = [
     "ModelEntry",
     "PlanOptions",
     "PlayOptions",
+    "ResumableOptions",
     "deferred",
 ]
 
@@ -55,10 +66,10 @@ class GenerateOptions:
 
     codec: str = "midrise"
     compare: Names = ()
-    frames: Count | None = None
-    steps: Count | None = None
+    frames: Frames | None = None
+    steps: Steps | None = None
     seed: Whole = 0
-    fps: Count | None = None
+    fps: Rate | None = None
     out: File = Path("out")
     stream: bool = False
     weights: str | None = None
@@ -71,11 +82,24 @@ class GenerateOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ResumableOptions(GenerateOptions):
+    """Options of a model whose interrupted runs can go on.
+
+    Attributes:
+        resume: go on with an interrupted run in --out.
+        restart: replace an interrupted run in --out.
+    """
+
+    resume: bool = False
+    restart: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Options of `qvg plan` that every model has.
 
     Attributes:
-        memory: memory of the device, such as 24GB or 22.4GiB.
+        memory: memory of the device, such as 24GB or 22.4GiB; a number alone is in GB.
         codec: codecs to compare.
     """
 
@@ -100,8 +124,8 @@ class PlayOptions:
 
     codec: str = "midrise"
     seed: Whole = 0
-    steps: Count | None = None
-    memory: Count | None = None
+    steps: Steps | None = None
+    memory: Frames | None = None
     weights: str | None = None
     host: str = "127.0.0.1"
     port: Port = 8080
@@ -124,7 +148,7 @@ class CaptureOptions:
         out: file to write.
     """
 
-    frames: Count = 128
+    frames: Frames = 128
     layers: Indices = (0, 2, 5)
     seed: Whole = 0
     out: File = Path("captured.npz")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import UInt8
 
-from qvg_jax.errors import UserError
+from qvg_jax.errors import MissingExtraError
 
 __all__ = ["load_lpips"]
 
@@ -14,10 +14,10 @@ def load_lpips() -> Callable[[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W
     """A function `lpips(frame, reference)`; 0 for equal frames.
 
     The network is VGG-16 on frames in [-1, 1]. The package brings its own weights and downloads
-    those of VGG-16 when it is used first. Values in papers that feed frames in [0, 1] are lower.
+    those of VGG-16 when it is used first. Papers that feed frames in [0, 1] have other values.
 
     Raises:
-        UserError: the package is not installed.
+        MissingExtraError: the package is not installed.
 
     Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features", CVPR 2018.
     """
@@ -25,9 +25,7 @@ def load_lpips() -> Callable[[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W
         import lpips as package
         import torch
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--lpips needs {error.name}: `pip install 'qvg-jax[lpips]'` installs it"
-        ) from error
+        raise MissingExtraError(f"--lpips needs {error.name}", "lpips") from error
     network = package.LPIPS(net="vgg", verbose=False).eval()
 
     def tensor(frame_HW3: np.ndarray):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qvg_jax.app.model_entry import CaptureOptions
 from qvg_jax.app.report import aligned
+from qvg_jax.errors import UserError
 from qvg_jax.files import replacing, writable_folder
 from qvg_jax.study.capture import Captured, load_captured, save_captured
 from qvg_jax.study.tune import CLIPPED, Score, candidates, draw, recommended, tune
@@ -23,7 +24,11 @@ LOOPED = 6  # recipes that are tried in the model: the closest within the budget
 
 def run_capture(capture: Callable[[Any], Captured], options: CaptureOptions) -> str:
     """Writes K, V and Q of a model; returns what was written, in one line."""
-    out, captured = options.out, capture(options)
+    out = options.out
+    if out.is_dir():
+        raise UserError(f"out={str(out)!r} is a folder; accepted: a file to write, such as a.npz")
+    writable_folder(out.parent)
+    captured = capture(options)
     save_captured(out, captured)
     layers, _, heads, tokens, dim = captured.k_LBHTD.shape
     queries = captured.q_LBHQD.shape[3]

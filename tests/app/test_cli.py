@@ -97,7 +97,7 @@ def test_the_report_says_what_was_done(done):
     assert config["sampler"]["steps"] == 4 and config["fps"] == 8
     assert config["weights"]["file"] == "smoke.safetensors"
     assert report["versions"]["jax"] == jax.__version__
-    assert list(report["arms"]) == ["bf16", "trellis", "rtn"]
+    assert list(report["arms"]) == ["bf16", "midrise-k2v4", "rtn"]
     for name, arm in report["arms"].items():
         assert all(len(values) == FRAMES for values in arm["frames"].values())
         bits = arm["bits_per_element"]
@@ -105,8 +105,8 @@ def test_the_report_says_what_was_done(done):
         assert (name == "bf16") == (bits["from_buffers"] == 16)
     assert report["seen_in_tour"] == [1.0] * FRAMES  # back over the tour
     # Same noise, and only the cache differs: far closer to bf16 than two noises would be.
-    assert report["arms"]["trellis"]["means"]["psnr_vs_bf16"] > 30
-    assert report["arms"]["trellis"]["means"]["psnr_vs_truth"] < 20
+    assert report["arms"]["midrise-k2v4"]["means"]["psnr_vs_bf16"] > 30
+    assert report["arms"]["midrise-k2v4"]["means"]["psnr_vs_truth"] < 20
     assert Image.open(done[0] / "report.png").size[0] == 1650
 
 
