@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from models.longcat.lora import merge_lora
 from PIL import Image
 
 from models.common.checkpoint import check
+from models.common.lora import merge_lora
 from models.common.shards import checkpoint_shards
 from models.longcat.config import LongCatConfig
 from models.pocket_world.camera import parse_actions
@@ -103,10 +103,9 @@ def read_lora(data, folder):
     path.write_bytes(data)
     model = types.SimpleNamespace()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.longcat.lora.nnx.split", lambda _: (None, None))
-        patch.setattr("models.longcat.lora.nnx.to_flat_state", lambda _: [])
-        patch.setattr("models.longcat.lora.RULES", ())
-        merge_lora(model, path)
+        patch.setattr("models.common.lora.nnx.split", lambda _: (None, None))
+        patch.setattr("models.common.lora.nnx.to_flat_state", lambda _: [])
+        merge_lora(model, path, ())
 
 
 def read_index(data, folder):
