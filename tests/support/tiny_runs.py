@@ -23,12 +23,12 @@ from models.common.weights import Weights
 from models.longcat import job as longcat_job
 from models.self_forcing import job as self_forcing_job
 from models.worldplay import job as worldplay_job
-from qvg_jax.app import cli, commands, generate, progress  # noqa: F401  # imported by the server
+from qvg_jax.app import cli
 from qvg_jax.app.saved_blocks import CHECKSUM_BYTES
 from tests.support import tiny_longcat, tiny_self_forcing, tiny_world, tiny_worldplay
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "models.pocket_world.job"])
+CONTEXT.set_forkserver_preload([__name__, "models.pocket_world.job", "qvg_jax.app.generate"])
 LONGEST = 300.0  # seconds that a process may take on a busy machine
 TIMINGS = ("report.png",)  # of latent models: the figure shows the seconds of each block
 
