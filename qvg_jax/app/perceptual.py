@@ -23,7 +23,7 @@ def load_lpips() -> Callable[[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W
     """
     try:
         import lpips as package
-        import torch
+        import torch  # pyrefly: ignore[missing-import]
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"--lpips needs {error.name}", "lpips") from error
     network = package.LPIPS(net="vgg", verbose=False).eval()
