@@ -80,15 +80,15 @@ def generate(
         if (out / name).is_dir():
             raise UserError(f"--out {out}: {out / name} is a folder; accepted: another --out")
     with alone_in(out):
-        return _generate(job, out, video, fps, begins=begins, progress=progress)
+        return _generate(job, Record(job, metrics), out, video, fps, begins, progress)
 
 
 def _generate(
     job: Job,
+    record: Record,
     out: Path,
     video: Mp4,
     fps: int,
-    *,
     begins: Callable[[str], None] | None,
     progress: Callable[[Made], None] | None,
 ) -> Outcome:
