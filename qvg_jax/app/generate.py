@@ -77,11 +77,16 @@ def generate(
         if (out / name).is_dir():
             raise UserError(f"--out {out}: {out / name} is a folder; accepted: another --out")
     with alone_in(out):
-        return _generate(job, out, video, fps, progress)
+        return _generate(job, out, video, fps, begins, progress)
 
 
 def _generate(
-    job: Job, out: Path, video: Mp4, fps: int, progress: Callable[[Made], None] | None
+    job: Job,
+    out: Path,
+    video: Mp4,
+    fps: int,
+    begins: Callable[[str], None] | None,
+    progress: Callable[[Made], None] | None,
 ) -> Outcome:
     begin = time.perf_counter()
     record = Record(job)
