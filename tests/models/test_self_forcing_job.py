@@ -87,6 +87,7 @@ def error_line(stderr):
 
 def test_two_arms_share_their_noise_and_stand_side_by_side(whole):
     assert {p.name for p in whole.iterdir()} == {
+        ".lock",
         "video.mp4", "report.json", "report.png", "latents",
     }  # fmt: skip
     with av.open(str(whole / "video.mp4")) as file:
