@@ -107,8 +107,5 @@ def test_the_command_makes_a_video_beside_a_folder_named_models(site, tmp_path):
     env = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path)}
     said = run(sys.executable, *words, cwd=tmp_path, env=env)
     assert "pocket-world: 8 real frames" in said
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "video.mp4",
-        "report.json",
-        "report.png",
-    }
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made >= {"video.mp4", "report.json", "report.png"}
