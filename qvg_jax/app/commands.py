@@ -282,18 +282,20 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(entry: ModelEntry) -> Iterator[None]:
-    """Shows on stderr what models log on the way."""
+    """Shows on stderr what the model's package and this one log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    log = logging.getLogger(entry.options.__module__.partition(".")[0])
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    names = {entry.options.__module__.partition(".")[0], __name__.partition(".")[0]}
+    before = {log: log.level for log in map(logging.getLogger, names)}
+    for log in before:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
+        for log, level in before.items():
+            log.removeHandler(handler)
+            log.setLevel(level)
 
 
 class _OneLine(logging.Formatter):

@@ -22,8 +22,8 @@ def load_lpips() -> Callable[[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W
     Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features", CVPR 2018.
     """
     try:
-        import lpips as package
-        import torch
+        import lpips as package  # pyrefly: ignore[missing-import]
+        import torch  # pyrefly: ignore[missing-import]
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"--lpips needs {error.name}", "lpips") from error
     network = package.LPIPS(net="vgg", verbose=False).eval()

@@ -22,7 +22,7 @@ REQUEST = "request.json"
 FORMAT = 2  # 1: records without checksums
 CHECKSUM_BYTES = 16
 
-log = logging.getLogger("models.saved_blocks")  # `qvg` shows what models log
+log = logging.getLogger(__name__)
 
 
 class SavedBlocks:

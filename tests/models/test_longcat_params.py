@@ -199,7 +199,10 @@ WRONG = {
         "unused: lora_A.weight",
     ),
     "nothing": (lambda t: {}, "holds no LoRA"),
-    "NaN": (lambda t: {k: x * np.float32("nan") for k, x in t.items()}, "has NaN or Inf"),
+    "NaN": (
+        lambda t: {k: np.asarray(x * np.float32("nan")) for k, x in t.items()},
+        "has NaN or Inf",
+    ),
 }
 
 
