@@ -9,7 +9,7 @@ WHY = "5 dB below what two CPU cores gave, 2026-11-28"
 
 PROTOCOL = Protocol(
     frames=96,
-    recipes=("midrise", "qvg", "rtn"),
+    recipes=("trellis", "midrise", "qvg", "rtn"),
     windows=(Window("the first 48 frames", 0, 48), Window(ALL)),
     published=(
         Published(recipe="trellis", ours="trellis", source=HERE, psnr=51.1),

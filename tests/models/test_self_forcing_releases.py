@@ -4,9 +4,10 @@ import fnmatch
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from models import registry
 from models.common.checkpoint import CheckpointError
@@ -139,3 +140,17 @@ def test_a_plan_names_the_release(process):
     asked = PlanOptions(memory=10**9, codec=("bf16",), frames=6, height=32, width=48)
     made = ENTRIES["krea-realtime"].plan(asked)
     assert made.what.startswith("Krea Realtime 14B") and made.needs[0].longest > 0
+
+
+def test_gguf_and_fp8_are_named_with_what_is_accepted(tmp_path):
+    folder = tiny.weights_folder(tmp_path)
+    file = folder / "self_forcing_dmd.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="F8_E4M3 .fp8.*'BF16'"):
+        job.WEIGHTS.check(file, tiny.sizes().dit)
+    file.rename(folder / "self_forcing_dmd.gguf")
+    with pytest.raises(CheckpointError, match="is GGUF, which is not read; accepted"):
+        job.latent_job.find_parts(folder, RELEASES["self-forcing"].dit_names)
