@@ -108,6 +108,8 @@ def _documented(match: re.Match) -> str:
 
 def _read(app, name: str, source: list[str]) -> None:
     page = Path(app.env.doc2path(name))
+    if page.suffix == ".ipynb":
+        source[0] = _links_for_site(source[0], ROOT / "notebooks" / page.name, page)
     if page.suffix == ".md":
         file = _file_of(page)
         shown = _links_for_site(file.read_text(), file, page)
