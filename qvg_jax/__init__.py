@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
     from qvg_jax.cache.edits import reset, take_rows, truncate
-    from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
+    from qvg_jax.cache.health import (
+        CacheFullError,
+        NonFiniteError,
+        cache_bytes,
+        raise_if_bad,
+        raise_if_not_finite,
+    )
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+    from qvg_jax.cache.saved import from_saved, to_saved
     from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
@@ -45,6 +52,9 @@ _MODULES = {
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
     "raise_if_bad": "cache.health",
+    "raise_if_not_finite": "cache.health",
+    "from_saved": "cache.saved",
+    "to_saved": "cache.saved",
     "KeyBias": "cache.key_bias",
     "KVCache": "cache.operations",
     "append": "cache.operations",
@@ -90,12 +100,14 @@ __all__ = [
     "evict",
     "explain",
     "frequency_ladder",
+    "from_saved",
     "grid_quantize",
     "identity",
     "kmeans_smoothing",
     "packed_bytes",
     "presets",
     "raise_if_bad",
+    "raise_if_not_finite",
     "recode",
     "reset",
     "residual_quantize",
@@ -104,6 +116,7 @@ __all__ = [
     "stream",
     "summary",
     "take_rows",
+    "to_saved",
     "truncate",
 ]
 
