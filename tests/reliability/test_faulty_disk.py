@@ -8,9 +8,11 @@ import pytest
 
 from qvg_jax.app import saved_blocks
 from qvg_jax.app.saved_blocks import SavedBlocks
+from qvg_jax.app.video import Mp4
 from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
 from tests.support.faulty_disk import FAULTS, FaultyDisk, Killed
+from tests.support.tiny_runs import playable_frames
 
 ARMS, SHAPE, COUNT = ("bf16", "qvg:bits=2"), (2, 3), 2
 BLOCKS = np.random.default_rng(0).normal(size=(len(ARMS), COUNT, *SHAPE)).astype(np.float32)
@@ -95,3 +97,34 @@ def go_on(run: Run, keep: bool) -> None:
     except UserError as error:  # it ended before it began: what is there is the older run
         assert "made with seed=0" in str(error) and not any(run.safe.values())
         run.go(keep=keep)
+
+
+def film(path: Path, **options: bool) -> None:
+    with Mp4(path, 8, **options) as video:
+        for shade in range(6):
+            video.add(np.full((32, 48, 3), 40 * shade, np.uint8))
+
+
+@pytest.mark.parametrize("growing", [False, True], ids=["at the end", "growing"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_video_is_the_older_one_or_whole_or_plays(tmp_path, fault, growing):
+    path = tmp_path / "video.mp4"
+    with FaultyDisk(tmp_path) as disk:
+        film(path, growing=growing)
+    whole = path.read_bytes()
+    assert len(disk.operations) > 3
+    for number in range(len(disk.operations)):
+        path.write_text(OLD)
+        with (
+            FaultyDisk(tmp_path, fails_at=number, fault=fault) as disk,
+            contextlib.suppress(OSError, Killed),
+        ):
+            film(path, growing=growing)
+        if not growing:
+            assert disk.failed and path.read_bytes() in (OLD.encode(), whole)
+            left = (
+                {"video.mp4"} if fault in ("full", "broken") else {"video.mp4", "video.mp4.partial"}
+            )
+            assert {p.name for p in tmp_path.iterdir()} <= left
+        elif path.exists() and path.stat().st_size and path.read_bytes() != OLD.encode():
+            assert fault == "power cut" or playable_frames(path) >= 0
