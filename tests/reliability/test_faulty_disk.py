@@ -99,32 +99,42 @@ def go_on(run: Run, keep: bool) -> None:
         run.go(keep=keep)
 
 
-def film(path: Path, **options: bool) -> None:
-    with Mp4(path, 8, **options) as video:
-        for shade in range(6):
-            video.add(np.full((32, 48, 3), 40 * shade, np.uint8))
+class Film:
+    """A video of six frames; counts those that were taken without an error."""
+
+    def __init__(self, path: Path, **options: bool):
+        self.video = Mp4(path, 8, **options)
+
+    def go(self) -> None:
+        with self.video:
+            for shade in range(6):
+                self.video.add(np.full((32, 48, 3), 40 * shade, np.uint8))
 
 
-@pytest.mark.parametrize("growing", [False, True], ids=["at the end", "growing"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault, growing",
+    [(fault, growing) for growing in (False, True) for fault in FAULTS if fault != "read-only"],
+)
 def test_a_video_is_the_older_one_or_whole_or_plays(tmp_path, fault, growing):
     path = tmp_path / "video.mp4"
-    with FaultyDisk(tmp_path) as disk:
-        film(path, growing=growing)
+    Film(path, growing=growing).go()
     whole = path.read_bytes()
-    assert len(disk.operations) > 3
+    with FaultyDisk(tmp_path) as disk:
+        Film(path, growing=growing).go()
+    assert path.read_bytes() == whole and len(disk.operations) > 3
     for number in range(len(disk.operations)):
         path.write_text(OLD)
+        film = Film(path, growing=growing)
         with (
             FaultyDisk(tmp_path, fails_at=number, fault=fault) as disk,
             contextlib.suppress(OSError, Killed),
         ):
-            film(path, growing=growing)
+            film.go()
+        told = number, disk.operations[-1]
         if not growing:
-            assert disk.failed and path.read_bytes() in (OLD.encode(), whole)
-            left = (
-                {"video.mp4"} if fault in ("full", "broken") else {"video.mp4", "video.mp4.partial"}
-            )
-            assert {p.name for p in tmp_path.iterdir()} <= left
-        elif path.exists() and path.stat().st_size and path.read_bytes() != OLD.encode():
-            assert fault == "power cut" or playable_frames(path) >= 0
+            assert path.read_bytes() in (OLD.encode(), whole), told
+            clean = fault in ("full", "broken") and told[1] != ("unlink", "video.mp4.partial")
+            assert not clean or [p.name for p in tmp_path.iterdir()] == ["video.mp4"]
+        elif film.video.frames > 1 and fault != "power cut":
+            # The muxer holds a frame back until it knows how long it lasts.
+            assert playable_frames(path) >= film.video.frames - 2, told
