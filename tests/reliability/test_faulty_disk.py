@@ -8,9 +8,11 @@ import pytest
 
 from qvg_jax.app import saved_blocks
 from qvg_jax.app.saved_blocks import SavedBlocks
+from qvg_jax.app.video import Mp4
 from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
 from tests.support.faulty_disk import FAULTS, FaultyDisk, Killed
+from tests.support.tiny_runs import playable_frames
 
 ARMS, SHAPE, COUNT = ("bf16", "qvg:bits=2"), (2, 3), 2
 BLOCKS = np.random.default_rng(0).normal(size=(len(ARMS), COUNT, *SHAPE)).astype(np.float32)
@@ -95,3 +97,44 @@ def go_on(run: Run, keep: bool) -> None:
     except UserError as error:  # it ended before it began: what is there is the older run
         assert "made with seed=0" in str(error) and not any(run.safe.values())
         run.go(keep=keep)
+
+
+class Film:
+    """A video of six frames; counts those that were taken without an error."""
+
+    def __init__(self, path: Path, **options: bool):
+        self.video = Mp4(path, 8, **options)
+
+    def go(self) -> None:
+        with self.video:
+            for shade in range(6):
+                self.video.add(np.full((32, 48, 3), 40 * shade, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "fault, growing",
+    [(fault, growing) for growing in (False, True) for fault in FAULTS if fault != "read-only"],
+)
+def test_a_video_is_the_older_one_or_whole_or_plays(tmp_path, fault, growing):
+    path = tmp_path / "video.mp4"
+    Film(path, growing=growing).go()
+    whole = path.read_bytes()
+    with FaultyDisk(tmp_path) as disk:
+        Film(path, growing=growing).go()
+    assert path.read_bytes() == whole and len(disk.operations) > 3
+    for number in range(len(disk.operations)):
+        path.write_text(OLD)
+        film = Film(path, growing=growing)
+        with (
+            FaultyDisk(tmp_path, fails_at=number, fault=fault) as disk,
+            contextlib.suppress(OSError, Killed),
+        ):
+            film.go()
+        told = number, disk.operations[-1]
+        if not growing:
+            assert path.read_bytes() in (OLD.encode(), whole), told
+            clean = fault in ("full", "broken") and told[1] != ("unlink", "video.mp4.partial")
+            assert not clean or [p.name for p in tmp_path.iterdir()] == ["video.mp4"]
+        elif film.video.frames > 1 and fault != "power cut":
+            # The muxer holds a frame back until it knows how long it lasts.
+            assert playable_frames(path) >= film.video.frames - 2, told

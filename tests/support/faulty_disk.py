@@ -13,7 +13,7 @@ from typing import Any, Self
 import av
 import pytest
 
-__all__ = ["FAULTS", "FaultyDisk", "Killed"]
+__all__ = ["ERRORS", "FAULTS", "FaultyDisk", "Killed"]
 
 NEVER = 10**9
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "read-only": errno.EROFS}
@@ -160,8 +160,8 @@ class FaultyDisk:
 
     def _video(self, function: Callable) -> Callable:
         def call(file, mode=None, **more):
-            path = self._ours(file) if mode == "w" else None
-            return function(_Raw(self, path, "w+") if path else file, mode, **more)
+            path = self._ours(file.removeprefix("file:")) if mode == "w" else None
+            return function(_VideoFile(self, path, "w+") if path else file, mode, **more)
 
         return call
 
@@ -182,3 +182,15 @@ class _Raw(io.FileIO):
     def truncate(self, size: int | None = None) -> int:
         self._disk.step("truncate", self._path)
         return super().truncate(size)
+
+
+class _VideoFile(_Raw):
+    """A file that C code writes, to which an error is a negative number."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        except Killed:
+            return -errno.EIO

@@ -6,6 +6,7 @@ run alone, not the seconds of the imports.
 
 import dataclasses
 import json
+import locale
 import multiprocessing
 import os
 import re
@@ -82,14 +83,24 @@ RUNS = {
 }
 
 
-def _child(model: str, argv: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    time.tzset()
+def _child(model: str, argv: Sequence[str], log: Path, folder: Path, odd: bool) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(folder / "user-cache")
+    if odd:
+        _strange_place()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     RUNS[model].setup()
     sys.exit(cli.main(argv))
+
+
+def _strange_place() -> None:
+    """Another time zone, and a clock that stands decades back and runs backwards."""
+    os.environ["TZ"] = "Pacific/Kiritimati"
+    time.tzset()
+    begin, now = time.time(), time.time
+    time.time = lambda: 1e9 - (now() - begin)
+    locale.setlocale(locale.LC_ALL, "C")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +129,25 @@ class Runner:
         *argv: str,
         until: Callable[[], bool] | None = None,
         number: int = signal.SIGKILL,
-        **environment: str,
+        odd: bool = False,
     ) -> Ended:
-        """The command in a process of its own; it gets a signal once `until` says so."""
+        """The command in a process of its own; it gets a signal once `until` says so.
+
+        Args:
+            out: folder of the output.
+            argv: further words of the command line.
+            until: when to send the signal; the process runs to its end if left out.
+            number: the signal.
+            odd: whether it runs with another clock, time zone and locale.
+        """
         log = self.folder / "log"
-        environment |= {"XDG_CACHE_HOME": str(self.folder / "user-cache")}
+        log.unlink(missing_ok=True)
         words = [*self._argv, f"--out={out}", *argv]
-        process = CONTEXT.Process(target=_child, args=(self.model, words, log, environment))
+        process = CONTEXT.Process(target=_child, args=(self.model, words, log, self.folder, odd))
         process.start()
         end = time.monotonic() + LONGEST
         while process.exitcode is None and time.monotonic() < end:
-            if until is not None and until():
+            if log.exists() and until is not None and until():
                 os.kill(process.pid, number)
                 break
             process.join(0.01)
