@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
+    from qvg_jax.cache.edits import reset, take_rows, truncate
     from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
@@ -31,6 +32,9 @@ __version__ = "0.1.0"
 _MODULES = {
     "attend": "attention.api",
     "explain": "attention.choice",
+    "reset": "cache.edits",
+    "take_rows": "cache.edits",
+    "truncate": "cache.edits",
     "CacheFullError": "cache.health",
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
@@ -85,9 +89,12 @@ __all__ = [
     "presets",
     "raise_if_bad",
     "recode",
+    "reset",
     "residual_quantize",
     "rollout",
     "stream",
+    "take_rows",
+    "truncate",
 ]
 
 

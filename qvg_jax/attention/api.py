@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qvg_jax.attention.choice import choose
+from qvg_jax.attention.features import Features, features_of
 from qvg_jax.attention.xla import attend_xla
 from qvg_jax.backends import Candidate
 from qvg_jax.cache.layout import Layout
@@ -25,17 +26,23 @@ __all__ = ["attend"]
 def attend(
     q_BTHD: Float[Array, "B T Hq D"],
     cache: KVCache | CacheView,
-    k_BTHD: Float[Array, "B T H D"],
-    v_BTHD: Float[Array, "B T H D"],
+    k_BTHD: Float[Array, "B T H D"] | None,
+    v_BTHD: Float[Array, "B T H D"] | None,
     *,
     layer: int | Int[Array, ""] | None = None,
     positions: Float[Array, "B T P"] | Int[Array, "B T P"] | None = None,
     rope: Rope | Encodings | None = None,
     scale: float | Float[Array, ""] | None = None,
+    causal: bool = False,
+    mask: Bool[Array, "*B T T"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " Hq"] | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
     precision: str | None = None,
-) -> Float[Array, "B T Hq D"]:
-    """Attention of a new block to everything in the cache and, both ways, to itself.
+) -> Float[Array, "B T Hq D"] | tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
+    """Attention of a new block to everything in the cache and, both ways or causally, to itself.
 
         o_BTHD = attend(q_BTHD, cache, k_BTHD, v_BTHD, positions=pos_BTP, rope=rope)
 
@@ -51,13 +58,25 @@ def attend(
         q_BTHD: queries before RoPE; Hq is a multiple of the cache's H, and query head j reads
             key-value head j // (Hq / H).
         cache: the cache, or a view of it that brings positions and rope along.
-        k_BTHD: the new block's keys before RoPE; any number of tokens.
-        v_BTHD: the new block's values.
+        k_BTHD: the new block's keys before RoPE; any number of tokens, also none. None reads the
+            cache alone, as cross attention does, or a layer that shares another's K and V.
+        v_BTHD: the new block's values; None beside keys of None.
         layer: which layer of the cache; may be left out if it has one.
         positions: positions of the new tokens; only with a cache and a rope.
         rope: rotation of Q and K, or encodings of stored K and V (then H above is all of their
             heads); only with a cache. None is none.
         scale: factor of the logits; None is 1 / sqrt(D).
+        causal: whether a query of the new block sees only new keys that are not behind it. All of
+            the cache lies before the block and is always seen.
+        mask: bool, which keys of the new block its queries see, (T, T), (B, T, T) or (B, Hq, T, T),
+            with 1 in place of B or Hq for all. Of `causal`, `mask` and `lengths` all must allow it.
+        lengths: tokens of each row of the new block that count, the first ones; the others are
+            padding that no query sees, and the output of padding means nothing.
+        softcap: c of logits c tanh(s / c); None for plain logits.
+        sink_logits: a learned logit for each query head that takes part in the softmax and brings
+            no value.
+        return_lse: whether to return the log-sum-exp of the logits too: (output, float32 (B, T, Hq)).
+            It includes `sink_logits`.
         implementation: "mosaic", kernels for Hopper GPUs that decode spans into a workspace; "cudnn",
             spans decoded by XLA and attended by cuDNN, for NVIDIA GPUs of compute capability 8.0 and
             more; "triton", kernels for the same GPUs, which need jax_triton; "xla", anywhere. None
@@ -69,11 +88,13 @@ def attend(
             None is "bf16" on kernels and cuDNN, and the dtype of q on XLA.
 
     Returns:
-        The attention output in q's dtype.
+        The attention output in q's dtype; zero for a query that sees no key at all. With
+        `return_lse` a pair.
 
     Raises:
         ValueError: a shape that does not fit the cache, a missing layer, positions or rope
-            beside a view, or an unknown implementation.
+            beside a view, a mask, lengths or sink_logits of another shape or dtype, or an unknown
+            implementation.
         NotImplementedError: a named implementation cannot serve this call; the message says why.
     """
     if isinstance(cache, CacheView):
@@ -83,11 +104,27 @@ def attend(
     else:
         view = cache.view(positions, rope, precompute=False)
     lay: Layout = view.cache.layout
-    _check(lay, view.heads, q_BTHD, k_BTHD, v_BTHD, layer)
+    if (k_BTHD is None) != (v_BTHD is None):
+        raise ValueError("k and v: one of them is None; accepted: both, or None for both")
+    if reads_new := k_BTHD is not None:
+        _check(lay, view.heads, q_BTHD, k_BTHD, v_BTHD, layer)
+    else:
+        k_BTHD = v_BTHD = jnp.zeros((*q_BTHD.shape[:1], 0, view.heads, lay.head_dim), q_BTHD.dtype)
+        _check(lay, view.heads, q_BTHD, k_BTHD, v_BTHD, layer, reads_new)
+    asked = dict(causal=causal, mask=mask, lengths=lengths) if reads_new else {}
+    if not reads_new and (causal or mask is not None or lengths is not None):
+        raise ValueError(
+            "k=None: causal, mask and lengths say what is seen of new keys; leave them out"
+        )
+    asked |= dict(softcap=softcap, sink_logits=sink_logits, return_lse=return_lse)
+    features = features_of(q_BTHD.shape[:3], **asked)
+    if not q_BTHD.shape[1]:
+        return (q_BTHD, jnp.zeros(q_BTHD.shape[:3], jnp.float32)) if return_lse else q_BTHD
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     scale = jnp.float32(1 / math.sqrt(lay.head_dim) if scale is None else scale)
-    chosen = choose(view, q_BTHD, implementation, precision).chosen
-    return _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, chosen)
+    chosen = choose(view, q_BTHD, implementation, precision, features, reads_new).chosen
+    out, lse = _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features, chosen)
+    return (out, lse) if return_lse else out
 
 
 @functools.partial(jax.jit, static_argnames="chosen")
@@ -98,29 +135,31 @@ def _attend(
     v_BTHD: Array,
     layer: Array,
     scale: Array,
+    features: Features,
     chosen: Candidate,
-) -> Array:
+) -> tuple[Array, Array | None]:
     call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
     if chosen.implementation == "xla":
-        return attend_xla(*call)
+        return attend_xla(*call, features)
     if chosen.implementation == "cudnn":
         from qvg_jax.attention.cudnn import attend_cudnn
 
-        return attend_cudnn(*call)
+        return attend_cudnn(*call, features)
     from qvg_jax.attention.kernels import attend_kernels
 
-    return attend_kernels(
-        *call, fp8=chosen.precision == "fp8", implementation=chosen.implementation
-    )
+    fp8, implementation = chosen.precision == "fp8", chosen.implementation
+    return attend_kernels(*call, fp8=fp8, implementation=implementation), None
 
 
-def _check(lay: Layout, heads: int, q: Array, k: Array, v: Array, layer: Any) -> None:
+def _check(
+    lay: Layout, heads: int, q: Array, k: Array, v: Array, layer: Any, reads_new: bool = True
+) -> None:
     if layer is None and lay.layers > 1:
         raise ValueError(f"layer=None; the cache has {lay.layers} layers: give an index below it")
     if isinstance(layer, int) and not 0 <= layer < lay.layers:
         raise ValueError(f"layer={layer} is not accepted: give 0 <= layer < {lay.layers}")
     rows, tokens = q.shape[:2] if q.ndim == 4 else (lay.batch, "T")
-    for name, x in (("k", k), ("v", v)):
+    for name, x in (("k", k), ("v", v)) if reads_new else ():
         want = (rows, tokens, heads, lay.head_dim)
         if x.shape != want:
             raise ValueError(f"{name} has shape {x.shape}; accepted: {want} (B, T, H, D)")

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from qvg_jax.attention import xla
+from qvg_jax.attention.features import PLAIN, Features, features_of
 from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
@@ -22,6 +23,8 @@ class _Call(NamedTuple):
 
     view: CacheView
     q_BTHD: Array
+    features: Features = PLAIN
+    reads_new: bool = True  # whether there are new keys and values
 
 
 def _no_kernels(
@@ -32,6 +35,9 @@ def _no_kernels(
     `no_device()` is the reason why they cannot run here. It is asked before they are imported, as
     Mosaic takes long.
     """
+    asked = [*call.features.names(), *([] if call.reads_new else ["k=None"])]
+    if asked:
+        return f"{', '.join(asked)}: the kernels attend plainly, and to all of a new block"
     if call.view.cache.layout.key_bias is not None:
         return "the cache has a key_bias, which the kernels do not add"
     if (why := no_device()) is not None:
@@ -47,7 +53,7 @@ def _no_kernels(
 def _no_cudnn(call: _Call) -> str | None:
     from qvg_jax.attention import cudnn
 
-    return cudnn.unsupported(call.view, call.q_BTHD)
+    return cudnn.unsupported(call.view, call.q_BTHD, call.features)
 
 
 def _mosaic(precision: str, decoding: str, named: bool | None) -> Candidate:
@@ -68,12 +74,17 @@ CANDIDATES = (
         "triton", lambda call: _no_kernels(call, lambda: no_triton(), False, "kernels"), "bf16",
         "kernels", named=True,
     ),
-    Candidate("xla", lambda call: xla.unsupported(call.view), None, "xla"),
+    Candidate("xla", lambda call: xla.unsupported(call.view, call.features), None, "xla"),
 )  # fmt: skip
 
 
 def choose(
-    view: CacheView, q_BTHD: Array, implementation: str | None, precision: str | None
+    view: CacheView,
+    q_BTHD: Array,
+    implementation: str | None,
+    precision: str | None,
+    features: Features = PLAIN,
+    reads_new: bool = True,
 ) -> Choice:
     """The choice for a call of `attend`, whose docstring has the names and errors."""
     if implementation in ALIASES:
@@ -82,7 +93,7 @@ def choose(
             raise ValueError(f"precision={precision!r} beside implementation='mosaic_fp8'")
         precision = implied
     names = dict(implementation=implementation, precision=precision)
-    return resolve(CANDIDATES, _Call(view, q_BTHD), **names)
+    return resolve(CANDIDATES, _Call(view, q_BTHD, features, reads_new), **names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +123,7 @@ def explain(
     *,
     implementation: str | None = None,
     precision: str | None = None,
+    **features: Any,
 ) -> Explanation:
     """Says what `attend` would run for a cache and queries, and why the others would not.
 
@@ -123,6 +135,7 @@ def explain(
         cache: the cache, or the view of it that `attend` would be given.
         q_BTHD: the queries, or their shape and dtype.
         implementation, precision: as in `attend`.
+        **features: causal, mask, lengths, softcap, sink_logits and return_lse, as in `attend`.
 
     Returns:
         The explanation; `str` gives a line for each way.
@@ -130,15 +143,16 @@ def explain(
     Raises:
         ValueError, NotImplementedError: as `attend` would.
     """
-    view = cache if isinstance(cache, CacheView) else cache.view()
+    view = cache if isinstance(cache, CacheView) else cache.view(rope=False)
     if isinstance(q_BTHD, jax.ShapeDtypeStruct):
         q_BTHD = jax.eval_shape(lambda: jax.numpy.zeros(q_BTHD.shape, q_BTHD.dtype))
-    chosen = choose(view, q_BTHD, implementation, precision).chosen
+    asked = features_of(q_BTHD.shape[:3], **features)
+    chosen = choose(view, q_BTHD, implementation, precision, asked).chosen
     others = {}
     for candidate in CANDIDATES:
         if candidate == chosen:
             continue
-        why = candidate.why_not(_Call(view, q_BTHD))
+        why = candidate.why_not(_Call(view, q_BTHD, asked))
         after = CANDIDATES.index(candidate) > CANDIDATES.index(chosen)
         if why is None:
             later = after and candidate.named is not True

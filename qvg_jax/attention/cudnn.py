@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from qvg_jax.attention.features import PLAIN, Features
 from qvg_jax.attention.flash import BACKENDS, Softmax, no_keys, split, visit
+from qvg_jax.attention.xla import attend_new_block
 from qvg_jax.backends import capability, on_several_devices
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings, Rope
-from qvg_jax.cache.slots import read_slot
+from qvg_jax.cache.slots import decode_slot
 from qvg_jax.cache.view import CacheView
 
 __all__ = ["Workspaces", "attend_cudnn", "unsupported"]
@@ -39,8 +41,10 @@ class Workspaces:
     parts: int | None = None
 
 
-def unsupported(view: CacheView, q_BTHD: Array) -> str | None:
+def unsupported(view: CacheView, q_BTHD: Array, features: Features = PLAIN) -> str | None:
     """The reason why cuDNN cannot serve a call, or None if it can."""
+    if features.softcap is not None:
+        return f"softcap={features.softcap}; cuDNN attends to plain logits"
     lay: Layout = view.cache.layout
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q has dtype {q_BTHD.dtype}; cuDNN reads bfloat16 and float16"
@@ -67,19 +71,23 @@ def attend_cudnn(
     v_BTHD: Float[Array, "R T H D"],
     layer: Int[Array, ""],
     scale: Float[Array, ""],
+    features: Features = PLAIN,
     *,
     backend: str = "cudnn",
     workspaces: Workspaces = Workspaces(),
-) -> Float[Array, "R T Hq D"]:
-    """The output of `attend` through cuDNN, for calls that are not `unsupported`.
+) -> tuple[Float[Array, "R T Hq D"], Float[Array, "R T Hq"] | None]:
+    """Output and log-sum-exp of `attend` through cuDNN, for calls that are not `unsupported`.
+
+    XLA attends to a new block of which not all is seen, and its result is one of those that are merged.
 
     Args:
         q_BTHD, view, k_BTHD, v_BTHD, layer, scale: as in `attend`; `layer` and `scale` are arrays.
+        features: of the call.
         backend: "cudnn", or "xla" for the same path anywhere and in any floating dtype.
         workspaces: sizes of the calls.
 
     Returns:
-        The attention output in q's dtype.
+        The attention output in q's dtype, and the log-sum-exp if the features need it.
 
     Raises:
         ValueError: an unknown backend.
@@ -102,26 +110,37 @@ def attend_cudnn(
     q_nQD = jnp.moveaxis(q_RBHGTD, 0, 2).reshape(rows, -1, lay.head_dim)
 
     # The new block shares a call with the oldest spans, or else with the first part of sink and window. Not
-    # where each branch has its own, nor where an offset is added to the logits of spans only.
+    # where each branch has its own, nor where an offset is added to the logits of spans only, nor where
+    # not all of it is seen or the valid tokens of rows end at different places.
     offset = 0.0 if lay.key_bias is None else lay.key_bias.offset
-    joins = branches == 1 and not offset
+    by_xla = features.hides or not k_BHTD.shape[2]
+    padded = lay.blocks == "padded"
+    joins = branches == 1 and not offset and not by_xla and not padded
     new = (k_BHTD, v_BHTD) if joins else None
     reader = _Reader(view, layer, q_nQD, new, workspaces)
 
     def visit_keys(run: Softmax, keys: _Keys, offset: float = 0.0) -> Softmax:
         k_nSD, v_nSD = (x.reshape(rows, -1, lay.head_dim) for x in (keys.k_BHTD, keys.v_BHTD))
         parts = dict(parts=keys.parts, backend=backend, offset=offset)
-        return visit(run, q_nQD, k_nSD, v_nSD, keys.valid, **parts)
+        valid = jnp.repeat(keys.valid, view.heads) if padded else keys.valid
+        return visit(run, q_nQD, k_nSD, v_nSD, valid, **parts)
 
     if joins:
         run = no_keys(q_nQD)
     else:
         apart_nQD = q_RBHGTD.reshape(branches * rows, -1, lay.head_dim)
-        parts, room = split(*apart_nQD.shape[:2], tokens, workspaces.parts)
-        k_BHTD, v_BHTD = _joined([view.new(k_BHTD)], room), _joined([v_BHTD], room)
-        k_nSD, v_nSD = (x.reshape(branches * rows, -1, lay.head_dim) for x in (k_BHTD, v_BHTD))
-        alone = dict(parts=parts, backend=backend)
-        run = visit(no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, **alone)
+        k_BHTD = view.new(k_BHTD) if k_BHTD.shape[2] else k_BHTD
+        if by_xla:
+            apart_BHQD = apart_nQD.reshape(batches, view.heads, -1, lay.head_dim)
+            of_cudnn = jnp.float32(1 / math.sqrt(lay.head_dim))
+            found = attend_new_block(apart_BHQD, k_BHTD, v_BHTD, of_cudnn, features)
+            run = Softmax(*(x.reshape(branches * rows, *x.shape[2:]) for x in found))
+        else:
+            parts, room = split(*apart_nQD.shape[:2], tokens, workspaces.parts)
+            k_BHTD, v_BHTD = _joined([k_BHTD], room), _joined([v_BHTD], room)
+            k_nSD, v_nSD = (x.reshape(branches * rows, -1, lay.head_dim) for x in (k_BHTD, v_BHTD))
+            alone = dict(parts=parts, backend=backend)
+            run = visit(no_keys(apart_nQD), apart_nQD, k_nSD, v_nSD, tokens, **alone)
         run = Softmax(*(_behind(x.reshape(branches, rows, *x.shape[1:]), 1) for x in run))
     # Loops, also where there is at most one step: a loop that looks at a counter, and no condition, which
     # would become a node of a CUDA graph.
@@ -133,7 +152,12 @@ def attend_cudnn(
 
     out = run.out_nQD.reshape(lay.batch, view.heads, branches, group, tokens, lay.head_dim)
     out_RBTHGD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
-    return out_RBTHGD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+    out_BTHD, lse_BTH = out_RBTHGD.reshape(q_BTHD.shape), None
+    if features.needs_lse:
+        lse = run.lse_nQ.reshape(out.shape[:5])
+        lse_BTH = jnp.transpose(lse, (2, 0, 4, 1, 3)).reshape(q_BTHD.shape[:3])
+    out_BTHD, lse_BTH = features.finished(out_BTHD, lse_BTH)
+    return out_BTHD.astype(q_BTHD.dtype), lse_BTH
 
 
 class _Keys(NamedTuple):
@@ -141,7 +165,9 @@ class _Keys(NamedTuple):
 
     k_BHTD: Array
     v_BHTD: Array
-    valid: Array | int  # tokens that count, the first ones
+    valid: (
+        Array | int
+    )  # tokens that count, the first ones; of each video (B,) where padding is hidden
     parts: int  # into how many the tokens are split; it divides their number
 
 
@@ -176,7 +202,7 @@ class _Reader:
     def valid_parts(self) -> Array:
         """Parts of sink and window to visit: those that hold a token, or the first for the new block."""
         cache, size = self.view.cache, self.part_tokens
-        parts = (cache.dense_blocks * cache.layout.block_tokens + size - 1) // size
+        parts = (cache.dense_tokens + size - 1) // size
         if self.new is None:
             return parts
         return jnp.where(cache.num_spans > 0, parts, jnp.maximum(parts, 1))
@@ -192,7 +218,7 @@ class _Reader:
         # The last part is moved back to stay inside the buffer, and what it repeats is moved out of it.
         wanted = i * size
         start = jnp.minimum(wanted, total - size)
-        valid = jnp.clip(view.cache.dense_blocks * lay.block_tokens - wanted, 0, size)
+        valid = jnp.clip(view.cache.dense_tokens - wanted, 0, size)
 
         def valid_first(x: Array, axis: int) -> Array:
             if total % size:
@@ -213,7 +239,11 @@ class _Reader:
 
         table = jax.tree.map(lambda t: valid_first(t, 1), view.dense_table(start, size))
         joins = (i == 0) & (view.cache.num_spans == 0)
-        return self._keys(read(view.cache.dense_k), read(view.cache.dense_v), table, valid, joins)
+        stored = read(view.cache.dense_k), read(view.cache.dense_v), table
+        if view.cache.dense_valid is not None:
+            counts_BT = lax.dynamic_slice_in_dim(view.cache.dense_valid, start, size, 1)
+            stored, valid = _real_first(stored, valid_first(counts_BT, 1))
+        return self._keys(*stored, valid, joins)
 
     def spans(self, i: Array) -> _Keys:
         """Group i of the spans, the oldest first; the first with the new block."""
@@ -221,8 +251,13 @@ class _Reader:
         count = jnp.clip(cache.num_spans - first, 0, self.at_once)
         # In place of spans that do not exist the last one is read again, and does not count.
         span_N = first + jnp.minimum(jnp.arange(self.at_once), jnp.maximum(count - 1, 0))
-        stored = self._stored((cache.first_span + span_N) % lay.max_spans)
-        return self._keys(*stored, count * lay.span_tokens, i == 0)
+        slot_N = (cache.first_span + span_N) % lay.max_spans
+        stored, valid = self._stored(slot_N), count * lay.span_tokens
+        if cache.span_valid is not None:
+            counts_BT = _behind(cache.span_valid[slot_N], 1)
+            here = (jnp.arange(counts_BT.shape[1]) < valid)[None]
+            stored, valid = _real_first(stored, counts_BT & here)
+        return self._keys(*stored, valid, i == 0)
 
     def _keys(self, k_BHTD: Array, v_BHTD: Array, table: Any, valid: Array, joins: Array) -> _Keys:
         """Workspace of stored keys and values, the new block behind the valid ones if it joins."""
@@ -255,15 +290,36 @@ class _Reader:
         view, cache, lay = self.view, self.view.cache, self.view.cache.layout
 
         def one(slot: Array) -> tuple[Array, Array, Any]:
-            packed = (read_slot(x, self.layer, slot) for x in (cache.span_k, cache.span_v))
-            codecs = lay.key_codec, lay.value_codec
-            k, v = (c.decode(p, self.q_nQD.dtype) for c, p in zip(codecs, packed, strict=True))
+            k, v = (
+                decode_slot(slots, codec, self.layer, slot, self.q_nQD.dtype)
+                for slots, codec in ((cache.span_k, lay.key_codec), (cache.span_v, lay.value_codec))
+            )
             return k, v, None if view.rope is None else view.span_table(slot)
 
         if self.at_once == 1:  # a vectorized slice is a gather, for which XLA may copy
             return one(slot_N[0])
         k, v, table = jax.vmap(one)(slot_N)
         return _behind(k, 2), _behind(v, 2), jax.tree.map(lambda t: _behind(t, 1), table)
+
+
+def _real_first(
+    stored: tuple[Array, Array, Any], counts_BT: Array
+) -> tuple[tuple[Array, Array, Any], Array]:
+    """Keys, values and rope table with the tokens that count in front, and their number in each video.
+
+    cuDNN reads the first keys of a row, and softmax does not care about their order.
+    """
+    order_BT = jnp.argsort(~counts_BT, axis=1, stable=True)
+
+    def sorted_by(x: Array, axis: int) -> Array:
+        form = [1] * x.ndim
+        form[0], form[axis] = order_BT.shape
+        return jnp.take_along_axis(x, order_BT.reshape(form), axis)
+
+    k_BHTD, v_BHTD, table = stored
+    table = jax.tree.map(lambda t: sorted_by(t, 1), table)
+    found = sorted_by(k_BHTD, 2), sorted_by(v_BHTD, 2), table
+    return found, counts_BT.sum(1, dtype=jnp.int32)
 
 
 def _behind(x_N: Array, axis: int) -> Array:

@@ -79,7 +79,8 @@ def visit(
     Args:
         run: attention to other keys.
         q_nQD, k_nSD, v_nSD: rows of queries, keys and values; `parts` divides S.
-        valid: how many keys count. What lies behind them is finite.
+        valid: how many keys count, of all rows or of each (n,); of each it may be none. What lies
+            behind them is finite.
         parts: how many pieces of the keys are entries of the call's batch.
         backend: "cudnn" or "xla".
         offset: a constant, which softmax notices only beside other keys.
@@ -91,18 +92,29 @@ def visit(
     q = jnp.broadcast_to(q_nQD[:, None], (rows, parts, queries, d))
     q = q.reshape(rows * parts, 1, queries, d)
 
-    valid_s = jnp.clip(valid - size * jnp.arange(parts, dtype=jnp.int32), 0, size)
+    of_rows = jnp.ndim(valid) == 1
+    if of_rows:
+        valid_ns = jnp.clip(
+            valid[:, None] - size * jnp.arange(parts, dtype=jnp.int32)[None], 0, size
+        )
+    else:
+        valid_s = jnp.clip(valid - size * jnp.arange(parts, dtype=jnp.int32), 0, size)
     # cuDNN leaves open what it returns for no key at all: it gets one, which does not count.
-    lengths = jnp.broadcast_to(jnp.maximum(valid_s, 1)[None], (rows, parts)).reshape(-1)
+    least = jnp.maximum(valid_ns if of_rows else valid_s, 1)
+    lengths = jnp.broadcast_to(least if of_rows else least[None], (rows, parts)).reshape(-1)
     out, lse = BACKENDS[backend](q, k, v, lengths)
 
     out_nsQD = out.reshape(rows, parts, queries, d).astype(jnp.float32)
-    visible_s = (valid_s > 0)[None, :, None]
-    lse_nsQ = jnp.where(visible_s, lse.reshape(rows, parts, queries) + offset, -jnp.inf)
+    visible = (valid_ns > 0)[..., None] if of_rows else (valid_s > 0)[None, :, None]
+    lse_nsQ = jnp.where(visible, lse.reshape(rows, parts, queries) + offset, -jnp.inf)
     new_lse_nQ = jnp.maximum(run.lse_nQ, lse_nsQ.max(1))
-    old_nQ = jnp.exp(run.lse_nQ - new_lse_nQ)
-    weight_nsQ = jnp.exp(lse_nsQ - new_lse_nQ[:, None])
+    # A row that has seen no key yet has a log-sum-exp of -inf, and -inf - -inf would be NaN.
+    at_nQ = jnp.where(new_lse_nQ > -jnp.inf, new_lse_nQ, 0) if of_rows else new_lse_nQ
+    old_nQ = jnp.exp(run.lse_nQ - at_nQ)
+    weight_nsQ = jnp.exp(lse_nsQ - at_nQ[:, None])
     sum_nQ = old_nQ + weight_nsQ.sum(1)
+    if of_rows:
+        sum_nQ = jnp.where(sum_nQ > 0, sum_nQ, 1)
     out_nQD = run.out_nQD * old_nQ[..., None] + (out_nsQD * weight_nsQ[..., None]).sum(1)
     return Softmax(out_nQD / sum_nQ[..., None], new_lse_nQ + jnp.log(sum_nQ))
 

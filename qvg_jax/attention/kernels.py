@@ -27,6 +27,7 @@ from qvg_jax.attention.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.attention.new_block import NewBlock, new_block, rotation_of
 from qvg_jax.attention.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla
 from qvg_jax.backends import num_sms, on_several_devices
+from qvg_jax.cache.layer_codecs import LayerCodecs
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.view import CacheView
 
@@ -36,6 +37,11 @@ __all__ = ["attend_kernels", "undecodable", "unsupported"]
 def unsupported(view: CacheView, q_BTHD: Array, fp8: bool) -> str | None:
     """The reason why the attention kernels cannot serve a call, or None if they can."""
     lay: Layout = view.cache.layout
+    if lay.blocks == "padded":
+        return "the cache has blocks='padded'; the kernels read padding too"
+    for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
+        if isinstance(codec, LayerCodecs):
+            return f"{name} codecs differ by layer; the kernels read one for all"
     if lay.head_dim not in HEAD_DIMS:
         return f"head_dim={lay.head_dim}; the kernels read {', '.join(map(str, HEAD_DIMS))}"
     for name, x in (("q", q_BTHD), ("the dense buffer", view.cache.dense_k)):
@@ -218,7 +224,7 @@ def _shared_state(state: Any, branches: int, count: int, room: int) -> list[Arra
 
 def _visit_dense(call: _Call, queries: Queries, refs: list[Any], by: dict) -> None:
     """Attends to sink and window, in bf16."""
-    valid = call.view.cache.dense_blocks * call.layout.block_tokens
+    valid = call.view.cache.dense_tokens
     for part in call.plan.dense_parts(call.layout, call.view.heads, call.dtype):
         in_part = jnp.clip(valid - part[0], 0, part[1])
         k, v = of_dense(call.view, call.layer, in_part, part, call.implementation)

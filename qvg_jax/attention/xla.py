@@ -6,8 +6,11 @@ Regions are visited one after another with a running state (m, l, acc) in float3
 the sum of the weights and the weighted sum of the values. That is the same softmax (Milakov & Gimelshein,
 arXiv 1805.02867; Dao et al., arXiv 2205.14135). So one span is decoded at a time, and never the whole
 history at once. A cache with a `key_bias` adds it to the logits of its spans.
+
+A soft-cap c turns a logit s into c tanh(s / c), and a key that a query does not see has a logit of -inf.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,13 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from qvg_jax.attention.features import PLAIN, Features
 from qvg_jax.cache.key_bias import LogitBias, logit_bias
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings
-from qvg_jax.cache.slots import read_slot
+from qvg_jax.cache.slots import decode_slot, read_slot
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["attend_xla", "unsupported"]
+__all__ = ["attend_new_block", "attend_xla", "unsupported"]
 
 # Tokens of sink and window that are read together. Small enough to skip most of an empty window,
 # large enough for one matrix product to be worth its call.
@@ -40,9 +44,25 @@ class _Running(NamedTuple):
     acc_BHQD: Array  # sum of exp(logit - m) v
 
 
-def unsupported(view: CacheView) -> str | None:
+class _Rules(NamedTuple):
+    """How a product of a query and a key becomes a logit.
+
+    `guarded` says that a query may have seen no key yet, whose running maximum is -inf.
+    """
+
+    scale: Array
+    softcap: float | None = None
+    guarded: bool = False
+
+
+def unsupported(view: CacheView, features: Features = PLAIN) -> str | None:
     """Returns the reason why XLA cannot serve a call, or None if it can."""
     bias = view.cache.layout.key_bias
+    if bias is not None and bias.factor and features.softcap is not None:
+        return (
+            f"key_bias factor={bias.factor}: it is derived for logits without softcap; accepted: "
+            "factor=0, with any offset"
+        )
     if bias is not None and bias.factor and isinstance(view.rope, Encodings):
         return (
             f"key_bias factor={bias.factor}: Encodings change the norms of queries and keys; "
@@ -52,43 +72,88 @@ def unsupported(view: CacheView) -> str | None:
 
 
 def attend_xla(
-    q_BTHD: Array, view: CacheView, k_BTHD: Array, v_BTHD: Array, layer: Array, scale: Array
-) -> Array:
-    """Returns the output of `attend`; the products are in q's dtype.
+    q_BTHD: Array,
+    view: CacheView,
+    k_BTHD: Array,
+    v_BTHD: Array,
+    layer: Array,
+    scale: Array,
+    features: Features = PLAIN,
+) -> tuple[Array, Array | None]:
+    """Returns output and log-sum-exp of `attend`, the latter if the features need it; the products are in q's dtype.
 
     Args:
         q_BTHD, view, k_BTHD, v_BTHD, layer, scale: as in `attend`; `layer` and `scale` are arrays.
+        features: of the call.
     """
     batch = view.cache.layout.batch
     if q_BTHD.shape[0] == batch:
-        return _attend_branch(q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
+        return _attend_branch(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
     # Mapping over branches leaves the decoding, which does not depend on them, outside.
     branches = (x.reshape(-1, batch, *x.shape[1:]) for x in (q_BTHD, k_BTHD, v_BTHD))
-    one = lambda q, k, v: _attend_branch(q, view, k, v, layer, scale)  # noqa: E731
-    return jax.vmap(one)(*branches).reshape(q_BTHD.shape)
+    features, axes = features.of_branches(batch)
+    one = lambda q, k, v, features: _attend_branch(  # noqa: E731
+        q, view, k, v, layer, scale, features
+    )
+    out, lse = jax.vmap(one, (0, 0, 0, axes))(*branches, features)
+    return out.reshape(q_BTHD.shape), None if lse is None else lse.reshape(q_BTHD.shape[:3])
 
 
 def _attend_branch(
-    q_BTHD: Array, view: CacheView, k_BTHD: Array, v_BTHD: Array, layer: Array, scale: Array
-) -> Array:
-    """Returns the output for a batch of the cache's size."""
+    q_BTHD: Array,
+    view: CacheView,
+    k_BTHD: Array,
+    v_BTHD: Array,
+    layer: Array,
+    scale: Array,
+    features: Features,
+) -> tuple[Array, Array | None]:
+    """Returns output and log-sum-exp for a batch of the cache's size."""
     lay: Layout = view.cache.layout
     q_BHTD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     k_BHTD, v_BHTD = k_BHTD.astype(q_BTHD.dtype), v_BHTD.astype(q_BTHD.dtype)
-    q_BHTD, k_BHTD = view.new(q_BHTD), view.new(k_BHTD)
+    q_BHTD = view.new(q_BHTD)
+    if k_BHTD.shape[2]:
+        k_BHTD = view.new(k_BHTD)
     # Query heads that share a key-value head become more queries of that head. In two steps, for
     # explicitly sharded heads: XLA knows how to split that axis and how to merge the others.
     q_BHGTD = q_BHTD.reshape(lay.batch, view.heads, -1, *q_BHTD.shape[2:])
     q_BHQD = q_BHGTD.reshape(lay.batch, view.heads, -1, lay.head_dim)
 
-    # The new block comes first: all of it is visible, so the maximum is finite from here on.
-    run = _visit_long(_nothing(q_BHQD), q_BHQD, k_BHTD, v_BHTD, scale)
-    run = _visit_dense(run, view, q_BHQD, layer, scale)
+    # Plainly all of the new block is visible, and it comes first: the maximum is finite from here on.
+    guarded = features.hides or not k_BHTD.shape[2]
+    rules = _Rules(scale, features.softcap, guarded)
+    run = _visit_new(_nothing(q_BHQD), q_BHQD, k_BHTD, v_BHTD, rules, features)
+    run = _visit_dense(run, view, q_BHQD, layer, rules)
     if lay.max_spans:
-        run = _visit_spans(run, view, q_BHQD, layer, scale)
-    out_BHGTD = (run.acc_BHQD / run.l_BHQ[..., None]).reshape(q_BHGTD.shape)
-    out_BHTD = out_BHGTD.reshape(q_BHTD.shape)
-    return jnp.swapaxes(out_BHTD, 1, 2).astype(q_BTHD.dtype)
+        run = _visit_spans(run, view, q_BHQD, layer, rules)
+    out_BHQD, lse_BHQ = _result(run, rules, features.needs_lse)
+    out_BHTD = out_BHQD.reshape(q_BHGTD.shape).reshape(q_BHTD.shape)
+    out_BTHD = jnp.swapaxes(out_BHTD, 1, 2)
+    lse_BTH = None if lse_BHQ is None else jnp.swapaxes(lse_BHQ.reshape(q_BHTD.shape[:3]), 1, 2)
+    out_BTHD, lse_BTH = features.finished(out_BTHD, lse_BTH)
+    return out_BTHD.astype(q_BTHD.dtype), lse_BTH
+
+
+def attend_new_block(
+    q_BHQD: Array, k_BHTD: Array, v_BHTD: Array, scale: Array, features: Features
+) -> tuple[Array, Array]:
+    """Returns attention to the new block alone: output (B, H, Q, D) and log-sum-exp (B, H, Q), float32.
+
+    A query that sees no key has an output of zero and a log-sum-exp of -inf.
+    """
+    rules = _Rules(scale, features.softcap, True)
+    run = _visit_new(_nothing(q_BHQD), q_BHQD, k_BHTD, v_BHTD, rules, features)
+    return _result(run, rules, True)
+
+
+def _result(run: _Running, rules: _Rules, needs_lse: bool) -> tuple[Array, Array | None]:
+    """Returns the output of a running softmax, and the log-sum-exp of its logits if it is needed."""
+    l_BHQ = jnp.where(run.l_BHQ > 0, run.l_BHQ, 1) if rules.guarded else run.l_BHQ
+    lse_BHQ = None
+    if needs_lse:
+        lse_BHQ = run.m_BHQ + jnp.log(l_BHQ)
+    return run.acc_BHQD / l_BHQ[..., None], lse_BHQ
 
 
 def _nothing(q_BHQD: Array) -> _Running:
@@ -104,38 +169,62 @@ def _visit(
     q_BHQD: Array,
     k_BHTD: Array,
     v_BHTD: Array,
-    scale: Array,
-    visible_T: Array | None = None,
+    rules: _Rules,
+    visible: Array | None = None,
     bias: LogitBias | None = None,
     first: Array | int = 0,
 ) -> _Running:
-    """Returns the running softmax with one more set of keys; those where `visible_T` is false are masked.
+    """Returns the running softmax with one more set of keys; those where `visible` is false are masked.
 
-    With a `bias` the keys are those of its span from token `first` on.
+    `visible` is (T,), or (B, H, Q, T) with any of the first three axes 1. With a `bias` the keys are
+    those of its span from token `first` on.
     """
     f32 = jnp.float32
-    s_BHQT = jnp.einsum("bhqd,bhtd->bhqt", q_BHQD, k_BHTD, preferred_element_type=f32) * scale
+    s_BHQT = jnp.einsum("bhqd,bhtd->bhqt", q_BHQD, k_BHTD, preferred_element_type=f32) * rules.scale
+    if rules.softcap is not None:
+        s_BHQT = rules.softcap * jnp.tanh(s_BHQT / rules.softcap)
     if bias is not None:
         s_BHQT = bias.added(s_BHQT, first)
-    if visible_T is not None:
-        s_BHQT = jnp.where(visible_T[None, None, None, :], s_BHQT, -jnp.inf)
+    if visible is not None:
+        seen = visible[None, None, None, :] if visible.ndim == 1 else visible
+        s_BHQT = jnp.where(seen, s_BHQT, -jnp.inf)
     m_BHQ = jnp.maximum(run.m_BHQ, s_BHQT.max(-1))
-    p_BHQT = jnp.exp(s_BHQT - m_BHQ[..., None])
+    # While a query has seen nothing its maximum is -inf, and -inf - -inf would be NaN.
+    at_BHQ = jnp.where(m_BHQ > -jnp.inf, m_BHQ, 0) if rules.guarded else m_BHQ
+    p_BHQT = jnp.exp(s_BHQT - at_BHQ[..., None])
     l_BHQ = p_BHQT.sum(-1)
     p_BHQT = p_BHQT.astype(v_BHTD.dtype)
     acc_BHQD = jnp.einsum("bhqt,bhtd->bhqd", p_BHQT, v_BHTD, preferred_element_type=f32)
-    alpha_BHQ = jnp.exp(run.m_BHQ - m_BHQ)
+    alpha_BHQ = jnp.exp(run.m_BHQ - at_BHQ)
     return _Running(
         m_BHQ, run.l_BHQ * alpha_BHQ + l_BHQ, run.acc_BHQD * alpha_BHQ[..., None] + acc_BHQD
     )
 
 
+def _visit_new(
+    run: _Running, q_BHQD: Array, k_BHTD: Array, v_BHTD: Array, rules: _Rules, features: Features
+) -> _Running:
+    """Visits the keys of the new block that the features let queries see."""
+    heads, tokens = k_BHTD.shape[1:3]
+    if not tokens:
+        return run
+    see = None
+    if features.hides:
+        form = heads, q_BHQD.shape[2] // tokens, tokens
+        see = lambda start, size: features.visible(form, start, size)  # noqa: E731
+        # A hidden value has weight zero, and zero times the NaN of padding would still be NaN.
+        if features.lengths_R is not None:
+            counts = jnp.arange(tokens)[None, :] < features.lengths_R[:, None]
+            v_BHTD = jnp.where(counts[:, None, :, None], v_BHTD, 0)
+    return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, rules, see=see)
+
+
 def _visit_dense(
-    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, scale: Array
+    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, rules: _Rules
 ) -> _Running:
     """Visits sink and window, in chunks of their valid prefix, so that an empty window costs nothing."""
     cache, lay = view.cache, view.cache.layout
-    total, valid = (n * lay.block_tokens for n in (lay.dense_blocks, cache.dense_blocks))
+    total, valid = lay.dense_blocks * lay.block_tokens, cache.dense_tokens
     size = min(total, DENSE_CHUNK_TOKENS)
 
     def chunk(i, run):
@@ -143,22 +232,26 @@ def _visit_dense(
         start = jnp.minimum(i * size, total - size)
         token = start + jnp.arange(size)
         visible = (token >= i * size) & (token < valid)
+        counts = visible[None, None, :, None]
+        if cache.dense_valid is not None:
+            visible = visible[None] & lax.dynamic_slice_in_dim(cache.dense_valid, start, size, 1)
+            counts, visible = visible[:, None, :, None], visible[:, None, None, :]
 
         def read(buffer):
             corner, form = (layer, 0, 0, start, 0), (1, lay.batch, lay.heads, size, lay.head_dim)
             return lax.dynamic_slice(buffer, corner, form)[0].astype(q_BHQD.dtype)
 
         # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
-        v_BHTD = jnp.where(visible[None, None, :, None], read(cache.dense_v), 0)
+        v_BHTD = jnp.where(counts, read(cache.dense_v), 0)
         table = view.dense_table(start, size)
         k_BHTD, v_BHTD = view.keys(read(cache.dense_k), table), view.values(v_BHTD, table)
-        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, visible)
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, rules, visible)
 
     return lax.fori_loop(0, (valid + size - 1) // size, chunk, run)
 
 
 def _visit_spans(
-    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, scale: Array
+    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, rules: _Rules
 ) -> _Running:
     """Visits the valid compressed spans; K and V of one span are decoded at a time."""
     cache, lay = view.cache, view.cache.layout
@@ -166,17 +259,24 @@ def _visit_spans(
     def span(i, run):
         slot = (cache.first_span + i) % lay.max_spans
 
-        packed_k, packed_v = (read_slot(x, layer, slot) for x in (cache.span_k, cache.span_v))
-        k_BHTD = lay.key_codec.decode(packed_k, q_BHQD.dtype)
-        v_BHTD = lay.value_codec.decode(packed_v, q_BHQD.dtype)
+        k_BHTD = decode_slot(cache.span_k, lay.key_codec, layer, slot, q_BHQD.dtype)
+        v_BHTD = decode_slot(cache.span_v, lay.value_codec, layer, slot, q_BHQD.dtype)
         if view.rope is not None:
             table = view.span_table(slot)
             # Rotation reads each channel twice; without the barrier XLA decodes it twice.
             k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
             if view.heads > lay.heads:
                 v_BHTD = view.values(lax.optimization_barrier(v_BHTD), table)
-        bias = logit_bias(lay.key_bias, lay.key_codec, packed_k, q_BHQD, scale)
-        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, scale, bias)
+        read_packed = lambda: read_slot(cache.span_k, layer, slot)  # noqa: E731
+        bias = logit_bias(lay.key_bias, lay.key_codec, read_packed, q_BHQD, rules.scale)
+        see = None
+        if cache.span_valid is not None:
+            counts_BT = lax.dynamic_index_in_dim(cache.span_valid, slot, 0, False)
+
+            def see(start, size):
+                return lax.dynamic_slice_in_dim(counts_BT, start, size, 1)[:, None, None, :]
+
+        return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, rules, bias, see)
 
     return lax.fori_loop(0, cache.num_spans, span, run)
 
@@ -186,14 +286,19 @@ def _visit_long(
     q_BHQD: Array,
     k_BHTD: Array,
     v_BHTD: Array,
-    scale: Array,
+    rules: _Rules,
     bias: LogitBias | None = None,
+    see: Callable[[Array | int, int], Array] | None = None,
 ) -> _Running:
-    """Visits a set of keys in pieces of at most `SPAN_CHUNK_TOKENS`, whose logits fit memory."""
+    """Visits a set of keys in pieces of at most `SPAN_CHUNK_TOKENS`, whose logits fit memory.
+
+    `see(start, size)` says which of the keys from `start` on are visible; None is all of them.
+    """
     total = k_BHTD.shape[2]
     pieces = -(-total // SPAN_CHUNK_TOKENS)
     if pieces == 1:
-        return _visit(run, q_BHQD, k_BHTD, v_BHTD, scale, bias=bias)
+        visible = None if see is None else see(0, total)
+        return _visit(run, q_BHQD, k_BHTD, v_BHTD, rules, visible, bias=bias)
     size = -(-total // pieces)
 
     def piece(i, run):
@@ -201,6 +306,9 @@ def _visit_long(
         start = jnp.minimum(i * size, total - size)
         k, v = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k_BHTD, v_BHTD))
         visible = None if total % size == 0 else start + jnp.arange(size) >= i * size
-        return _visit(run, q_BHQD, k, v, scale, visible, bias, start)
+        if see is not None:
+            seen = see(start, size)
+            visible = seen if visible is None else seen & visible[None, None, None, :]
+        return _visit(run, q_BHQD, k, v, rules, visible, bias, start)
 
     return lax.fori_loop(0, pieces, piece, run)

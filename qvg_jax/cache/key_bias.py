@@ -33,6 +33,7 @@ whose values are noisy too, and the exact one. What both do in the loop is in BE
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ class LogitBias(NamedTuple):
 def logit_bias(
     bias: KeyBias | None,
     codec: Codec,
-    packed: Packed,
+    read_packed: Callable[[], Packed],
     q_BHQD: Float[Array, "B H Q D"],
     scale: Float[Array, ""],
 ) -> LogitBias | None:
@@ -103,7 +104,7 @@ def logit_bias(
     Args:
         bias: of the cache.
         codec: of the keys.
-        packed: the span.
+        read_packed: reads the span; called only if its deficit is needed.
         q_BHQD: queries; rotated or not, as a rotation keeps their norms.
         scale: s, the factor of the logits.
     """
@@ -113,4 +114,4 @@ def logit_bias(
         return LogitBias(None, None, bias.offset)
     square_BHQ = jnp.sum(jnp.square(q_BHQD.astype(jnp.float32)), axis=3)
     half_BHQ = 0.5 * bias.factor * scale * scale * square_BHQ
-    return LogitBias(half_BHQ, codec.deficit(packed), bias.offset)
+    return LogitBias(half_BHQ, codec.deficit(read_packed()), bias.offset)

@@ -4,19 +4,22 @@ import dataclasses
 from numbers import Integral
 
 from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.cache.layer_codecs import LayerCodecs, of_layers
+from qvg_jax.cache.rope import Rope
 from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.codecs.base import Codec
 
-__all__ = ["Layout", "OVERFLOW"]
+__all__ = ["BLOCKS", "Layout", "OVERFLOW"]
 
 OVERFLOW = ("error", "drop")
+BLOCKS = ("whole", "partial", "padded")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """Sizes, codecs and overflow rule of a `KVCache`; hashable, so that jit can key on it.
 
-    All blocks have the same number of tokens. Blocks live in three regions:
+    All blocks have room for the same number of tokens. Blocks live in three regions:
     sink (the first `sink_blocks` of the video, never compressed), spans (`max_spans` slots of
     `span_blocks` blocks each, compressed) and window (`window_blocks`, the newest).
 
@@ -37,9 +40,11 @@ class Layout:
     window_blocks: int
     pos_dims: int
     overflow: str
-    key_codec: Codec
-    value_codec: Codec
+    key_codec: Codec | LayerCodecs
+    value_codec: Codec | LayerCodecs
     key_bias: KeyBias | None = None
+    blocks: str = "whole"
+    rope: Rope | None = None
 
     def __post_init__(self):
         least = dict(layers=1, batch=1, heads=1, head_dim=1, block_tokens=1, window_blocks=1)
@@ -51,9 +56,15 @@ class Layout:
                 raise ValueError(f"{name}={value!r} is not accepted: give an integer >= {low}")
         if self.overflow not in OVERFLOW:
             raise ValueError(f"overflow={self.overflow!r} is not accepted: give one of {OVERFLOW}")
+        if self.blocks not in BLOCKS:
+            raise ValueError(f"blocks={self.blocks!r} is not accepted: give one of {BLOCKS}")
+        if self.rope is not None and (not isinstance(self.rope, Rope) or not self.pos_dims):
+            raise ValueError(
+                f"rope={self.rope!r} with pos_dims={self.pos_dims}: a cache keeps the tables of a Rope "
+                "for tokens that have positions; accepted: None, or a Rope and pos_dims >= 1"
+            )
         for name in ("key_codec", "value_codec"):
-            if not isinstance(getattr(self, name), Codec):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a qvg_jax Codec")
+            of_layers(name, getattr(self, name), self.layers)
         if self.key_bias is not None:
             if not isinstance(self.key_bias, KeyBias):
                 raise ValueError(f"key_bias={self.key_bias!r} is not accepted: give a KeyBias")

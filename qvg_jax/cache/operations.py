@@ -10,7 +10,8 @@ video changes numbers and never a shape.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,24 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.backends import row_major
+from qvg_jax.cache.layer_codecs import groups_of, joined, parts_of
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.slots import write_slot
 from qvg_jax.cache.state import KVCache
-from qvg_jax.cache.view import checked_positions
+from qvg_jax.cache.view import checked_lengths, checked_positions
 
 __all__ = ["KVCache", "append", "compress", "evict"]
 
 INT32_MAX = 2**31 - 1
 
 
-@jax.jit
 def append(
     cache: KVCache,
     k: Float[Array, "L B T H D"] | Float[Array, "B T H D"],
     v: Float[Array, "L B T H D"] | Float[Array, "B T H D"],
     positions_BTP: Float[Array, "B T P"] | Int[Array, "B T P"] | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
 ) -> KVCache:
     """The cache with one more block of clean K and V: in the sink while it has room, else window.
 
@@ -41,59 +44,144 @@ def append(
 
     Args:
         cache: the cache; donate it at the outermost jit.
-        k: K before RoPE, (L, B, block_tokens, H, D); without the layer axis if L = 1.
+        k: K before RoPE, (L, B, block_tokens, H, D); without the layer axis if L = 1. A cache with
+            blocks "partial" or "padded" takes any number of tokens up to block_tokens.
         v: V, of the same shape.
         positions_BTP: positions of the tokens; may be left out if `pos_dims=0`.
+        lengths: for a cache with blocks="padded", how many of the tokens count in each row, the first
+            ones; the others are padding that no query sees. None is all.
 
     Returns:
         The cache, one block longer. A full one keeps what it has and counts the block in
         `rejected_blocks`, or overwrites its oldest window block (`overflow="drop"` without slots).
 
     Raises:
-        ValueError: a shape or dtype that does not fit the cache.
+        ValueError: a shape or dtype that does not fit the cache, or lengths beyond the block.
     """
     lay = cache.layout
+    if lengths is None:
+        return _append(cache, k, v, positions_BTP)
+    if lay.blocks != "padded":
+        raise ValueError(
+            f"lengths with blocks={lay.blocks!r}; accepted: a cache with blocks='padded'"
+        )
+    return _append(cache, k, v, positions_BTP, checked_lengths(lengths, lay.batch, k.shape[-3]))
+
+
+@jax.jit
+def _append(
+    cache: KVCache, k: Array, v: Array, pos: Array | None, lengths_B: Array | None = None
+) -> KVCache:
+    lay = cache.layout
     k, v = (_stored_form(lay, n, x, cache.dense_k.dtype) for n, x in (("k", k), ("v", v)))
-    pos = checked_positions(lay, positions_BTP, lay.block_tokens)
+    tokens = k.shape[3]
+    pos = checked_positions(lay, pos, tokens)
+    if not tokens:
+        return cache
+    place = _whole_block(cache) if lay.blocks == "whole" else _any_tokens(cache, tokens)
+    valid = None
+    if lay.blocks == "padded":
+        counts_B = jnp.full((lay.batch,), tokens) if lengths_B is None else lengths_B
+        valid = jnp.arange(tokens)[None] < counts_B[:, None]
+        # Padding is stored as zeros, so that neither a NaN nor an outlier of it meets a codec.
+        k, v = (jnp.where(valid[None, :, None, :, None], x, 0) for x in (k, v))
+
+    def write(buffer: Array, new: Array, axis: int) -> Array:
+        if place.token_T is not None:
+            front = (slice(None),) * axis
+            return buffer.at[(*front, place.token_T)].set(new.astype(buffer.dtype))
+        # Reads back what is there when the block is refused: no branch, and in place if donated.
+        old = lax.dynamic_slice_in_dim(buffer, place.at, tokens, axis)
+        new = row_major(jnp.where(place.store, new, old))
+        return lax.dynamic_update_slice_in_dim(buffer, new, place.at, axis)
+
+    bad = sum((~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in (k, v))
+    first = jnp.where((cache.first_bad_block < 0) & (bad > 0), cache.seen_blocks, -1)
+    table = None if lay.rope is None else lay.rope.table(pos)
+    beside = jax.tree.map(
+        lambda buffer, new: write(buffer, new, 1),
+        (cache.dense_valid, cache.dense_table),
+        (valid, table),
+    )
+    return dataclasses.replace(
+        cache,
+        dense_k=write(cache.dense_k, k, 3),
+        dense_v=write(cache.dense_v, v, 3),
+        dense_pos=write(cache.dense_pos, pos, 1),
+        dense_valid=beside[0],
+        dense_table=beside[1],
+        seen_blocks=cache.seen_blocks + 1,
+        nonfinite=jnp.minimum(cache.nonfinite, INT32_MAX - bad) + bad,
+        first_bad_block=jnp.maximum(cache.first_bad_block, first),
+        **place.counters,
+    )
+
+
+class _Place(NamedTuple):
+    """Where new tokens go in the dense buffer, and the counters after that."""
+
+    at: Array | None  # the first of them
+    store: Array | None  # whether they find room
+    counters: dict[str, Array]
+    token_T: Array | None = None  # of each token, for a ring in which tokens may part
+
+
+def _whole_block(cache: KVCache) -> _Place:
+    """The place of one whole block."""
+    lay = cache.layout
     full = cache.dense_blocks >= lay.dense_blocks
     if lay.is_ring:
         oldest = lay.sink_blocks + cache.dropped_blocks % lay.window_blocks
         store, slot = jnp.ones_like(full), jnp.where(full, oldest, cache.dense_blocks)
     else:
         store, slot = ~full, jnp.minimum(cache.dense_blocks, lay.dense_blocks - 1)
-    at = slot * lay.block_tokens
-
-    def write(buffer: Array, new: Array, axis: int) -> Array:
-        # Reads back what is there when the block is refused: no branch, and in place if donated.
-        old = lax.dynamic_slice_in_dim(buffer, at, lay.block_tokens, axis)
-        new = row_major(jnp.where(store, new, old))
-        return lax.dynamic_update_slice_in_dim(buffer, new, at, axis)
-
-    bad = sum((~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in (k, v))
-    first = jnp.where((cache.first_bad_block < 0) & (bad > 0), cache.seen_blocks, -1)
     grown = (~full).astype(jnp.int32)
-    return dataclasses.replace(
-        cache,
-        dense_k=write(cache.dense_k, k, 3),
-        dense_v=write(cache.dense_v, v, 3),
-        dense_pos=write(cache.dense_pos, pos, 1),
+    counters = dict(
         dense_blocks=cache.dense_blocks + grown,
-        seen_blocks=cache.seen_blocks + 1,
         dropped_blocks=cache.dropped_blocks + (1 - grown if lay.is_ring else 0),
         rejected_blocks=cache.rejected_blocks + (0 if lay.is_ring else 1 - grown),
-        nonfinite=jnp.minimum(cache.nonfinite, INT32_MAX - bad) + bad,
-        first_bad_block=jnp.maximum(cache.first_bad_block, first),
     )
+    return _Place(slot * lay.block_tokens, store, counters)
+
+
+def _any_tokens(cache: KVCache, tokens: int) -> _Place:
+    """The place of up to a block of tokens, behind the last one."""
+    lay = cache.layout
+    size, sink = lay.block_tokens, lay.sink_blocks * lay.block_tokens
+    total = lay.dense_blocks * size
+    whole, filled = (cache.filled + tokens) // size, (cache.filled + tokens) % size
+    if lay.is_ring:
+        first = (cache.dense_blocks + cache.dropped_blocks) * size + cache.filled
+        token_T = first + jnp.arange(tokens)
+        token_T = jnp.where(token_T < total, token_T, sink + (token_T - sink) % (total - sink))
+        grows = cache.dense_blocks < lay.dense_blocks
+        counters = dict(
+            filled=filled,
+            dense_blocks=cache.dense_blocks + jnp.where(grows, whole, 0),
+            dropped_blocks=cache.dropped_blocks + jnp.where(grows, 0, whole),
+        )
+        return _Place(None, None, counters, token_T)
+    store = cache.dense_tokens + tokens <= total
+    counters = dict(
+        filled=jnp.where(store, filled, cache.filled),
+        dense_blocks=cache.dense_blocks + jnp.where(store, whole, 0),
+        rejected_blocks=cache.rejected_blocks + (~store).astype(jnp.int32),
+    )
+    return _Place(jnp.minimum(cache.dense_tokens, total - tokens), store, counters)
 
 
 def _stored_form(lay: Layout, name: str, x: Array, dtype: Any) -> Array:
     """Checks a block of K or V and brings it to [L, B, H, T, D] in the storage dtype."""
-    want = (lay.layers, lay.batch, lay.block_tokens, lay.heads, lay.head_dim)
+    tokens = lay.block_tokens
+    if lay.blocks != "whole" and x.ndim >= 4 and x.shape[-3] < tokens:
+        tokens = x.shape[-3]
+    want = (lay.layers, lay.batch, tokens, lay.heads, lay.head_dim)
     accepted = f"{want}" + (f" or {want[1:]}" if lay.layers == 1 else "")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {x.dtype}; accepted: floating point")
     if x.shape != want and (lay.layers > 1 or x.shape != want[1:]):
-        raise ValueError(f"{name} has shape {x.shape}; accepted: {accepted} (L, B, T, H, D)")
+        hint = "" if lay.blocks == "whole" else f", or fewer tokens than {lay.block_tokens}"
+        raise ValueError(f"{name} has shape {x.shape}; accepted: {accepted} (L, B, T, H, D){hint}")
     return jnp.swapaxes(x.reshape(want), 2, 3).astype(dtype)
 
 
@@ -134,49 +222,94 @@ def _encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
     tail = (lay.window_blocks - lay.span_blocks) * n  # what can remain in the window
     full = (cache.num_spans >= lay.max_spans).astype(jnp.int32)
     slot = (cache.first_span + cache.num_spans) % lay.max_spans
-    encoded_blocks = cache.seen_blocks - cache.rejected_blocks - cache.dense_blocks
-    key = jax.random.fold_in(key, encoded_blocks // lay.span_blocks)
+    key = jax.random.fold_in(key, cache.encoded_blocks // lay.span_blocks)
 
-    def one_layer(l, carry):
-        def one(codec, dense, spans, states, key):
+    def one_layer(l, carry, codecs, places):
+        def one(codec, place, dense, spans, states, key):
             def read(start, length):
                 form = (1, lay.batch, lay.heads, length, lay.head_dim)
                 return lax.dynamic_slice(dense, (l, 0, 0, start, 0), form)
 
-            state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, l, 0, False), states)
+            state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
             packed, state = codec.encode(read(begin, size)[0], state, key=key)
             # All reading before all writing, or XLA copies the whole buffer to be safe.
             moved = read(begin + size, tail)
             packed, state, moved = lax.optimization_barrier((packed, state, moved))
-            spans = write_slot(spans, l, slot, packed)
-            states = jax.tree.map(lambda s, new: s.at[l].set(new), states, state)
+            spans = write_slot(spans, place, slot, packed)
+            states = jax.tree.map(lambda s, new: s.at[place].set(new), states, state)
             return lax.dynamic_update_slice(dense, moved, (l, 0, 0, begin, 0)), spans, states
 
-        key_k, key_v = jax.random.split(jax.random.fold_in(key, l))
-        return one(lay.key_codec, *carry[0], key_k), one(lay.value_codec, *carry[1], key_v)
+        keys = jax.random.split(jax.random.fold_in(key, l))
+        sides = zip(codecs, places, carry, keys, strict=True)
+        return tuple(one(codec, place, *x, key) for codec, place, x, key in sides)
 
-    carry = (
-        (cache.dense_k, cache.span_k, cache.state_k),
-        (cache.dense_v, cache.span_v, cache.state_v),
+    (dense_k, span_k, state_k), (dense_v, span_v, state_v) = _for_each_layer(cache, one_layer)
+
+    def moved(x: Array) -> Array:
+        return x.at[:, begin : begin + tail].set(x[:, begin + size : begin + size + tail])
+
+    of_tokens = (cache.dense_pos, cache.dense_valid, cache.dense_table)
+    dense_pos, dense_valid, dense_table = jax.tree.map(moved, of_tokens)
+    span_pos, span_valid, span_table = jax.tree.map(
+        lambda slots, x: slots.at[slot].set(x[:, begin : begin + size]),
+        (cache.span_pos, cache.span_valid, cache.span_table),
+        of_tokens,
     )
-    (dense_k, span_k, state_k), (dense_v, span_v, state_v) = lax.fori_loop(
-        0, lay.layers, one_layer, carry
-    )
-    pos = cache.dense_pos
     return dataclasses.replace(
         cache,
         dense_k=dense_k,
         dense_v=dense_v,
-        dense_pos=pos.at[:, begin : begin + tail].set(pos[:, begin + size : begin + size + tail]),
+        dense_pos=dense_pos,
+        dense_valid=dense_valid,
+        dense_table=dense_table,
         span_k=span_k,
         span_v=span_v,
-        span_pos=cache.span_pos.at[slot].set(pos[:, begin : begin + size]),
+        span_pos=span_pos,
+        span_valid=span_valid,
+        span_table=span_table,
         state_k=state_k,
         state_v=state_v,
         dense_blocks=cache.dense_blocks - lay.span_blocks,
         first_span=(cache.first_span + full) % lay.max_spans,
         num_spans=cache.num_spans + 1 - full,
         dropped_blocks=cache.dropped_blocks + full * lay.span_blocks,
+    )
+
+
+def _for_each_layer(cache: KVCache, one_layer: Callable[..., Any]) -> tuple[Any, Any]:
+    """K and V after `one_layer(l, (k, v), codecs, places)` for each layer l: dense buffer, slots, states.
+
+    `places` are where the layer lies in the slots of its codecs. Layers that share both codecs are a loop.
+    """
+    lay = cache.layout
+    codecs = lay.key_codec, lay.value_codec
+    dense = [cache.dense_k, cache.dense_v]
+    slots = [parts_of(c, x) for c, x in zip(codecs, (cache.span_k, cache.span_v), strict=True)]
+    states = [parts_of(c, x) for c, x in zip(codecs, (cache.state_k, cache.state_v), strict=True)]
+    groups = [groups_of(codec, lay.layers) for codec in codecs]
+    for i, (key_codec, key_layers) in enumerate(groups[0]):
+        for j, (value_codec, value_layers) in enumerate(groups[1]):
+            layers = [l for l in key_layers if l in value_layers]
+            if not layers:
+                continue
+            places = [[of.index(l) for l in layers] for of in (key_layers, value_layers)]
+            plain = layers == list(range(lay.layers))
+
+            def step(
+                n, carry, layers=layers, places=places, plain=plain, pair=(key_codec, value_codec)
+            ):
+                if plain and all(place == layers for place in places):
+                    return one_layer(n, carry, pair, (n, n))
+                l, *at = (jnp.asarray(x, jnp.int32)[n] for x in (layers, *places))
+                return one_layer(l, carry, pair, at)
+
+            carry = tuple((dense[s], slots[s][g], states[s][g]) for s, g in enumerate((i, j)))
+            carry = lax.fori_loop(0, len(layers), step, carry)
+            for s, g in enumerate((i, j)):
+                dense[s], slots[s][g], states[s][g] = carry[s]
+    return tuple(
+        (dense[s], joined(codec, slots[s]), joined(codec, states[s]))
+        for s, codec in enumerate(codecs)
     )
 
 

@@ -39,7 +39,12 @@ def recode(
 
     Raises:
         ValueError: a codec refuses the span's shape.
+        NotImplementedError: codecs that differ by layer, before or after.
     """
+    lay = cache.layout
+    for codec in (lay.key_codec, lay.value_codec, key_codec, value_codec):
+        if not isinstance(codec, Codec):
+            raise NotImplementedError("recode: codecs that differ by layer; accepted: one for all")
     key = jax.random.key(0) if key is None else key
     return _recode(cache, key, key_codec=key_codec, value_codec=value_codec)
 
@@ -51,7 +56,7 @@ def _recode(cache: KVCache, key: PRNGKeyArray, *, key_codec: Codec, value_codec:
     if not lay.max_spans:
         return dataclasses.replace(cache, layout=lay)
     dtype = cache.dense_k.dtype
-    encoded = (cache.seen_blocks - cache.rejected_blocks - cache.dense_blocks) // lay.span_blocks
+    encoded = cache.encoded_blocks // lay.span_blocks
 
     def half(number: int, before: Codec, after: Codec, spans: Any, states: Any) -> tuple[Any, Any]:
         if before == after:

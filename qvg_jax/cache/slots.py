@@ -5,6 +5,7 @@ whole buffer to float16, all layers and slots, to read or write one span of it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from qvg_jax.cache.layer_codecs import LayerCodecs, groups_of, joined
 from qvg_jax.cache.layout import Layout
 from qvg_jax.codecs.base import Codec
 
-__all__ = ["Float8Bytes", "empty_slots", "read_slot", "write_slot"]
+__all__ = [
+    "Float8Bytes",
+    "batch_leaves",
+    "decode_slot",
+    "empty_slots",
+    "initial_states",
+    "read_slot",
+    "write_slot",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -44,28 +54,79 @@ def _from_bytes(stored: Any) -> Any:
     return jax.tree.map(one, stored, is_leaf=lambda x: isinstance(x, Float8Bytes))
 
 
-def empty_slots(lay: Layout, codec: Codec, dtype: Any) -> tuple[Any, Any]:
+def empty_slots(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> tuple[Any, Any]:
     """Zeroed slots [L, N, ...] of a codec, and its initial state for each layer [L, ...].
+
+    Of codecs that differ by layer, a tuple of both for each group of layers.
 
     Raises:
         ValueError: the codec refuses the span's shape, or does not keep the form of its state.
     """
     if not lay.max_spans:
         return None, None
-    state = codec.init(lay.span_shape, dtype)
-    span = jax.ShapeDtypeStruct(lay.span_shape, dtype)
+    slots = []
+    for one, layers in groups_of(codec, lay.layers):
+        packed, before, after = _forms(one, lay.span_shape, dtype)
+        form = lambda x: (x.shape, x.dtype)  # noqa: E731
+        if jax.tree.map(form, before) != jax.tree.map(form, after):
+            raise ValueError(f"codec {one.name}: encode changes the shape or dtype of its state")
+        room = (len(layers), lay.max_spans)
+        slots.append(jax.tree.map(lambda p, r=room: jnp.zeros((*r, *p.shape), p.dtype), packed))
+    return joined(codec, slots), initial_states(lay, codec, dtype)
+
+
+def initial_states(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> Any:
+    """What a codec starts from in each layer, leaves [L, ...]; None for a cache without slots."""
+    if not lay.max_spans:
+        return None
+    states = []
+    for one, layers in groups_of(codec, lay.layers):
+        state = one.init(lay.span_shape, dtype)
+        copies = range(len(layers))
+        states.append(
+            jax.tree.map(
+                lambda s, copies=copies: jnp.stack([jnp.asarray(s) for _ in copies]), state
+            )
+        )
+    return joined(codec, states)
+
+
+def _forms(codec: Codec, shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any, Any]:
+    """Shapes and dtypes of a packed span as it is stored, and of the state before and after."""
+    state = codec.init(shape, dtype)
+    span = jax.ShapeDtypeStruct(shape, dtype)
     packed, after = jax.eval_shape(
         lambda x, s: codec.encode(x, s, key=jax.random.key(0)), span, state
     )
-    before = jax.eval_shape(lambda s: s, state)
-    form = lambda x: (x.shape, x.dtype)  # noqa: E731
-    if jax.tree.map(form, before) != jax.tree.map(form, after):
-        raise ValueError(f"codec {codec.name}: encode changes the shape or dtype of its state")
-    slots = jax.tree.map(
-        lambda p: jnp.zeros((lay.layers, lay.max_spans, *p.shape), p.dtype),
-        jax.eval_shape(_to_bytes, packed),
-    )
-    return slots, jax.tree.map(lambda s: jnp.stack([jnp.asarray(s)] * lay.layers), state)
+    return jax.eval_shape(_to_bytes, packed), jax.eval_shape(lambda s: s, state), after
+
+
+def batch_leaves(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> tuple[Any, Any]:
+    """Whether each leaf of a packed span, and of a codec's state, has the batch as its first axis.
+
+    Found from the shapes for one row more. A leaf that does not depend on the batch is of all rows.
+
+    Raises:
+        NotImplementedError: a codec that stores rows of the batch together.
+    """
+    more = (lay.batch + 1, *lay.span_shape[1:])
+
+    def apart(one: Codec, shape: tuple[int, ...], longer: tuple[int, ...]) -> bool:
+        if shape == longer:
+            return False
+        if shape[1:] == longer[1:] and (shape[0], longer[0]) == (lay.batch, lay.batch + 1):
+            return True
+        raise NotImplementedError(
+            f"codec {one.name} stores rows of the batch together, in {shape}: none can be taken alone"
+        )
+
+    packed, states = [], []
+    for one, _ in groups_of(codec, lay.layers):
+        forms = _forms(one, lay.span_shape, dtype)[:2], _forms(one, more, dtype)[:2]
+        found = jax.tree.map(lambda a, b, one=one: apart(one, a.shape, b.shape), *forms)
+        packed.append(found[0])
+        states.append(found[1])
+    return joined(codec, packed), joined(codec, states)
 
 
 def read_slot(slots: Any, layer: Array, slot: Array) -> Any:
@@ -76,6 +137,25 @@ def read_slot(slots: Any, layer: Array, slot: Array) -> Any:
         return lax.dynamic_slice(x, corner, (1, 1, *x.shape[2:]))[0, 0]
 
     return _from_bytes(jax.tree.map(read, slots))
+
+
+def decode_slot(
+    slots: Any, codec: Codec | LayerCodecs, layer: Array, slot: Array, dtype: Any
+) -> Array:
+    """The span of one layer in one slot, decoded: (B, H, T, D)."""
+    if isinstance(codec, Codec):
+        return codec.decode(read_slot(slots, layer, slot), dtype)
+    group, index = ([0] * len(codec.codecs) for _ in range(2))
+    for g, (_, layers) in enumerate(codec.groups):
+        for i, l in enumerate(layers):
+            group[l], index[l] = g, i
+
+    def decoder(one: Codec, part: Any) -> Callable[[Array, Array], Array]:
+        return lambda i, slot: one.decode(read_slot(part, i, slot), dtype)
+
+    decoders = [decoder(one, part) for (one, _), part in zip(codec.groups, slots, strict=True)]
+    group_L, index_L = jnp.asarray(group, jnp.int32), jnp.asarray(index, jnp.int32)
+    return lax.switch(group_L[layer], decoders, index_L[layer], slot)
 
 
 def write_slot(slots: Any, layer: Array, slot: Array, packed: Any) -> Any:

@@ -7,13 +7,14 @@ token carries its own position.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.cache.key_bias import KeyBias
+from qvg_jax.cache.layer_codecs import of_layers
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import empty_slots
@@ -47,6 +48,13 @@ class KVCache:
     rejected_blocks: Any  # int32, blocks that found no room (overflow="error")
     nonfinite: Any  # int32, NaN and Inf among all appended values; stops at 2**31 - 1
     first_bad_block: Any  # int32, number of the first block that had one; -1 if none
+    filled: Any = None  # int32, tokens of the block behind the valid ones; None if blocks="whole"
+    dense_valid: Any = None  # bool [B, T], False for padding; None unless blocks="padded"
+    span_valid: Any = None  # bool [N, B, T]
+    dense_table: Any = (
+        None  # rope table of sink and window, leaves [B, T, ...]; None without `rope`
+    )
+    span_table: Any = None  # rope tables of the spans, leaves [N, B, T, ...]
     layout: Layout = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -64,10 +72,12 @@ class KVCache:
         keep_recent: int = 2,
         window_blocks: int | None = None,
         pos_dims: int = 3,
-        key_codec: Codec | None = None,
-        value_codec: Codec | None = None,
+        key_codec: Codec | list[Codec] | None = None,
+        value_codec: Codec | list[Codec] | None = None,
         key_bias: KeyBias | None = None,
         overflow: str = "error",
+        blocks: str = "whole",
+        rope: Rope | None = None,
         dtype: Any = jnp.bfloat16,
     ) -> "KVCache":
         """An empty cache.
@@ -76,7 +86,7 @@ class KVCache:
 
         Args:
             layers, batch, heads, head_dim: sizes of K and V; `heads` are key-value heads.
-            block_tokens: tokens that one `append` adds; all blocks are equal.
+            block_tokens: tokens of a block: what one `append` adds, or adds at most (`blocks`).
             sink_blocks: first blocks of the video, kept uncompressed for good.
             span_blocks: blocks that `compress` encodes together.
             max_spans: slots for compressed spans; 0 keeps everything in the window.
@@ -84,11 +94,17 @@ class KVCache:
             window_blocks: capacity of the window; None is span_blocks + keep_recent + 1.
             pos_dims: components of a token's position; 0 for a model without RoPE.
             key_codec, value_codec: compressors of K and V; None is `identity(dtype)`, the plain
-                cache.
+                cache. A list has a codec for each layer.
             key_bias: what attention adds to the logits of compressed keys; None for nothing.
             overflow: what happens when a block finds no room. "error": it is not stored, counted
                 in `rejected_blocks`, and `raise_if_bad` raises. "drop": bounded context; the
                 oldest span is replaced or, without slots, the oldest block of the window.
+            blocks: which tokens one `append` takes. "whole": `block_tokens` of them. "partial": up to
+                `block_tokens`, so that a prompt and single tokens fill blocks one after another; a
+                window with overflow="drop" and no slots then slides by tokens. "padded": the same, and
+                each row of the batch says how many of them count.
+            rope: rotation whose tables of all stored tokens the cache keeps, so that a view makes
+                those of new tokens only. None makes all of them for each view.
             dtype: floating dtype of sink and window.
 
         Returns:
@@ -117,9 +133,13 @@ class KVCache:
             window_blocks=window_blocks,
             pos_dims=pos_dims,
             overflow=overflow,
-            key_codec=plain if key_codec is None else key_codec,
-            value_codec=plain if value_codec is None else value_codec,
+            key_codec=plain if key_codec is None else of_layers("key_codec", key_codec, layers),
+            value_codec=plain
+            if value_codec is None
+            else of_layers("value_codec", value_codec, layers),
             key_bias=key_bias,
+            blocks=blocks,
+            rope=rope,
         )
         tokens = lay.dense_blocks * lay.block_tokens
         dense_shape = (layers, batch, heads, tokens, head_dim)
@@ -128,24 +148,37 @@ class KVCache:
         # One array per counter: donation refuses a buffer that appears twice.
         counters = ("dense_blocks", "first_span", "num_spans", "seen_blocks", "dropped_blocks")
         counters += ("rejected_blocks", "nonfinite")
+        counters += () if blocks == "whole" else ("filled",)
+        pos = dict(
+            dense=jnp.zeros((batch, tokens, pos_dims), jnp.float32),
+            span=jnp.zeros((max_spans, batch, lay.span_tokens, pos_dims), jnp.float32),
+        )
+        more = {}
+        for name, pos_xP in pos.items():
+            if blocks == "padded":
+                more[f"{name}_valid"] = jnp.zeros(pos_xP.shape[:-1], bool)
+            if rope is not None:
+                table = jax.eval_shape(rope.table, pos_xP)
+                more[f"{name}_table"] = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), table)
         return cls(
             dense_k=jnp.zeros(dense_shape, dtype),
             dense_v=jnp.zeros(dense_shape, dtype),
-            dense_pos=jnp.zeros((batch, tokens, pos_dims), jnp.float32),
+            dense_pos=pos["dense"],
             span_k=span_k,
             span_v=span_v,
-            span_pos=jnp.zeros((max_spans, batch, lay.span_tokens, pos_dims), jnp.float32),
+            span_pos=pos["span"],
             state_k=state_k,
             state_v=state_v,
             first_bad_block=jnp.full((), -1, jnp.int32),
             layout=lay,
             **{name: jnp.zeros((), jnp.int32) for name in counters},
+            **more,
         )
 
     def view(
         self,
         positions_BTP: Float[Array, "B T P"] | None = None,
-        rope: Rope | Encodings | None = None,
+        rope: Rope | Encodings | Literal[False] | None = None,
         *,
         precompute: bool = True,
     ) -> CacheView:
@@ -162,15 +195,18 @@ class KVCache:
 
         Args:
             positions_BTP: positions of the new tokens; none with `Encodings`.
-            rope: rotation of Q and K, or encodings of stored K and V; None for none.
+            rope: rotation of Q and K, or encodings of stored K and V. None is the cache's own, or
+                none where the cache has no positions; False is none, on purpose.
             precompute: whether to make the tables of all stored tokens now. They cost memory in
                 proportion to the capacity; False makes one span's table at a time, in each layer.
+                Tables that the cache keeps (`create(rope=...)`) are taken as they are.
 
         Returns:
             A pytree that refers to this cache's buffers and copies none.
 
         Raises:
-            ValueError: `rope` without positions, or positions of another shape.
+            ValueError: `rope` without positions, positions without `rope` or of another shape, or no
+                rope for a cache with positions.
         """
         return view_of(self, positions_BTP, rope, precompute)
 
@@ -190,7 +226,40 @@ class KVCache:
         )
 
     @property
-    def tokens(self) -> Int[Array, ""]:
-        """Valid tokens of one layer and batch row, in all regions."""
+    def dense_tokens(self) -> Int[Array, ""]:
+        """Tokens that sink and window hold, the first ones of the dense buffer."""
         lay = self.layout
+        tokens = self.dense_blocks * lay.block_tokens
+        if self.filled is None:
+            return tokens
+        # A ring that is full overwrites tokens one by one, and all of them stay valid.
+        return jnp.minimum(tokens + self.filled, lay.dense_blocks * lay.block_tokens)
+
+    @property
+    def encoded_blocks(self) -> Int[Array, ""]:
+        """Blocks that were compressed so far, those that are gone again included."""
+        if self.filled is None:
+            return self.seen_blocks - self.rejected_blocks - self.dense_blocks
+        return self.num_spans * self.layout.span_blocks + self.dropped_blocks
+
+    @property
+    def row_tokens(self) -> Int[Array, " B"]:
+        """Valid tokens of each batch row, without padding."""
+        lay = self.layout
+        if self.dense_valid is None:
+            return jnp.broadcast_to(self.tokens, (lay.batch,))
+        here_T = jnp.arange(self.dense_valid.shape[1]) < self.dense_tokens
+        count_B = (self.dense_valid & here_T[None]).sum(1, dtype=jnp.int32)
+        if lay.max_spans:
+            age_N = (jnp.arange(lay.max_spans) - self.first_span) % lay.max_spans
+            here_N = (age_N < self.num_spans)[:, None, None]
+            count_B += (self.span_valid & here_N).sum((0, 2), dtype=jnp.int32)
+        return count_B
+
+    @property
+    def tokens(self) -> Int[Array, ""]:
+        """Tokens of one layer and batch row, in all regions, padding included."""
+        lay = self.layout
+        if self.filled is not None:
+            return self.dense_tokens + self.num_spans * lay.span_tokens
         return (self.dense_blocks + self.num_spans * lay.span_blocks) * lay.block_tokens

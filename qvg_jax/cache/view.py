@@ -1,12 +1,13 @@
 """What attention reads: a cache, the rope tables of its tokens, and those of the new tokens."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings, Rope
@@ -14,7 +15,7 @@ from qvg_jax.cache.rope import Encodings, Rope
 if TYPE_CHECKING:
     from qvg_jax.cache.state import KVCache
 
-__all__ = ["CacheView", "checked_positions", "view_of"]
+__all__ = ["CacheView", "checked_lengths", "checked_positions", "known", "view_of"]
 
 
 @jax.tree_util.register_dataclass
@@ -88,15 +89,44 @@ def checked_positions(lay: Layout, positions_BTP: Array | None, tokens: int) -> 
     return positions_BTP.astype(jnp.float32)
 
 
+def known(x: Any) -> np.ndarray | None:
+    """The numbers of an argument if they are known while a program is traced, None otherwise."""
+    return None if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) else np.asarray(x)
+
+
+def checked_lengths(lengths: Int[Array, " B"], rows: int, tokens: int) -> Array:
+    """Lengths of rows as int32 (B,), or a ValueError that says what is wrong."""
+    found = jnp.asarray(lengths)
+    if found.shape != (rows,) or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths have shape {found.shape} and dtype {found.dtype}; accepted: ({rows},) integers"
+        )
+    numbers = known(lengths)
+    if numbers is not None and numbers.size and not (0 <= numbers.min() <= numbers.max() <= tokens):
+        raise ValueError(
+            f"lengths={numbers.tolist()} are not accepted: give 0 to {tokens}, the tokens of the block"
+        )
+    return found.astype(jnp.int32)
+
+
 def view_of(
     cache: "KVCache",
     positions_BTP: Array | None,
-    rope: Rope | Encodings | None,
+    rope: Rope | Encodings | Literal[False] | None,
     precompute: bool,
 ) -> CacheView:
     """The view behind `KVCache.view`, which documents the arguments."""
     lay = cache.layout
-    if rope is None:
+    rope = lay.rope if rope is None else rope
+    if rope is None and lay.pos_dims:
+        raise ValueError(
+            f"rope=None; the cache has positions (pos_dims={lay.pos_dims}) and keys before RoPE: give "
+            "a rope, or rope=False to read keys as they are stored"
+        )
+    if not rope and positions_BTP is not None:
+        raise ValueError(f"positions with rope={rope}: nothing is rotated by them; leave them out")
+    if not rope:
+        rope = None
         return CacheView(cache=cache, table_new=None, table_dense=None, table_spans=None, rope=None)
     if not lay.pos_dims:
         raise ValueError("pos_dims=0: the cache stores no positions, so nothing can be rotated")
@@ -111,12 +141,13 @@ def view_of(
         table_new = rope.table(checked_positions(lay, positions_BTP, tokens))
     elif positions_BTP is not None:
         raise ValueError("positions with Encodings: new tokens come encoded; leave them out")
+    if rope == lay.rope:
+        dense, spans = cache.dense_table, cache.span_table if lay.max_spans else None
+    else:
+        dense = rope.table(cache.dense_pos) if precompute else None
+        spans = _span_tables(cache, rope) if precompute and lay.max_spans else None
     return CacheView(
-        cache=cache,
-        table_new=table_new,
-        table_dense=rope.table(cache.dense_pos) if precompute else None,
-        table_spans=_span_tables(cache, rope) if precompute and lay.max_spans else None,
-        rope=rope,
+        cache=cache, table_new=table_new, table_dense=dense, table_spans=spans, rope=rope
     )
 
 

@@ -34,7 +34,7 @@ FEW_CALLS = Workspaces()
 def ours(q, view, k, v, layer=0, scale=None, workspaces=FEW_CALLS, backend="xla"):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layer, scale = jnp.asarray(layer, jnp.int32), jnp.float32(scale)
-    return attend_cudnn(q, view, k, v, layer, scale, backend=backend, workspaces=workspaces)
+    return attend_cudnn(q, view, k, v, layer, scale, backend=backend, workspaces=workspaces)[0]
 
 
 def filled(steps="", **sizes):
@@ -60,7 +60,7 @@ def filled(steps="", **sizes):
 
 def check(cache, model, rope=ROPE, dtype=jnp.float32, tolerance=2e-5, workspaces=SMALL, **how):
     q, k, v, pos = query(7, cache.layout, dtype=dtype, **how)
-    view = cache.view(pos if rope else None, rope)
+    view = cache.view(pos if rope else None, rope or False)
     for layer in range(cache.layout.layers):
         out = ours(q, view, k, v, layer, workspaces=workspaces)
         assert out.dtype == dtype and out.shape == q.shape
@@ -190,7 +190,7 @@ def test_nan_in_unused_slots_is_never_seen():
 def test_nan_behind_a_window_of_a_bf16_cache():
     cache = with_window_garbage(filled_cache(presets.get("bf16"), block=16, blocks=4))
     q, k, v, _ = query(3, cache.layout, dtype=jnp.bfloat16)
-    same(q, cache.view(None, None), k, v, tolerance=2e-2)
+    same(q, cache.view(rope=False), k, v, tolerance=2e-2)
 
 
 # --- key bias ----------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_the_program_copies_neither_the_cache_nor_a_layer():
     cache = filled_cache(presets.pair("qvg", num_centroids=16), layers=3, block=64, window_blocks=9)
     q, k, v, _ = query(3, cache.layout, dtype=jnp.bfloat16)
     sizes = Workspaces(dense_bytes=2 * 2 * 128 * 2 * 128, span_bytes=1)
-    f = jax.jit(lambda c, q, k, v, i: ours(q, c.view(None, None), k, v, i, workspaces=sizes))
+    f = jax.jit(lambda c, q, k, v, i: ours(q, c.view(rope=False), k, v, i, workspaces=sizes))
     program = f.lower(cache, q, k, v, 1).compile().as_text()
     layers, batch, heads, tokens, d = cache.dense_k.shape
     whole, one = f"bf16[{layers},{batch},{heads},{tokens},{d}]", f"[{batch},{heads},{tokens},{d}]"
@@ -333,11 +333,11 @@ def test_unsupported_says_why(sizes, dtype, message):
         sizes = dict(key_codec=codec, key_bias=KeyBias(factor=sizes["bias"]))
     cache, _ = filled(**sizes)
     q, *_ = query(3, cache.layout, dtype=dtype)
-    assert unsupported(cache.view(None, None), q).startswith(message)
+    assert unsupported(cache.view(rope=False), q).startswith(message)
 
 
 def test_an_unknown_backend_is_an_error():
     cache, _ = filled("a")
     q, k, v, _ = query(3, cache.layout)
     with pytest.raises(ValueError, match=r"backend='triton' is not accepted: give one of"):
-        ours(q, cache.view(None, None), k, v, backend="triton")
+        ours(q, cache.view(rope=False), k, v, backend="triton")

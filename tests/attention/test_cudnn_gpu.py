@@ -28,7 +28,7 @@ ROUNDING = 6e-3  # of the output and of merged results to bfloat16
 @functools.partial(jax.jit, static_argnames=("workspaces", "backend"))
 def ours(q, view, k, v, layer=0, workspaces=SMALL, backend="cudnn"):
     layer, scale = jnp.asarray(layer, jnp.int32), jnp.float32(q.shape[-1] ** -0.5)
-    return attend_cudnn(q, view, k, v, layer, scale, backend=backend, workspaces=workspaces)
+    return attend_cudnn(q, view, k, v, layer, scale, backend=backend, workspaces=workspaces)[0]
 
 
 def rope_of(head_dim):

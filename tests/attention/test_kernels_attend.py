@@ -108,7 +108,8 @@ def test_the_way_from_cache_to_kernels_is_right(references, name, fp8, pairing, 
     rng = np.random.default_rng(3)
     q = jnp.asarray(rng.standard_normal((1, 64, 4, d)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, d)), jnp.bfloat16) for _ in range(2))
-    view = cache.view(positions(9, 64), rope, precompute=precompute)
+    at, turn = (positions(9, 64), rope) if rope else (None, False)
+    view = cache.view(at, turn, precompute=precompute)
     assert mosaic.unsupported(view, q, fp8) is None
     _agrees_with_xla(view, q, k, v, fp8)
 

@@ -244,7 +244,7 @@ def test_attend_names_what_is_missing_for_a_named_kernel():
     plain = filled_cache(codecs()["bf16"], layers=1, blocks=2).view(positions(2, 96), HALF)
     assert mosaic.unsupported(plain, q, fp8=False) is None
     assert "bound" in mosaic.unsupported(plain, q, fp8=True)
-    odd = filled_cache(codecs()["bf16"], layers=1, blocks=2, head_dim=96).view(None, None)
+    odd = filled_cache(codecs()["bf16"], layers=1, blocks=2, head_dim=96).view(rope=False)
     assert "64, 128, 256" in mosaic.unsupported(odd, q, fp8=False)
 
 

@@ -141,20 +141,48 @@ class ListCache:
 
     def attend(self, q_BTHD, k_BTHD, v_BTHD, layer, positions=None, rope=None, scale=None):
         """One float64 softmax over the concatenated history and the new block."""
+        return self.attend_lse(q_BTHD, k_BTHD, v_BTHD, layer, positions, rope, scale)[0]
+
+    def attend_lse(
+        self, q_BTHD, k_BTHD, v_BTHD, layer, positions=None, rope=None, scale=None, *,
+        seen=None, softcap=None, sink_logits=None,
+    ):  # fmt: skip
+        """The same with the log-sum-exp, and with features.
+
+        `seen` is bool (B, Hq, T, T), which new keys a query sees.
+        """
         old_k, old_v, old_pos = self.history(layer)
         q, k, v = (np.swapaxes(np.asarray(x, np.float64), 1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+        new = k.shape[2]
         k, v = np.concatenate([old_k, k], 2), np.concatenate([old_v, v], 2)
         if rope is not None:
             positions = np.asarray(positions, np.float32)
             q = _rotate(rope, q, positions)
-            k = _rotate(rope, k, np.concatenate([old_pos, positions], 1).astype(np.float32))
+            k = _rotate(
+                rope, k, np.concatenate([old_pos, positions[:, :new]], 1).astype(np.float32)
+            )
         group = q.shape[1] // k.shape[1]
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
         logits = np.einsum("bhqd,bhtd->bhqt", q, k) * scale
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        return np.swapaxes(np.einsum("bhqt,bhtd->bhqd", weights, v), 1, 2)
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+        visible = np.ones(logits.shape, bool)
+        visible[..., : old_k.shape[2]] = self.visible_history(layer)[:, None, None]
+        if seen is not None:
+            visible[..., old_k.shape[2] :] &= seen
+        logits = np.where(visible, logits, -np.inf)
+        sinks = np.full(q.shape[1], -np.inf) if sink_logits is None else np.asarray(sink_logits)
+        sinks = np.broadcast_to(sinks[None, :, None, None], (*logits.shape[:3], 1))
+        weights = np.concatenate([logits, sinks], 3)
+        lse = np.logaddexp.reduce(weights, 3)
+        weights = np.exp(weights - np.where(np.isfinite(lse), lse, 0)[..., None])[..., :-1]
+        out = np.einsum("bhqt,bhtd->bhqd", weights, v)
+        return np.swapaxes(out, 1, 2), np.swapaxes(lse, 1, 2)
+
+    def visible_history(self, layer):
+        """Which tokens of the history count, bool (B, T)."""
+        return np.ones((self.layout.batch, self.history(layer)[0].shape[2]), bool)
 
 
 def _rotate(rope, x, positions):
