@@ -19,7 +19,7 @@ from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["attend_ring"]
+__all__ = ["attend_ring", "rotated"]
 
 
 class _Hand(NamedTuple):
@@ -36,20 +36,20 @@ class _Hand(NamedTuple):
 def attend_ring(
     attend_here: Callable[..., tuple[Array, Array | None]],
     plan: Plan,
-    q_BTHD: Array,
+    new: tuple[Array, Array, Array],
+    table: Any,
     view: CacheView,
-    k_BTHD: Array,
-    v_BTHD: Array,
     layer: Array,
     scale: Array,
     features: Features,
 ) -> tuple[Array, Array]:
     """Output and log-sum-exp of `attend`, with tokens apart; arguments as in `attend_on_devices`."""
-    axis, n, new = plan.axis, plan.devices, k_BTHD.shape[1]
+    axis, n, tokens = plan.axis, plan.devices, new[1].shape[1]
     view = dataclasses.replace(view, table_spans=None)  # made where spans come around
     ahead = [(d, (d + 1) % n) for d in range(n)]
 
-    def here(q, view, k, v, layer, scale, features):
+    def here(new, table, view, layer, scale, features):
+        q, k, v = rotated(view, new, table, axis)
         cache = dataclasses.replace(view.cache, layout=own_part(view.cache.layout))
         plain = dataclasses.replace(features, mask=None)
         none = jnp.zeros((*q.shape[:1], 0, *k.shape[2:]), q.dtype)
@@ -62,13 +62,13 @@ def attend_ring(
             one = _in_hand(cache, hand, turns)
             part = dataclasses.replace(view, cache=one, table_dense=None, table_spans=None)
             seen = plain
-            if new and features.mask is not None:  # the columns of the keys in hand
-                size = new // n
+            if tokens and features.mask is not None:  # the columns of the keys in hand
+                size = tokens // n
                 source = (lax.axis_index(axis) - turns) % n
                 mask = lax.dynamic_slice_in_dim(features.mask, source * size, size, 3)
                 seen = dataclasses.replace(features, mask=mask)
-            k, v = (hand.k_BTHD, hand.v_BTHD) if new else (none, none)
-            return _both(run, attended(part, k, v, jnp.int32(0), seen, bool(new)))
+            k, v = (hand.k_BTHD, hand.v_BTHD) if tokens else (none, none)
+            return _both(run, attended(part, k, v, jnp.int32(0), seen, bool(tokens)))
 
         def turn(turns, carry):
             hand, run = carry
@@ -80,7 +80,7 @@ def attend_ring(
         dense = dataclasses.replace(cache, num_spans=jnp.zeros_like(cache.num_spans))
         dense = dataclasses.replace(view, cache=dense, table_spans=None)
         run = attended(dense, none, none, layer, plain, False)
-        hand = _first_hand(cache, layer, k if new else None, v if new else None)
+        hand = _first_hand(cache, layer, *((k, v) if tokens else (None, None)))
         hand, run = lax.fori_loop(0, n - 1, turn, (hand, run))
         return step(n - 1, hand, run)
 
@@ -88,9 +88,9 @@ def attend_ring(
     everywhere = jax.tree.map(lambda x: jax.P(), view)
     views = dataclasses.replace(everywhere, cache=cache_specs(view.cache, plan))
     rows = jax.tree.map(lambda x: jax.P(None, None, axis), features)
-    inputs = (apart, views, apart, apart, jax.P(), jax.P(), rows)
+    inputs = (apart, apart, views, jax.P(), jax.P(), rows)
     run = jax.shard_map(here, mesh=plan.mesh, in_specs=inputs, out_specs=apart, check_vma=False)
-    return run(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
+    return run(new, table, view, layer, scale, features)
 
 
 def _first_hand(cache: KVCache, layer: Array, k: Array | None, v: Array | None) -> _Hand:
@@ -110,6 +110,29 @@ def _in_hand(cache: KVCache, hand: _Hand, turns: Array | int) -> KVCache:
     if cache.layout.max_spans:
         fields |= {name: getattr(hand, name) for name in _Hand._fields[:4]}
     return dataclasses.replace(cache, **fields, layout=dataclasses.replace(cache.layout, layers=1))
+
+
+def rotated(
+    view: CacheView, new: tuple[Array, Array, Array], table: Any, axis: str
+) -> tuple[Array, Array, Array]:
+    """New queries, keys and values (B, T, H, D) with the first two rotated, inside of `shard_map`.
+
+    Keys that are this device's part of those in the rope table of new tokens are rotated by that part.
+    """
+
+    def turned(x_BTHD: Array) -> Array:
+        tokens = x_BTHD.shape[1]
+
+        def part(t: Array) -> Array:
+            if t.shape[1] == tokens:
+                return t
+            return lax.dynamic_slice_in_dim(t, lax.axis_index(axis) * tokens, tokens, 1)
+
+        by = dataclasses.replace(view, table_new=jax.tree.map(part, table))
+        return jnp.swapaxes(by.new(jnp.swapaxes(x_BTHD, 1, 2)), 1, 2) if tokens else x_BTHD
+
+    q_BTHD, k_BTHD, v_BTHD = new
+    return turned(q_BTHD), turned(k_BTHD), v_BTHD
 
 
 def _both(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:

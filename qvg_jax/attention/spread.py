@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from qvg_jax.attention.features import Features
-from qvg_jax.attention.ring import attend_ring
+from qvg_jax.attention.ring import attend_ring, rotated
 from qvg_jax.cache.devices import cache_specs, own_part, own_spans
 from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.rope import Encodings
@@ -56,20 +56,16 @@ def attend_on_devices(
             f"q has {tokens} tokens, and plan {plan.axis}={n} with split_tokens divides them over the "
             f"devices; accepted: a multiple of {n}"
         )
-    # Rotated before they are divided: positions of new tokens then matter no more.
-    turned = [
-        jnp.swapaxes(view.new(jnp.swapaxes(x, 1, 2)), 1, 2) for x in (q_BTHD, k_BTHD) if x.size
-    ]
-    q_BTHD, k_BTHD = turned if k_BTHD.size else (turned[0], k_BTHD)
     k_BTHD, v_BTHD = k_BTHD.astype(q_BTHD.dtype), v_BTHD.astype(q_BTHD.dtype)
-    view = dataclasses.replace(view, table_new=None)
+    table, view = view.table_new, dataclasses.replace(view, table_new=None)
     sinks = features.sink_logits_H
     asked = Features(softcap=features.softcap, return_lse=True, mask=_mask(features, tokens))
     if k_BTHD.size and features.lengths_R is not None:  # what padding holds may be NaN
         counts_RT = jnp.arange(tokens)[None] < features.lengths_R[:, None]
         v_BTHD = jnp.where(counts_RT[..., None, None], v_BTHD, 0)
     by = {"heads": _by_heads, "spans": _by_spans, "ring": attend_ring}[plan.axis]
-    out, lse = by(attend_here, plan, q_BTHD, view, k_BTHD, v_BTHD, layer, scale, asked)
+    new = (q_BTHD, k_BTHD, v_BTHD)
+    out, lse = by(attend_here, plan, new, table, view, layer, scale, asked)
     if sinks is not None:
         out, lse = Features(sink_logits_H=sinks).finished(out.astype(jnp.float32), lse)
     return out.astype(q_BTHD.dtype), lse
@@ -107,35 +103,35 @@ def _view_specs(view: CacheView, plan: Plan) -> CacheView:
 def _by_spans(
     attend_here: Attend,
     plan: Plan,
-    q_BTHD: Array,
+    new: tuple[Array, Array, Array],
+    table: Any,
     view: CacheView,
-    k_BTHD: Array,
-    v_BTHD: Array,
     layer: Array,
     scale: Array,
     features: Features,
 ) -> tuple[Array, Array]:
     """Each device attends to its own spans, and to its part of sink, window and the new block."""
-    axis, new = plan.axis, k_BTHD.shape[1]
+    axis, tokens = plan.axis, new[1].shape[1]
     # A new block that is not all seen, or that cannot be divided, is the first device's.
-    divided = features.mask is None and not new % plan.devices
+    divided = features.mask is None and not tokens % plan.devices
     apart = jax.P(None, axis) if divided else jax.P()
-    if new and not divided and features.mask is None:
-        features = dataclasses.replace(features, mask=jnp.ones((1, 1, new, new), bool))
+    if tokens and not divided and features.mask is None:
+        features = dataclasses.replace(features, mask=jnp.ones((1, 1, tokens, tokens), bool))
 
-    def here(q, view, k, v, layer, scale, features):
+    def here(new, table, view, layer, scale, features):
+        q, k, v = rotated(view, new, table, axis)
         own = own_spans(dataclasses.replace(view.cache, layout=own_part(view.cache.layout)))
         view = dataclasses.replace(view, cache=own)
         if not divided:
             mine = features.mask & (lax.axis_index(axis) == 0)
             features = dataclasses.replace(features, mask=mine)
-        run = attend_here(q, view, k, v, layer, scale, features, bool(new))
+        run = attend_here(q, view, k, v, layer, scale, features, bool(tokens))
         return merged(*run, axis, plan.split_tokens)
 
-    inputs = (jax.P(), _view_specs(view, plan), apart, apart, jax.P(), jax.P(), jax.P())
+    inputs = ((jax.P(), apart, apart), jax.P(), _view_specs(view, plan), jax.P(), jax.P(), jax.P())
     out = jax.P(None, axis) if plan.split_tokens else jax.P()
     run = jax.shard_map(here, mesh=plan.mesh, in_specs=inputs, out_specs=out, check_vma=False)
-    return run(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
+    return run(new, table, view, layer, scale, features)
 
 
 def merged(out_BTHD: Array, lse_BTH: Array, axis: str, split_tokens: bool) -> tuple[Array, Array]:
@@ -164,10 +160,9 @@ def merged(out_BTHD: Array, lse_BTH: Array, axis: str, split_tokens: bool) -> tu
 def _by_heads(
     attend_here: Attend,
     plan: Plan,
-    q_BTHD: Array,
+    new: tuple[Array, Array, Array],
+    table: Any,
     view: CacheView,
-    k_BTHD: Array,
-    v_BTHD: Array,
     layer: Array,
     scale: Array,
     features: Features,
@@ -187,7 +182,8 @@ def _by_heads(
                 "so none can be read alone; accepted: plan spans or ring, or a codec that keeps them apart"
             )
 
-    def here(q, view, k, v, layer, scale, features):
+    def here(new, table, view, layer, scale, features):
+        q, k, v = rotated(view, new, table, axis)
         layout = dataclasses.replace(lay, plan=None, heads=lay.heads // n)
         view = dataclasses.replace(view, cache=dataclasses.replace(view.cache, layout=layout))
         reads_new = bool(k.shape[1])
@@ -204,13 +200,14 @@ def _by_heads(
         return back(out), back(lse)
 
     apart = jax.P(None, axis) if plan.split_tokens else jax.P(None, None, axis)
-    new = apart if k_BTHD.shape[1] else jax.P(None, None, axis)
+    of_keys = apart if new[1].shape[1] else jax.P(None, None, axis)
     mask = features.mask
     by_head = jax.P(None, axis) if mask is not None and mask.shape[1] > 1 else jax.P()
     rules = jax.tree.map(lambda x: by_head, features)
-    inputs = (apart, _view_specs(view, plan), new, new, jax.P(), jax.P(), rules)
+    of_table = jax.P(None, axis) if plan.split_tokens else jax.P()
+    inputs = ((apart, of_keys, of_keys), of_table, _view_specs(view, plan), jax.P(), jax.P(), rules)
     run = jax.shard_map(here, mesh=plan.mesh, in_specs=inputs, out_specs=apart, check_vma=False)
-    return run(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
+    return run(new, table, view, layer, scale, features)
 
 
 def _heads_together(arrays: tuple[Array, ...], axis: str, n: int) -> tuple[Any, ...]:

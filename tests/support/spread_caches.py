@@ -28,7 +28,9 @@ def normal(seed, *shape):
 def block(i, tokens=TOKENS, heads=HEADS):
     """K, V and positions of block i."""
     k, v = normal((i, 1), 2, LAYERS, BATCH, tokens, heads, DIM)
-    positions = np.broadcast_to(np.arange(i * TOKENS, i * TOKENS + tokens)[None, :, None], (BATCH, tokens, 1))
+    positions = np.broadcast_to(
+        np.arange(i * TOKENS, i * TOKENS + tokens)[None, :, None], (BATCH, tokens, 1)
+    )
     return k, v, positions.astype(np.float32)
 
 
