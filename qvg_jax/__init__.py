@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvg_jax import sharding
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
     from qvg_jax.cache.edits import reset, take_rows, truncate
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+    from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
     from qvg_jax.codecs.base import Codec, identity
@@ -48,6 +50,8 @@ _MODULES = {
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
+    "summary": "cache.summary",
+    "sharding": "sharding",
     "presets": "codecs",
     "bits_per_element": "codecs.accounting",
     "compression_ratio": "codecs.accounting",
@@ -92,7 +96,9 @@ __all__ = [
     "reset",
     "residual_quantize",
     "rollout",
+    "sharding",
     "stream",
+    "summary",
     "take_rows",
     "truncate",
 ]
@@ -102,9 +108,12 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    value = importlib.import_module(f"{module.__name__}.presets") if name == "presets" else getattr(
-        module, name
-    )  # fmt: skip
+    if name == "sharding":  # a module of ours that is a name of its own, as `presets` is
+        value = module
+    elif name == "presets":
+        value = importlib.import_module(f"{module.__name__}.presets")
+    else:
+        value = getattr(module, name)
     globals()[name] = value
     return value
 

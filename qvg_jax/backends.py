@@ -15,6 +15,7 @@ __all__ = [
     "Candidate",
     "Choice",
     "capability",
+    "divided_automatically",
     "is_hopper",
     "no_hopper",
     "no_triton",
@@ -71,6 +72,30 @@ def on_several_devices(x: Array) -> str | None:
     if mesh.empty or mesh.are_all_axes_manual:
         return None
     return "arrays on several devices; inside of shard_map they can be read"
+
+
+def divided_automatically(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
+    """The function with mesh axes of explicit type made automatic inside, for results placed as `like`.
+
+    Codecs begin loops from constants, whose types would not name the axes that the results have. XLA
+    divides such loops by itself. Without explicit axes it is the function as it is.
+
+    Args:
+        function: its result has the structure of `like`.
+        like: pytree of arrays.
+    """
+    types = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    explicit = jax.sharding.AxisType.Explicit
+    meshes = [t.mesh for t in jax.tree.leaves(types) if not t.mesh.empty]
+    axes = {
+        name: None
+        for mesh in meshes
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == explicit
+    }
+    if not axes:
+        return function
+    return jax.sharding.auto_axes(function, axes=tuple(axes), out_sharding=types)
 
 
 def row_major(x: Array) -> Array:

@@ -1,7 +1,6 @@
-"""Where the arrays of a cache lie on several devices: heads apart, everything else on each."""
+"""Where the arrays of a cache lie on several devices: batch rows or heads apart, everything else on each."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.attention.api import attend
+from qvg_jax.cache.devices import axis_specs
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["attend_by_heads", "head_shardings"]
+__all__ = ["attend_by_heads", "cache_shardings", "head_shardings"]
 
 
 def head_shardings(cache: KVCache, mesh: Mesh | AbstractMesh, axis: str) -> KVCache:
@@ -34,32 +34,49 @@ def head_shardings(cache: KVCache, mesh: Mesh | AbstractMesh, axis: str) -> KVCa
     Raises:
         ValueError: the mesh has no such axis, or its size does not divide the heads.
     """
+    return cache_shardings(cache, mesh, heads=axis)
+
+
+def cache_shardings(
+    cache: KVCache,
+    mesh: Mesh | AbstractMesh,
+    *,
+    batch: str | None = None,
+    heads: str | None = None,
+) -> KVCache:
+    """Shardings of a cache whose batch rows, heads or both are spread over axes of a mesh.
+
+        cache = jax.device_put(cache, cache_shardings(cache, mesh, batch="data", heads="model"))
+
+    Neither rows nor heads meet in the cache or in attention. Arrays without such an axis are
+    replicated. Axes of the mesh may be of type Auto or Explicit.
+
+    Args:
+        cache: a cache, or its `jax.eval_shape`.
+        mesh: the devices.
+        batch: name of the mesh axis that divides the batch; None leaves it together.
+        heads: name of the mesh axis that divides the key-value heads; None leaves them together.
+
+    Returns:
+        A pytree of the cache's structure with a `NamedSharding` in place of each array.
+
+    Raises:
+        ValueError: the mesh has no such axis, or its size does not divide the heads or the batch.
+        NotImplementedError: rows are divided, and a codec stores them together.
+    """
     lay = cache.layout
-    if axis not in mesh.shape:
-        raise ValueError(f"axis={axis!r} is not accepted: the mesh has {tuple(mesh.axis_names)}")
-    if lay.heads % mesh.shape[axis]:
-        raise ValueError(
-            f"heads={lay.heads} do not divide over axis {axis!r} of size {mesh.shape[axis]}"
-        )
-    batch_heads = (lay.batch, lay.heads)
+    for name, axis, size in (("heads", heads, lay.heads), ("batch", batch, lay.batch)):
+        if axis is not None and axis not in mesh.shape:
+            raise ValueError(
+                f"axis={axis!r} is not accepted: the mesh has {tuple(mesh.axis_names)}"
+            )
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name}={size} do not divide over axis {axis!r} of size {mesh.shape[axis]}"
+            )
 
-    def place(leading: int):
-        # Codecs keep (B, H) in front of what they store for each head.
-        def of(x: Any) -> NamedSharding:
-            apart = x.shape[leading : leading + 2] == batch_heads
-            spec = (None,) * (leading + 1) + (axis,) if apart else ()
-            return NamedSharding(mesh, jax.P(*spec))
-
-        return of
-
-    fields = {}
-    for name, leading in (("dense", 1), ("span", 2), ("state", 1)):
-        for side in ("k", "v"):
-            value = getattr(cache, f"{name}_{side}")
-            fields[f"{name}_{side}"] = jax.tree.map(place(leading), value)
-    everywhere = NamedSharding(mesh, jax.P())
-    shardings = jax.tree.map(lambda x: everywhere, cache)
-    return dataclasses.replace(shardings, **fields)
+    specs = axis_specs(cache, batch=batch, heads=heads)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def attend_by_heads(

@@ -84,6 +84,25 @@ def test_a_codec_from_outside_is_a_value_and_serves_a_cache():
     np.testing.assert_allclose(names["out"][0].astype(jnp.float32), want, atol=0.03)
 
 
+def test_a_decoder_reads_its_prompt_causally_and_its_cache_whole():
+    names = run_blocks("docs/in-your-model.md")
+    cache, padded, f32 = names["cache"], names["padded"], jnp.float32
+    assert int(cache.tokens) == 104 and int(cache.num_spans) == 1 and int(cache.filled) == 8
+    assert (int(names["shorter"].tokens), int(names["again"].tokens)) == (102, 0)
+    assert names["beams"].layout.batch == 3 and padded.row_tokens.tolist() == [8, 3]
+    # The second row of the batch is its first three tokens, attended causally.
+    q, k, v = (names[n][1, :3].astype(f32).swapaxes(0, 1) for n in "qkv")
+    turned = [
+        names["rope"].rotate(x[None], names["rope"].table(jnp.arange(3.0)[None, :, None]))[0]
+        for x in (q, k)
+    ]
+    k, v = jnp.repeat(turned[1], 2, 0), jnp.repeat(v, 2, 0)
+    logits = jnp.einsum("htd,hsd->hts", turned[0], k) / 32**0.5
+    logits = jnp.where(jnp.tri(3, dtype=bool)[None], logits, -jnp.inf)
+    want = jnp.einsum("hts,hsd->thd", jax.nn.softmax(logits), v)
+    np.testing.assert_allclose(names["out"][1, :3].astype(f32), want, atol=0.03)
+
+
 def test_a_declared_storage_is_read_by_the_kernels_definition():
     names = run_blocks("docs/add-a-kernel-format.md")
     codec, packed = names["codec"], names["packed"]

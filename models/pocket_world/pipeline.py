@@ -67,9 +67,8 @@ def world_codec(name: str, **settings) -> tuple[Codec, Codec]:
     Raises:
         ValueError: an unknown name, with the known ones, or a setting that is not accepted.
     """
-    defaults = (
-        dict(num_centroids=16) if name.startswith(("qvg", "midrise", "trellis", "dither")) else {}
-    )
+    clustered = ("qvg", "midrise", "trellis", "dither", "kmeans", "auto")
+    defaults = dict(num_centroids=16) if name.startswith(clustered) else {}
     return presets.pair(name, **(defaults | settings))
 
 

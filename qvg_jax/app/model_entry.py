@@ -74,7 +74,7 @@ class PlanOptions:
     """Options of `qvg plan` that every model has.
 
     Attributes:
-        memory: memory of the device, such as 24GB or 22.4GiB.
+        memory: memory of the device, such as 24GB or 22.4GiB; a number alone is in GB.
         codec: codecs to compare.
     """
 

@@ -54,6 +54,7 @@ def run_tune(
     writable_folder(out)
     span = span_tokens or min(4096, captured.k_LBHTD.shape[3])
     count = len(candidates(span) if recipes is None else recipes)
+    left_out: dict[str, str] = {}
     with tqdm(total=count, unit="codec", file=sys.stderr, disable=None) as bar:
         scores = tune(
             captured,
@@ -61,6 +62,7 @@ def run_tune(
             recipes,
             budget=math.inf if budget is None else budget,
             progress=lambda _: bar.update(),
+            refused=left_out.__setitem__,
         )
     if loop is not None:
         closest = sorted(scores, key=lambda s: s.attention_error)[:LOOPED]
@@ -73,7 +75,9 @@ def run_tune(
         rows = [dataclasses.asdict(s) for s in scores]
         partial.write_text(json.dumps({"span_tokens": span, "scores": rows}, indent=1) + "\n")
     draw(out / "tune.png", scores)
-    return _table(scores)
+    return "\n".join(
+        [_table(scores), *(f"left out {name}: {why}" for name, why in left_out.items())]
+    )
 
 
 def _table(scores: Sequence[Score]) -> str:

@@ -16,18 +16,19 @@ from jaxtyping import Array
 
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.plan import Part, Plan, fits_memory
+from qvg_jax.cache.slots import batch_leaves
 
 if TYPE_CHECKING:
     from qvg_jax.cache.state import KVCache
 
 __all__ = [
-    "cache_shardings",
+    "axis_specs",
     "cache_specs",
     "create_on",
-    "head_specs",
     "on_each_device",
     "own_part",
     "own_spans",
+    "plan_shardings",
     "span_tables_of",
     "spread",
     "whole_span",
@@ -36,27 +37,48 @@ __all__ = [
 OF_TOKENS = ("pos", "valid", "table")
 
 
-def head_specs(cache: "KVCache", axis: str) -> "KVCache":
-    """The pytree of a cache with a `PartitionSpec` for each array that divides its heads.
+def axis_specs(
+    cache: "KVCache", *, batch: str | None = None, heads: str | None = None
+) -> "KVCache":
+    """The pytree of a cache with a `PartitionSpec` for each array that divides its batch rows or heads.
 
-    Arrays without a head axis (positions, counters) are on every device.
+    Arrays without such an axis are on every device.
+
+    Args:
+        cache: a cache, or its `jax.eval_shape`.
+        batch, heads: names of the mesh axes that divide them; None leaves them together.
+
+    Raises:
+        NotImplementedError: rows are divided, and a codec stores them together.
     """
     lay = cache.layout
 
-    def place(leading: int) -> Callable[[Any], Any]:
+    def placed(*spec: str | None) -> Any:
+        return jax.P(*spec) if any(spec) else jax.P()
+
+    def of_codec(leading: int, tree: Any, rows: Any) -> Any:
         # Codecs keep (B, H) in front of what they store for each head.
-        def of(x: Any) -> Any:
+        def of(x: Any, has_rows: bool) -> Any:
             apart = x.shape[leading : leading + 2] == (lay.batch, lay.heads)
-            return jax.P(*(None,) * (leading + 1), axis) if apart else jax.P()
+            return placed(*(None,) * leading, batch if has_rows else None, heads if apart else None)
 
-        return of
+        return jax.tree.map(of, tree, rows)
 
-    fields = {}
-    for name, leading in (("dense", 1), ("span", 2), ("state", 1)):
-        for side in ("k", "v"):
-            value = getattr(cache, f"{name}_{side}")
-            fields[f"{name}_{side}"] = jax.tree.map(place(leading), value)
-    return dataclasses.replace(jax.tree.map(lambda x: jax.P(), cache), **fields)
+    specs = jax.tree.map(lambda x: placed(), cache)
+    fields = dict.fromkeys(("dense_k", "dense_v"), placed(None, batch, heads))
+    for side, codec in (("k", lay.key_codec), ("v", lay.value_codec)):
+        trees = [getattr(cache, f"{name}_{side}") for name in ("span", "state")]
+        rows = [jax.tree.map(lambda _: False, tree) for tree in trees]
+        if batch is not None and lay.max_spans:
+            rows = batch_leaves(lay, codec, cache.dense_k.dtype)
+        fields[f"span_{side}"] = of_codec(2, trees[0], rows[0])
+        fields[f"state_{side}"] = of_codec(1, trees[1], rows[1])
+    for name in OF_TOKENS:
+        for region, leading in (("dense", ()), ("span", (None,))):
+            tree = getattr(cache, f"{region}_{name}")
+            field = jax.tree.map(lambda _, leading=leading: placed(*leading, batch), tree)
+            fields[f"{region}_{name}"] = field
+    return dataclasses.replace(specs, **fields)
 
 
 def cache_specs(cache: "KVCache", plan: Plan) -> "KVCache":
@@ -67,7 +89,7 @@ def cache_specs(cache: "KVCache", plan: Plan) -> "KVCache":
         plan: how it is spread.
     """
     if plan.part is None:
-        return head_specs(cache, plan.axis)
+        return axis_specs(cache, heads=plan.axis)
     everywhere = jax.tree.map(lambda x: jax.P(), cache)
 
     def at(name: str, *spec: str | None) -> Any:
@@ -82,7 +104,7 @@ def cache_specs(cache: "KVCache", plan: Plan) -> "KVCache":
     return dataclasses.replace(everywhere, **fields)
 
 
-def cache_shardings(
+def plan_shardings(
     cache: "KVCache", plan: Plan, mesh: Mesh | AbstractMesh | None = None
 ) -> "KVCache":
     """The pytree of a cache with a `NamedSharding` in place of each array; by default on the plan's mesh."""
@@ -119,7 +141,7 @@ def on_each_device(
     if lay.plan is None:
         return f(cache, *args)
     if lay.plan.part is None:
-        return lax.with_sharding_constraint(f(cache, *args), cache_shardings(cache, lay.plan))
+        return lax.with_sharding_constraint(f(cache, *args), plan_shardings(cache, lay.plan))
     cut = cache_specs(cache, lay.plan)
 
     def here(cache: "KVCache", *args: Any) -> "KVCache":
@@ -199,7 +221,7 @@ def spread(cache: "KVCache", plan: Plan | None) -> "KVCache":
         )
     layout = dataclasses.replace(cache.layout, plan=new)
     cache = dataclasses.replace(cache, **fields, layout=layout)
-    places = jax.devices()[0] if new is None else cache_shardings(cache, new)
+    places = jax.devices()[0] if new is None else plan_shardings(cache, new)
     return jax.device_put(cache, places)
 
 
@@ -239,7 +261,7 @@ def create_on(plan: Plan, make: Callable[[], "KVCache"]) -> "KVCache":
     """
     shapes = jax.eval_shape(make)
     plan.check(shapes.layout)
-    places = cache_shardings(shapes, plan)
+    places = plan_shardings(shapes, plan)
     stats = getattr(jax.local_devices()[0], "memory_stats", lambda: None)() or {}
     fits_memory(plan, shapes, places, stats.get("bytes_limit"))
     return jax.jit(make, out_shardings=places)()

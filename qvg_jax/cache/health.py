@@ -1,6 +1,7 @@
 """Questions of the host to a cache: whether anything is wrong with it, and how many bytes it takes."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -78,52 +79,71 @@ class CacheBytes:
     """Bytes of a cache: `cache_bytes` says what each number means."""
 
     allocated: Regions
-    in_use: Regions
-    bf16: int
-    tokens: int
+    in_use: Regions | None
+    bf16: int | None
+    tokens: int | None
 
 
 def cache_bytes(cache: KVCache) -> CacheBytes:
     """Bytes of the cache's buffers, of their valid part, and of plain bf16 for the same tokens.
 
-    Outside jit. Buffer sizes are those the device reports, summed over devices.
+    Outside jit. Buffer sizes are those the device reports, summed over devices. Caches that `vmap` or
+    `stack` put into one count together. Of a cache of shapes only, as `jax.eval_shape` gives it, the
+    buffers are known and how full they are is not.
 
     Args:
-        cache: the cache.
+        cache: the cache, caches stacked along leading axes, or their shapes.
 
     Returns:
         `allocated`: bytes of the buffers by region; fixed from creation on.
         `in_use`: bytes of the regions' valid blocks and spans (and of the codec states once a
-            span was encoded).
-        `bf16`: 2 bytes x 2 (K and V) x layers x batch x heads x head_dim x valid tokens.
-        `tokens`: valid tokens of one layer and batch row.
+            span was encoded); None for shapes.
+        `bf16`: 2 bytes x 2 (K and V) x layers x batch x heads x head_dim x valid tokens; None for
+            shapes.
+        `tokens`: valid tokens of one layer and batch row, added over stacked caches; None for shapes.
     """
     lay = cache.layout
-    counters = cache.dense_blocks, cache.num_spans, cache.seen_blocks, cache.rejected_blocks
-    dense_blocks, num_spans, seen, rejected = (int(x) for x in jax.device_get(counters))
-    sink_blocks = min(dense_blocks, lay.sink_blocks)
-    dense = packed_bytes((cache.dense_k, cache.dense_v)) // lay.dense_blocks  # bytes of one block
-    span = packed_bytes((cache.span_k, cache.span_v)) // max(1, lay.max_spans)
-    state = packed_bytes((cache.state_k, cache.state_v))
-    dense_pos = packed_bytes(cache.dense_pos) // lay.dense_blocks
-    span_pos = packed_bytes(cache.span_pos) // max(1, lay.max_spans)
-    scalars = packed_bytes([x for x in jax.tree.leaves(cache) if x.ndim == 0])
-    tokens = (dense_blocks + num_spans * lay.span_blocks) * lay.block_tokens
-    encoded = seen > dense_blocks + rejected
+    stacked = cache.dense_blocks.shape
+    count = math.prod(stacked)
 
-    def regions(sink_blocks, spans, window_blocks, state):
+    def bytes_of(*names: str) -> int:
+        return packed_bytes([getattr(cache, name) for name in names]) // count
+
+    def of_tokens(region: str) -> list[str]:
+        return [f"{region}_{name}" for name in ("pos", "valid", "table")]
+
+    dense = bytes_of("dense_k", "dense_v") // lay.dense_blocks  # bytes of one block
+    span = bytes_of("span_k", "span_v") // max(1, lay.max_spans)
+    state = bytes_of("state_k", "state_v")
+    dense_pos = bytes_of(*of_tokens("dense")) // lay.dense_blocks
+    span_pos = bytes_of(*of_tokens("span")) // max(1, lay.max_spans)
+    scalars = packed_bytes([x for x in jax.tree.leaves(cache) if x.shape == stacked]) // count
+
+    def regions(sink_blocks, spans, window_blocks, state, caches=count):
         pos = (sink_blocks + window_blocks) * dense_pos + spans * span_pos
         return Regions(
             sink=sink_blocks * dense,
             spans=spans * span,
             window=window_blocks * dense,
             warm_start=state,
-            positions=pos + scalars,
+            positions=pos + scalars * caches,
         )
 
+    full = (lay.sink_blocks, lay.max_spans, lay.window_blocks, state)
+    allocated = regions(*(count * n for n in full))
+    if any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in jax.tree.leaves(cache)):
+        return CacheBytes(allocated=allocated, in_use=None, bf16=None, tokens=None)
+    dense_blocks, num_spans, encoded, filled = (
+        np.asarray(jax.device_get(x)).reshape(-1)
+        for x in (cache.dense_blocks, cache.num_spans, cache.encoded_blocks, cache.dense_tokens)
+    )
+    blocks = -(-filled // lay.block_tokens)  # a block that is filling up is in use
+    sink_blocks = np.minimum(blocks, lay.sink_blocks)
+    tokens = int((filled + num_spans * lay.span_tokens).sum())
+    used = (sink_blocks, num_spans, blocks - sink_blocks, np.where(encoded > 0, state, 0))
     return CacheBytes(
-        allocated=regions(lay.sink_blocks, lay.max_spans, lay.window_blocks, state),
-        in_use=regions(sink_blocks, num_spans, dense_blocks - sink_blocks, state if encoded else 0),
+        allocated=allocated,
+        in_use=regions(*(int(x.sum()) for x in used)),
         bf16=2 * 2 * lay.layers * lay.batch * lay.heads * lay.head_dim * tokens,
         tokens=tokens,
     )

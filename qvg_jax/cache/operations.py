@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from qvg_jax.backends import row_major
+from qvg_jax.backends import divided_automatically, row_major
 from qvg_jax.cache.devices import on_each_device
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.oldest_span import all_slots, encode_oldest
@@ -58,13 +58,14 @@ def append(
         ValueError: a shape or dtype that does not fit the cache, or lengths beyond the block.
     """
     lay = cache.layout
+    write = divided_automatically(_append, cache)
     if lengths is None:
-        return _append(cache, k, v, positions_BTP)
+        return write(cache, k, v, positions_BTP)
     if lay.blocks != "padded":
         raise ValueError(
             f"lengths with blocks={lay.blocks!r}; accepted: a cache with blocks='padded'"
         )
-    return _append(cache, k, v, positions_BTP, checked_lengths(lengths, lay.batch, k.shape[-3]))
+    return write(cache, k, v, positions_BTP, checked_lengths(lengths, lay.batch, k.shape[-3]))
 
 
 @jax.jit
@@ -215,7 +216,8 @@ def compress(cache: KVCache, key: PRNGKeyArray | None = None) -> KVCache:
     """
     if not cache.layout.max_spans:
         return cache
-    return _compress(cache, jax.random.key(0) if key is None else key)
+    key = jax.random.key(0) if key is None else key
+    return divided_automatically(_compress, cache)(cache, key)
 
 
 @jax.jit

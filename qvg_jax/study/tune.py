@@ -191,8 +191,11 @@ def tune(
     *,
     budget: float = math.inf,
     progress: Callable[[Score], None] | None = None,
+    refused: Callable[[str, str], None] | None = None,
 ) -> list[Score]:
     """Scores all recipes within a budget of bits per element; smallest first.
+
+    A recipe that these tensors do not allow is left out, and the others go on.
 
     Args:
         captured: from `load_captured`.
@@ -200,25 +203,33 @@ def tune(
         recipes: None is `candidates(span_tokens)`.
         budget: recipes above it are left out.
         progress: called with every score.
+        refused: called with every recipe of `recipes` that is left out, and with the reason.
 
     Raises:
-        ValueError: a recipe that is unknown or not possible here, or none within the budget.
+        ValueError: a recipe that is unknown, or none that is possible here and within the budget.
     """
     bench = Bench(captured, span_tokens)
-    scores = []
+    scores, reasons = [], {}
+    if recipes is not None:
+        for recipe in recipes:
+            _pair(recipe)  # an unknown one ends it all before the first is measured
     for recipe in candidates(span_tokens) if recipes is None else recipes:
         try:
             with told_to_user():
-                bits = bench.bits(recipe)
-        except UserError:
-            if recipes is not None:
-                raise
-            continue  # a candidate of ours that such spans do not allow
-        if bits > budget:
+                if bench.bits(recipe) > budget:
+                    continue
+                score = bench.score(recipe)
+        except UserError as error:
+            reasons[recipe] = str(error)
+            # Unnamed, it is a candidate of ours that such spans do not allow.
+            if recipes is not None and refused is not None:
+                refused(recipe, str(error))
             continue
-        scores.append(bench.score(recipe))
+        scores.append(score)
         if progress is not None:
-            progress(scores[-1])
+            progress(score)
+    if not scores and recipes is not None and reasons:
+        raise UserError("; ".join(f"{recipe}: {why}" for recipe, why in reasons.items()))
     if not scores:
         raise UserError(f"budget={budget} bits: no recipe is that small; accepted: a larger one")
     return pareto(scores)

@@ -49,7 +49,9 @@ def plan():
 def test_sizes_in_words():
     assert parse_bytes("24GB") == 24 * 10**9 == parse_bytes("24e9") == parse_bytes("24 gb")
     assert parse_bytes("22.5GiB") == int(22.5 * 2**30)
-    assert parse_bytes("512M") == 512 * 10**6 and parse_bytes("100") == 100
+    assert parse_bytes("512M") == 512 * 10**6 and parse_bytes("100B") == 100
+    assert parse_bytes("24") == 24 * 10**9 == parse_bytes("24000000000")
+    assert parse_bytes("22.4") == int(22.4 * 10**9)
     for bad in ("", "GB", "24XB", "-1GB", "0GB", "1.2.3GB", "0.1"):
         with pytest.raises(ValueError, match="24GB"):
             parse_bytes(bad)

@@ -15,6 +15,7 @@ from qvg_jax.attention.api import attend
 from qvg_jax.cache.operations import KVCache, append
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
+from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.study.capture import Captured, Recorder, load_captured, save_captured
 from qvg_jax.study.tune import Bench, Score, candidates, pareto, restored, tune
 from tests.support.tiny_world import as_in_its_own_process, random_weights
@@ -135,6 +136,11 @@ def test_budgets_and_spans_are_checked():
         tune(made_up(), 97, ["rtn"])
     with pytest.raises(ValueError, match="codec='nope'"):
         tune(made_up(), 96, ["nope"])
+    told = {}
+    (score,) = tune(made_up(), 96, ["rtn:group=48", "rtn"], refused=told.__setitem__)
+    assert score.recipe == "rtn" and "group=48" in told["rtn:group=48"]
+    with pytest.raises(ValueError, match=r"^rtn:group=48: .*group=48"):
+        tune(made_up(), 96, ["rtn:group=48"])
     assert "midrise:num_centroids=16" in candidates(128)
     assert "midrise:num_centroids=32" not in candidates(128)
 
@@ -199,6 +205,15 @@ def test_sign_tests_count():
     assert trial.sign_test(np.arange(1, 7), np.zeros(6))[2] == pytest.approx(2 / 2**6)
 
 
+def test_clustered_recipes_of_a_world_have_centroids_for_its_short_spans():
+    """The sizes that the page lists; 256 centroids for 768 tokens would make "auto" twice as large."""
+    sizes = {
+        name: pair_bits(pipeline.world_codec(name), (1, 4, 768, 64))
+        for name in ("midrise", "auto", "kmeans-e8")
+    }
+    assert sizes["auto"] == sizes["midrise"] and max(sizes.values()) < 2.5
+
+
 def test_codecs_may_differ_for_k_and_v_in_a_world():
     cfg = pipeline.PocketWorldConfig.smoke()
     pair = pipeline.world_codec("midrise-k1v3")
@@ -222,11 +237,11 @@ def test_the_command_captures_and_tunes(tmp_path, monkeypatch, capsys, tiny):
     file, out = tmp_path / "kv.npz", tmp_path / "tuned"
     assert cli.main(["capture", "--frames", "16", "--layers", "0,1", "--out", str(file)]) == 0
     assert "2 layers" in capsys.readouterr().out
-    names = "rtn,midrise:num_centroids=16"
+    names = "rtn,midrise:num_centroids=16,rtn:group=48"
     argv = ["tune", str(file), "--span-tokens", "192", "--codec", names, "--out", str(out)]
     assert cli.main([*argv, "--model", "pocket-world"]) == 0
     table = capsys.readouterr().out
-    assert "dB to bf16" in table and "rtn" in table
+    assert "dB to bf16" in table and "rtn" in table and "left out rtn:group=48: " in table
     saved = json.loads((out / "tune.json").read_text())
     assert all(row["loop"] is not None for row in saved["scores"])
     assert (out / "tune.png").read_bytes().startswith(b"\x89PNG")
