@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from qvg_jax import sharding
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
+    from qvg_jax.cache.devices import spread
     from qvg_jax.cache.edits import reset, take_rows, truncate
     from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
+    from qvg_jax.cache.plan import Plan
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
     from qvg_jax.cache.summary import summary
@@ -46,7 +48,9 @@ _MODULES = {
     "append": "cache.operations",
     "compress": "cache.operations",
     "evict": "cache.operations",
+    "Plan": "cache.plan",
     "recode": "cache.recode",
+    "spread": "cache.devices",
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
@@ -73,6 +77,7 @@ __all__ = [
     "KVCache",
     "KeyBias",
     "NonFiniteError",
+    "Plan",
     "Rope",
     "append",
     "attend",
@@ -97,6 +102,7 @@ __all__ = [
     "residual_quantize",
     "rollout",
     "sharding",
+    "spread",
     "stream",
     "summary",
     "take_rows",
