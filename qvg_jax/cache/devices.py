@@ -25,6 +25,7 @@ __all__ = [
     "axis_specs",
     "cache_specs",
     "create_on",
+    "in_order_of",
     "on_each_device",
     "own_part",
     "own_spans",
@@ -213,16 +214,26 @@ def spread(cache: "KVCache", plan: Plan | None) -> "KVCache":
     old, new = cache.layout.plan, None if plan is None or plan.devices == 1 else plan
     if new is not None:
         new.check(cache.layout)
-    fields, blocks = {}, cache.layout.dense_blocks
+    layout = dataclasses.replace(cache.layout, plan=new)
+    cache = in_order_of(dataclasses.replace(cache, layout=layout), old)
+    return jax.device_put(cache, jax.devices()[0]) if new is None else cache
+
+
+def in_order_of(cache: "KVCache", old: Plan | None) -> "KVCache":
+    """A cache whose arrays lie in the order of another plan, brought into that of its own.
+
+    Args:
+        cache: the cache, with its own plan in the layout.
+        old: the plan by which its arrays lie; None is one device.
+    """
+    new, fields, blocks = cache.layout.plan, {}, cache.layout.dense_blocks
     for name, axis in _orders(cache):
         order = (axis, blocks) if name.startswith("dense") else (axis, None)
         fields[name] = jax.tree.map(
             lambda x, order=order: _reorder(x, *order, old, new), getattr(cache, name)
         )
-    layout = dataclasses.replace(cache.layout, plan=new)
-    cache = dataclasses.replace(cache, **fields, layout=layout)
-    places = jax.devices()[0] if new is None else plan_shardings(cache, new)
-    return jax.device_put(cache, places)
+    cache = dataclasses.replace(cache, **fields)
+    return cache if new is None else jax.device_put(cache, plan_shardings(cache, new))
 
 
 def _orders(cache: "KVCache") -> list[tuple[str, int]]:
