@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from qvg_jax.app.model_entry import GenerateOptions, PlanOptions
-from qvg_jax.app.option_types import Count
+from qvg_jax.app.option_types import Count, Whole
 
 __all__ = ["LatentOptions", "LatentPlanOptions"]
 
@@ -26,6 +26,12 @@ class LatentOptions(GenerateOptions):
         attention: what reads the cache; the fastest that serves if left out.
         precision: precision in which the cache is read; bf16 if left out.
         resume: go on with an interrupted run in --out.
+        devices: devices that share a run; what the model does by itself if left out.
+        plan: what they divide: compressed spans, heads, or spans that go around; the model's best if
+            left out.
+        coordinator: HOST:PORT of the first process of a run of several, each with its own devices.
+        processes: processes of such a run.
+        process: which of them this is, from 0 on.
     """
 
     prompt: str | None = None
@@ -36,6 +42,11 @@ class LatentOptions(GenerateOptions):
     attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
     precision: Literal["bf16", "fp8"] | None = None
     resume: bool = False
+    devices: Count | None = None
+    plan: Literal["spans", "heads", "ring"] | None = None
+    coordinator: str | None = None
+    processes: Count | None = None
+    process: Whole | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -196,5 +196,8 @@ def generate_block(
     else:
         given = known.x0_BFZYX.astype(model.config.dtype)
         x0_BFZYX = jax.lax.cond(known.done, lambda: given, denoised)
+    if (plan := state.cache.layout.plan) is not None:  # who looks at it sees it whole
+        everywhere = jax.NamedSharding(plan.mesh, jax.P())
+        x0_BFZYX = jax.lax.with_sharding_constraint(x0_BFZYX, everywhere)
     timestep = sampler.context_timestep
     return _remember(model, state, view, positions_BTP, x0_BFZYX, timestep), x0_BFZYX
