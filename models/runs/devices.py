@@ -33,6 +33,8 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
     count = jax.device_count() if options.devices is None and options.plan else options.devices
     if count is None or count == 1:
         return None
+    if not accepted:
+        raise UserError(f"--devices {count} is not accepted: this model runs on one device")
     name = options.plan or accepted[0]
     if name not in accepted:
         raise UserError(f"--plan {name} is not accepted by this model: give {', '.join(accepted)}")

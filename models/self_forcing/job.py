@@ -16,7 +16,7 @@ from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import Generation, SelfForcing
 from models.self_forcing.plan import make_plan
 from models.self_forcing.schedule import Block, plan_blocks
-from models.self_forcing.settings import Settings, chosen_sizes, released_sizes, settle
+from models.self_forcing.settings import PLANS, Settings, chosen_sizes, released_sizes, settle
 from qvg_jax.app.job import Arm, Job, Played
 from qvg_jax.app.memory_plan import Plan
 from qvg_jax.cache.health import cache_bytes
@@ -30,6 +30,7 @@ class _SelfForcing(LatentModel[Options, Settings]):
     name = NAME
     needs = NEEDS
     fps = 16
+    plans = PLANS
     # Wan's own transformer, without Self-Forcing's training, comes last.
     dit_names = (
         "self_forcing*", "*dmd*", "*generator*", "transformer", "diffusion_pytorch_model*",
@@ -127,6 +128,7 @@ class _SelfForcing(LatentModel[Options, Settings]):
             "window_frames": lay.window_blocks,
             "attention": attention_of(arm.name, options) or "chosen by attend",
             "tokens_of_a_frame": lay.block_tokens,
+            "devices": 1 if lay.plan is None else lay.plan.devices,
         }
 
     def report(self, run: Run[Options, Settings]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ __all__ = [
     "own_part",
     "own_spans",
     "plan_shardings",
+    "share_bytes",
     "span_tables_of",
     "spread",
     "whole_span",
@@ -111,6 +112,18 @@ def plan_shardings(
     """The pytree of a cache with a `NamedSharding` in place of each array; by default on the plan's mesh."""
     mesh = plan.mesh if mesh is None else mesh
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(cache, plan))
+
+
+def share_bytes(cache: "KVCache", plan: Plan) -> int:
+    """The bytes that one device has of a cache, or of its shapes, under a plan; no device is asked.
+
+    Raises:
+        ValueError, NotImplementedError: the plan does not divide the cache.
+    """
+    plan.check(cache.layout)
+    pairs = zip(jax.tree.leaves(cache), jax.tree.leaves(cache_specs(cache, plan)), strict=True)
+    sizes = ((x.size * x.dtype.itemsize, plan.axis in spec) for x, spec in pairs)
+    return sum(size // plan.devices if divided else size for size, divided in sizes)
 
 
 def own_part(lay: Layout) -> Layout:
@@ -272,7 +285,6 @@ def create_on(plan: Plan, make: Callable[[], "KVCache"]) -> "KVCache":
     """
     shapes = jax.eval_shape(make)
     plan.check(shapes.layout)
-    places = plan_shardings(shapes, plan)
     stats = getattr(jax.local_devices()[0], "memory_stats", lambda: None)() or {}
-    fits_memory(plan, shapes, places, stats.get("bytes_limit"))
-    return jax.jit(make, out_shardings=places)()
+    fits_memory(plan, share_bytes(shapes, plan), stats.get("bytes_limit"))
+    return jax.jit(make, out_shardings=plan_shardings(shapes, plan))()

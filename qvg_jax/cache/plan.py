@@ -11,7 +11,7 @@ span and all of sink and window; packed spans travel from device to device durin
 import dataclasses
 import functools
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -147,17 +147,14 @@ def _mesh(axis: str, devices: int) -> Mesh:
     return Mesh(np.asarray(there[:devices]), (axis,), axis_types=(AxisType.Auto,))
 
 
-def fits_memory(plan: Plan, shapes: Any, shardings: Any, limit: int | None) -> None:
-    """Raises ValueError if one device's share of some arrays takes more bytes than it has.
+def fits_memory(plan: Plan, share: int, limit: int | None) -> None:
+    """Raises ValueError if one device's share of a cache takes more bytes than it has.
 
     Args:
         plan: named in the error.
-        shapes: pytree of `jax.ShapeDtypeStruct`.
-        shardings: where each goes.
+        share: bytes of the cache on one device.
         limit: bytes of a device; None for unknown, which accepts everything.
     """
-    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    share = sum(int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize for x, s in pairs)
     if limit is not None and share > limit:
         raise ValueError(
             f"plan {plan.axis}={plan.devices}: the cache takes {share / 1e9:.3g} GB of each device, which "

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qvg_jax as qvg
+from qvg_jax.cache.devices import share_bytes
 from qvg_jax.cache.plan import Plan, fits_memory
 from tests.support.spread_caches import (
     BATCH,
@@ -208,10 +209,11 @@ def test_plans_that_do_not_fit_are_refused_with_what_is_accepted():
 
 
 def test_a_plan_that_does_not_fit_the_memory_of_a_device_is_refused():
-    shapes = {"x": jax.ShapeDtypeStruct((8, 1000), jnp.float32)}
-    plan = Plan(spans=8)
-    places = {"x": jax.NamedSharding(plan.mesh, jax.P("spans"))}
-    fits_memory(plan, shapes, places, 4000)
-    fits_memory(plan, shapes, places, None)
-    with pytest.raises(ValueError, match="spans=8: the cache takes 4e-06 GB of each device"):
-        fits_memory(plan, shapes, places, 3999)
+    shapes = jax.eval_shape(lambda: qvg.KVCache.create(**SIZES | CODECS))
+    shares = {n: share_bytes(shapes, Plan(spans=n)) for n in (1, 2, 8)}
+    assert shares[1] > 1.9 * shares[2] > 1.9 * 3 * shares[8]
+    fits_memory(Plan(spans=8), shares[8], shares[8])
+    fits_memory(Plan(spans=8), shares[8], None)
+    message = r"spans=2: the cache takes .* GB of each device, which has .*; give more devices"
+    with pytest.raises(ValueError, match=message):
+        fits_memory(Plan(spans=2), shares[2], shares[8])
