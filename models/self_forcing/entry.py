@@ -66,8 +66,10 @@ class PlanOptions(LatentPlanOptions):
         span: latent frames that are compressed together; 24 if left out.
         recent: newest latent frames, which are not compressed; 0 if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
+        devices: devices that would share a run; each plan for them gets a line.
     """
 
+    devices: Count | None = None
     window: Count | None = None
     sink: Whole | None = None
     span: Count | None = None
