@@ -43,6 +43,7 @@ def read(cache, q):
     return qvg.attend(q, cache, q, q, positions=pos, causal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_rows_and_heads_apart_give_the_bytes_of_one_device(kind):
     # k-means begins its loops from constants, whose types name no axis.

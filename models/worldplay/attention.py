@@ -40,7 +40,8 @@ def is_packed(config: WorldPlayConfig, cache: KVCache) -> bool:
 
 def look(config: WorldPlayConfig, cache: KVCache, at: Here) -> Sight:
     """Prepares a pass over new frames, at `at`, that also sees the cache."""
-    rope = None if is_packed(config, cache) else model_encodings(config)
+    # What is packed was encoded before it was stored: nothing is left to rotate.
+    rope = False if is_packed(config, cache) else model_encodings(config)
     return Sight(cache.view(rope=rope), at)
 
 

@@ -63,9 +63,14 @@ def history(request):
     return filled(request.param, batch=2)
 
 
+QUICK = {("causal", "xla"), ("everything", "xla"), ("all masks", "cudnn")}
+BOTH = [
+    (n, by) for n in CASES for by in ("xla", "cudnn") if by == "xla" or "softcap" not in CASES[n]
+]
+
+
 @pytest.mark.parametrize(
-    "name, by",
-    [(n, "xla") for n in CASES] + [(n, "cudnn") for n in CASES if "softcap" not in CASES[n]],
+    "name, by", [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in BOTH]
 )
 def test_features_equal_dense_attention(history, name, by):
     features = CASES[name]

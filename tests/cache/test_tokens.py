@@ -156,7 +156,7 @@ def test_lengths_say_what_is_wrong():
 # --- truncate, reset, rows ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [26, 12, 2, 0])
+@pytest.mark.parametrize("keep", [26, 12, pytest.param(2, marks=pytest.mark.slow), 0])
 def test_truncated_is_as_if_never_appended(keep):
     kv, codec = tokens(29), coarse(7)
     cache = filled(make(key_codec=codec), kv, SIZES)
@@ -204,6 +204,7 @@ def test_truncate_says_at_which_border():
         qvg.truncate(ring, 0)
 
 
+@pytest.mark.slow
 def test_a_reset_cache_goes_on_like_a_new_one():
     kv, codec = tokens(29), coarse(7)
     new = make(key_codec=codec, value_codec=codec)
@@ -217,6 +218,7 @@ def test_a_reset_cache_goes_on_like_a_new_one():
     np.testing.assert_array_equal(read(used, QUERY), read(again, QUERY))
 
 
+@pytest.mark.slow
 def test_rows_are_taken_with_all_that_belongs_to_them():
     kv, codec = tokens(26), coarse(7)
     settings = dict(key_codec=codec, value_codec=codec, blocks="padded", pos_dims=1, rope=ROPE)
@@ -310,6 +312,7 @@ def test_reading_positions_without_a_rope_is_an_error():
 # --- codecs by layer ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_layer_is_read_by_its_own_codec():
     one, other = coarse(7), coarse(2)
     kv = jnp.concatenate([tokens(29), tokens(29, seed=1, layers=1)], 1)
