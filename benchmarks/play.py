@@ -1,7 +1,7 @@
 """`qvg play` as a person has it: milliseconds from a key press to the block's first frame.
 
-    uv run python benchmarks/play.py                # with a young memory, and with a full one
-    uv run python benchmarks/play.py --codec bf16 --presses 100
+    uv run --group dev python benchmarks/play.py                # with a young memory, and with a full one
+    uv run --group dev python benchmarks/play.py --codec bf16 --presses 100
 
 It starts the command, opens its page in headless Chromium and presses real keys. The clock runs in
 the page, from the keydown event to the load event of the first picture of that press's block, so

@@ -7,6 +7,9 @@ A name is imported when it is used first, so that the `qvg` command answers befo
 """
 
 import importlib
+import importlib.metadata
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from qvg_jax.rollout import rollout, stream
 
 __version__ = "0.1.0"
+JAX_RANGE = ">=0.8,<0.13"  # of the versions that the tests ran on
 
 _MODULES = {
     "attend": "attention.api",
@@ -108,6 +112,33 @@ __all__ = [
     "take_rows",
     "truncate",
 ]
+
+
+def _warn_of_an_untried_jax() -> None:
+    """Warns of a JAX outside of `JAX_RANGE`, by its metadata: JAX is not imported for it."""
+    if "jax" in sys.modules:
+        found = getattr(sys.modules["jax"], "__version__", "")
+    else:
+        try:
+            found = importlib.metadata.version("jax")
+        except importlib.metadata.PackageNotFoundError:
+            found = ""
+    oldest, end = (bound.lstrip(">=<") for bound in JAX_RANGE.split(","))
+    if found and not _numbers(oldest) <= _numbers(found) < _numbers(end):
+        warnings.warn(
+            f"qvg_jax {__version__} was tested with jax{JAX_RANGE}, and jax {found} is installed; "
+            f"`pip install 'jax{JAX_RANGE}'` brings one that was",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, which order JAX's releases."""
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:2])
+
+
+_warn_of_an_untried_jax()
 
 
 def __getattr__(name: str) -> Any:

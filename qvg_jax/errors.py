@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["UserError", "told_to_user"]
+__all__ = ["MissingExtraError", "UserError", "printable", "told_to_user"]
 
 
 class UserError(ValueError):
@@ -11,6 +11,20 @@ class UserError(ValueError):
 
     The command prints the message in one line. Every other exception keeps its traceback.
     """
+
+
+class MissingExtraError(UserError, ImportError):
+    """An error that says which optional packages are missing and how to install them.
+
+    Args:
+        what: what needs them and which, such as "reading PyTorch's files needs PyTorch".
+        extra: the extra of this package that has them.
+    """
+
+    def __init__(self, what: str, extra: str):
+        super().__init__(
+            f"{what}: pip install 'qvg-jax[{extra}]', or in a checkout uv run --extra {extra} qvg"
+        )
 
 
 @contextlib.contextmanager
@@ -26,3 +40,13 @@ def told_to_user() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def printable(text: str) -> str:
+    r"""The text in one line that a terminal can only show, not obey: for words from files and strangers.
+
+    White space becomes a space. Other control characters, which could move the cursor or change the
+    terminal's title, and lone surrogates are written as escapes, such as `\x1b`.
+    """
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

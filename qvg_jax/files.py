@@ -25,6 +25,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())  # a name that outlives a crash must not outlive its bytes
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ FLOORS = (
     ("study", "rollout", "sharding"),
     ("attention",),
     ("cache",),
-    ("codecs",),
+    ("codecs", "reading"),
     ("backends", "errors", "files"),
 )
 # Modules at the root that belong to the room of another name.

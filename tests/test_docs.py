@@ -63,6 +63,22 @@ def test_names_in_the_code_exist(name):
         assert file.exists(), file
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["how-it-works", "use-it-in-your-model", "choose-a-codec"])
+def test_code_of_the_guide_runs(name, capsys):
+    """What the guide prints are numbers that its text relies on; its own assertions hold."""
+    names = run_blocks(f"docs/{name}.md")
+    printed = capsys.readouterr().out
+    if name == "how-it-works":
+        assert printed.startswith("2.30 bits")
+    elif name == "use-it-in-your-model":
+        assert "384 tokens in 2 spans" in printed and "384 and 128 of 512 tokens" in printed
+        assert int(names["mixed"].num_spans) == 0
+    else:
+        assert [score.recipe for score in names["scores"]][-1] == "rtn"
+        assert names["again"][0].bits == names["mine"].bits_per_element((1, 2, 256, 64))
+
+
 def test_a_codec_from_outside_is_a_value_and_serves_a_cache():
     names = run_blocks("docs/add-a-codec.md")
     codec, cache, signs = names["codec"], names["cache"], names["signs"]

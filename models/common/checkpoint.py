@@ -12,24 +12,29 @@ The headers of all files are checked against the skeleton before any tensor is r
 partial checkpoint fails at once, with every missing, unused and misshapen name in one error. Then
 parameters are read one by one, cast to the skeleton's dtype and put on the device, so that host
 memory holds one parameter at a time and no random weights are ever made.
+
+Names may have what trainers and compilers wrap around a network (`wrappers`).
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
-from qvg_jax.errors import UserError
+from models.common.wrappers import common_prefix, unwrapped
+from qvg_jax.errors import UserError, printable
+from qvg_jax.reading.tensors import opened, read_tensor
 
 type Placed = jax.Device | jax.sharding.Sharding | None
 type Device = Placed | Callable[[str, tuple[int, ...]], Placed]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_QUANTIZED = dict.fromkeys(("F8_E4M3", "F8_E5M2"), " (fp8, whose scales are stored elsewhere)")
 
 
 class CheckpointError(UserError):
@@ -85,6 +90,14 @@ class Rule:
     alias: bool = False
 
 
+class _Target(NamedTuple):
+    """Where one stored tensor goes: its rule, our path, and the row of a stacked parameter."""
+
+    rule: Rule
+    path: str
+    row: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     file: Path
@@ -102,7 +115,7 @@ def checkpoint_files(source: str | Path | Iterable[str | Path]) -> tuple[Path, .
     paths = [source] if isinstance(source, str | Path) else list(source)
     files = []
     for path in map(Path, paths):
-        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        found = _without_variants(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not found or not all(f.is_file() for f in found):
             raise CheckpointError(f"{path}: no such file, or a folder without *.safetensors")
         files += found
@@ -114,6 +127,18 @@ def checkpoint_files(source: str | Path | Iterable[str | Path]) -> tuple[Path, .
     if not files:
         raise CheckpointError("no checkpoint files given")
     return tuple(files)
+
+
+def _without_variants(files: Iterable[Path]) -> list[Path]:
+    """The files of a folder, sorted, without `x.fp16.safetensors` where there is `x.safetensors`."""
+    files = sorted(files)
+    plain = {f.name for f in files}
+
+    def is_variant(name: str) -> bool:
+        stem, dot, _ = name.removesuffix(".safetensors").rpartition(".")
+        return bool(dot) and f"{stem}.safetensors" in plain
+
+    return [f for f in files if not is_variant(f.name)]
 
 
 def load[M: nnx.Module](
@@ -141,7 +166,8 @@ def load[M: nnx.Module](
 
     Raises:
         CheckpointError: any name missing, unused, doubly stored, misshapen or not floating-point;
-            all of them in one message. No tensor has been read then.
+            all of them in one message. No tensor has been read then. Also a tensor with NaN or Inf,
+            when it is read.
     """
     graphdef, state = nnx.split(skeleton)
     plan, wanted = _checked(state, source, rules, rename, ignore)
@@ -177,7 +203,7 @@ def _checked(state, source, rules, rename, ignore):
     wanted = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
     plan, errors = _plan(wanted, checkpoint_files(source), rules, rename, ignore)
     if errors:
-        lines = [f"{len(errors)} problems with {source}:", *sorted(errors)]
+        lines = [f"{len(errors)} problems with {_shown(source)}:", *sorted(errors)]
         raise CheckpointError("\n  ".join(lines))
     return plan, wanted
 
@@ -185,32 +211,38 @@ def _checked(state, source, rules, rename, ignore):
 def _plan(wanted, files, rules, rename, ignore):
     """Maps each of our paths to its source tensors (`{row or None: source}`), and lists errors."""
     plan: dict[str, dict[int | None, _Source]] = {path: {} for path in wanted}
-    errors = []
+    errors, unused = [], []
+
+    def target(stored: str) -> _Target | str | None:
+        """Where a stored tensor goes; a string that says why nowhere; None to leave it out."""
+        name = rename(stored)
+        if any(re.fullmatch(p, name) for p in ignore):
+            return None
+        hit = next(((r, m) for r in rules if (m := re.fullmatch(r.pattern, name))), None)
+        if hit is None:
+            return ""
+        rule, match = hit
+        path = match.expand(rule.path)
+        row = None if rule.layer is None else int(match[rule.layer])
+        if path not in wanted or (row is not None and row >= wanted[path].shape[0]):
+            return f", the model has no {_at(path, row)}"
+        return _Target(rule, path, row)
+
     for file in files:
-        try:
-            with safe_open(file, "numpy") as f:
-                header = [(n, f.get_slice(n)) for n in f.keys()]  # noqa: SIM118 - not a dict
-                header = [(n, tuple(s.get_shape()), s.get_dtype()) for n, s in header]
-        except SafetensorError as e:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({e})") from e
-        for stored, shape, dtype in header:
-            name = rename(stored)
-            if any(re.fullmatch(p, name) for p in ignore):
+        for stored, shape, dtype in _header(file):
+            found = unwrapped(stored, target)
+            if found is None:
                 continue
-            hit = next(((r, m) for r in rules if (m := re.fullmatch(r.pattern, name))), None)
-            if hit is None:
-                errors.append(f"unused: {stored} {list(shape)}")
+            if isinstance(found, str):
+                unused.append(stored)
+                errors.append(f"unused: {printable(stored)} {list(shape)}{found}")
                 continue
-            rule, match = hit
-            path = match.expand(rule.path)
-            row = None if rule.layer is None else int(match[rule.layer])
-            if path not in wanted or (row is not None and row >= wanted[path].shape[0]):
-                errors.append(f"unused: {stored} {list(shape)}, the model has no {_at(path, row)}")
-                continue
+            rule, path, row = found
             if row in plan[path]:
                 if not rule.alias:
                     first = plan[path][row]
-                    errors.append(f"stored twice: {stored} and {first.name} ({first.file.name})")
+                    twice = f"{printable(stored)} and {printable(first.name)}"
+                    errors.append(f"stored twice: {twice} ({first.file.name})")
                 continue
             plan[path][row] = _Source(file, stored, rule)
             expected = wanted[path].shape[rule.layer is not None :]
@@ -220,11 +252,15 @@ def _plan(wanted, files, rules, rename, ignore):
                 ours = ()
             if ours != expected:
                 errors.append(
-                    f"misshapen: {stored} {list(shape)} gives {list(ours)}, "
+                    f"misshapen: {printable(stored)} {list(shape)} gives {list(ours)}, "
                     f"{_at(path, row)} is {list(expected)}"
                 )
             if dtype not in _FLOATS:
-                errors.append(f"dtype: {stored} is {dtype}, not one of {sorted(_FLOATS)}")
+                errors.append(
+                    f"dtype: {printable(stored)} is {dtype}{_QUANTIZED.get(dtype, '')}, not one of {sorted(_FLOATS)}"
+                )
+    if told := common_prefix(unused, target):
+        errors.append(f" prefix: {told}")  # a space sorts it in front of all other lines
     for path, v in wanted.items():
         template = ((r, re.sub(r"\\(\d+|g<\w+>)", ".+", r.path)) for r in rules)
         rule = next((r for r, t in template if re.fullmatch(t, path)), None)
@@ -236,6 +272,24 @@ def _plan(wanted, files, rules, rename, ignore):
     return plan, errors
 
 
+def _header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every tensor of a file."""
+    try:
+        with opened(file) as f:
+            slices = [(n, f.get_slice(n)) for n in f.keys()]  # noqa: SIM118 - not a dict
+            return [(n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices]
+    except UserError as e:
+        raise CheckpointError(str(e)) from e
+
+
+def _shown(source: Any) -> str:
+    """A source in a message: one path, or the first of several and their number."""
+    if isinstance(source, str | Path):
+        return str(source)
+    first, *more = source
+    return f"{first}{f' and {len(more)} more files' if more else ''}"
+
+
 def _at(path: str, row: int | None) -> str:
     return path if row is None else f"{path}[{row}]"
 
@@ -244,6 +298,10 @@ def _read(sources: dict[int | None, _Source], variable) -> np.ndarray:
     """Reads one parameter in the skeleton's shape and dtype; a stacked one row by row."""
     out = np.empty(variable.shape, variable.dtype)
     for row, source in sources.items():
-        with safe_open(source.file, "numpy") as f:
-            out[... if row is None else row] = source.rule.layout(f.get_tensor(source.name))
+        try:
+            with opened(source.file) as f:
+                stored = read_tensor(f, source.name, source.file)
+        except UserError as e:
+            raise CheckpointError(str(e)) from e
+        out[... if row is None else row] = source.rule.layout(stored)
     return out

@@ -2,10 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from msgspec import Meta, Struct
+
+from qvg_jax.reading.schema import Size, checked
+
+
+class _File(Struct, kw_only=True):
+    """The fields of LongCat's `config.json` that decide shapes or arithmetic."""
+
+    depth: Annotated[int, Meta(ge=1, le=1024)]
+    hidden_size: Size
+    num_heads: Annotated[int, Meta(ge=1, le=1024)]
+    mlp_ratio: Annotated[int, Meta(gt=0, le=64)] | Annotated[float, Meta(gt=0, le=64)] = 4
+    in_channels: Size = 16
+    out_channels: Size = 16
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
+    frequency_embedding_size: Size = 256
+    adaln_tembed_dim: Size = 512
+    caption_channels: Size = 4096
+    text_tokens_zero_pad: bool = False
+    enable_bsa: bool | None = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,28 +109,27 @@ class LongCatConfig:
             ValueError: a variant whose arithmetic differs (patches over time, sparse attention),
                 or a size is missing.
         """
-        patch = tuple(sizes.get("patch_size", (1, 2, 2)))
-        if len(patch) != 3 or patch[0] != 1:
-            raise ValueError(f"patch_size={patch} is not supported; need (1, rows, columns)")
-        if sizes.get("enable_bsa", False):
+        file = checked(sizes, _File)
+        if file.patch_size[0] != 1:
+            raise ValueError(
+                f"patch_size={file.patch_size} is not supported; need (1, rows, columns)"
+            )
+        if file.enable_bsa:
             raise ValueError(
                 "enable_bsa=True (block-sparse attention) is not supported; need False"
             )
-        missing = [k for k in ("depth", "hidden_size", "num_heads") if k not in sizes]
-        if missing:
-            raise ValueError(f"config has no {', '.join(missing)}; it has {sorted(sizes)}")
         return cls(
-            layers=sizes["depth"],
-            width=sizes["hidden_size"],
-            heads=sizes["num_heads"],
-            mlp_ratio=sizes.get("mlp_ratio", 4),
-            latent_channels=sizes.get("in_channels", 16),
-            out_channels=sizes.get("out_channels", 16),
-            patch=patch[1:],
-            time_width=sizes.get("frequency_embedding_size", 256),
-            condition_width=sizes.get("adaln_tembed_dim", 512),
-            text_width=sizes.get("caption_channels", 4096),
-            zero_pad=sizes.get("text_tokens_zero_pad", False),
+            layers=file.depth,
+            width=file.hidden_size,
+            heads=file.num_heads,
+            mlp_ratio=file.mlp_ratio,
+            latent_channels=file.in_channels,
+            out_channels=file.out_channels,
+            patch=file.patch_size[1:],
+            time_width=file.frequency_embedding_size,
+            condition_width=file.adaln_tembed_dim,
+            text_width=file.caption_channels,
+            zero_pad=file.text_tokens_zero_pad,
             dtype=dtype,
         )
 

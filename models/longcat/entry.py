@@ -2,10 +2,11 @@
 
 import dataclasses
 
+from models.longcat.protocol import PROTOCOL
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Count
+from qvg_jax.app.option_types import Frames, Name
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -39,9 +40,9 @@ class Options(LatentOptions):
     """
 
     codec: str = recommended(NAME)
-    video: str | None = None
-    cond_frames: Count | None = None
-    lora: str | None = None
+    video: Name | None = None
+    cond_frames: Frames | None = None
+    lora: Name | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class PlanOptions(LatentPlanOptions):
         cond_frames: frames that a segment goes on from, 1 + 4 k; 73 if left out.
     """
 
-    cond_frames: Count | None = None
+    cond_frames: Frames | None = None
 
 
 def memory_advice(options: Options) -> str:
@@ -71,6 +72,7 @@ ENTRY = ModelEntry(
     summary="LongCat-Video (13.6B): a prompt becomes a long video, segment by segment.",
     options=Options,
     needs=NEEDS,
+    protocol=PROTOCOL,
     prepare=deferred("models.longcat.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.longcat.job:plan"),

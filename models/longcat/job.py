@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.common.lora import merge_lora
 from models.longcat.entry import NAME, NEEDS, Options, PlanOptions
-from models.longcat.lora import merge_lora
-from models.longcat.params import check_dit, load_dit, random_dit
+from models.longcat.params import RULES, check_dit, load_dit, random_dit
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.plan import make_plan
 from models.longcat.player import Source, first_clip, image_latent, play
@@ -178,7 +178,7 @@ class _LongCat(LatentModel[Options, Settings]):
 
 def _distilled(dit: Any, options: Options) -> Any:
     """The transformer with the user's LoRA merged into it, if there is one."""
-    return merge_lora(dit, options.lora, rank=LORA_RANK) if options.lora else dit
+    return merge_lora(dit, options.lora, RULES, rank=LORA_RANK) if options.lora else dit
 
 
 def _mesh(settings: Settings, options: Options) -> jax.sharding.Mesh | None:

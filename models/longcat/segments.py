@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.schedule import Schedule
+from qvg_jax.cache.health import NonFiniteError, raise_if_not_finite
 
 type SegmentProgress = Callable[[int, int], None]  # progress(segments_done, segments)
 
@@ -135,8 +136,26 @@ def encode(vae: VideoVAE, frames_BTYX3: UInt8[Array, "B T Y X 3"]) -> Float[Arra
 def to_frames(
     vae: VideoVAE, latents_BFZYX: Float[Array | np.ndarray, "B F Z Y X"]
 ) -> UInt8[np.ndarray, "B T Y X 3"]:
-    """`decode`, over the host: latents may lie on several devices, and the VAE on one."""
-    return np.asarray(decode(vae, np.asarray(latents_BFZYX)))
+    """`decode`, over the host: latents may lie on several devices, and the VAE on one.
+
+    Raises:
+        NonFiniteError: latents or frames have NaN or Inf; as bytes they would be a black picture.
+    """
+    latents_BFZYX = np.asarray(latents_BFZYX)
+    raise_if_not_finite("latents of a clip", latents_BFZYX)
+    frames, bad = _decode_counted(vae, latents_BFZYX)
+    if int(bad):
+        raise NonFiniteError(
+            f"frames of a clip have {int(bad)} NaN or Inf values, and its latents are finite: look at "
+            "the decoder"
+        )
+    return np.asarray(frames)
+
+
+@jax.jit
+def _decode_counted(vae, latents_BFZYX):
+    video = vae.decode(latents_BFZYX)
+    return to_bytes(video), (~jnp.isfinite(video)).sum(dtype=jnp.int32)
 
 
 def next_clip(

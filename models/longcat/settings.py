@@ -13,7 +13,7 @@ from models.longcat.entry import Options
 from models.longcat.params import skeleton
 from models.longcat.schedule import Schedule, continuation, distilled, standard
 from models.longcat.segments import Segments
-from models.runs.checkpoint_folder import Parts, Sizes
+from models.runs.checkpoint_folder import Parts, Sizes, named_config
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
@@ -151,7 +151,8 @@ def chosen_sizes(options: Options, parts: Parts | None, released: Sizes) -> Size
     """
     dit = released.dit
     if parts and parts.config:
-        dit = LongCatConfig.from_json(parts.config, dtype=dit.dtype)
+        with named_config(options.weights):
+            dit = LongCatConfig.from_json(parts.config, dtype=dit.dtype)
     return dataclasses.replace(released, dit=with_layers(dit, options))
 
 

@@ -23,6 +23,8 @@ MOVES = np.array(
 ) * np.array([SPEED, SPEED, 1.0], np.float32)
 FEATURES = 7  # what `frame_features` returns for each frame
 
+MOST_FRAMES = 10**5  # that actions may say; at 8 frames a second they take hours
+
 
 def parse_actions(text: str) -> np.ndarray:
     """Turns "w-8,d-4" into one action number a frame (an index into `ACTIONS`), int32 [F].
@@ -35,12 +37,17 @@ def parse_actions(text: str) -> np.ndarray:
         name, _, duration = part.rpartition("-")
         if name not in ACTIONS:
             raise UserError(
-                f"unknown action {part!r} in {text!r}; accepted: NAME-FRAMES with NAME one of "
+                f"unknown action {part[:60]!r} in {text[:60]!r}; accepted: NAME-FRAMES with NAME one of "
                 f"{', '.join(ACTIONS)}, joined by commas, such as 'w-8,d-4'"
             )
-        if not duration.isdecimal() or int(duration) == 0:
+        if not (duration.isascii() and duration.isdecimal()) or not duration.strip("0"):
             raise UserError(
-                f"duration {duration!r} in {part!r}; accepted: a whole number of frames above 0"
+                f"duration {duration[:40]!r} in {part[:60]!r}; accepted: a whole number of frames "
+                "above 0"
+            )
+        if len(duration) > 9 or len(frames) + int(duration) > MOST_FRAMES:
+            raise UserError(
+                f"actions={text[:60]!r} have too many frames; accepted: at most {MOST_FRAMES} in all"
             )
         frames += [ACTIONS.index(name)] * int(duration)
     return np.array(frames, np.int32)

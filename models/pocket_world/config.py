@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
 from models.pocket_world.camera import FEATURES
 from models.pocket_world.world import CLOCK, HEIGHT, WIDTH
@@ -24,18 +26,23 @@ class PocketWorldConfig:
         condition_width: channels of the per-frame condition.
     """
 
-    width: int = 384
-    layers: int = 6
-    heads: int = 3
-    head_dim: int = 128
-    mlp_ratio: int = 3
-    patch: int = 16
-    block_frames: int = 4
-    noise_channels: int = 128
-    condition_width: int = 256
+    width: Annotated[int, Meta(ge=1, le=2**14)] = 384
+    layers: Annotated[int, Meta(ge=1, le=256)] = 6
+    heads: Annotated[int, Meta(ge=1, le=256)] = 3
+    head_dim: Annotated[int, Meta(ge=32, le=1024)] = 128
+    mlp_ratio: Annotated[int, Meta(ge=1, le=64)] = 3
+    patch: Annotated[int, Meta(ge=1, le=2**10)] = 16
+    block_frames: Annotated[int, Meta(ge=1, le=64)] = 4
+    noise_channels: Annotated[int, Meta(ge=2, le=2**14)] = 128
+    condition_width: Annotated[int, Meta(ge=1, le=2**14)] = 256
     features: int = FEATURES
 
     def __post_init__(self):
+        for name in ("head_dim", "noise_channels"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be even: cosines and sines")
+        if self.features != FEATURES:
+            raise ValueError(f"features={self.features} is not accepted: a frame has {FEATURES}")
         for side, size in (("height", HEIGHT), ("width", WIDTH)):
             if size % self.patch:
                 raise ValueError(f"patch={self.patch} must divide the frame {side} {size}")

@@ -2,14 +2,15 @@
 
 import dataclasses
 
+from models.pocket_world.protocol import PROTOCOL
 from qvg_jax.app.model_entry import (
     CaptureOptions,
-    GenerateOptions,
     ModelEntry,
     PlayOptions,
+    ResumableOptions,
     deferred,
 )
-from qvg_jax.app.option_types import Count, Whole
+from qvg_jax.app.option_types import Frames, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "WalkOptions"]
@@ -18,7 +19,7 @@ NAME = "pocket-world"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(GenerateOptions):
+class Options(ResumableOptions):
     """Options of pocket world.
 
     Attributes:
@@ -29,7 +30,7 @@ class Options(GenerateOptions):
     """
 
     codec: str = recommended(NAME)
-    tour: Count = 128
+    tour: Frames = 128
     actions: str | None = None
 
 
@@ -43,10 +44,10 @@ class WalkOptions(PlayOptions):
         memory: frames to remember at least; 256 if left out.
     """
 
-    # `trellis`, the default of `generate`, takes two CPU cores twice as long a block: over a second
-    # from a key to a frame where another block is under way.
+    # The smallest recipe that two CPU cores walk with at ease: with `trellis` a block takes twice as
+    # long, over a second from a key to a frame where another block is under way.
     codec: str = "midrise-k1v3"
-    tour: Whole = 64
+    tour: SomeFrames = 64
 
 
 def memory_advice(options: Options) -> str:
@@ -59,6 +60,7 @@ ENTRY = ModelEntry(
     summary="Pocket world, the embedded model: a walk through a small world with a ground truth.",
     options=Options,
     prepare=deferred("models.pocket_world.job:prepare"),
+    protocol=PROTOCOL,
     capture_options=CaptureOptions,
     capture=deferred("models.pocket_world.job:capture"),
     play_options=WalkOptions,

@@ -7,8 +7,9 @@ boats and beacons move on while the camera is away.
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,23 @@ from jaxtyping import Array, Float
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
+from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.entry import NAME, Options
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
-from qvg_jax.app.job import BASELINE, Arm, Block, Job
+from qvg_jax.app.job import BASELINE, Arm, Block, Job, Played
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.model_entry import CaptureOptions
+from qvg_jax.app.saved_blocks import SavedBlocks
+from qvg_jax.cache.health import cache_bytes
+from qvg_jax.cache.layout import Layout
 from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.rollout import Step, stream
 from qvg_jax.study.capture import Captured
 
 FRAMES, STEPS = 240, 4
+SAVED = "unfinished"  # folder in --out with the frames so far
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
 
@@ -56,7 +63,7 @@ def prepare(options: Options) -> Job:
         )
         recipes = dict.fromkeys((BASELINE, *options.codecs))
         codecs = {name: pipeline.world_recipe(name) for name in recipes}
-    weights = pathlib.Path(options.weights or params.DEFAULT_WEIGHTS)
+    weights = Path(options.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)
     check_finite(model, weights)
     cfg = model.cfg
@@ -79,10 +86,14 @@ def prepare(options: Options) -> Job:
             capacity = _capacity(cfg, codec, len(path_F3))
         cache = pipeline.make_cache(cfg, codec, capacity)
         arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(options.seed))))
-    lay = arms[0].state.cache.layout
+    config = _config(options, tour, frames, sampler, cfg, weights, arms[0].state.cache.layout)
+    block = (1, n, world.HEIGHT, world.WIDTH, 3)
+    which = dict(resume=options.resume, restart=options.restart)
+    saved = SavedBlocks(Path(options.out) / SAVED, config, block, np.float32, **which)
+    step = pipeline.make_step(model, sampler)
     return Job(
         model=NAME,
-        step=pipeline.make_step(model, sampler),
+        play=lambda arm, xs: _play(step, arm, xs, first=tour // n, saved=saved),
         arms=tuple(arms),
         blocks=_blocks(options.seed, path_F3, tour, n),
         cache=lambda state: state.cache,
@@ -91,32 +102,75 @@ def prepare(options: Options) -> Job:
         block_frames=n,
         height=world.HEIGHT,
         width=world.WIDTH,
-        config={
-            "tour_frames": tour,
-            "frames": frames,
-            "actions": options.actions,
-            "seed": options.seed,
-            "sampler": dataclasses.asdict(sampler),
-            "model": dataclasses.asdict(cfg),
-            "weights": {
-                "file": weights.name,
-                "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-            },
-            "cache": {
-                "block_frames": n,
-                "block_tokens": lay.block_tokens,
-                "sink_blocks": lay.sink_blocks,
-                "span_blocks": lay.span_blocks,
-                "span_shape_BHTD": list(lay.span_shape),
-                "keep_recent_blocks": lay.keep_recent,
-                "capacity_blocks": lay.capacity_blocks,
-            },
-        },
+        finished=lambda: saved.finish(keep=False),
+        config=config,
     )
+
+
+def _config(
+    options: Options,
+    tour: int,
+    frames: int,
+    sampler: Sampler,
+    cfg: PocketWorldConfig,
+    weights: Path,
+    lay: Layout,
+) -> dict[str, Any]:
+    """All that the frames of an arm depend on beside its codec, as JSON types."""
+    return {
+        "tour_frames": tour,
+        "frames": frames,
+        "actions": options.actions,
+        "seed": options.seed,
+        "sampler": dataclasses.asdict(sampler),
+        "model": dataclasses.asdict(cfg),
+        "weights": {
+            "file": weights.name,
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        },
+        "cache": {
+            "block_frames": cfg.block_frames,
+            "block_tokens": lay.block_tokens,
+            "sink_blocks": lay.sink_blocks,
+            "span_blocks": lay.span_blocks,
+            "span_shape_BHTD": list(lay.span_shape),
+            "keep_recent_blocks": lay.keep_recent,
+            "capacity_blocks": lay.capacity_blocks,
+        },
+    }
+
+
+def _play(
+    step: Step, arm: Arm, xs: Iterator[pipeline.BlockInput], *, first: int, saved: SavedBlocks
+) -> Iterator[Played]:
+    """Yields the frames of one arm, block by block; generated ones are on disk before they are yielded.
+
+    Args:
+        step: of the model.
+        arm: its state is consumed.
+        xs: the path.
+        first: number of the first block that is generated.
+        saved: blocks of an earlier run, which are shown to the model and not generated again.
+    """
+    stored = saved.read(arm.name)
+
+    def known() -> Iterator[pipeline.BlockInput]:
+        for number, x in enumerate(xs, -first):
+            if 0 <= number < len(stored):
+                x = dataclasses.replace(x, frames=stored[number], made=np.bool_(True))
+            yield x
+
+    blocks = stream(step, arm.state, known())
+    for number, frames in enumerate(blocks, -first):
+        kept = 0 <= number < len(stored)
+        if number >= 0 and not kept:
+            saved.add(arm.name, number, frames)
+        yield Played(to_uint8(frames[0]), cache_bytes(blocks.state.cache), kept=kept)
 
 
 def capture(options: CaptureOptions) -> Captured:
     """K, V and Q of the shipped model after a tour of `options.frames` frames; see `capture.capture`."""
+    check_seed(options.seed)
     model = params.load_weights()
     return capturing.capture(model, options.layers, options.frames, seed=options.seed)
 
@@ -126,7 +180,7 @@ def loop(recipes: list[str], span_tokens: int) -> dict[str, float]:
     return trial.loop(params.load_weights(), recipes, span_tokens)
 
 
-def check_finite(model: nnx.Module, weights: pathlib.Path) -> None:
+def check_finite(model: nnx.Module, weights: Path) -> None:
     """Raises CheckpointError with the first parameter that has NaN or Inf."""
     for path, value in nnx.to_flat_state(nnx.state(model)):
         if bad := int(np.count_nonzero(~np.isfinite(np.asarray(value[...])))):
@@ -184,6 +238,7 @@ def _blocks(seed: int, path_F3: np.ndarray, tour: int, n: int) -> Iterator[Block
             time=np.arange(first, first + n, dtype=np.int32),
             frames=truth,
             given=np.bool_(first < tour),
+            made=np.bool_(False),
         )
         yield Block(x, to_uint8(truth[0]), seen_F[part])
 

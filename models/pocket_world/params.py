@@ -4,16 +4,19 @@ import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.common.checkpoint import CheckpointError, Rule, load
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld
+from qvg_jax.errors import UserError
+from qvg_jax.reading.schema import checked, parse_json
+from qvg_jax.reading.tensors import opened
 
 RULES = (Rule(r"(.+)", r"\1"),)
 DEFAULT_WEIGHTS = pathlib.Path(__file__).with_name("pocket_world.safetensors")
@@ -44,12 +47,20 @@ def read_header(path: str | os.PathLike) -> tuple[PocketWorldConfig, dict]:
         CheckpointError: no such file, or not one that `save_weights` wrote.
     """
     try:
-        with safe_open(path, "numpy") as f:
+        with opened(path) as f:
             header = f.metadata() or {}
-        return PocketWorldConfig(**json.loads(header["config"])), json.loads(header["card"])
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"weights {str(path)!r}: missing or corrupt ({e})") from e
-    except (KeyError, TypeError, ValueError) as e:
+    except UserError as e:
+        raise CheckpointError(f"weights {str(path)!r}: {e}") from e
+    if lacking := {"config", "card"} - header.keys():
+        raise CheckpointError(
+            f"weights {str(path)!r}: not a pocket world file; its header has no "
+            f"{' and no '.join(sorted(lacking))}"
+        )
+    try:
+        stored = parse_json(header["config"], dict[str, Any], "config")
+        cfg = checked(stored, PocketWorldConfig, "config")
+        return cfg, parse_json(header["card"], dict[str, Any], "card")
+    except UserError as e:
         raise CheckpointError(f"weights {str(path)!r}: not a pocket world file ({e})") from e
 
 

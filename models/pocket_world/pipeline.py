@@ -43,8 +43,9 @@ class BlockInput:
         pose: [B, n, 3] camera poses of the block's n frames.
         before: [B, n, 3] the pose one frame earlier.
         time: [n] frame numbers.
-        frames: [B, n, 64, 96, 3] real frames in [-1, 1]; read where `given`.
+        frames: [B, n, 64, 96, 3] frames in [-1, 1]; read where `given` or `made`.
         given: bool, whether the block is part of a tour.
+        made: bool, whether `frames` are the model's own, made in an earlier run.
     """
 
     number: Int[Array, ""]
@@ -53,6 +54,7 @@ class BlockInput:
     time: Int[Array, "n"]
     frames: Float[Array, "B n 64 96 3"]
     given: Array
+    made: Array
 
 
 def world_codec(name: str, **settings) -> tuple[Codec, Codec]:
@@ -192,6 +194,7 @@ def block_inputs(
         time=time,
         frames=frames,
         given=given,
+        made=jnp.zeros(blocks, jnp.bool_),
     )
 
 
@@ -258,7 +261,7 @@ def make_step(model: PocketWorld, sampler: Sampler):
             start = (tokens, tokens, jnp.float32(0))
             return jnp.clip(jax.lax.scan(one, start, pairs)[0][0], -1.0, 1.0)
 
-        tokens = jax.lax.cond(x.given, lambda: to_tokens(x.frames, cfg.patch), denoise)
+        tokens = jax.lax.cond(x.given | x.made, lambda: to_tokens(x.frames, cfg.patch), denoise)
         _, (k, v) = evaluate(tokens, jnp.where(x.given, 0.0, sampler.context_noise))
         cache = compress(append(state.cache, k, v, positions))
         return dataclasses.replace(state, cache=cache), to_frames(tokens, cfg.patch)

@@ -104,6 +104,7 @@ def _inputs(tour: int, n: int, seed: int, actions: Iterator[str]) -> Iterator[pi
             time=np.arange(first, first + n, dtype=np.int32),
             frames=nothing,
             given=np.bool_(given),
+            made=np.bool_(False),
         )
         yield dataclasses.replace(x, frames=_render(seed, x)) if given else x
         last_3 = path_F3[-1]

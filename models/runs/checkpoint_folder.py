@@ -1,8 +1,8 @@
 """The networks of a text-to-video run: which sizes they have, and where a folder keeps them."""
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from models.common.checkpoint import CheckpointError
 from models.common.shards import checkpoint_shards
 from models.umt5.config import UMT5Config
 from qvg_jax.errors import UserError
+from qvg_jax.reading.schema import read_json
 
 TOKENIZERS = ("google/umt5-xxl", "tokenizer", ".")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -86,6 +87,15 @@ def wanted_keys(config: Mapping[str, Any], *names: str, folder: str | None = Non
         raise UserError(f"config.json in {folder} lacks {', '.join(lacking)}")
 
 
+@contextlib.contextmanager
+def named_config(folder: str | None) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with a config.json."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"config.json in {folder}: {error}") from error
+
+
 def _first(folder: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
@@ -104,6 +114,8 @@ def _hint(folder: Path, patterns: tuple[str, ...]) -> str:
             for file in sorted(folder.glob(pattern + suffix)):
                 made = file.with_suffix(".safetensors")
                 return f"`qvg convert {file} {made}` makes it"
+        for file in sorted(folder.glob(pattern + ".gguf")):
+            return f"{file.name} is GGUF, which is not read; accepted: safetensors of floats"
     return f"{patterns[0]}.safetensors"
 
 
@@ -117,6 +129,6 @@ def _tokenizer(folder: Path) -> Path | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        return read_json(path, dict[str, Any])
+    except UserError as error:
+        raise CheckpointError(str(error)) from error

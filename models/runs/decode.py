@@ -37,10 +37,12 @@ class _Block(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnames="past")
-def decode_frame(vae: WanVAE, latent_B1ZYX: Any, past: Past | None) -> tuple[jax.Array, Past]:
-    """One latent frame decoded, in a program of its own: `decode` for a single frame."""
+def decode_frame(
+    vae: WanVAE, latent_B1ZYX: Any, past: Past | None
+) -> tuple[jax.Array, Past, jax.Array]:
+    """One latent frame decoded, in a program of its own: bytes, the new past, the count of NaN and Inf."""
     video, past = vae.decode_stream(latent_B1ZYX, past)
-    return to_uint8(video), past
+    return to_uint8(video), past, (~jnp.isfinite(video)).sum(dtype=jnp.int32)
 
 
 def decode(vae: WanVAE, latents_BFZYX: Any, past: Past | None) -> tuple[jax.Array, Past]:
@@ -48,11 +50,27 @@ def decode(vae: WanVAE, latents_BFZYX: Any, past: Past | None) -> tuple[jax.Arra
 
     A program for one frame, called for each: in a loop over them XLA keeps every weight of the
     convolutions a second time, in another layout, and the frames' pixels in float32.
+
+    Raises:
+        NonFiniteError: the latents, or frames of finite latents, have NaN or Inf. As bytes they
+            would be a black picture.
     """
-    parts = []
+    parts, bad = [], []
     for i in range(latents_BFZYX.shape[1]):
-        video, past = decode_frame(vae, latents_BFZYX[:, i : i + 1], past)
+        video, past, count = decode_frame(vae, latents_BFZYX[:, i : i + 1], past)
         parts.append(video)
+        bad.append(count)
+    if any(bad := [int(count) for count in jax.device_get(bad)]):
+        frame = next(i for i, count in enumerate(bad) if count)
+        finite = bool(jnp.isfinite(latents_BFZYX[:, : frame + 1]).all())
+        raise NonFiniteError(
+            f"frames of latent frame {frame} of this block have {bad[frame]} NaN or Inf values: "
+            + (
+                "the latents are finite, so look at the decoder"
+                if finite
+                else "so have its latents"
+            )
+        )
     return jnp.concatenate(parts, 1), past
 
 

@@ -184,7 +184,8 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
     given = model.read_given(options, settings)
     identity = _identity(model, options, settings, parts)
     shape, dtype = model.latent_block(settings)
-    saved = SavedLatents(options.out, identity, shape, dtype, resume=options.resume)
+    which = dict(resume=options.resume, restart=options.restart)
+    saved = SavedLatents(options.out, identity, shape, dtype, **which)
     log.info("encoding the prompt" if parts else "random weights, and a stand-in for the prompt")
     prompt = model.encode_prompt(options, settings, parts)
     log.info("loading the transformer and the VAE")
@@ -227,6 +228,7 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
         width=settings.width,
         fps=model.fps,
         truth=False,
+        finished=saved.finish,
         config=identity | common | model.report(run),
     )
 

@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from qvg_jax.app.model_entry import GenerateOptions, PlanOptions
-from qvg_jax.app.option_types import Count, Whole
+from qvg_jax.app.model_entry import PlanOptions, ResumableOptions
+from qvg_jax.app.option_types import Count, Frames, Layers, Name, Side, Whole
 
 __all__ = ["LatentOptions", "LatentPlanOptions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentOptions(GenerateOptions):
+class LatentOptions(ResumableOptions):
     """Options of a model that makes latent frames from a prompt.
 
     Attributes:
@@ -25,7 +25,6 @@ class LatentOptions(GenerateOptions):
         layers: layers of a transformer of random weights.
         attention: what reads the cache; the fastest that serves if left out.
         precision: precision in which the cache is read; bf16 if left out.
-        resume: go on with an interrupted run in --out.
         devices: devices that share a run; what the model does by itself if left out.
         plan: what they divide: compressed spans, heads, or spans that go around; the model's best if
             left out.
@@ -35,13 +34,12 @@ class LatentOptions(GenerateOptions):
     """
 
     prompt: str | None = None
-    height: Count = 480
-    width: Count = 832
-    image: str | None = None
-    layers: Count | None = None
+    height: Side = 480
+    width: Side = 832
+    image: Name | None = None
+    layers: Layers | None = None
     attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
     precision: Literal["bf16", "fp8"] | None = None
-    resume: bool = False
     devices: Count | None = None
     plan: Literal["spans", "heads", "ring"] | None = None
     coordinator: str | None = None
@@ -60,10 +58,10 @@ class LatentPlanOptions(PlanOptions):
         layers: layers of the transformer.
     """
 
-    frames: Count | None = None
-    height: Count = 480
-    width: Count = 832
-    layers: Count | None = None
+    frames: Frames | None = None
+    height: Side = 480
+    width: Side = 832
+    layers: Layers | None = None
 
     def request[O: LatentOptions](self, options: type[O], **more: object) -> O:
         """The options of the run that is planned.

@@ -1,6 +1,7 @@
 """Prompts as a transformer reads them: by umT5, or, without weights, by a stand-in."""
 
 import hashlib
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,10 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from models.runs.checkpoint_folder import Parts
-from models.umt5 import PromptTooLongWarning, Tokenizer, clean_prompt
+from models.umt5 import PromptTooLongWarning, Tokenizer
 from models.umt5.config import UMT5Config
 from models.umt5.pipeline import borrow_umt5, encode_tokens
-from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.errors import told_to_user
 
 
 class Embedded(NamedTuple):
@@ -42,11 +43,8 @@ def embed_prompts(
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PromptTooLongWarning)
-        try:
-            with told_to_user():
-                tokens = Tokenizer.from_file(parts.tokenizer, length=slots)(prompts)
-        except ImportError as error:
-            raise UserError(str(error)) from error
+        with told_to_user():
+            tokens = Tokenizer.from_file(parts.tokenizer, length=slots)(prompts)
     said = [str(w.message) for w in caught if issubclass(w.category, PromptTooLongWarning)]
     with borrow_umt5(parts.text, config) as model:
         text_BUE = jax.block_until_ready(encode_tokens(model, tokens))
@@ -65,7 +63,8 @@ def stand_in_embedding(prompt: str, *, slots: int, width: int, dtype: DTypeLike)
         width: of the embedding, E.
         dtype: of the embedding.
     """
-    words = clean_prompt(prompt).split() or [""]
+    # Unlike a tokenizer, letters need no repair: no package is wanted for it.
+    words = unicodedata.normalize("NFC", prompt).split() or [""]
     said = []
     if len(words) > slots:
         cut = " ".join(words[slots:])
@@ -74,7 +73,8 @@ def stand_in_embedding(prompt: str, *, slots: int, width: int, dtype: DTypeLike)
         )
     rows = []
     for word in words[:slots]:
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+        letters = word.encode("utf-8", "surrogatepass")  # also what a terminal could not decode
+        seed = int.from_bytes(hashlib.sha256(letters).digest()[:8], "little")
         rows.append(np.random.default_rng(seed).standard_normal(width, np.float32))
     text_BUE = jnp.asarray(np.stack(rows)[None], dtype)
     return Embedded(text_BUE, np.ones(text_BUE.shape[:2], bool), said)

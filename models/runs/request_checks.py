@@ -2,13 +2,14 @@
 
 import dataclasses
 import hashlib
-from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.job import BASELINE
+from qvg_jax.backends import capability, no_hopper, no_triton
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import UserError, told_to_user
@@ -35,6 +36,27 @@ def check_needed(model: str, options: LatentOptions) -> None:
         raise UserError("--precision bf16 and --attention mosaic_fp8 exclude each other")
     if options.layers is not None and options.weights != RANDOM:
         raise UserError("--layers is for random weights; leave it out")
+    check_attention(options)
+
+
+def check_attention(options: LatentOptions) -> None:
+    """Raises UserError if this device has none of what the options name to read the cache.
+
+    `attend` says so too, but only when all weights are loaded.
+    """
+    named = options.attention or ("mosaic" if options.precision == "fp8" else None)
+    why = None
+    if named in ("mosaic", "mosaic_fp8"):
+        why = no_hopper()
+    elif named == "triton":
+        why = no_triton()
+    elif named == "cudnn" and (capability() or (0,)) < (8, 0):
+        platform = jax.devices()[0].platform
+        why = (
+            f"the default device is {platform}; it must be a GPU of compute capability 8.0 or more"
+        )
+    if why is not None:
+        raise UserError(f"attention={named!r} cannot run here: {why}; accepted: xla, or none named")
 
 
 def check_size(height: int, width: int, *, side: int, patch: tuple[int, int]) -> None:
@@ -102,6 +124,7 @@ def file_digest(path: str) -> str:
         UserError: it is not readable.
     """
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from error

@@ -2,10 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from msgspec import Meta, Struct
+
+from qvg_jax.reading.schema import Size, checked
+
+
+class _WanFile(Struct, kw_only=True):
+    """The fields of a Wan `config.json` that decide shapes or arithmetic."""
+
+    num_layers: Annotated[int, Meta(ge=1, le=1024)]
+    dim: Size
+    num_heads: Annotated[int, Meta(ge=1, le=1024)]
+    ffn_dim: Size
+    in_dim: Size
+    out_dim: Size
+    freq_dim: Size
+    text_len: Annotated[int, Meta(ge=1, le=2**16)]
+    eps: Annotated[float, Meta(gt=0, le=1)]
+    text_dim: Size = 4096
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
+    head_dim: int | None = None
+    model_type: str = "t2v"
+    qk_norm: bool | str | None = True
+    cross_attn_norm: bool | None = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +91,11 @@ class SelfForcingConfig:
         return cls(layers=30, width=1536, heads=12, ffn_width=8960, dtype=dtype)
 
     @classmethod
+    def wan_14b(cls, *, dtype: DTypeLike = jnp.bfloat16) -> "SelfForcingConfig":
+        """The sizes of Wan2.1's 14B transformer, as Krea Realtime has them."""
+        return cls(layers=40, width=5120, heads=40, ffn_width=13824, dtype=dtype)
+
+    @classmethod
     def from_wan(
         cls,
         sizes: Mapping[str, Any],
@@ -85,31 +113,33 @@ class SelfForcingConfig:
         Raises:
             ValueError: for a variant whose arithmetic differs (image-to-video, no q/k norm, ...).
         """
+        file = checked(sizes, _WanFile)
         wanted = {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True}
         for name, value in wanted.items():
-            if sizes.get(name, value) != value:
-                raise ValueError(f"{name}={sizes[name]!r} is not supported; need {value!r}")
-        patch = tuple(sizes.get("patch_size", (1, 2, 2)))
-        if len(patch) != 3 or patch[0] != 1:
-            raise ValueError(f"patch_size={patch} is not supported; need (1, rows, columns)")
+            if getattr(file, name) != value:
+                raise ValueError(f"{name}={getattr(file, name)!r} is not supported; need {value!r}")
+        if file.patch_size[0] != 1:
+            raise ValueError(
+                f"patch_size={file.patch_size} is not supported; need (1, rows, columns)"
+            )
         config = cls(
-            layers=sizes["num_layers"],
-            width=sizes["dim"],
-            heads=sizes["num_heads"],
-            ffn_width=sizes["ffn_dim"],
-            latent_channels=sizes["in_dim"],
-            out_channels=sizes["out_dim"],
-            patch=patch[1:],
-            time_width=sizes["freq_dim"],
-            text_width=sizes.get("text_dim", 4096),
-            text_slots=sizes["text_len"],
-            eps=sizes["eps"],
+            layers=file.num_layers,
+            width=file.dim,
+            heads=file.num_heads,
+            ffn_width=file.ffn_dim,
+            latent_channels=file.in_dim,
+            out_channels=file.out_dim,
+            patch=file.patch_size[1:],
+            time_width=file.freq_dim,
+            text_width=file.text_dim,
+            text_slots=file.text_len,
+            eps=file.eps,
             frames_per_block=frames_per_block,
             dtype=dtype,
         )
-        if sizes.get("head_dim", config.head_dim) != config.head_dim:
+        if file.head_dim not in (None, config.head_dim):
             raise ValueError(
-                f"head_dim={sizes['head_dim']} must be dim / num_heads = {config.head_dim}"
+                f"head_dim={file.head_dim} must be dim / num_heads = {config.head_dim}"
             )
         return config
 
@@ -134,6 +164,7 @@ class SamplerConfig:
         train_steps: rungs of the ladder.
         top: noise level of the first rung before the shift.
         whole_timesteps: whether the network is told whole numbers, fractions cut off.
+        warped: whether `steps` are warped onto the ladder; if not, they are timesteps themselves.
         context_timestep: timestep of the last pass, which writes the clean block to the cache.
     """
 
@@ -142,6 +173,7 @@ class SamplerConfig:
     train_steps: int = 1000
     top: float = 1.0
     whole_timesteps: bool = False
+    warped: bool = True
     context_timestep: float = 0.0
 
     def __post_init__(self):

@@ -14,9 +14,10 @@ from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.self_forcing.block import Known, State
-from models.self_forcing.entry import Options
+from models.self_forcing.entry import NAME, Options
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import generating_step
+from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.settings import PLANS, Settings, chosen_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
@@ -28,7 +29,9 @@ from qvg_jax.rollout import run_chunk
 log = logging.getLogger(__name__)
 
 
-def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
+def make_plan(
+    options: Options, memory: int, released: Sizes, release: Release = RELEASES[NAME]
+) -> Plan:
     """What each codec of a request needs, as if its arm ran alone.
 
     Compiles the step of each arm and the decoder for the default backend; allocates nothing.
@@ -37,12 +40,13 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         options: codecs, frames, size, window, sink and spans count.
         memory: bytes of the device, for the longest video that fits.
         released: sizes of the networks.
+        release: whose steps and memory are the defaults.
 
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
     count, options = options.devices or 1, dataclasses.replace(options, devices=None, plan=None)
-    settings = settle(options, chosen_sizes(options, None, released))
+    settings = settle(options, chosen_sizes(options, None, released), release=release)
     begin = time.perf_counter()
     networks = {
         "transformer": WEIGHTS.skeleton(settings.sizes.dit),
@@ -71,7 +75,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     best = max(needs, key=lambda need: need.longest)
     advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
     return Plan(
-        what=f"Self-Forcing, {settings.frames} latent frames of {settings.height} x "
+        what=f"{release.title}, {settings.frames} latent frames of {settings.height} x "
         f"{settings.width}, {settings.sizes.dit.layers} layers, each codec alone",
         before=before,
         needs=tuple(needs),

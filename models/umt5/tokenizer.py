@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from qvg_jax.errors import MissingExtraError
+
 # Printable ASCII but "&", and plain white space: ftfy leaves such text as it is.
 _NOTHING_TO_REPAIR = re.compile(r"[ -%'-~\t\n\r]*")
 
@@ -35,7 +37,7 @@ def clean_prompt(text: str) -> str:
     """Repairs mojibake, undoes HTML escapes (twice), strips, and collapses white space.
 
     Raises:
-        ImportError: the text has characters that `ftfy` might have to repair (anything beyond
+        MissingExtraError: the text has characters that `ftfy` might have to repair (anything beyond
             ASCII, control characters, `&`), and `ftfy` is not installed.
     """
     if not _NOTHING_TO_REPAIR.fullmatch(text):
@@ -73,7 +75,7 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: no such file, or the folder holds neither.
-            ImportError: the library for the file is not installed.
+            MissingExtraError: the library for the file is not installed.
             ValueError: another kind of file, or one without padding and end tokens.
         """
         path = Path(path)
@@ -136,7 +138,4 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as e:
         if e.name != name:
             raise
-        raise ImportError(
-            f"text prompts need the package {name!r}; the extra `qvg-jax[text]` installs it",
-            name=name,
-        ) from e
+        raise MissingExtraError(f"this text prompt needs {name}", "text") from e

@@ -33,6 +33,8 @@ FOCAL, IMAGE = 969.6969696969696, (1920.0, 1080.0)
 _MOVES = {(1, 0): 1, (-1, 0): 2, (0, 1): 3, (0, -1): 4, (0, 0): 0}
 _MOVES |= {(1, 1): 5, (1, -1): 6, (-1, 1): 7, (-1, -1): 8}
 
+MOST_FRAMES = 10**4  # that actions may say: many times the RoPE table of the released model
+
 
 @dataclass(frozen=True, eq=False)
 class CameraPath:
@@ -105,10 +107,15 @@ def parse_actions(
         name, *rest = (part.strip() for part in item.split("-"))
         if name.lower() not in ACTIONS or len(rest) != 1:
             raise ValueError(
-                f"unknown action {item!r} in {text!r}; accepted: NAME-FRAMES with NAME one of "
+                f"unknown action {item[:60]!r} in {text[:60]!r}; accepted: NAME-FRAMES with NAME one of "
                 f"{', '.join(ACTIONS)}, joined by commas, such as 'w-8,right-4'"
             )
-        motions += [ACTIONS[name.lower()]] * _frames(rest[0], item, durations)
+        steps = _frames(rest[0], item, durations)
+        if len(motions) + steps > MOST_FRAMES:
+            raise ValueError(
+                f"actions={text[:60]!r} have too many frames; accepted: at most {MOST_FRAMES} in all"
+            )
+        motions += [ACTIONS[name.lower()]] * max(0, steps)
     if not motions:
         raise ValueError(f"no action in {text!r}; accepted: for instance 'w-8,right-4'")
     return np.asarray(motions, np.float64)
@@ -123,7 +130,7 @@ def _frames(duration: str, item: str, durations: str) -> int:
         return int(number)
     if not number.is_integer() or number < 1:
         raise ValueError(
-            f"duration {duration!r} in {item!r}; accepted: a whole number of latent frames above 0"
+            f"duration {duration[:40]!r} in {item[:60]!r}; accepted: a whole number of latent frames above 0"
         )
     return int(number)
 

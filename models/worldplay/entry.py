@@ -3,9 +3,10 @@
 import dataclasses
 
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
+from models.worldplay.protocol import PROTOCOL
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Count
+from qvg_jax.app.option_types import Side
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -42,8 +43,8 @@ class Options(LatentOptions):
     """
 
     codec: str = CODEC
-    height: Count = 704
-    width: Count = 1280
+    height: Side = 704
+    width: Side = 1280
     actions: str | None = None
     decode_last: bool = False
 
@@ -57,8 +58,8 @@ class PlanOptions(LatentPlanOptions):
         decode_last: make the pictures when all latents are there and the cache is gone.
     """
 
-    height: Count = 704
-    width: Count = 1280
+    height: Side = 704
+    width: Side = 1280
     decode_last: bool = False
 
 
@@ -76,6 +77,7 @@ ENTRY = ModelEntry(
     summary="HY-WorldPlay (Wan2.2 5B): a picture and a walk become a video.",
     options=Options,
     needs=NEEDS,
+    protocol=PROTOCOL,
     prepare=deferred("models.worldplay.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.worldplay.job:plan"),

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import av
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from models.runs.pictures import as_video, pictures
+from models.runs.pictures import as_video, pictures, upright
 from models.wan_vae import WanVAE
 from qvg_jax.errors import UserError
 
@@ -17,10 +16,9 @@ LEAST_KEPT = 0.5  # of a picture; what is cut off more is no longer that picture
 def check_picture(path: str | Path, height: int, width: int) -> None:
     """Raises UserError if the file holds no picture, or one of quite another shape."""
     try:
-        with av.open(str(path)) as file:
-            frame = next(file.decode(video=0))
-    except (OSError, IndexError, StopIteration, av.FFmpegError) as error:
-        raise UserError(f"--image {path}: not readable as an image ({error})") from error
+        frame = next(upright(path))
+    except UserError as error:
+        raise UserError(f"--image {error}") from error
     ratio = (frame.width / frame.height) / (width / height)
     if min(ratio, 1 / ratio) < LEAST_KEPT:
         raise UserError(

@@ -19,7 +19,7 @@ def missing() -> str | None:
     absent = [n for n in ("triton", "jax_triton") if importlib.util.find_spec(n) is None]
     if not absent:
         return None
-    return f"{' and '.join(absent)} cannot be imported; pip install 'qvg-jax[gpu]' brings them"
+    return f"Triton kernels need {' and '.join(absent)}: pip install 'qvg-jax[gpu]'"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The `qvg` command: arguments in, files and a small table out, errors of the user in one line.
 
-Exit codes: 0 done, 1 nothing fits (plan), 2 bad input or a file that could not be written, 130 Ctrl-C.
+Exit codes: 0 done, 1 nothing fits (plan), 2 bad input or a file that could not be written, 130 Ctrl-C,
+141 the reader of the output went away.
 
 Each model is a subcommand with exactly its own options, made from the dataclasses of its `ModelEntry`;
 without a model, `generate` and its likes take a default. JAX is imported when a command runs, so help
@@ -10,8 +11,12 @@ The parser is cyclopts (Apache-2.0): it builds options from typed dataclasses an
 raises its errors, where tyro (MIT), the other candidate, prints several lines and leaves the process.
 """
 
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +25,9 @@ from cyclopts import App, Parameter
 
 from qvg_jax.app.model_entry import ModelEntry
 from qvg_jax.app.option_types import Bits, Count, File, Names, Shape
+from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.app.versions import own_version
-from qvg_jax.errors import UserError
+from qvg_jax.errors import UserError, printable
 
 __all__ = ["main"]
 
@@ -30,6 +36,10 @@ LONGEST_LINE = 600  # characters of an error; a checkpoint can be wrong in a hun
 # Commands that work on a model: the model without a name, and what they do.
 TASKS = {
     "generate": ("pocket-world", "Make a video with compressed and with bf16 caches."),
+    "verify": (
+        "pocket-world",
+        "Compare codecs with bf16 by a fixed protocol, beside published numbers.",
+    ),
     "play": ("pocket-world", "Walk through a generated world in a browser."),
     "plan": ("self-forcing", "Say what of a video fits into a GPU's memory."),
     "capture": ("pocket-world", "Write K, V and Q of a model, to try codecs on."),
@@ -46,26 +56,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _give_streams()
     try:
-        if not words:
-            raise UserError(f"COMMAND is missing; accepted: {', '.join((*TASKS, *_OTHERS))}")
-        words = _with_model(words)
-        result = _app(words)(words, exit_on_error=False, print_error=False)
-        return result if isinstance(result, int) else 0
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except cyclopts.CycloptsError as error:
         return _told(_explained(error, words))
     except UserError as error:
         return _told(str(error))
+    except BrokenPipeError:  # who reads our output has seen enough, such as `head`
+        _drop_output()
+        return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _drop_output()
+        return _told(f"standard output: {error.strerror}; accepted: a disk with room")
     except KeyboardInterrupt:
         print("qvg: interrupted", file=sys.stderr)
         return 130
 
 
+def _run(words: list[str]) -> int:
+    if not words:
+        raise UserError(f"COMMAND is missing; accepted: {', '.join((*TASKS, *_OTHERS))}")
+    words = _with_model(words)
+    result = _app(words)(words, exit_on_error=False, print_error=False)
+    return result if isinstance(result, int) else 0
+
+
+def _give_streams() -> None:
+    """Replaces an output that was closed before the start, as by `2>&-`, by one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+
+
+def _drop_output() -> None:
+    """Points standard output at nothing, so that what is still in its buffer raises no second error."""
+    with contextlib.suppress(OSError, ValueError):  # a stand-in without a file of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _told(message: str) -> int:
-    line = " ".join(message.split())
+    line = printable(message)
     if len(line) > LONGEST_LINE:
         line = line[: LONGEST_LINE - 4] + " ..."
-    print(f"qvg: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody can be told on an output that is full or closed
+        print(f"qvg: error: {line}", file=sys.stderr)
     return 2
 
 
@@ -145,7 +184,10 @@ def _listed(app: App, task: str, name: str, registry: Any) -> None:
 
 
 def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
-    """The function behind a subcommand; its only parameter is the model's dataclass of options."""
+    """The function behind a subcommand; its parameter is the model's dataclass of options.
+
+    `verify` has a second one, for its options beside those of `generate`.
+    """
     options = entry.task_options(task)
     if options is None:
         able = [n for n in registry.names() if _knows(registry, n, task)]
@@ -154,15 +196,28 @@ def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
         )
 
     def run(given: Any) -> int:
-        from qvg_jax.app import commands
+        from qvg_jax.app.progress import saying
 
+        said = saying(f"{entry.name}: loading JAX") if task == "generate" else nullcontext()
+        with said:
+            from qvg_jax.app import commands
         return getattr(commands, task)(entry, given)
 
-    run.__doc__ = entry.summary
-    run.__annotations__ = {"given": Annotated[options, Parameter(name="*")], "return": int}
-    if not _required(options):
-        run.__defaults__ = (options(),)
-    return run
+    def verify(given: Any, how: Any) -> int:
+        from qvg_jax.app import commands
+
+        return commands.verify(entry, given, how)
+
+    flat = Parameter(name="*")
+    function = verify if task == "verify" else run
+    function.__doc__ = entry.summary
+    function.__annotations__ = {"given": Annotated[options, flat], "return": int}
+    defaults = () if _required(options) else (options(),)
+    if task == "verify":
+        function.__annotations__["how"] = Annotated[VerifyOptions, flat]
+        defaults += (VerifyOptions(),)
+    function.__defaults__ = defaults
+    return function
 
 
 def _required(options: type) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
-from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.app.protocol import VerifyOptions
+from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
 
-__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
+__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune", "verify"]
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
@@ -22,36 +23,75 @@ WRITING = "accepted: a folder that can be written, on a disk with room"
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
-    remember_compilations()
-    from qvg_jax.app.generate import generate as run
-    from qvg_jax.app.progress import Bars
+    outcome = _generated(entry, options)
+    if outcome.report is None:
+        return 128 + (outcome.signal or 0)
     from qvg_jax.app.report import table
-    from qvg_jax.cache.health import CacheFullError, NonFiniteError
+
+    print(f"\n{table(outcome.report)}\n")
+    seconds = outcome.report["timings"]["total_seconds"]
+    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
+    return 0
+
+
+def verify(entry: ModelEntry, options: GenerateOptions, how: VerifyOptions) -> int:
+    """Runs a model's protocol: verify.json and verify.html in `options.out`; 1 if a band fails."""
+    from qvg_jax.app import verify as verifying
+    from qvg_jax.app.metrics import METRICS
+    from qvg_jax.app.perceptual import load_lpips
+
+    metrics = (*METRICS, load_lpips()) if how.lpips else METRICS
+    outcomes = []
+
+    def run(asked: GenerateOptions, metrics: Sequence[Any]) -> Any:
+        outcomes.append(_generated(entry, asked, metrics=metrics))
+        return outcomes[-1]
+
+    with _written():
+        result = verifying.verify(entry, options, how, run, metrics)
+    if result is None:
+        return 128 + (outcomes[-1].signal or 0)
+    print(f"\n{verifying.summary_table(result)}\n")
+    print(f"wrote verify.json and verify.html to {options.out}")
+    return 1 if result["verdict"] == "fail" else 0
+
+
+def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
+    """The `Outcome` of a model's job; an interruption is told on stderr."""
+    from qvg_jax.app.progress import Progress, saying
 
     def advice() -> str:
         return entry.memory_advice(options)
 
-    with _told():
-        with _within_memory(advice):
+    with _told(entry):
+        with _within_memory(advice), saying(f"{entry.name}: loading the model"):
+            set_up_jax()
+            from qvg_jax.app.generate import generate as run
+            from qvg_jax.app.run_lock import check_alone_in
+            from qvg_jax.cache.health import CacheFullError, NonFiniteError
+
+            check_alone_in(options.out)  # before minutes are spent on loading
             job = entry.prepare(options)
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
         what = f"{job.frames} generated" if real else f"{job.frames} frames"
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
-        with _within_memory(advice), _one_line(*told), _written(), Bars(job) as bars:
-            out, fps = options.out, options.fps
-            outcome = run(job, out, fps=fps, growing=options.stream, progress=bars.update)
+        with _within_memory(advice), _one_line(*told), _written(), Progress(job) as progress:
+            outcome = run(
+                job,
+                options.out,
+                fps=options.fps,
+                growing=options.stream,
+                begins=progress.begins,
+                progress=progress.update,
+                **more,
+            )
     if outcome.report is None:
-        print(
-            f"qvg: interrupted; {outcome.video} has the {outcome.frames} frames so far",
-            file=sys.stderr,
-        )
-        return 130
-    print(f"\n{table(outcome.report)}\n")
-    seconds = outcome.report["timings"]["total_seconds"]
-    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
-    return 0
+        kept = f"; {outcome.video} has the {outcome.frames} frames so far" if outcome.frames else ""
+        go_on = "; --resume goes on" if kept and hasattr(options, "resume") else ""
+        print(f"qvg: interrupted{kept}{go_on}", file=sys.stderr)
+    return outcome
 
 
 def play(entry: ModelEntry, options: PlayOptions) -> int:
@@ -59,11 +99,8 @@ def play(entry: ModelEntry, options: PlayOptions) -> int:
     try:
         from qvg_jax.app.play import server
     except ImportError as error:
-        raise UserError(
-            f"the page needs NiceGUI ({error}); install the extra: pip install 'qvg-jax[play]', or "
-            "uv run --extra play qvg play"
-        ) from error
-    remember_compilations()
+        raise MissingExtraError(f"the page needs NiceGUI ({error})", "play") from error
+    set_up_jax()
     from qvg_jax.app.play.walk import Walk
 
     assert entry.play is not None
@@ -72,25 +109,26 @@ def play(entry: ModelEntry, options: PlayOptions) -> int:
         with told_to_user():
             walk = Walk(world, seed=options.seed, codec=options.chosen_codec)
     try:
-        sock = server.listen(options.host, options.port)
+        with told_to_user():
+            sock = server.listen(options.host, options.port)
     except OSError as error:
         raise UserError(
             f"--host {options.host} --port {options.port}: {error.strerror or error}; accepted: an "
             "address of this machine and a free port, 0 for any"
         ) from error
     with contextlib.suppress(KeyboardInterrupt):
-        server.serve(walk, sock, show=not options.no_browser)
+        server.serve(walk, sock, host=options.host, show=not options.no_browser)
     print(f"qvg: ended after {walk.blocks} blocks")
     return 0
 
 
 def plan(entry: ModelEntry, options: PlanOptions) -> int:
     """Prints what fits into the memory; 1 if nothing does."""
-    remember_compilations()
+    set_up_jax()
     from qvg_jax.app.memory_plan import plan_table
 
     assert entry.plan is not None
-    with _told():
+    with _told(entry):
         made = entry.plan(options)
     print(plan_table(made, options.memory))
     return 0 if any(made.fits(need, options.memory) for need in made.needs) else 1
@@ -98,7 +136,7 @@ def plan(entry: ModelEntry, options: PlanOptions) -> int:
 
 def capture(entry: ModelEntry, options: Any) -> int:
     """Writes K, V and Q of a model."""
-    remember_compilations()
+    set_up_jax()
     from qvg_jax.app.tune_command import run_capture
 
     assert entry.capture is not None
@@ -118,7 +156,7 @@ def tune(
     """Measures recipes on captured tensors; see `tune_command.run_tune`."""
     if entry is not None and entry.loop is None:
         raise UserError(f"model={entry.name!r} has no loop to tune in; accepted: pocket-world")
-    remember_compilations()
+    set_up_jax()
     from qvg_jax.app.tune_command import run_tune
 
     loop = None if entry is None else entry.loop
@@ -148,6 +186,13 @@ def convert(source: Path, target: Path, entry: str | None) -> int:
 
     with _written():
         done = run(source, target, entry=entry)
+    if bad := done.get("nonfinite"):
+        name, count = next(iter(bad.items()))
+        print(
+            f"qvg: warning: {len(bad)} tensors have NaN or Inf, the first is {printable(name)} with "
+            f"{count} of them; a model that needs it will refuse the file",
+            file=sys.stderr,
+        )
     of = f" of {done['entry']}" if done["entry"] else ""
     print(f"{done['tensors']} tensors{of}, {done['bytes'] / 1e9:.3f} GB, in {target}")
     return 0
@@ -155,15 +200,17 @@ def convert(source: Path, target: Path, entry: str | None) -> int:
 
 def codecs(shape: tuple[int, ...]) -> int:
     """Prints the recipes with their bits per element in spans of a shape."""
+    set_up_jax()
     from qvg_jax.app.report import aligned
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import pair_bits
+    from qvg_jax.codecs.fitted import fitted
 
     rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
     for name, constructor in (presets.PRESETS | presets.PAIRS).items():
-        what = (constructor.__doc__ or "").strip().splitlines()[0]
+        what = next(iter((constructor.__doc__ or "").strip().splitlines()), "")  # -OO has none
         try:
-            bits = pair_bits(presets.pair(name), shape)
+            bits = pair_bits(presets.parse_pair(fitted(name, shape[-1])), shape)
         except ValueError as error:
             raise UserError(f"codec={name!r}: {error}") from error
         parameter = inspect.signature(constructor).parameters.get("bits")
@@ -173,8 +220,28 @@ def codecs(shape: tuple[int, ...]) -> int:
     return 0
 
 
-def remember_compilations() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told otherwise."""
+def set_up_jax() -> None:
+    """Sets JAX up for the command: 32-bit numbers, and compiled programs kept in the user's cache folder.
+
+    Results do not depend on `JAX_ENABLE_X64`, which is for the user's own programs. A folder of compiled
+    programs that JAX was told of stays.
+
+    Raises:
+        UserError: JAX was told of a platform that is not there.
+    """
+    jax.config.update("jax_enable_x64", False)
+    try:
+        jax.devices()
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # of a platform without its package, or its device
+        platform = os.environ.get("JAX_PLATFORMS", "")
+        why = f" ({error})" if str(error) else ""
+        raise UserError(
+            f"JAX_PLATFORMS={platform!r} cannot be used here; accepted: cpu, a platform that this "
+            f"machine and the installed JAX have, or none{why}"
+        ) from error
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
         return
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -214,22 +281,24 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Shows on stderr what models log on the way."""
+def _told(entry: ModelEntry) -> Iterator[None]:
+    """Shows on stderr what the model's package and this one log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    log = logging.getLogger("models")
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    names = {entry.options.__module__.partition(".")[0], __name__.partition(".")[0]}
+    before = {log: log.level for log in map(logging.getLogger, names)}
+    for log in before:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
+        for log, level in before.items():
+            log.removeHandler(handler)
+            log.setLevel(level)
 
 
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return f"qvg: {level}{' '.join(record.getMessage().split())}"
+        return f"qvg: {level}{printable(record.getMessage())}"

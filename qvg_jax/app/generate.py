@@ -1,26 +1,31 @@
 """The main job, whatever the model: run all arms, write video.mp4, report.json and report.png."""
 
 import signal
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from qvg_jax.app.background import Background
 from qvg_jax.app.figure import write_figure
+from qvg_jax.app.interruption import Interruption
 from qvg_jax.app.job import Job, Made, lockstep
+from qvg_jax.app.metrics import METRICS, Metric
 from qvg_jax.app.panels import Panel, Sheet
 from qvg_jax.app.report import SEEN, Record, write_json
+from qvg_jax.app.run_lock import alone_in
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import CacheFullError, NonFiniteError
+from qvg_jax.errors import UserError
 from qvg_jax.files import writable_folder
 
 __all__ = ["Outcome", "generate"]
+
+REPORTS = ("report.json", "report.png")
+FILES = ("video.mp4", *REPORTS)
 
 
 class Outcome(NamedTuple):
@@ -28,7 +33,8 @@ class Outcome(NamedTuple):
 
     video: Path
     frames: int  # in the video
-    report: dict[str, Any] | None  # None if Ctrl-C came first
+    report: dict[str, Any] | None  # None if a signal came first
+    signal: int | None = None  # which one
 
 
 def generate(
@@ -37,36 +43,56 @@ def generate(
     *,
     fps: int | None = None,
     growing: bool = False,
+    begins: Callable[[str], None] | None = None,
     progress: Callable[[Made], None] | None = None,
+    metrics: Sequence[Metric] = METRICS,
 ) -> Outcome:
     """Makes the frames of all arms and writes what came of it.
 
     `out` gets video.mp4 (the frames of a single arm as they are, several and the truth side by
     side), report.json and report.png; the last two appear whole or not at all. The video grows
-    with the run: Ctrl-C and errors leave it with the frames so far. Frames are drawn, scored and
-    written in a thread of their own while the device makes the next block.
+    with the run: errors, Ctrl-C and the signals of schedulers (SIGTERM, SIGHUP) leave it with the
+    frames so far. Frames are drawn, scored and written in a thread of their own while the device
+    makes the next block. No other process writes into `out` meanwhile.
 
     Args:
         job: what to make.
         out: folder; made if missing.
         fps: frames a second of the video; None is the job's.
         growing: whether video.mp4 can be played while the run goes on, see `Mp4`.
+        begins: called with an arm's name before it makes its next block.
         progress: called with each block after all arms have made it.
+        metrics: what compares the frames of an arm with those of bf16 and with the truth.
 
     Returns:
-        The outcome; one without a report if Ctrl-C came after the first frame.
+        The outcome; one without a report if a signal came first, and without a video if there was no frame.
 
     Raises:
-        ValueError: `fps` is not accepted.
+        UserError: `fps` is not accepted, a file in `out` is a folder, or another process writes
+            there.
         NonFiniteError, CacheFullError: with the name of the arm and what the video has.
         OSError: `out` or a file in it could not be written; the files before it stay.
-        KeyboardInterrupt: before there was a frame.
     """
-    begin = time.perf_counter()
     fps = job.fps if fps is None else fps
     video = Mp4(Path(out) / "video.mp4", fps, growing=growing)
     out = writable_folder(out)
-    record = Record(job)
+    for name in FILES:
+        if (out / name).is_dir():
+            raise UserError(f"--out {out}: {out / name} is a folder; accepted: another --out")
+    with alone_in(out):
+        return _generate(job, Record(job, metrics), out, video, fps, begins, progress)
+
+
+def _generate(
+    job: Job,
+    record: Record,
+    out: Path,
+    video: Mp4,
+    fps: int,
+    begins: Callable[[str], None] | None,
+    progress: Callable[[Made], None] | None,
+) -> Outcome:
+    begin = time.perf_counter()
     draw = _drawing(job)
 
     def write(made: Made) -> None:
@@ -74,29 +100,32 @@ def generate(
             video.add(draw(made, i))
         record.add(made)
 
+    stop = Interruption()
     try:
-        with _CtrlC() as ctrl_c, video, Background() as later:
+        with stop, video, Background() as later:
             total = job.tour + job.frames
-            for made in lockstep(job):
+            for made in lockstep(job, begins):
                 later.wait()  # for the block before, in the middle of which it may come
-                if ctrl_c.pressed and made.first < total:
+                if stop.signal is not None and made.first < total:
                     raise KeyboardInterrupt
+                if video.growing and not video.frames:  # these would be of another video
+                    for name in REPORTS:
+                        (out / name).unlink(missing_ok=True)
                 later(write, made)
                 if progress is not None:
                     progress(made)
-                if ctrl_c.pressed and made.first + made.count < total:
+                if stop.signal is not None and made.first + made.count < total:
                     raise KeyboardInterrupt
         report = record.report(fps=fps)
         write_figure(out / "report.png", report, record.strip)
         report["timings"]["total_seconds"] = round(time.perf_counter() - begin, 3)
         write_json(out / "report.json", report)
+        job.finished()
     except (NonFiniteError, CacheFullError) as error:
         kept = f"{video.path} has the {video.frames} frames before it" if video.frames else ""
         raise type(error)("; ".join(filter(None, (str(error), kept)))) from error
     except KeyboardInterrupt:
-        if not video.frames:
-            raise
-        return Outcome(video.path, video.frames, None)
+        return Outcome(video.path, video.frames, None, stop.signal or signal.SIGINT)
     return Outcome(video.path, video.frames, report)
 
 
@@ -124,34 +153,3 @@ def _panels(job: Job, made: Made, i: int) -> list[Panel]:
             note += f" ({made.bytes[job.baseline].in_use.total / size:.1f}x smaller)"
         panels.append(Panel(made.frames[arm.name][i], f"{arm.name} cache", note))
     return panels
-
-
-class _CtrlC:
-    """Remembers Ctrl-C instead of raising it anywhere, so that no block is cut and no file torn.
-
-    The second Ctrl-C raises as usual. In other threads than the main one nothing changes: there
-    Python delivers no signals.
-    """
-
-    def __init__(self):
-        self.pressed = False
-        self._before: Any = None
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._remember)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from qvg_jax.errors import UserError
+from qvg_jax.errors import MissingExtraError, UserError
 
 __all__ = ["PREFIX", "Address", "Download", "Offer", "explained", "hub_client", "offers"]
 
@@ -139,9 +139,7 @@ def hub_client() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "huggingface_hub":
             raise
-        raise UserError(
-            "fetching weights needs huggingface_hub: `pip install 'qvg-jax[hub]'` installs it"
-        ) from error
+        raise MissingExtraError("fetching weights needs huggingface_hub", "hub") from error
     return huggingface_hub
 
 

@@ -16,7 +16,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from qvg_jax.app.metrics import to_uint8
-from qvg_jax.cache.health import CacheBytes, CacheFullError, NonFiniteError, cache_bytes
+from qvg_jax.cache.health import (
+    CacheBytes,
+    CacheFullError,
+    NonFiniteError,
+    cache_bytes,
+    raise_if_not_finite,
+)
 from qvg_jax.cache.state import KVCache
 from qvg_jax.rollout import stream
 
@@ -68,6 +74,7 @@ class Job:
         play: `play(arm, xs)` yields a `Played` for each x; None runs `step` through `stream`.
         fps: frames a second at which the model's videos are meant to be seen.
         truth: whether frames have a ground truth; if not, `blocks` give none.
+        finished: called when all files of the run are written.
     """
 
     model: str
@@ -84,6 +91,7 @@ class Job:
     play: Callable[[Arm, Iterator[Any]], Iterator[Played]] | None = None
     fps: int = 8
     truth: bool = True
+    finished: Callable[[], None] = lambda: None
 
     @property
     def baseline(self) -> str | None:
@@ -105,8 +113,12 @@ class Made(NamedTuple):
     kept: dict[str, bool]  # see `Played`
 
 
-def lockstep(job: Job) -> Iterator[Made]:
+def lockstep(job: Job, begins: Callable[[str], None] | None = None) -> Iterator[Made]:
     """Runs all arms of a job, block by block.
+
+    Args:
+        job: the run.
+        begins: called with an arm's name before it makes its next block.
 
     Raises:
         NonFiniteError, CacheFullError: in place of the block in which it happened, with the name
@@ -122,6 +134,8 @@ def lockstep(job: Job) -> Iterator[Made]:
     for block in ours:
         played, seconds = {}, {}
         for name, player in players.items():
+            if begins is not None:
+                begins(name)
             begin = time.perf_counter()
             try:
                 played[name] = next(player)
@@ -148,7 +162,8 @@ def _steps(job: Job) -> Callable[[Arm, Iterator[Any]], Iterator[Played]]:
 
     def play(arm, xs):
         blocks = stream(job.step, arm.state, xs)
-        for y in blocks:
+        for number, y in enumerate(blocks):
+            raise_if_not_finite(f"frames of block {number}", y)
             yield Played(to_uint8(y[0]), cache_bytes(job.cache(blocks.state)))
 
     return play

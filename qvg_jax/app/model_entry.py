@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvg_jax.app.hub import Download
-from qvg_jax.app.option_types import ByteSize, Count, File, Indices, Names, Port, Whole
+from qvg_jax.app.option_types import (
+    ByteSize,
+    File,
+    Frames,
+    Indices,
+    Names,
+    Port,
+    Rate,
+    Steps,
+    Whole,
+)
+from qvg_jax.app.protocol import Protocol
 
 if TYPE_CHECKING:
     from qvg_jax.app.job import Job
@@ -30,6 +41,7 @@ __all__ = [
     "ModelEntry",
     "PlanOptions",
     "PlayOptions",
+    "ResumableOptions",
     "deferred",
 ]
 
@@ -54,10 +66,10 @@ class GenerateOptions:
 
     codec: str = "midrise"
     compare: Names = ()
-    frames: Count | None = None
-    steps: Count | None = None
+    frames: Frames | None = None
+    steps: Steps | None = None
     seed: Whole = 0
-    fps: Count | None = None
+    fps: Rate | None = None
     out: File = Path("out")
     stream: bool = False
     weights: str | None = None
@@ -67,6 +79,19 @@ class GenerateOptions:
         """Recipes of all arms, the main one first."""
         default = type(self).codec
         return tuple(default if name in DEFAULT else name for name in (self.codec, *self.compare))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResumableOptions(GenerateOptions):
+    """Options of a model whose interrupted runs can go on.
+
+    Attributes:
+        resume: go on with an interrupted run in --out.
+        restart: replace an interrupted run in --out.
+    """
+
+    resume: bool = False
+    restart: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +124,8 @@ class PlayOptions:
 
     codec: str = "midrise"
     seed: Whole = 0
-    steps: Count | None = None
-    memory: Count | None = None
+    steps: Steps | None = None
+    memory: Frames | None = None
     weights: str | None = None
     host: str = "127.0.0.1"
     port: Port = 8080
@@ -123,7 +148,7 @@ class CaptureOptions:
         out: file to write.
     """
 
-    frames: Count = 128
+    frames: Frames = 128
     layers: Indices = (0, 2, 5)
     seed: Whole = 0
     out: File = Path("captured.npz")
@@ -150,6 +175,7 @@ class ModelEntry:
         play_options, play: options of `qvg play`, and `play(options) -> World`.
         needs: files on a model hub that the released weights are made of, the transformer first;
             `qvg fetch` gets them. Empty for a model that brings its weights along.
+        protocol: what `qvg verify` does with the model; None if nothing is agreed on.
         loop: `loop(recipes, span_tokens) -> {recipe: dB to bf16}`, a short run for `qvg tune`.
         memory_advice: `memory_advice(options) -> str`, what to change where memory is not enough.
     """
@@ -165,6 +191,7 @@ class ModelEntry:
     play_options: type[PlayOptions] | None = None
     play: "Callable[[Any], World] | None" = None
     needs: tuple[Download, ...] = ()
+    protocol: Protocol | None = None
     loop: Callable[[Sequence[str], int], dict[str, float]] | None = None
     memory_advice: Callable[[Any], str] = _no_advice
 
@@ -179,7 +206,9 @@ class ModelEntry:
         return self.options.codec
 
     def task_options(self, task: str) -> type | None:
-        """Options of "generate", "plan", "capture" or "play"; None if the model has no such task."""
+        """Options of "generate", "verify", "plan", "capture" or "play"; None without such a task."""
+        if task == "verify":
+            return self.options if self.protocol else None
         return self.options if task == "generate" else getattr(self, f"{task}_options")
 
 

@@ -18,13 +18,22 @@ __all__ = [
     "ByteSize",
     "Count",
     "File",
+    "Frames",
     "Indices",
+    "Layers",
+    "Name",
     "Names",
     "Port",
+    "Rate",
     "Shape",
+    "Side",
+    "SomeFrames",
+    "Steps",
     "Whole",
     "parse_bytes",
 ]
+
+LARGEST = 10**18  # what a whole number of the command line may be
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -40,22 +49,46 @@ def _option(parse: Callable[[str], Any], metavar: str) -> Parameter:
     )
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"{text!r} is not accepted: give a whole number")
-    return int(text)
+def _number(least: int, most: int, what: str) -> Callable[[str], int]:
+    """A reader of whole numbers of a range; `what` they are is said of all others."""
+
+    def read(text: str) -> int:
+        # A number of thousands of digits takes long to read, and is too large anyway.
+        digits = text.lstrip("0") if text.isascii() and text.isdecimal() else ""
+        number = int(digits or "0") if len(digits) <= 20 else most + 1
+        if not text.isascii() or not text.isdecimal() or number < least:
+            raise ValueError(f"{_quoted(text)} is not accepted: give {what}")
+        if number > most:
+            raise ValueError(f"{_quoted(text)} is not accepted: give at most {most}")
+        return number
+
+    return read
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise ValueError(f"{text!r} is not accepted: give a whole number above 0")
-    return int(text)
+def _quoted(text: str) -> str:
+    """A text of the user in a message, not at any length."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise ValueError(f"{text!r} is not accepted: give a port, 0 to 65535")
-    return int(text)
+_whole = _number(0, LARGEST, "a whole number")
+_count = _number(1, 10**9, "a whole number above 0")
+_steps = _number(1, 10_000, "a whole number above 0")
+_layers = _number(1, 1024, "a whole number above 0")
+_frames = _number(1, 10**6, "a whole number above 0")
+_some_frames = _number(0, 10**6, "a whole number")
+_side = _number(1, 2**14, "a whole number above 0")
+_rate = _number(1, 1000, "a whole number above 0")
+_port = _number(0, 65535, "a port, 0 to 65535")
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError(f"{_quoted(text)} is not accepted: give the path of a file or a folder")
+    return Path(text)
+
+
+def _name(text: str) -> str:
+    return str(_path(text)) if not text or "\0" in text else text
 
 
 def _bits(text: str) -> float:
@@ -64,7 +97,7 @@ def _bits(text: str) -> float:
     except ValueError:
         bits = 0.0
     if not 0 < bits <= 16:
-        raise ValueError(f"{text!r} is not accepted: give bits, such as 2.33")
+        raise ValueError(f"{_quoted(text)} is not accepted: give bits, such as 2.33")
     return bits
 
 
@@ -84,22 +117,30 @@ def parse_bytes(text: str) -> int:
         size = int(number * scale)
     except (TypeError, ValueError, OverflowError):
         size = 0
-    if size < 1:
-        raise ValueError(f"{text!r} is not accepted: give a size such as 24GB or 22.4GiB")
+    if not 1 <= size <= LARGEST:
+        raise ValueError(f"{_quoted(text)} is not accepted: give a size such as 24GB or 22.4GiB")
     return size
 
 
 def _shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) != 4 or not all(p.isdecimal() and int(p) for p in parts):
+    try:
+        shape = tuple(map(_count, parts))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4:
         raise ValueError(
-            f"{text!r} is not accepted: give four whole numbers above 0, such as 1,12,37440,128"
+            f"{_quoted(text)} is not accepted: give four whole numbers above 0, such as "
+            "1,12,37440,128"
         )
-    return tuple(map(int, parts))
+    return shape
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",")) if text else ()
+    names = tuple(name.strip() for name in text.split(",")) if text else ()
+    if not all(names):
+        raise ValueError(f"{_quoted(text)} is not accepted: give names with one comma between them")
+    return names
 
 
 def _indices(text: str) -> tuple[int, ...]:
@@ -116,6 +157,24 @@ type Count = Annotated[int, _option(_count, "N")]
 
 type Whole = Annotated[int, _option(_whole, "N")]
 """A whole number, 0 included."""
+
+type Steps = Annotated[int, _option(_steps, "N")]
+"""A number of denoising steps."""
+
+type Layers = Annotated[int, _option(_layers, "N")]
+"""A number of layers."""
+
+type Frames = Annotated[int, _option(_frames, "N")]
+"""A number of frames above 0."""
+
+type SomeFrames = Annotated[int, _option(_some_frames, "N")]
+"""A number of frames, 0 included."""
+
+type Side = Annotated[int, _option(_side, "N")]
+"""The height or width of a picture in pixels."""
+
+type Rate = Annotated[int, _option(_rate, "N")]
+"""Frames a second."""
 
 type Port = Annotated[int, _option(_port, "N")]
 """A port to listen at; 0 is any free one."""
@@ -135,5 +194,8 @@ type Names = Annotated[tuple[str, ...], _option(_names, "NAMES"), Parameter(show
 type Indices = Annotated[tuple[int, ...], _option(_indices, "LIST")]
 """Whole numbers, separated by commas on the command line."""
 
-type File = Annotated[Path, _option(Path, "PATH")]
+type Name = Annotated[str, _option(_name, "PATH")]
+"""The name of a file that is read, kept as it was written."""
+
+type File = Annotated[Path, _option(_path, "PATH")]
 """A file or a folder."""

@@ -54,7 +54,8 @@ class Mp4:
             raise UserError(f"fps={fps!r} is not accepted: give a whole number of at least 1")
         self.path = Path(path)
         self.frames = 0
-        self._fps, self._crf, self._growing = fps, crf, growing
+        self.growing = growing
+        self._fps, self._crf = fps, crf
         self._partial = self.path if growing else self.path.with_name(self.path.name + ".partial")
         self._container = self._stream = None
         self._broken = False
@@ -101,10 +102,12 @@ class Mp4:
     def _open(self, height: int, width: int) -> None:
         # bitexact: no version of the muxer in the file.
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
-        if self._growing:
+        if self.growing:
             options["movflags"] = "+frag_every_frame+empty_moov+default_base_moof"
             options["flush_packets"] = "1"
-        self._container = av.open(str(self._partial), "w", format="mp4", options=options)
+        # "file:", for FFmpeg takes what is in front of another colon as a protocol.
+        where = f"file:{self._partial}"
+        self._container = av.open(where, "w", format="mp4", options=options)
         stream = self._container.add_stream("libx264", rate=self._fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # A key frame every two seconds, so that a player can jump.
@@ -112,7 +115,7 @@ class Mp4:
         # x264's macroblock tree reads memory that nobody wrote: some pictures come out as other
         # bytes on every run. Without it files are a few percent larger.
         stream.options |= {"x264-params": "mbtree=0"}
-        if self._growing:
+        if self.growing:
             stream.options |= {"tune": "zerolatency"}  # no frame waits for the ones after it
         context = stream.codec_context
         context.time_base = Fraction(1, self._fps)
@@ -138,17 +141,17 @@ class Mp4:
             container.mux(self._stream.encode(None))
             container.close()
             self._check()
-            if not self._growing:
+            if not self.growing:
                 os.replace(self._partial, self.path)
         except OSError as error:
             raise _named(error, self.path) from error
         finally:
-            if not self._growing:
+            if not self.growing:
                 self._partial.unlink(missing_ok=True)
 
     def _check(self) -> None:
         # The muxer does not report every failed write: what it wrote is read back.
-        with av.open(str(self._partial)) as file:
+        with av.open(f"file:{self._partial}") as file:
             if (stored := sum(p.size > 0 for p in file.demux(video=0))) != self.frames:
                 raise OSError(f"only {stored} of {self.frames} frames could be read back")
 

@@ -239,7 +239,8 @@ def _visit_dense(
             counts, visible = visible[:, None, :, None], visible[:, None, None, :]
 
         def read(buffer):
-            corner, form = (layer, 0, 0, start, 0), (1, lay.batch, lay.heads, size, lay.head_dim)
+            corner = [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, start, 0)]  # with x64, too
+            form = (1, lay.batch, lay.heads, size, lay.head_dim)
             return lax.dynamic_slice(buffer, corner, form)[0].astype(q_BHQD.dtype)
 
         # A hidden value has weight zero, and zero times a NaN left there would still be NaN.

@@ -240,6 +240,8 @@ def in_order_of(cache: "KVCache", old: Plan | None) -> "KVCache":
         old: the plan by which its arrays lie; None is one device.
     """
     new, fields, blocks = cache.layout.plan, {}, cache.layout.dense_blocks
+    if (None if old is None else old.part) == (None if new is None else new.part):
+        return cache if new is None else jax.device_put(cache, plan_shardings(cache, new))
     for name, axis in _orders(cache):
         order = (axis, blocks) if name.startswith("dense") else (axis, None)
         fields[name] = jax.tree.map(

@@ -5,6 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qvg_jax.cache.state import KVCache
@@ -17,6 +18,7 @@ __all__ = [
     "Regions",
     "cache_bytes",
     "raise_if_bad",
+    "raise_if_not_finite",
 ]
 
 
@@ -48,8 +50,8 @@ def raise_if_bad(tree: Any) -> None:
         lay = cache.layout
         if nonfinite:
             raise NonFiniteError(
-                f"K or V of block {bad_block} is not finite: {nonfinite} NaN or Inf values in "
-                f"{seen} blocks; accepted: finite values"
+                f"K or V of block {bad_block} is not finite: {nonfinite} NaN or Inf values in {seen} "
+                f"blocks{_layer_of_bad(cache)}; accepted: {_accepted(cache.dense_k.dtype)}"
             )
         if rejected:
             raise CacheFullError(
@@ -57,6 +59,61 @@ def raise_if_bad(tree: Any) -> None:
                 f"blocks (sink {lay.sink_blocks}, {lay.max_spans} spans of {lay.span_blocks}, "
                 f"window {lay.window_blocks}); give more max_spans, evict, or overflow='drop'"
             )
+
+
+def raise_if_not_finite(what: str, tree: Any) -> None:
+    """Raises if any array of `tree` has NaN or Inf: for latents, frames, queries and weights.
+
+    Outside jit; it waits for the arrays.
+
+    Args:
+        what: what the tree is, for the message.
+        tree: any pytree; arrays that are not floating point are left alone.
+
+    Raises:
+        NonFiniteError: with the path of every bad array (the first five) and the count.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    floating = [(path, x) for path, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    counts = jax.device_get([_bad_values(x) for _, x in floating])
+    bad = [
+        f"{what}{jax.tree_util.keystr(path)} ({count} of {jnp.size(x)})"
+        for (path, x), count in zip(floating, counts, strict=True)
+        if count
+    ]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise NonFiniteError(f"NaN or Inf in {', '.join(bad[:5])}{more}; accepted: finite values")
+
+
+@jax.jit
+def _bad_values(x: Any) -> jax.Array:
+    return (~jnp.isfinite(x)).sum(dtype=jnp.int32)
+
+
+@jax.jit
+def _bad_layers(dense: Any) -> jax.Array:
+    """Per layer, whether sink or window has NaN or Inf; axes before [L, B, H, T, D] are a vmap's."""
+    layers = jnp.moveaxis(dense, -5, 0)
+    return (~jnp.isfinite(layers)).any(tuple(range(1, layers.ndim)))
+
+
+def _layer_of_bad(cache: KVCache) -> str:
+    """Says where sink and window have the first bad value; nothing if it has been compressed."""
+    bad = {name: np.asarray(_bad_layers(getattr(cache, f"dense_{name}"))) for name in ("k", "v")}
+    layers = np.flatnonzero(bad["k"] | bad["v"])
+    if not layers.size:
+        return ""
+    names = " and ".join(name.upper() for name in ("k", "v") if bad[name][layers[0]])
+    return f", first in {names} of layer {layers[0]}"
+
+
+def _accepted(dtype: Any) -> str:
+    """Says which values a cache of this dtype takes: small formats overflow to NaN or Inf."""
+    largest = float(jnp.finfo(dtype).max)
+    return (
+        "finite values" if largest > 1e6 else f"values from -{largest:g} to {largest:g} ({dtype})"
+    )
 
 
 class Regions(NamedTuple):

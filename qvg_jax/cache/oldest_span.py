@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.cache.devices import whole_span
 from qvg_jax.cache.layer_codecs import groups_of, joined, parts_of
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.no_gradient import no_gradient
 from qvg_jax.cache.slots import write_slot
 from qvg_jax.cache.state import KVCache
 
@@ -42,7 +44,7 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
                 return lax.dynamic_slice(dense, (l, 0, 0, start, 0), form)
 
             state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
-            span = whole_span(lay, read(begin, size)[0], 2)
+            span = no_gradient(whole_span(lay, read(begin, size)[0], 2), "compress")
             packed, state = codec.encode(span, state, key=key)
             # All reading before all writing, or XLA copies the whole buffer to be safe.
             moved = read(begin + size, tail)
@@ -125,7 +127,8 @@ def _for_each_layer(cache: KVCache, one_layer: Callable[..., Any]) -> tuple[Any,
                 return one_layer(l, carry, pair, at)
 
             carry = tuple((dense[s], slots[s][g], states[s][g]) for s, g in enumerate((i, j)))
-            carry = lax.fori_loop(0, len(layers), step, carry)
+            # int32 whatever `jax_enable_x64` says: the counters are, and indices of one slice agree.
+            carry = lax.fori_loop(np.int32(0), np.int32(len(layers)), step, carry)
             for s, g in enumerate((i, j)):
                 dense[s], slots[s][g], states[s][g] = carry[s]
     return tuple(

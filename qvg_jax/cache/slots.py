@@ -133,8 +133,7 @@ def read_slot(slots: Any, layer: Array, slot: Array) -> Any:
     """The packed span of one layer in one slot."""
 
     def read(x: Array) -> Array:
-        corner = (layer, slot) + (0,) * (x.ndim - 2)
-        return lax.dynamic_slice(x, corner, (1, 1, *x.shape[2:]))[0, 0]
+        return lax.dynamic_slice(x, _corner(x, layer, slot), (1, 1, *x.shape[2:]))[0, 0]
 
     return _from_bytes(jax.tree.map(read, slots))
 
@@ -164,9 +163,14 @@ def write_slot(
     """The slots with one span of one layer replaced, unless `store` is False; in place where XLA may."""
 
     def write(x: Array, new: Array) -> Array:
-        corner, new = (layer, slot) + (0,) * new.ndim, new[None, None]
+        corner, new = _corner(x, layer, slot), new[None, None]
         if store is not None:
             new = jnp.where(store, new, lax.dynamic_slice(x, corner, new.shape))
         return lax.dynamic_update_slice(x, new, corner)
 
     return jax.tree.map(write, slots, _to_bytes(packed))
+
+
+def _corner(x: Array, layer: Array, slot: Array) -> list[Array]:
+    """Where a slot begins, all indices of one dtype: with `jax_enable_x64` numbers are int64."""
+    return [jnp.asarray(i, jnp.int32) for i in (layer, slot, *[0] * (x.ndim - 2))]

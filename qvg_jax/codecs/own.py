@@ -29,6 +29,7 @@ __all__ = [
     "midrise2",
     "midrise_1bit",
     "midrise_k1v3",
+    "midrise_k2v4",
     "trellis",
     "trellis_tiny",
 ]
@@ -100,6 +101,14 @@ def midrise_k1v3(
 ) -> tuple[Codec, Codec]:
     """Returns `midrise` with 1 bit for keys and 3 for values: as many bits, closest in pocket world's loop."""
     return midrise(key_bits=key_bits, value_bits=value_bits, key_gain=key_gain, **settings)
+
+
+def midrise_k2v4(key_bits: int = 2, value_bits: int = 4, **settings: Any) -> tuple[Codec, Codec]:
+    """Returns `midrise` with 2 bits for keys and 4 for values, which a CPU decodes almost as fast as it reads bf16.
+
+    2 and 4 bits are unpacked in fewer steps than 1 and 3.
+    """
+    return midrise(key_bits=key_bits, value_bits=value_bits, **settings)
 
 
 def midrise2(stages: int = 2, **settings: Any) -> tuple[Codec, Codec]:

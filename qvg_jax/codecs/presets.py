@@ -225,6 +225,7 @@ PAIRS: dict[str, Callable[..., tuple[Codec, Codec]]] = {
     "dither": own.dither,
     "dither-asym": own.dither_asymmetric,
     "midrise-k1v3": own.midrise_k1v3,
+    "midrise-k2v4": own.midrise_k2v4,
     "midrise2": own.midrise2,
     "midrise-1bit": own.midrise_1bit,
     "kmeans-e8": own.kmeans_e8,

@@ -38,6 +38,8 @@ def parse_recipe(text: str) -> tuple[str, dict[str, Any]]:
                 f"codec={text!r} is not understood at {setting!r}; accepted: NAME or "
                 "NAME:SETTING=VALUE:..., such as 'qvg:group=32'"
             )
+        if key in values:
+            raise ValueError(f"codec={text!r} gives {key} twice; accepted: each setting once")
         values[key] = _value(value)
     return name, values
 
@@ -59,6 +61,8 @@ def parse_call(text: str, preset: Callable[[str], Any]) -> Any:
     """
     try:
         return _Calls(text, preset).made(ast.parse(text.strip(), mode="eval").body)
+    except (RecursionError, MemoryError):  # MemoryError: how Python's parser says it
+        raise ValueError(f"codec={text[:60]!r}... is nested too deeply; {_ACCEPTED}") from None
     except SyntaxError as error:
         raise ValueError(f"codec={text!r} is not understood: {error.msg}; {_ACCEPTED}") from None
 
@@ -109,7 +113,7 @@ def _value(text: str) -> Any:
     """Returns the value of a literal, and any other text as it is."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
 
 

@@ -5,7 +5,6 @@ Letters: L captured layers, B batch, H key-value heads, T tokens of history, Q q
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,9 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Float, Int
 
-from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
+from qvg_jax.reading.arrays import read_npz
 
 __all__ = ["Captured", "Recorder", "load_captured", "save_captured"]
 
@@ -53,8 +53,25 @@ class Captured:
         if self.pairing not in ("half", "interleaved"):
             raise ValueError(f"pairing={self.pairing!r}; accepted: 'half' or 'interleaved'")
         for name in ("k_LBHTD", "v_LBHTD", "q_LBHQD"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(f"{name[0].upper()} has NaN or infinity in it; accepted: numbers")
+            _check_values(name[0].upper(), getattr(self, name))
+        for name in ("turn_k", "turn_q", "layers"):
+            x = getattr(self, name)
+            if x.dtype.kind not in "fiu" or not np.isfinite(x).all():
+                raise ValueError(f"{name} of dtype {x.dtype} is not accepted: give finite numbers")
+
+
+def _check_values(name: str, x: np.ndarray) -> None:
+    """Raises ValueError where nothing can be measured: no values, not floats, not finite, all zero."""
+    if not x.size:
+        raise ValueError(f"{name} of shape {x.shape} is empty; accepted: at least one of each axis")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} is of dtype {x.dtype}; accepted: bfloat16, float16, float32 or float64"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} has NaN or infinity in it; accepted: numbers")
+    if not x.any():
+        raise ValueError(f"{name} is zero everywhere; accepted: values that a model has made")
 
 
 class Recorder:
@@ -103,27 +120,29 @@ def load_captured(path: str | os.PathLike) -> Captured:
     """Reads what `save_captured` wrote, or an .npz with just k, v and q of shape (L, B, H, T, D).
 
     Raises:
-        UserError: a missing or torn file, missing arrays, or shapes that do not fit together.
+        UserError: a missing or torn file, missing arrays, shapes that do not fit together, or
+            values that nothing can be measured on: NaN, no queries, zeros only.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{os.fspath(path)}: missing or not an .npz ({error})") from error
+    names = [field.name for field in dataclasses.fields(Captured)]
+    arrays = read_npz(path, ["k", "v", "q", *names])
     for short, name in (("k", "k_LBHTD"), ("v", "v_LBHTD"), ("q", "q_LBHQD")):
         if name not in arrays and short not in arrays:
             raise UserError(f"{os.fspath(path)}: has no {short!r}; accepted: arrays k, v and q")
         arrays.setdefault(name, arrays.pop(short, None))
     k, q = arrays["k_LBHTD"], arrays["q_LBHQD"]
-    if k.ndim != 5 or q.ndim != 5:
-        raise UserError(f"K {k.shape} and Q {q.shape}; accepted: five axes, (L, B, H, T, D)")
+    if k.ndim != 5 or q.ndim != 5 or not k.size:
+        raise UserError(
+            f"{os.fspath(path)}: K {k.shape} and Q {q.shape}; accepted: five axes, (L, B, H, T, D), "
+            "none of them empty"
+        )
     arrays.setdefault("turn_k", np.zeros((2, k.shape[1], k.shape[3], 0), np.float32))
     arrays.setdefault("turn_q", np.zeros((2, k.shape[1], q.shape[3], 0), np.float32))
     arrays.setdefault("layers", np.arange(len(k)))
     arrays["pairing"] = str(arrays.get("pairing", "half"))
-    names = [field.name for field in dataclasses.fields(Captured)]
-    with told_to_user():
+    try:
         return Captured(**{name: arrays[name] for name in names})
+    except ValueError as error:
+        raise UserError(f"{os.fspath(path)}: {error}") from error
 
 
 def rotated(x_BHTD: jax.Array, turn: jax.Array, pairing: str) -> jax.Array:

@@ -58,7 +58,8 @@ def decoded(path):
 
 def test_the_three_files_are_there_and_nothing_else(done):
     for out in done:
-        assert {p.name for p in out.iterdir()} == {"video.mp4", "report.json", "report.png"}
+        left = {p.name for p in out.iterdir()}
+        assert left == {".lock", "video.mp4", "report.json", "report.png"}
 
 
 def test_the_video_has_every_frame_of_every_arm(done):
@@ -97,7 +98,7 @@ def test_the_report_says_what_was_done(done):
     assert config["sampler"]["steps"] == 4 and config["fps"] == 8
     assert config["weights"]["file"] == "smoke.safetensors"
     assert report["versions"]["jax"] == jax.__version__
-    assert list(report["arms"]) == ["bf16", "trellis", "rtn"]
+    assert list(report["arms"]) == ["bf16", "midrise-k2v4", "rtn"]
     for name, arm in report["arms"].items():
         assert all(len(values) == FRAMES for values in arm["frames"].values())
         bits = arm["bits_per_element"]
@@ -105,8 +106,8 @@ def test_the_report_says_what_was_done(done):
         assert (name == "bf16") == (bits["from_buffers"] == 16)
     assert report["seen_in_tour"] == [1.0] * FRAMES  # back over the tour
     # Same noise, and only the cache differs: far closer to bf16 than two noises would be.
-    assert report["arms"]["trellis"]["means"]["psnr_vs_bf16"] > 30
-    assert report["arms"]["trellis"]["means"]["psnr_vs_truth"] < 20
+    assert report["arms"]["midrise-k2v4"]["means"]["psnr_vs_bf16"] > 30
+    assert report["arms"]["midrise-k2v4"]["means"]["psnr_vs_truth"] < 20
     assert Image.open(done[0] / "report.png").size[0] == 1650
 
 
@@ -136,6 +137,8 @@ def test_the_list_of_codecs(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == [*PRESETS, *PAIRS]
     assert lines[2].split()[:4] == ["qvg", "2", "2.2969", "6.97x"]  # as published
+    assert cli.main(["codecs", "--shape", "1,8,37440,64"]) == 0  # groups of 128 are clamped
+    assert "qvg-asym" in capsys.readouterr().out
     assert cli.main(["codecs", "--shape", "1,24,29640,128"]) == 0
     assert "6.88x" in capsys.readouterr().out
 

@@ -152,3 +152,74 @@ def test_without_pytorch_the_error_says_how_to_install_it(source, tmp_path, monk
     monkeypatch.setattr(importlib, "import_module", missing)
     assert cli.main(["convert", str(source), str(tmp_path / "w.safetensors")]) == 2
     assert "pip install 'qvg-jax[convert]'" in capsys.readouterr().err
+
+
+class Odd(Tensor):
+    """A tensor of a kind that has no plain values."""
+
+    def __init__(self, **is_what):
+        super().__init__(np.zeros(2, np.float32))
+        self.__dict__.update(is_what)
+
+
+class Expanded(Tensor):
+    """A view of four bytes that says it has gigabytes."""
+
+    def numel(self):
+        return 3 * 2**30
+
+
+def nested(depth):
+    tree = {"x": tensor(1)}
+    for _ in range(depth):
+        tree = {"a": tree}
+    return tree
+
+
+CYCLE = {"x": 3}
+CYCLE["a"] = CYCLE
+
+
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        ({"a": {"b": tensor(1)}, "a.b": tensor(1)}, ["two tensors", "'a.b'", "one of each name"]),
+        ({1: tensor(1), "1": tensor(1)}, ["two tensors", "'1'"]),
+        ({"__metadata__": tensor(1)}, ["'__metadata__'", "cannot have"]),
+        ({"": tensor(1)}, ["''", "names of 1 to 512"]),
+        ({"x" * 5000: tensor(1)}, ["names of 1 to 512"]),
+        ({"\x1b[31m" * 200: tensor(1)}, ["\\x1b[31m", "names of 1 to 512"]),
+        (nested(40), ["more than 32 deep"]),
+        (nested(50_000), ["more than 32 deep"]),
+        (CYCLE, ["more than 32 deep"]),
+        ({"a": Odd(layout="torch.sparse_coo")}, ["'a'", "sparse_coo", "plain dense tensors"]),
+        ({"a": Odd(is_quantized=True)}, ["quantized"]),
+        ({"a": Odd(is_nested=True)}, ["nested"]),
+        ({"a": Odd(device="meta")}, ["meta", "without values"]),
+        ({"a": Odd(device="cuda:0")}, ["cuda:0"]),
+        ({"a": Odd(dtype="torch.complex64")}, ["complex64"]),
+        ({"a": Expanded(np.zeros(1, np.float32))}, ["repeats its memory"]),
+        ("weights", ["holds a str"]),
+        (None, ["holds a NoneType"]),
+        ({}, ["holds no tensors"]),
+        ({"model": {}}, ["holds no tensors in model"]),
+    ],
+    ids=range(20),
+)
+def test_odd_checkpoints(content, parts, torch, source, tmp_path, capsys):
+    torch.content = content
+    assert cli.main(["convert", str(source), str(tmp_path / "w.safetensors")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("qvg: error: ") and err.count("\n") == 1
+    assert all(part in err for part in parts) and "\x1b" not in err
+    assert {p.name for p in tmp_path.iterdir()} == {"w.pt"}
+
+
+def test_nan_in_a_checkpoint_is_named(torch, source, tmp_path, capsys):
+    bad = tensor(4)
+    bad.array[1:3] = np.nan
+    torch.content = {"fine": tensor(2), "spoiled": bad}
+    assert cli.main(["convert", str(source), str(tmp_path / "w.safetensors")]) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "1 tensors have NaN or Inf, the first is spoiled with 2" in err
+    assert set(load_file(tmp_path / "w.safetensors")) == {"fine", "spoiled"}

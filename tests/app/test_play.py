@@ -5,7 +5,6 @@ import contextlib
 import io
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,12 +18,12 @@ import pytest
 from PIL import Image
 
 from qvg_jax.app import cli
+from tests.support.tab import Tab
 from tests.support.tiny_world import as_in_its_own_process, random_weights
 
 REPO = Path(__file__).resolve().parents[2]
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-TOUR, SECONDS = 8, 30_000  # ms that anything may take on a busy machine
+TOUR = 8
 
 
 @pytest.fixture(scope="module")
@@ -74,66 +73,6 @@ def server(weights, tmp_path_factory):
     assert process.returncode == 0 and "Traceback" not in out, out
     assert re.search(r"ended after \d+ blocks", out), out
     assert {p.name for p in folder.iterdir()} <= {"cache"}  # nothing is left lying about
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    with playwright.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-class Tab:
-    """A tab of the page, as a person sees and uses it."""
-
-    def __init__(self, browser, address):
-        self.page = browser.new_page(viewport={"width": 1360, "height": 860})
-        self.page.set_default_timeout(SECONDS)
-        self.asked, self.complaints = [], []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(address)
-        self.wait_for("ready")
-
-    def wait_for(self, phase):
-        self.page.wait_for_selector(f".chip.{phase}")
-
-    def text(self, name):
-        return self.page.get_by_test_id(name).inner_text()
-
-    def blocks(self):
-        """How many blocks the walk has."""
-        return int(re.match(r"block (\d+)", self.text("speed"))[1])
-
-    def turn(self):
-        """Number and action of the block whose frames are up."""
-        return self.page.locator(".frame").get_attribute("data-turn")
-
-    def wait_for_turn(self, turn):
-        self.page.wait_for_selector(f'.frame[data-turn="{turn}"]')
-
-    def wait_for_block(self, number):
-        self.page.wait_for_function(
-            "n => parseInt(document.querySelector('[data-testid=speed]').innerText.slice(6)) >= n",
-            arg=number,
-        )
-
-    def settled(self):
-        """The number of blocks after all presses have been played."""
-        while True:
-            before = self.blocks()
-            self.page.wait_for_timeout(600)
-            if self.blocks() == before:
-                return before
-
-    def choose(self, codec):
-        self.page.locator(".q-select").click()
-        self.page.get_by_role("option", name=re.compile(f"^{re.escape(codec)} ")).click()
 
 
 @pytest.fixture
@@ -358,6 +297,7 @@ def test_a_port_in_use_is_one_line(command):
     [
         (["--port", "70000"], ["--port", "'70000'", "0 to 65535"]),
         (["--host", "203.0.113.7", "--port", "0"], ["203.0.113.7", "address of this machine"]),
+        (["--host", ""], ["--host ''", "127.0.0.1 for this machine alone"]),
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),
         (["--model", "wan"], ["'wan' is not known", "accepted: pocket-world"]),
         (["--model", "self-forcing"], ["cannot be used with `qvg play`", "accepted: pocket-world"]),

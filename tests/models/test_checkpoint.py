@@ -113,6 +113,14 @@ def test_all_problems_in_one_error(tmp_path, tensors):
         assert line in text
 
 
+def test_a_weight_that_is_not_finite_is_named(tmp_path, tensors):
+    tensors["blocks.2.proj.weight"][0, 0] = np.nan
+    tensors["gamma"][0, 0] = np.inf
+    want = "NaN or Inf in .*(blocks.proj.kernel, gamma|gamma, .*blocks.proj.kernel)"
+    with pytest.raises(CheckpointError, match=want):
+        load_from(tmp_path, tensors)
+
+
 def test_tied_and_ignored_names(tmp_path, tensors):
     tensors["tied_gamma"] = tensors["gamma"].copy()
     tensors["decoder.x"] = np.zeros(1, np.float32)

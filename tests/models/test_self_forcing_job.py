@@ -23,6 +23,7 @@ from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app import cli
 from qvg_jax.app.panels import Sheet
 from qvg_jax.app.video import Mp4
+from qvg_jax.errors import UserError
 from tests.support import tiny_self_forcing as tiny
 from tests.support.tiny_world import as_in_its_own_process
 
@@ -86,6 +87,7 @@ def error_line(stderr):
 
 def test_two_arms_share_their_noise_and_stand_side_by_side(whole):
     assert {p.name for p in whole.iterdir()} == {
+        ".lock",
         "video.mp4", "report.json", "report.png", "latents",
     }  # fmt: skip
     with av.open(str(whole / "video.mp4")) as file:
@@ -213,9 +215,8 @@ def test_a_finished_video_can_be_made_longer(run, tmp_path):
 
 
 def test_a_run_goes_on_only_from_its_own_latents(run, tmp_path):
-    code, _, err = run("--resume")
-    assert code == 2 and "request.json is not there" in error_line(err)
-    assert run(frames=6)[0] == 0
+    code, _, err = run("--resume", frames=6)
+    assert code == 0 and "go on from; from the beginning" in err
     code, _, err = run("--resume", "--prompt", "a blue fox", frames=6)
     assert code == 2
     assert "prompt='a red fox'" in error_line(err) and "'a blue fox'" in error_line(err)
@@ -230,6 +231,8 @@ def test_a_block_that_was_cut_off_is_made_again(tmp_path):
         kept.add("a:b=1", i, block)
     file = next((tmp_path / "latents").glob("*.bin"))
     file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(UserError, match="first 2 blocks of this run, interrupted.*--resume"):
+        SavedLatents(tmp_path, {"seed": 1}, (1, 3, 2, 4, 4), np.float32)
     again = SavedLatents(tmp_path, {"seed": 1}, (1, 3, 2, 4, 4), np.float32, resume=True)
     np.testing.assert_array_equal(again.read("a:b=1"), np.concatenate(blocks[:2], axis=1))
     again.add("a:b=1", 2, blocks[2])

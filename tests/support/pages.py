@@ -52,6 +52,8 @@ def commands(page: Path) -> Iterator[list[str]]:
             for part in line.split("&&"):
                 words = shlex.split(part, comments=True)
                 if words[:2] == ["uv", "run"]:
-                    words = words[4:] if words[2] == "--extra" else words[2:]
+                    words = words[2:]
+                    while words[0] in ("--extra", "--group"):
+                        words = words[2:]
                 if words and "=" not in words[0]:
                     yield words

@@ -139,7 +139,9 @@ class Page:
             )
             self._room, self._room_bar = bar("frames remembered", "room")
             self._forgotten = ui.label().classes("dim").style("margin-top: 6px")
-            self._chart = ui.echart(chart([])).style("height: 150px; margin-top: 8px")
+            self._chart = ui.echart(chart(self._player.points)).style(
+                "height: 150px; margin-top: 8px"
+            )
 
     def _codec_card(self, codecs: dict[str, str]) -> None:
         with ui.element("div").classes("card"):
@@ -192,7 +194,7 @@ class Page:
     def refresh(self, watching: int = 1) -> None:
         """Brings everything but the frames up to the player's state."""
         player = self._player
-        walk, seen = player.walk, player.seen
+        walk, seen, points = player.walk, player.seen, player.points
         phase = player.phase
         self._status.classes(replace=f"chip {phase}").set_text(player.word or "ready: your keys")
         self._watching.set_text(
@@ -206,16 +208,17 @@ class Page:
         if walk.codec != self._codec_shown:  # another tab, or this one's wish came true
             self._codec_shown = walk.codec
             self._codec.set_value(walk.codec)
-        if seen is None:
+        if seen is None or not points:
             self._speed.set_text("")
         else:
             self._speed.set_text(
                 f"block {seen.number + 1}: {seen.seconds:.2f} s for {n} frames, seed {walk.seed}"
             )
-            self._show_meter(player.points[-1].meter)
-        self._chart.options.update(chart(player.points))
-        self._chart.update()
-        self._map.set_content(svg_map(player.points))
+            self._show_meter(points[-1].meter)
+        # Not through the element's options, which NiceGUI would watch point by point.
+        if self.client.has_socket_connection:
+            self._chart.run_chart_method("setOption", chart(points))
+        self._map.set_content(svg_map(points))
 
     def _show_meter(self, meter: Any) -> None:
         self._times.set_text(f"{meter.times_smaller:.1f}×")

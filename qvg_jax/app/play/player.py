@@ -97,12 +97,22 @@ class Player:
         self.phase, self.word = "starting", "compiling ..."
         self.seen: Seen | None = None
         self.truth: UInt8[np.ndarray, "F H W 3"] | None = None
-        self.points: collections.deque[Point] = collections.deque(maxlen=ROWS)
+        self._points: collections.deque[Point] = collections.deque(maxlen=ROWS)
         self._tell, self._tour_seconds = tell, tour_seconds
         self._keys, self._requests = Keys(), collections.deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="walk", daemon=True)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The history of the walk as it is now; the player's thread goes on meanwhile."""
+        with self._changed:
+            return tuple(self._points)
+
+    def _note(self, point: Point) -> None:
+        with self._changed:
+            self._points.append(point)
 
     def start(self) -> None:
         """Compiles and takes the tour, then waits for keys."""
@@ -138,8 +148,8 @@ class Player:
 
         def switch(walk):
             meter = walk.switch(codec)
-            if self.points:  # the same block, in other codes
-                self.points.append(self.points[-1]._replace(codec=codec, meter=meter))
+            if points := self.points:  # the same block, in other codes
+                self._note(points[-1]._replace(codec=codec, meter=meter))
             return meter
 
         return self._ask(f"changing to {codec} ...", switch)
@@ -150,7 +160,8 @@ class Player:
         def restart(walk):
             walk.restart(seed)
             self.seen = self.truth = None
-            self.points.clear()
+            with self._changed:
+                self._points.clear()
             self._keys.clear()
 
         return self._ask("a new world ...", restart)
@@ -220,9 +231,7 @@ class Player:
             self._keys.clear()
         else:
             self.seen = seen
-            self.points.append(
-                Point(seen.number, walk.codec, action is None, seen.place, seen.meter)
-            )
+            self._note(Point(seen.number, walk.codec, action is None, seen.place, seen.meter))
             self._settle()
             self._tell(seen)
             if action is None:

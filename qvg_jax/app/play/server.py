@@ -11,19 +11,28 @@ walk waits for the next tab.
 """
 
 import asyncio
+import collections
 import contextlib
+import ipaddress
+import secrets
+import signal
 import socket
 import tempfile
 import threading
 import time
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 from nicegui import app as pages_app
-from nicegui import run, ui
+from nicegui import core, run, ui
+from starlette.middleware.gzip import GZipMiddleware
 
+from qvg_jax.app.play.gate import Gate
+from qvg_jax.app.play.limits import MESSAGE_BYTES
+from qvg_jax.app.play.messages import guard_messages
 from qvg_jax.app.play.page import Page, picture
 from qvg_jax.app.play.player import Player
 from qvg_jax.app.play.walk import Seen, Walk, write_clip
@@ -32,13 +41,22 @@ from qvg_jax.codecs.presets import PAIRS, PRESETS
 
 __all__ = ["codec_choices", "listen", "serve"]
 
+RECONNECT_SECONDS = 5.0  # so long a tab whose socket broke is waited for; later it loads anew
+MOST_CONNECTIONS = 256
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket for `serve`; port 0 takes any free one.
 
     Raises:
+        ValueError: the host is empty, which sockets take for all addresses.
         OSError: the port is in use, or the host is not this machine's.
     """
+    if not host.strip():
+        raise ValueError(
+            f"--host {host!r} is not accepted: give an address of this machine, 127.0.0.1 for this "
+            "machine alone, 0.0.0.0 for all that reach it"
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -62,44 +80,96 @@ def codec_choices(walk: Walk) -> dict[str, str]:
     return choices
 
 
-def serve(walk: Walk, sock: socket.socket, *, show: bool = True) -> None:
-    """Serves the page until Ctrl-C.
+def serve(walk: Walk, sock: socket.socket, *, host: str = "", show: bool = True) -> None:
+    """Serves the page until Ctrl-C, SIGTERM or SIGHUP.
+
+    An address that other machines reach asks for the token in the address that is printed.
 
     Args:
         walk: the walk; nothing of it is compiled yet.
         sock: from `listen`; closed at the end.
+        host: the name by which the user calls the machine, accepted beside its addresses.
         show: whether to open a browser.
     """
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    hall = _Hall(walk, url)
+    address, port = sock.getsockname()[:2]
+    alone = ipaddress.ip_address(address).is_loopback
+    token = None if alone else secrets.token_urlsafe(24)
+    url = _url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), port, token)
+    hall = _Hall(walk, url, "" if alone else " to whoever has this address")
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    ui.page("/", title=f"qvg play: {walk.world.model}", dark=True)(hall.enter)
+    ui.page("/", title=f"qvg play: {walk.world.model}", dark=True, language="en-US")(hall.enter)
     pages_app.on_startup(hall.open)
     if show:
         pages_app.on_startup(lambda: threading.Timer(0.2, webbrowser.open, [url]).start())
-    ui.run_with(outer, show_welcome_message=False, tailwind=False, reconnect_timeout=5.0)
-    config = uvicorn.Config(
-        outer, log_level="warning", ws_max_size=1 << 20, timeout_graceful_shutdown=1
+    ui.run_with(
+        outer,
+        show_welcome_message=False,
+        tailwind=False,
+        reconnect_timeout=RECONNECT_SECONDS,
+        gzip_middleware_factory=None,  # the gate reads the page, so that it is zipped outside
     )
+    guard_messages()
+    core.sio.eio.max_http_buffer_size = MESSAGE_BYTES
+    names = () if alone else (host, socket.gethostname())
+    config = uvicorn.Config(
+        GZipMiddleware(Gate(outer, token=token, names=names), minimum_size=1000),
+        log_level="warning",
+        proxy_headers=False,
+        ws_max_size=MESSAGE_BYTES,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        with _ended_by_signals(server):
+            server.run(sockets=[sock])
     finally:
         hall.close()
         sock.close()
 
 
+def _url(address: str, port: int, token: str | None) -> str:
+    place = f"[{address}]" if ":" in address else address
+    return f"http://{place}:{port}" + (f"/?token={token}" if token else "")
+
+
+@contextlib.contextmanager
+def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Ends the server as Ctrl-C does when a scheduler or a closed terminal says so.
+
+    uvicorn raises the signal once more at its end, and the default would end the process there,
+    with the saved clips left behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = {}
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        handler = interrupt if number == signal.SIGTERM else server.handle_exit
+        before.setdefault(number, signal.signal(number, handler))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class _Hall:
     """The tabs that are open, and the player that they watch."""
 
-    def __init__(self, walk: Walk, url: str):
-        self._url = url
+    def __init__(self, walk: Walk, url: str, reach: str):
+        self._url, self._reach = url, reach
         self._player = Player(walk, self._told)
         self._codecs = codec_choices(walk)
         self._pages: list[Page] = []  # with a browser behind them
         self._loop: asyncio.AbstractEventLoop | None = None
         self._showing: asyncio.Task | None = None
+        self._news = collections.deque(maxlen=1)  # the newest block that the loop has not seen
+        self._told_already = False
         self._last: tuple[str, str, str | None] | None = None  # what is up
         self._begun = time.perf_counter()
         self._announced = False
@@ -109,7 +179,8 @@ class _Hall:
         """Starts the walk when the server is there."""
         self._loop = asyncio.get_running_loop()
         print(
-            f"qvg: {self._url} is open; compiling {self._player.walk.world.model} ...", flush=True
+            f"qvg: {self._url} is open{self._reach}; compiling {self._player.walk.world.model} ...",
+            flush=True,
         )
         self._player.start()
 
@@ -144,15 +215,20 @@ class _Hall:
             self._announced = True
             seconds = time.perf_counter() - self._begun
             print(f"qvg: ready after {seconds:.1f} s (Ctrl-C ends)", flush=True)
-        truth = self._player.truth
-        with contextlib.suppress(RuntimeError):  # the loop has been closed
-            self._loop.call_soon_threadsafe(self._react, seen, truth)
-
-    def _react(self, seen: Seen | None, truth) -> None:
         if seen is not None:
+            self._news.append((seen, self._player.truth))
+        if self._told_already:
+            return  # blocks can be faster than pages: the loop would have no time for keys
+        self._told_already = True
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self._react)
+
+    def _react(self) -> None:
+        self._told_already = False
+        if self._news:
             if self._showing is not None:
                 self._showing.cancel()
-            self._showing = self._loop.create_task(self._show(seen, truth))
+            self._showing = self._loop.create_task(self._show(*self._news.popleft()))
         self._refresh()
 
     async def _show(self, seen: Seen, truth) -> None:

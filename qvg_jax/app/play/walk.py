@@ -21,7 +21,12 @@ from jaxtyping import UInt8
 
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.video import Mp4
-from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes
+from qvg_jax.cache.health import (
+    CacheFullError,
+    NonFiniteError,
+    cache_bytes,
+    raise_if_not_finite,
+)
 from qvg_jax.cache.recode import recode
 from qvg_jax.cache.state import KVCache
 from qvg_jax.codecs.base import Codec
@@ -209,7 +214,9 @@ class Walk:
         self._action = action
         begin = time.perf_counter()
         try:
-            frames_FHW3 = to_uint8(next(self._stream)[0])
+            frames = next(self._stream)
+            raise_if_not_finite(f"frames of block {self.blocks}", frames)
+            frames_FHW3 = to_uint8(frames[0])
         except (NonFiniteError, CacheFullError) as error:
             self.broken = str(error)
             raise

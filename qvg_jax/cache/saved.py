@@ -1,0 +1,89 @@
+"""Caches on disk: a dictionary of arrays that any saver takes, and the way back with its checks.
+
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, to_saved(cache))
+        cache = from_saved(checkpointer.restore(folder), like=KVCache.create(...))
+
+A cache of one plan comes back by another. Devices then read as the saver's target says; here it is the
+same for all of them:
+
+    form = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    target = {name: form(x) if isinstance(x, jax.Array) else x for name, x in to_saved(like).items()}
+    cache = from_saved(checkpointer.restore(folder, target), like)
+
+A `KVCache` is a pytree, but savers refuse arrays of no elements, which empty regions have, and know
+nothing of its layout: slots of one codec read as slots of another would be silently wrong.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvg_jax.cache.devices import in_order_of
+from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.plan import AXES, Plan
+from qvg_jax.cache.state import KVCache
+
+__all__ = ["from_saved", "to_saved"]
+
+LAYOUT = "layout"  # under this name lie the bytes of the layout's text
+PLAN = "plan"  # and under this one the devices of each axis, in whose order the arrays lie
+
+
+def to_saved(cache: KVCache) -> dict[str, Any]:
+    """The cache's arrays by name, without those of no elements, its layout as bytes, and its plan."""
+    text = "\n".join(_lines(cache.layout)).encode()
+    plan = Plan() if cache.layout.plan is None else cache.layout.plan
+    saved: dict[str, Any] = {LAYOUT: np.frombuffer(text, np.uint8)}
+    saved[PLAN] = np.array([getattr(plan, axis) for axis in AXES], np.int32)
+    return saved | {name: x for name, x in _named(cache).items() if x.size}
+
+
+def from_saved(saved: dict[str, Any], like: KVCache) -> KVCache:
+    """The cache that `to_saved` gave away.
+
+    Args:
+        saved: what a saver brought back.
+        like: a cache of the same layout, such as the empty one that the run began with. Arrays go
+            where its arrays are; its plan may be another one.
+
+    Raises:
+        ValueError: the layout is another one (every setting that differs is named), or an array is
+            missing or of another shape or dtype.
+    """
+    if LAYOUT not in saved:
+        raise ValueError(f"saved has no {LAYOUT!r}: accepted is what `to_saved` returns")
+    then = bytes(np.asarray(saved[LAYOUT])).decode().split("\n")
+    now = _lines(like.layout)
+    if then != now:
+        was, has = (", ".join(x for x in a if x not in b) for a, b in ((then, now), (now, then)))
+        raise ValueError(f"the saved cache has {was or 'fewer settings'}; this cache has {has}")
+    leaves = []
+    for name, x in _named(like).items():
+        if not x.size:
+            leaves.append(x)
+            continue
+        if name not in saved:
+            raise ValueError(f"saved: {name} is missing")
+        got = saved[name]
+        if (got.shape, got.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"saved: {name} has {got.shape} {got.dtype}; accepted: {x.shape} {x.dtype}"
+            )
+        leaves.append(jax.device_put(jnp.asarray(got), x.sharding))
+    cache = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    devices = np.asarray(saved.get(PLAN, [1] * len(AXES))).tolist()
+    return in_order_of(cache, Plan(**dict(zip(AXES, devices, strict=True))))
+
+
+def _named(cache: KVCache) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(cache)
+    return {jax.tree_util.keystr(path): x for path, x in leaves}
+
+
+def _lines(layout: Layout) -> list[str]:
+    fields = [f for f in dataclasses.fields(layout) if f.name not in ("plan", "part")]
+    return [f"{f.name}={getattr(layout, f.name)}".replace("\n", " ") for f in fields]

@@ -1,0 +1,96 @@
+"""An interrupted run of pocket world goes on to the bytes of an undisturbed one."""
+
+import errno
+import json
+import re
+import signal
+
+import pytest
+
+from qvg_jax.app import cli
+from qvg_jax.app.saved_blocks import SavedBlocks
+from qvg_jax.app.video import Mp4
+from tests.support.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_weights
+
+ARMS = ("--codec", "qvg", "--compare", "bf16")
+BLOCK = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process(tmp_path_factory):
+    with as_in_its_own_process(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return random_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def run(weights, capsys):
+    """run(out, "--resume") -> exit code, stderr."""
+
+    def run(out, *argv):
+        common = ["generate", "--weights", str(weights), "--out", str(out)]
+        code = cli.main([*common, f"--tour={TOUR}", f"--frames={FRAMES}", *ARMS, *argv])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, weights):
+    out = tmp_path_factory.mktemp("whole")
+    sizes = [f"--tour={TOUR}", f"--frames={FRAMES}"]
+    assert cli.main(["generate", "--weights", str(weights), "--out", str(out), *sizes, *ARMS]) == 0
+    return products(out)
+
+
+def products(out):
+    """What a run leaves, but for its timings: the video's bytes and the report."""
+    report = json.loads((out / "report.json").read_text())
+    assert report.pop("timings")["total_seconds"] > 0
+    left = {p.name for p in out.iterdir()}
+    assert left == {".lock", "report.json", "report.png", "video.mp4"}
+    return (out / "video.mp4").read_bytes(), report
+
+
+def test_sigterm_leaves_a_video_and_the_run_goes_on(run, whole, tmp_path, monkeypatch):
+    add, number = Mp4.add, signal.SIGTERM
+
+    def press(self, frame):
+        add(self, frame)
+        if self.frames == TOUR + BLOCK + 2:
+            signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Mp4, "add", press)
+        code, err = run(tmp_path)
+    assert code == 128 + number
+    assert err.endswith(f"has the {TOUR + 2 * BLOCK} frames so far; --resume goes on\n")
+    assert signal.getsignal(number) is handler
+    code, err = run(tmp_path)
+    assert code == 2 and re.search(r"first \d blocks of this run, interrupted.*--resume", err)
+    code, err = run(tmp_path, "--seed", "1", "--resume")
+    assert code == 2 and "made with seed=0, now it is 1" in err
+    assert run(tmp_path, "--resume")[0] == 0
+    assert products(tmp_path) == whole
+
+
+def test_a_full_disk_under_the_blocks_loses_none_of_them(run, whole, tmp_path, monkeypatch):
+    add = SavedBlocks.add
+
+    def fills(self, arm, number, block):
+        if (arm, number) == ("qvg", 2):
+            raise OSError(errno.ENOSPC, "No space left on device", "qvg.bin")
+        add(self, arm, number, block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedBlocks, "add", fills)
+        code, err = run(tmp_path)
+    assert code == 2 and "qvg.bin: No space left on device" in err and err.count("\n") == 1
+    assert run(tmp_path, "--resume")[0] == 0
+    assert products(tmp_path) == whole
+    assert run(tmp_path)[0] == 0  # a finished run is replaced without asking
