@@ -1,6 +1,7 @@
 """Where the arrays of a cache lie on several devices: batch rows or heads apart, everything else on each."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from qvg_jax.attention.api import attend
 from qvg_jax.cache.devices import axis_specs
+from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["attend_by_heads", "cache_shardings", "head_shardings"]
+__all__ = ["attend_by_heads", "by_tokens", "cache_shardings", "head_shardings"]
 
 
 def head_shardings(cache: KVCache, mesh: Mesh | AbstractMesh, axis: str) -> KVCache:
@@ -128,3 +130,20 @@ def attend_by_heads(
     # The kernels do not say on which axes their results vary.
     run = jax.shard_map(local, in_specs=inputs, out_specs=apart, check_vma=False)
     return run(q_BTHD, view, k_BTHD, v_BTHD, jnp.asarray(layer, jnp.int32))
+
+
+def by_tokens(attention: Callable[..., Array], plan: Plan | None) -> Callable[..., Array]:
+    """The function attention(q, k, v), run by each device for the queries that it has.
+
+    For attention to keys and values that every device has whole, such as a prompt's. Fused kernels refuse
+    queries whose tokens XLA has divided.
+
+    Args:
+        attention: of q (B, T, H, D), k and v.
+        plan: of the devices; None, or one that keeps tokens together, changes nothing.
+    """
+    if plan is None or not plan.split_tokens:
+        return attention
+    apart, everywhere = jax.P(None, plan.axis), jax.P()
+    specs = dict(in_specs=(apart, everywhere, everywhere), out_specs=apart)
+    return jax.shard_map(attention, mesh=plan.mesh, **specs, check_vma=False)

@@ -95,7 +95,7 @@ def cached_forward(
         way = model.config.attention
         return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer, implementation=way)
 
-    return model(x_BFZYX, t, text_kv, attention, keep_kv=keep_kv)
+    return model(x_BFZYX, t, text_kv, attention, keep_kv=keep_kv, plan=view.cache.layout.plan)
 
 
 def denoise_block(
