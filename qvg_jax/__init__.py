@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qvg_jax import sharding
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
+    from qvg_jax.cache.devices import spread
     from qvg_jax.cache.edits import reset, take_rows, truncate
     from qvg_jax.cache.health import (
         CacheFullError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     )
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
+    from qvg_jax.cache.plan import Plan
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
     from qvg_jax.cache.saved import from_saved, to_saved
@@ -60,7 +62,9 @@ _MODULES = {
     "append": "cache.operations",
     "compress": "cache.operations",
     "evict": "cache.operations",
+    "Plan": "cache.plan",
     "recode": "cache.recode",
+    "spread": "cache.devices",
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
@@ -87,6 +91,7 @@ __all__ = [
     "KVCache",
     "KeyBias",
     "NonFiniteError",
+    "Plan",
     "Rope",
     "append",
     "attend",
@@ -113,6 +118,7 @@ __all__ = [
     "residual_quantize",
     "rollout",
     "sharding",
+    "spread",
     "stream",
     "summary",
     "take_rows",

@@ -8,7 +8,7 @@ from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from models.self_forcing.protocol import PROTOCOL
 from models.self_forcing.releases import RELEASES, Release
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Frames, Name, SomeFrames
+from qvg_jax.app.option_types import Count, Frames, Name, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRIES", "ENTRY", "Options", "PlanOptions"]
@@ -53,8 +53,10 @@ class PlanOptions(LatentPlanOptions):
         span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
+        devices: devices that would share a run; each plan for them gets a line.
     """
 
+    devices: Count | None = None
     window: Frames | None = None
     sink: SomeFrames | None = None
     span: Frames | None = None

@@ -21,6 +21,7 @@ from models.self_forcing.plan import make_plan
 from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.schedule import Block, plan_blocks
 from models.self_forcing.settings import (
+    PLANS,
     Settings,
     chosen_sizes,
     released_sizes,
@@ -38,6 +39,7 @@ class _SelfForcing(LatentModel[Options, Settings]):
     """Self-Forcing, or another release of its kind, as a latent model."""
 
     fps = 16
+    plans = PLANS
 
     def __init__(self, release: Release):
         self.release = release
@@ -144,6 +146,7 @@ class _SelfForcing(LatentModel[Options, Settings]):
             "window_frames": lay.window_blocks,
             "attention": attention_of(arm.name, options) or "chosen by attend",
             "tokens_of_a_frame": lay.block_tokens,
+            "devices": 1 if lay.plan is None else lay.plan.devices,
         }
 
     def report(self, run: Run[Options, Settings]) -> dict[str, Any]:

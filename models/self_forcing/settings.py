@@ -6,6 +6,7 @@ import logging
 import jax
 
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
+from models.runs.devices import plan_of
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.entry import FRAMES, NAME, Options
@@ -16,6 +17,8 @@ from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.errors import UserError, told_to_user
+
+PLANS = ("spans", "heads", "ring")
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +108,13 @@ def settle(
     check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
     check_seed(options.seed)
     names = arm_names(options)
+    plan = plan_of(options, PLANS)
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps, release),
-        histories={name: _history(name, options, release) for name in names},
+        histories={
+            name: dataclasses.replace(_history(name, options, release), plan=plan) for name in names
+        },
         frames=frames,
         height=height,
         width=width,

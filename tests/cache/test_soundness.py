@@ -29,7 +29,7 @@ def make(**sizes):
 @jax.jit
 def step(cache, x):
     return compress(append(cache, *x)), attend(
-        x[0][1].astype(jnp.float32), cache, *_one(x), layer=1
+        x[0][1].astype(jnp.float32), cache.view(rope=False), *_one(x), layer=1
     )
 
 
