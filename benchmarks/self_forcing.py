@@ -308,7 +308,7 @@ def _block_at(
     from models.self_forcing.block import Known
     from models.self_forcing.pipeline import generating_step
     from qvg_jax.cache.health import cache_bytes
-    from qvg_jax.rollout import stream
+    from qvg_jax.loop import stream
 
     n = setup.sizes.dit.frames_per_block
     frames = _capacity(setup)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qvg_jax.codecs.quantize.grid import grid_quantize
     from qvg_jax.codecs.quantize.integer import residual_quantize
     from qvg_jax.codecs.smoothing.kmeans import kmeans_smoothing
-    from qvg_jax.rollout import rollout, stream
+    from qvg_jax.loop import rollout, stream
 
 __version__ = "0.1.0"
 JAX_RANGE = ">=0.8,<0.13"  # of the versions that the tests ran on
@@ -81,8 +81,8 @@ _MODULES = {
     "grid_quantize": "codecs.quantize.grid",
     "residual_quantize": "codecs.quantize.integer",
     "kmeans_smoothing": "codecs.smoothing.kmeans",
-    "rollout": "rollout",
-    "stream": "rollout",
+    "rollout": "loop",
+    "stream": "loop",
 }
 
 __all__ = [

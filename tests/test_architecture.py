@@ -17,7 +17,7 @@ PACKAGES = ("models", "qvg_jax", "pallas_kernels")  # each imports those behind 
 # A room imports rooms of lower floors only.
 FLOORS = (
     ("app",),
-    ("study", "rollout", "sharding"),
+    ("study", "loop", "sharding"),
     ("attention",),
     ("cache",),
     ("codecs", "reading"),

@@ -28,6 +28,19 @@ def test_every_public_name_is_there_and_documented():
         assert name in dir(qvg_jax)
 
 
+def test_names_are_the_same_whatever_was_imported_before():
+    """Importing a module `qvg_jax.x` makes it the attribute `x`: no function may have that name."""
+    code = (
+        "import importlib, pkgutil, types, qvg_jax\n"
+        "for module in pkgutil.iter_modules(qvg_jax.__path__):\n"
+        "    if module.name != '__main__':\n"
+        "        importlib.import_module(f'qvg_jax.{module.name}')\n"
+        "found = [n for n in qvg_jax.__all__ if type(getattr(qvg_jax, n)) is types.ModuleType]\n"
+        "assert found == ['presets', 'sharding'], found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_presets_are_the_module():
     assert qvg_jax.presets.pair("midrise") is not None
     assert qvg_jax.presets.__name__ == "qvg_jax.codecs.presets"

@@ -17,8 +17,8 @@ from models.self_forcing.block import Known, State, draw_noise, generate_block
 from models.self_forcing.config import SamplerConfig
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.schedule import plan_blocks
-from qvg_jax.rollout import rollout
-from qvg_jax.rollout import stream as stream_blocks
+from qvg_jax.loop import rollout
+from qvg_jax.loop import stream as stream_blocks
 
 type Progress = Callable[[int, int, State], None]  # progress(blocks_done, blocks, state)
 
@@ -79,7 +79,7 @@ def generate(
     Raises:
         ValueError: frames that blocks cannot make up, maps that do not fit each other, or done
             latents that do not fit them.
-        NonFiniteError, CacheFullError: see `qvg_jax.rollout`.
+        NonFiniteError, CacheFullError: see `qvg_jax.loop`.
     """
     inputs = _Inputs(model, request)
     state, step = _start(model, sampler, history, request)

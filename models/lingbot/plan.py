@@ -18,7 +18,7 @@ from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_dec
 from models.self_forcing.block import Known, State
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 
 
 def make_plan(options: Options, memory: int, released: Sizes) -> Plan:

@@ -19,7 +19,7 @@ from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import text_encoder_bytes, text_kv_bytes
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 
 CHUNK = 8  # steps in one device call, as `denoise` has it
 ROWS = 64  # rows of the text that a short prompt keeps

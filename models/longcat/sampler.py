@@ -16,7 +16,7 @@ from models.longcat.modeling import LongCatDiT, TextKV
 from models.longcat.passes import cached_forward, clip_forward
 from models.longcat.schedule import Schedule
 from qvg_jax.cache.operations import KVCache
-from qvg_jax.rollout import rollout
+from qvg_jax.loop import rollout
 
 type Progress = Callable[[int, int, Any], None]  # progress(steps_done, steps, latents)
 

@@ -12,7 +12,7 @@ from models.pocket_world.pipeline import WorldState
 from models.pocket_world.sampling import Sampler
 from qvg_jax.attention.api import attend
 from qvg_jax.errors import UserError
-from qvg_jax.rollout import rollout
+from qvg_jax.loop import rollout
 from qvg_jax.study.capture import Captured, Recorder
 
 QUERY_NOISE = 0.8  # noise level of the block that asks: a middle step of the sampler

@@ -25,7 +25,7 @@ from models.pocket_world.pipeline import WorldState
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.cache.health import cache_bytes
-from qvg_jax.rollout import rollout
+from qvg_jax.loop import rollout
 
 FIRST_WORLD = 5_000_000  # training draws seeds at random; these are only ever evaluated on
 

@@ -32,7 +32,7 @@ from qvg_jax.cache.health import cache_bytes
 from qvg_jax.cache.layout import Layout
 from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import UserError, told_to_user
-from qvg_jax.rollout import Step, stream
+from qvg_jax.loop import Step, stream
 from qvg_jax.study.capture import Captured
 
 FRAMES, STEPS = 240, 4

@@ -1,4 +1,4 @@
-"""From a camera path to frames: the block step that `qvg_jax.rollout` drives, and caches to run it with.
+"""From a camera path to frames: the block step that `qvg_jax.loop` drives, and caches to run it with.
 
 A block is either *given* (real frames of a tour: only the context pass runs) or generated (a few
 denoising steps, then the context pass). Both end with the block's clean K and V in the cache.
@@ -216,7 +216,7 @@ def render_path(
 
 
 def make_step(model: PocketWorld, sampler: Sampler):
-    """The step `(state, BlockInput) -> (state, frames [B, n, 64, 96, 3])` for `qvg_jax.rollout`.
+    """The step `(state, BlockInput) -> (state, frames [B, n, 64, 96, 3])` for `qvg_jax.loop`.
 
     A `Partial`: the weights travel as arrays and are not baked into the program.
     """

@@ -33,7 +33,7 @@ from models.self_forcing.config import SamplerConfig
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.modeling import SelfForcingDiT
 from models.self_forcing.schedule import Block, plan_blocks
-from qvg_jax.rollout import rollout, stream
+from qvg_jax.loop import rollout, stream
 
 type Progress = Callable[[int, int, State], None]  # progress(frames_done, frames, state)
 
@@ -114,7 +114,7 @@ class SelfForcing:
         Raises:
             ValueError: frames that blocks cannot make up, sizes the patch does not divide, a
                 prompt that is too long, initial latents or noise that do not fit.
-            NonFiniteError, CacheFullError: see `qvg_jax.rollout`.
+            NonFiniteError, CacheFullError: see `qvg_jax.loop`.
         """
         state, runs = self._prepare(request)
         parts = []

@@ -24,7 +24,7 @@ from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.cache.devices import share_bytes
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.plan import Plan as CachePlan
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from models.worldplay.config import SamplerConfig
 from models.worldplay.history import History, make_cache
 from models.worldplay.modeling import WorldPlayDiT
 from models.worldplay.request import Walk, block_inputs, frames_of_room, frames_wanted
-from qvg_jax.rollout import rollout, stream
+from qvg_jax.loop import rollout, stream
 
 type Progress = Callable[[int, int | None, State], None]  # progress(blocks_done, blocks, state)
 
@@ -67,7 +67,7 @@ class WorldPlay:
         Raises:
             ValueError: a path that is too short, or longer than the RoPE table; frames that blocks
                 cannot make up; a picture, noise or contexts that do not fit.
-            NonFiniteError: see `qvg_jax.rollout`.
+            NonFiniteError: see `qvg_jax.loop`.
         """
         config = self.model.config
         xs = jax.tree.map(lambda *x: np.stack(x), *block_inputs(config, self.history, request))

@@ -18,7 +18,7 @@ from models.worldplay.params import WEIGHTS
 from models.worldplay.pipeline import generating_step
 from models.worldplay.settings import Settings, settle
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 
 
 def make_plan(options: Options, memory: int, released: Sizes) -> Plan:

@@ -24,7 +24,7 @@ from qvg_jax.cache.health import (
     raise_if_not_finite,
 )
 from qvg_jax.cache.state import KVCache
-from qvg_jax.rollout import stream
+from qvg_jax.loop import stream
 
 __all__ = ["Arm", "Block", "Job", "Made", "Played", "lockstep"]
 

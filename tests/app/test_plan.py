@@ -21,7 +21,7 @@ from qvg_jax.app.memory_plan import (
 )
 from qvg_jax.app.option_types import parse_bytes
 from qvg_jax.cache.operations import KVCache
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 from tests.support import tiny_self_forcing as tiny
 from tests.support.tiny_world import as_in_its_own_process
 

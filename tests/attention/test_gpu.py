@@ -17,7 +17,7 @@ from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 
 pytestmark = [
     pytest.mark.gpu,

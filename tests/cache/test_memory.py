@@ -12,7 +12,7 @@ from qvg_jax.cache.operations import KVCache, append, compress, evict
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 from tests.support.cache_model import coarse
 
 # Aliases are the same on every JAX. Compilers for CPUs before 0.11 convert more of the history at once.

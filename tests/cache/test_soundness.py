@@ -14,7 +14,7 @@ from qvg_jax.cache.health import NonFiniteError, raise_if_bad, raise_if_not_fini
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.saved import from_saved, to_saved
 from qvg_jax.codecs import presets
-from qvg_jax.rollout import rollout, stream
+from qvg_jax.loop import rollout, stream
 from tests.support.cache_model import SIZES, block
 
 WITH_STATE = presets.parse("kmeans_smoothing(4, iters=2) > residual_quantize(bits=2, group=8)")

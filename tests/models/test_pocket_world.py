@@ -23,7 +23,7 @@ from models.pocket_world import (
     world,
 )
 from models.pocket_world.config import PocketWorldConfig
-from qvg_jax.rollout import rollout
+from qvg_jax.loop import rollout
 
 render = jax.jit(world.render)
 STILL = jnp.zeros((1, 3))

@@ -18,7 +18,7 @@ from models.self_forcing.schedule import compressions, network_calls, plan_block
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 
 CONFIG = SelfForcingConfig(
     layers=2,

@@ -21,7 +21,7 @@ from models.worldplay.schedule import network_calls
 from qvg_jax.attention.api import attend
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
-from qvg_jax.rollout import run_chunk
+from qvg_jax.loop import run_chunk
 
 CONFIG = WorldPlayConfig(
     layers=2,

@@ -30,7 +30,7 @@ from qvg_jax.cache.health import (
 from qvg_jax.cache.recode import recode
 from qvg_jax.cache.state import KVCache
 from qvg_jax.codecs.base import Codec
-from qvg_jax.rollout import Stream, stream
+from qvg_jax.loop import Stream, stream
 
 __all__ = ["Meter", "Seen", "Walk", "World", "write_clip"]
 

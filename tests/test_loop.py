@@ -14,7 +14,7 @@ from qvg_jax.cache.health import CacheFullError, NonFiniteError
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs.base import identity
-from qvg_jax.rollout import rollout, run_chunk, stream
+from qvg_jax.loop import rollout, run_chunk, stream
 from tests.support.cache_model import SIZES, coarse
 
 COARSE, IDENTITY = coarse(), identity()
