@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def pytest_report_header() -> list[str]:
     """Says which tests are left out on another JAX than the kernels'."""
     return [f"jax {jax.__version__}: no tests of kernels, which are for {KERNELS_JAX}"] * OTHER_JAX
 
+
+# A shell starts background jobs with Ctrl-C ignored, and a command that ignores it stays so.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Tracing makes millions of short-lived tuples, and the modules imported so far never die.
 gc.freeze()
