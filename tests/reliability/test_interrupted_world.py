@@ -1,5 +1,6 @@
 """An interrupted run of pocket world goes on to the bytes of an undisturbed one."""
 
+import functools
 import json
 import os
 import re
@@ -7,9 +8,11 @@ import signal
 
 import pytest
 
+from models.pocket_world import job, params, pipeline
+from models.pocket_world.entry import Options
 from qvg_jax.app import cli
 from qvg_jax.app.video import Mp4
-from tests.support.faulty_disk import ERRORS, FAULTS, FaultyDisk, Killed
+from tests.support.faulty_disk import ERRORS, FaultyDisk, Killed
 from tests.support.tiny_runs import stored
 from tests.support.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_weights
 
@@ -19,7 +22,12 @@ BLOCK = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def process(tmp_path_factory):
-    with as_in_its_own_process(tmp_path_factory.getbasetemp()):
+    with (
+        as_in_its_own_process(tmp_path_factory.getbasetemp()),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for module, name in ((params, "load_weights"), (pipeline, "make_step")):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))  # compiled once
         yield
 
 
@@ -80,11 +88,12 @@ def test_sigterm_leaves_a_video_and_the_run_goes_on(run, whole, tmp_path, monkey
     assert products(tmp_path) == whole
 
 
-def test_faults_of_the_disk_one_after_another(run, whole, tmp_path):
+def test_faults_of_the_disk_one_after_another(run, whole, weights, tmp_path):
     """Each run ends at a fault a little further on, until the last finds a sound disk."""
-    for fault in FAULTS:
+    faults = ("full", "kill", "broken")
+    for number, fault in enumerate(faults, 8):  # a block is written in 8 steps
         before = stored(tmp_path)
-        with FaultyDisk(tmp_path, fails_at=26, fault=fault) as disk:
+        with FaultyDisk(tmp_path, fails_at=number, fault=fault, begins=".bin") as disk:
             try:
                 code, err = run(tmp_path, "--resume")
             except Killed:
@@ -94,7 +103,8 @@ def test_faults_of_the_disk_one_after_another(run, whole, tmp_path):
             line = err.splitlines()[-1]
             assert code == 2 and line.startswith("qvg: error: ") and "Traceback" not in err
             assert os.strerror(ERRORS[fault]) in line
-    assert stored(tmp_path) > 0
+    assert stored(tmp_path) >= len(faults)
     assert run(tmp_path, "--resume")[0] == 0
     assert products(tmp_path) == whole
-    assert run(tmp_path)[0] == 0  # a finished run is replaced without asking
+    asked = Options(weights=str(weights), out=tmp_path, tour=TOUR, frames=FRAMES)
+    assert job.prepare(asked)  # a finished run is replaced without asking

@@ -42,12 +42,21 @@ class FaultyDisk:
 
     It sees Python's own files and the ones that PyAV writes. The lock of a run, which is a call of
     the operating system, is not counted.
+
+    Args:
+        folder: all below it is on the disk.
+        fails_at: number of the operation that fails, from 0.
+        fault: one of `FAULTS`.
+        begins: end of a file's name; nothing before the first operation on such a file counts.
     """
 
-    def __init__(self, folder: Path, *, fails_at: int = NEVER, fault: str = "kill"):
+    def __init__(
+        self, folder: Path, *, fails_at: int = NEVER, fault: str = "kill", begins: str = ""
+    ):
         self.operations: list[tuple[str, str]] = []
         self.failed = False
         self._folder, self._fails_at, self._fault = folder.resolve(), fails_at, fault
+        self._begins = begins
         self._synced: dict[Path, bytes] = {}  # content that a power cut leaves
         self._patch = pytest.MonkeyPatch()
         self._lock = threading.RLock()
@@ -79,6 +88,8 @@ class FaultyDisk:
             dead = self.failed and self._fault in ("kill", "power cut")
             if dead:
                 raise Killed
+            if not self.operations and not path.name.endswith(self._begins):
+                return
             self.operations.append((kind, path.name))
             if len(self.operations) <= self._fails_at or not self._is_hit(kind):
                 return

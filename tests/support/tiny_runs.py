@@ -58,7 +58,7 @@ def _world(folder: Path) -> list[str]:
 
 def _latent(model: str, tiny, *more: str) -> list[str]:
     size = [f"--height={tiny.HEIGHT}", f"--width={tiny.WIDTH}"]
-    common = ["--seed=3", "--weights=random", "--prompt=a cafe", f"--codec={tiny.CODEC}"]
+    common = ["--seed=3", "--weights=random", "--prompt=a café", f"--codec={tiny.CODEC}"]
     return [model, *common, *size, *more]
 
 
@@ -191,19 +191,25 @@ def stored(out: Path) -> int:
 
 
 def at(point: float, times: Sequence[float], out: Path) -> Callable[[], bool]:
-    """Whether a run has come to a point of an undisturbed one.
+    """Whether a run has come to a point: so many blocks are stored, and part of the next is made.
 
-    A busy machine makes seconds long: what is waited for is the last block that was stored before
-    the point, and then the seconds between the two.
+    A busy machine makes seconds long, so blocks are counted; only after the last one that was
+    stored before the point the seconds of an undisturbed run are waited for.
 
     Args:
-        point: share of the undisturbed run's time.
-        times: its `Runner.timeline`.
+        point: blocks, from 0, the start, to `len(times)`, the end of the process.
+        times: the `Runner.timeline` of an undisturbed run.
         out: folder of the run that is watched.
     """
-    moment = point * times[-1]
-    blocks = sum(t <= moment for t in times)
-    after = moment - (times[blocks - 1] if blocks else 0.0)
+    *begins, end = times
+    blocks = min(int(point), len(begins))
+    if blocks == 0:
+        longest = begins[0]
+    elif blocks == len(begins):
+        longest = end - begins[-1]
+    else:  # not that block's own time, which may be the compiler's
+        longest = float(np.median(np.diff(begins)))
+    after = (point - blocks) * longest
     reached: list[float] = []
 
     def come() -> bool:
