@@ -20,6 +20,11 @@ BUILT_IN = {
     "self-forcing": "models.self_forcing.entry",
     "worldplay": "models.worldplay.entry",
     "longcat": "models.longcat.entry",
+    "lingbot": "models.lingbot.entry",
+    **dict.fromkeys(
+        ("causal-forcing", "causal-forcing-framewise", "raven", "longlive", "krea-realtime"),
+        "models.self_forcing.entry",
+    ),
 }
 
 
@@ -43,7 +48,8 @@ def named(name: str) -> ModelEntry:
             message says why.
     """
     if name in BUILT_IN:
-        return importlib.import_module(BUILT_IN[name]).ENTRY
+        module = importlib.import_module(BUILT_IN[name])
+        return module.ENTRIES[name] if hasattr(module, "ENTRIES") else module.ENTRY
     if name not in _foreign():
         raise UserError(f"model={name!r} is not known; accepted: {', '.join(names())}")
     point = _foreign()[name]

@@ -16,12 +16,21 @@ if TYPE_CHECKING:
     from qvg_jax import sharding
     from qvg_jax.attention.api import attend
     from qvg_jax.attention.choice import explain
+    from qvg_jax.cache.devices import spread
     from qvg_jax.cache.edits import reset, take_rows, truncate
-    from qvg_jax.cache.health import CacheFullError, NonFiniteError, cache_bytes, raise_if_bad
+    from qvg_jax.cache.health import (
+        CacheFullError,
+        NonFiniteError,
+        cache_bytes,
+        raise_if_bad,
+        raise_if_not_finite,
+    )
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
+    from qvg_jax.cache.plan import Plan
     from qvg_jax.cache.recode import recode
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
+    from qvg_jax.cache.saved import from_saved, to_saved
     from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
@@ -45,12 +54,17 @@ _MODULES = {
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
     "raise_if_bad": "cache.health",
+    "raise_if_not_finite": "cache.health",
+    "from_saved": "cache.saved",
+    "to_saved": "cache.saved",
     "KeyBias": "cache.key_bias",
     "KVCache": "cache.operations",
     "append": "cache.operations",
     "compress": "cache.operations",
     "evict": "cache.operations",
+    "Plan": "cache.plan",
     "recode": "cache.recode",
+    "spread": "cache.devices",
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
@@ -77,6 +91,7 @@ __all__ = [
     "KVCache",
     "KeyBias",
     "NonFiniteError",
+    "Plan",
     "Rope",
     "append",
     "attend",
@@ -90,20 +105,24 @@ __all__ = [
     "evict",
     "explain",
     "frequency_ladder",
+    "from_saved",
     "grid_quantize",
     "identity",
     "kmeans_smoothing",
     "packed_bytes",
     "presets",
     "raise_if_bad",
+    "raise_if_not_finite",
     "recode",
     "reset",
     "residual_quantize",
     "rollout",
     "sharding",
+    "spread",
     "stream",
     "summary",
     "take_rows",
+    "to_saved",
     "truncate",
 ]
 

@@ -48,10 +48,18 @@ def is_hopper() -> bool:
     return (capability() or (0,))[0] == 9
 
 
+KERNELS_JAX = "0.11"  # whose Mosaic the kernels are written for; 0.12 lowers some of them no longer
+
+
 def no_hopper() -> str | None:
     """The reason why kernels for Hopper GPUs cannot be called here, or None if they can."""
     if is_hopper():
-        return None
+        if jax.__version__.startswith(f"{KERNELS_JAX}."):
+            return None
+        return (
+            f"jax {jax.__version__} is installed, and the kernels are for jax {KERNELS_JAX}: "
+            "pip install 'qvg-jax[gpu]'"
+        )
     return f"the default device is {jax.devices()[0].platform}; it must be a Hopper GPU"
 
 

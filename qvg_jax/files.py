@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing", "writable_folder"]
+__all__ = ["replacing", "synchronize", "writable_folder"]
 
 
 @contextlib.contextmanager
@@ -25,11 +25,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())  # a name that outlives a crash must not outlive its bytes
+        synchronize(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def synchronize(path: str | os.PathLike) -> None:
+    """Waits until the bytes of a file are on the disk: a new name must not outlive them in a crash.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def writable_folder(path: str | os.PathLike) -> Path:

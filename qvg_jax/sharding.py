@@ -1,7 +1,7 @@
 """Where the arrays of a cache lie on several devices: batch rows or heads apart, everything else on each."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.attention.api import attend
-from qvg_jax.cache.slots import batch_leaves
+from qvg_jax.cache.devices import axis_specs
+from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["attend_by_heads", "cache_shardings", "head_shardings"]
+__all__ = ["attend_by_heads", "by_tokens", "cache_shardings", "head_shardings"]
 
 
 def head_shardings(cache: KVCache, mesh: Mesh | AbstractMesh, axis: str) -> KVCache:
@@ -76,32 +77,8 @@ def cache_shardings(
                 f"{name}={size} do not divide over axis {axis!r} of size {mesh.shape[axis]}"
             )
 
-    def placed(*spec: str | None) -> NamedSharding:
-        return NamedSharding(mesh, jax.P(*spec) if any(spec) else jax.P())
-
-    def of_codec(leading: int, tree: Any, rows: Any) -> Any:
-        # Codecs keep (B, H) in front of what they store for each head.
-        def of(x: Any, has_rows: bool) -> NamedSharding:
-            apart = x.shape[leading : leading + 2] == (lay.batch, lay.heads)
-            return placed(*(None,) * leading, batch if has_rows else None, heads if apart else None)
-
-        return jax.tree.map(of, tree, rows)
-
-    shardings = jax.tree.map(lambda x: placed(), cache)
-    fields = dict.fromkeys(("dense_k", "dense_v"), placed(None, batch, heads))
-    for side, codec in (("k", lay.key_codec), ("v", lay.value_codec)):
-        trees = [getattr(cache, f"{name}_{side}") for name in ("span", "state")]
-        rows = [jax.tree.map(lambda _: False, tree) for tree in trees]
-        if batch is not None and lay.max_spans:
-            rows = batch_leaves(lay, codec, cache.dense_k.dtype)
-        fields[f"span_{side}"] = of_codec(2, trees[0], rows[0])
-        fields[f"state_{side}"] = of_codec(1, trees[1], rows[1])
-    for name in ("pos", "valid", "table"):
-        for region, leading in (("dense", ()), ("span", (None,))):
-            tree = getattr(cache, f"{region}_{name}")
-            field = jax.tree.map(lambda _, leading=leading: placed(*leading, batch), tree)
-            fields[f"{region}_{name}"] = field
-    return dataclasses.replace(shardings, **fields)
+    specs = axis_specs(cache, batch=batch, heads=heads)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def attend_by_heads(
@@ -153,3 +130,20 @@ def attend_by_heads(
     # The kernels do not say on which axes their results vary.
     run = jax.shard_map(local, in_specs=inputs, out_specs=apart, check_vma=False)
     return run(q_BTHD, view, k_BTHD, v_BTHD, jnp.asarray(layer, jnp.int32))
+
+
+def by_tokens(attention: Callable[..., Array], plan: Plan | None) -> Callable[..., Array]:
+    """The function attention(q, k, v), run by each device for the queries that it has.
+
+    For attention to keys and values that every device has whole, such as a prompt's. Fused kernels refuse
+    queries whose tokens XLA has divided.
+
+    Args:
+        attention: of q (B, T, H, D), k and v.
+        plan: of the devices; None, or one that keeps tokens together, changes nothing.
+    """
+    if plan is None or not plan.split_tokens:
+        return attention
+    apart, everywhere = jax.P(None, plan.axis), jax.P()
+    specs = dict(in_specs=(apart, everywhere, everywhere), out_specs=apart)
+    return jax.shard_map(attention, mesh=plan.mesh, **specs, check_vma=False)

@@ -18,11 +18,23 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax
 import pytest
 
+from qvg_jax.backends import KERNELS_JAX
+
 # Broadcasting between different ranks is how a [T, D] meets a [D, T] unnoticed.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 if jax.default_backend() != "cpu":  # programs for a GPU are tested as users compile them
     jax.config.update("jax_disable_most_optimizations", False)
+
+# The kernels are for one release of JAX, and so are the parts of JAX that interpret them.
+OTHER_JAX = not jax.__version__.startswith(f"{KERNELS_JAX}.")
+collect_ignore_glob = ["kernels/*", "attention/test_kernels_*"] if OTHER_JAX else []
+
+
+def pytest_report_header() -> list[str]:
+    """Says which tests are left out on another JAX than the kernels'."""
+    return [f"jax {jax.__version__}: no tests of kernels, which are for {KERNELS_JAX}"] * OTHER_JAX
+
 
 # Tracing makes millions of short-lived tuples, and the modules imported so far never die.
 gc.freeze()

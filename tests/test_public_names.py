@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 import qvg_jax
+from qvg_jax.backends import KERNELS_JAX
 from tests.support.pages import ROOT
 
 NAMES = {
@@ -64,6 +65,9 @@ def test_every_name_and_a_cache_load_no_kernel_and_no_dialect_of_mosaic():
 def test_the_range_of_jax_is_that_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"jax{qvg_jax.JAX_RANGE}" in project["dependencies"]
+    for extra in ("gpu", "gpu-cuda12"):  # what the kernels are for, exactly
+        (pin,) = [p for p in project["optional-dependencies"][extra] if p.startswith("jax[")]
+        assert pin.partition("==")[2].startswith(f"{KERNELS_JAX}.")
 
 
 @pytest.mark.parametrize("version", ["0.7.2", "0.13.0", "1.0.0.dev3"])

@@ -34,6 +34,7 @@ type Placed = jax.Device | jax.sharding.Sharding | None
 type Device = Placed | Callable[[str, tuple[int, ...]], Placed]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_QUANTIZED = dict.fromkeys(("F8_E4M3", "F8_E5M2"), " (fp8, whose scales are stored elsewhere)")
 
 
 class CheckpointError(UserError):
@@ -256,7 +257,7 @@ def _plan(wanted, files, rules, rename, ignore):
                 )
             if dtype not in _FLOATS:
                 errors.append(
-                    f"dtype: {printable(stored)} is {dtype}, not one of {sorted(_FLOATS)}"
+                    f"dtype: {printable(stored)} is {dtype}{_QUANTIZED.get(dtype, '')}, not one of {sorted(_FLOATS)}"
                 )
     if told := common_prefix(unused, target):
         errors.append(f" prefix: {told}")  # a space sorts it in front of all other lines

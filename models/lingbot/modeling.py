@@ -18,6 +18,7 @@ from models.common.wan_text import TextConditioned, TextKV
 from models.lingbot.config import LingBotConfig
 from models.self_forcing.layers import Head, TimeEmbedding
 from models.self_forcing.modeling import Block, Output
+from qvg_jax.cache.plan import Plan
 
 
 class Residual(nnx.Module):
@@ -88,6 +89,7 @@ class LingBotDiT(TextConditioned):
         condition_BFZYX: Float[Array, "B F Z Y X"],
         camera_BTM: Float[Array, "B T M"],
         keep_kv: bool = False,
+        plan: Plan | None = None,
     ) -> Output:
         """Predicts the flow of a few latent frames; see `SelfForcingDiT`.
 
@@ -99,6 +101,7 @@ class LingBotDiT(TextConditioned):
             condition_BFZYX: mask and latents of the image, of the same frames.
             camera_BTM: from `embed_camera`.
             keep_kv: also return K and V of the frames, for the cache.
+            plan: of the devices that run the network together; None for one.
 
         Raises:
             ValueError: other numbers of channels.
@@ -127,6 +130,7 @@ class LingBotDiT(TextConditioned):
                 text,
                 lambda q, k, v: attention(q, k, v, index),
                 lambda x: block.steer(x, camera_BTM),
+                plan,
             )
             return x_BTM, kv if keep_kv else (None, None)
 
@@ -150,7 +154,7 @@ class Steered:
         """That of the network."""
         return self.model.config
 
-    def __call__(self, x_BFZYX, t, text_kv, attention, *, keep_kv=False) -> Output:
+    def __call__(self, x_BFZYX, t, text_kv, attention, *, keep_kv=False, plan=None) -> Output:
         return self.model(
             x_BFZYX,
             t,
@@ -159,4 +163,5 @@ class Steered:
             condition_BFZYX=self.condition_BFZYX,
             camera_BTM=self.camera_BTM,
             keep_kv=keep_kv,
+            plan=plan,
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from models.longcat.protocol import PROTOCOL
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
@@ -71,6 +72,7 @@ ENTRY = ModelEntry(
     summary="LongCat-Video (13.6B): a prompt becomes a long video, segment by segment.",
     options=Options,
     needs=NEEDS,
+    protocol=PROTOCOL,
     prepare=deferred("models.longcat.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.longcat.job:plan"),

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.common.lora import merge_lora
 from models.longcat.entry import NAME, NEEDS, Options, PlanOptions
-from models.longcat.lora import merge_lora
-from models.longcat.params import check_dit, load_dit, random_dit
+from models.longcat.params import RULES, check_dit, load_dit, random_dit
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.plan import make_plan
 from models.longcat.player import Source, first_clip, image_latent, play
@@ -33,7 +33,7 @@ from models.runs.prompts import embed_prompts, stand_in_embedding
 from models.runs.request_checks import file_digest
 from qvg_jax.app.job import Arm, Job, Played
 from qvg_jax.app.memory_plan import Plan
-from qvg_jax.errors import UserError
+from qvg_jax.errors import UserError, told_to_user
 
 __all__ = ["plan", "prepare"]
 
@@ -48,12 +48,13 @@ class _LongCat(LatentModel[Options, Settings]):
     name = NAME
     needs = NEEDS
     fps = 15
+    plans = ("heads",)
     dit_names = ("dit", "LongCat*", "longcat*", "transformer", "diffusion_pytorch_model*")
     config_folder = "dit"
 
     def settle(self, options: Options, parts: Parts | None) -> Settings:
         settings = settle(options, chosen_sizes(options, parts, released_sizes()))
-        self.mesh = _mesh(settings)
+        self.mesh = _mesh(settings, options)
         self.opening: np.ndarray | None = None
         return settings
 
@@ -177,11 +178,18 @@ class _LongCat(LatentModel[Options, Settings]):
 
 def _distilled(dit: Any, options: Options) -> Any:
     """The transformer with the user's LoRA merged into it, if there is one."""
-    return merge_lora(dit, options.lora, rank=LORA_RANK) if options.lora else dit
+    return merge_lora(dit, options.lora, RULES, rank=LORA_RANK) if options.lora else dit
 
 
-def _mesh(settings: Settings) -> jax.sharding.Mesh | None:
-    """All devices if they divide the heads, else None for the first one."""
+def _mesh(settings: Settings, options: Options) -> jax.sharding.Mesh | None:
+    """The devices that the user asked for; else all if they divide the heads, or None for the first one.
+
+    Raises:
+        UserError: the user asked for a number that does not divide the heads.
+    """
+    if options.devices is not None:
+        with told_to_user():
+            return heads_mesh(settings.sizes.dit, jax.devices()[: options.devices])
     try:
         return heads_mesh(settings.sizes.dit, jax.devices())
     except ValueError as error:

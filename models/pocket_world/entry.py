@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from models.pocket_world.protocol import PROTOCOL
 from qvg_jax.app.model_entry import (
     CaptureOptions,
     ModelEntry,
@@ -59,6 +60,7 @@ ENTRY = ModelEntry(
     summary="Pocket world, the embedded model: a walk through a small world with a ground truth.",
     options=Options,
     prepare=deferred("models.pocket_world.job:prepare"),
+    protocol=PROTOCOL,
     capture_options=CaptureOptions,
     capture=deferred("models.pocket_world.job:capture"),
     play_options=WalkOptions,

@@ -114,6 +114,8 @@ def _hint(folder: Path, patterns: tuple[str, ...]) -> str:
             for file in sorted(folder.glob(pattern + suffix)):
                 made = file.with_suffix(".safetensors")
                 return f"`qvg convert {file} {made}` makes it"
+        for file in sorted(folder.glob(pattern + ".gguf")):
+            return f"{file.name} is GGUF, which is not read; accepted: safetensors of floats"
     return f"{patterns[0]}.safetensors"
 
 

@@ -16,6 +16,7 @@ import jax
 
 from models.common.attention import with_attention
 from models.runs.checkpoint_folder import Parts, find_parts
+from models.runs.devices import join_processes, plan_of
 from models.runs.latent_options import LatentOptions
 from models.runs.prompts import embed_prompts, stand_in_embedding
 from models.runs.request_checks import RANDOM, attention_of, check_needed, plain_config
@@ -78,6 +79,7 @@ class LatentModel[O: LatentOptions, S](abc.ABC):
         needs: files on a hub that the release is made of, see `ModelEntry`.
         dit_names: patterns of the transformer's name in a folder of weights, the best first.
         config_folder: folder inside of the weights that has the transformer's config.json.
+        plans: by which its caches can be spread over devices, the best first.
     """
 
     name: str
@@ -85,6 +87,7 @@ class LatentModel[O: LatentOptions, S](abc.ABC):
     needs: tuple[Download, ...]
     dit_names: tuple[str, ...]
     config_folder: str = "."
+    plans: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def settle(self, options: O, parts: Parts | None) -> S:
@@ -164,6 +167,8 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
+    join_processes(options)
+    plan_of(options, model.plans)
     options = dataclasses.replace(options, weights=_weights(model, options.weights))
     check_needed(model.name, options)
     random = options.weights == RANDOM

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from qvg_jax.app.model_entry import PlanOptions, ResumableOptions
-from qvg_jax.app.option_types import Frames, Layers, Name, Side
+from qvg_jax.app.option_types import Count, Frames, Layers, Name, Side, Whole
 
 __all__ = ["LatentOptions", "LatentPlanOptions"]
 
@@ -25,6 +25,12 @@ class LatentOptions(ResumableOptions):
         layers: layers of a transformer of random weights.
         attention: what reads the cache; the fastest that serves if left out.
         precision: precision in which the cache is read; bf16 if left out.
+        devices: devices that share a run; what the model does by itself if left out.
+        plan: what they divide: compressed spans, heads, or spans that go around; the model's best if
+            left out.
+        coordinator: HOST:PORT of the first process of a run of several, each with its own devices.
+        processes: processes of such a run.
+        process: which of them this is, from 0 on.
     """
 
     prompt: str | None = None
@@ -34,6 +40,11 @@ class LatentOptions(ResumableOptions):
     layers: Layers | None = None
     attention: Literal["xla", "cudnn", "mosaic", "mosaic_fp8", "triton"] | None = None
     precision: Literal["bf16", "fp8"] | None = None
+    devices: Count | None = None
+    plan: Literal["spans", "heads", "ring"] | None = None
+    coordinator: str | None = None
+    processes: Count | None = None
+    process: Whole | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

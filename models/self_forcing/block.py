@@ -95,7 +95,7 @@ def cached_forward(
         way = model.config.attention
         return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer, implementation=way)
 
-    return model(x_BFZYX, t, text_kv, attention, keep_kv=keep_kv)
+    return model(x_BFZYX, t, text_kv, attention, keep_kv=keep_kv, plan=view.cache.layout.plan)
 
 
 def denoise_block(
@@ -196,5 +196,8 @@ def generate_block(
     else:
         given = known.x0_BFZYX.astype(model.config.dtype)
         x0_BFZYX = jax.lax.cond(known.done, lambda: given, denoised)
+    if (plan := state.cache.layout.plan) is not None:  # who looks at it sees it whole
+        everywhere = jax.NamedSharding(plan.mesh, jax.P())
+        x0_BFZYX = jax.lax.with_sharding_constraint(x0_BFZYX, everywhere)
     timestep = sampler.context_timestep
     return _remember(model, state, view, positions_BTP, x0_BFZYX, timestep), x0_BFZYX

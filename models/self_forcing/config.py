@@ -91,6 +91,11 @@ class SelfForcingConfig:
         return cls(layers=30, width=1536, heads=12, ffn_width=8960, dtype=dtype)
 
     @classmethod
+    def wan_14b(cls, *, dtype: DTypeLike = jnp.bfloat16) -> "SelfForcingConfig":
+        """The sizes of Wan2.1's 14B transformer, as Krea Realtime has them."""
+        return cls(layers=40, width=5120, heads=40, ffn_width=13824, dtype=dtype)
+
+    @classmethod
     def from_wan(
         cls,
         sizes: Mapping[str, Any],
@@ -159,6 +164,7 @@ class SamplerConfig:
         train_steps: rungs of the ladder.
         top: noise level of the first rung before the shift.
         whole_timesteps: whether the network is told whole numbers, fractions cut off.
+        warped: whether `steps` are warped onto the ladder; if not, they are timesteps themselves.
         context_timestep: timestep of the last pass, which writes the clean block to the cache.
     """
 
@@ -167,6 +173,7 @@ class SamplerConfig:
     train_steps: int = 1000
     top: float = 1.0
     whole_timesteps: bool = False
+    warped: bool = True
     context_timestep: float = 0.0
 
     def __post_init__(self):

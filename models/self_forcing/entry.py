@@ -1,35 +1,20 @@
-"""Self-Forcing as the command knows it."""
+"""Self-Forcing, and other checkpoints of its kind, as the command knows them."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
-from qvg_jax.app.hub import Download
+from models.self_forcing.protocol import PROTOCOL
+from models.self_forcing.releases import RELEASES, Release
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Frames, Name, SomeFrames
+from qvg_jax.app.option_types import Count, Frames, Name, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
-__all__ = ["ENTRY", "Options", "PlanOptions"]
+__all__ = ["ENTRIES", "ENTRY", "Options", "PlanOptions"]
 
 NAME = "self-forcing"
 FRAMES = 21
-
-# After the download instructions of the repository guandeh17/Self-Forcing. Not tried against a hub.
-NEEDS = (
-    Download(
-        what="the transformer",
-        repo="gdhe17/Self-Forcing",
-        subfolder="checkpoints",
-        files=("self_forcing_dmd.pt",),
-        entry="generator_ema",
-        licence="as its repository states it",
-    ),
-    Download(
-        what="the video VAE, the text encoder and its tokenizer",
-        repo="Wan-AI/Wan2.1-T2V-1.3B",
-        files=("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"),
-        licence="apache-2.0",
-    ),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +24,11 @@ class Options(LatentOptions):
     Attributes:
         frames: latent frames of the whole video; 21, or 22 with --image, if left out.
         video: file with a video to go on from.
-        window: latent frames in sight at most; all if left out.
-        sink: first latent frames, which are never compressed; 0 if left out.
-        span: latent frames that are compressed together; 24 if left out.
+        window: latent frames in sight at most; those of the release, mostly all, if left out.
+        sink: first latent frames, which are never compressed; 0, or those of the release.
+        span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
+        lora: file of a LoRA to merge into the weights, beside that of the release.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
 
@@ -52,6 +38,7 @@ class Options(LatentOptions):
     sink: SomeFrames | None = None
     span: Frames | None = None
     recent: SomeFrames | None = None
+    lora: Name | None = None
     decode_last: bool = False
 
 
@@ -61,13 +48,15 @@ class PlanOptions(LatentPlanOptions):
 
     Attributes:
         frames: latent frames of the whole video; 21 if left out.
-        window: latent frames in sight at most; all if left out.
-        sink: first latent frames, which are never compressed; 0 if left out.
-        span: latent frames that are compressed together; 24 if left out.
+        window: latent frames in sight at most; those of the release, mostly all, if left out.
+        sink: first latent frames, which are never compressed; 0, or those of the release.
+        span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
+        devices: devices that would share a run; each plan for them gets a line.
     """
 
+    devices: Count | None = None
     window: Frames | None = None
     sink: SomeFrames | None = None
     span: Frames | None = None
@@ -75,23 +64,35 @@ class PlanOptions(LatentPlanOptions):
     decode_last: bool = False
 
 
-def memory_advice(options: Options) -> str:
-    """What to do when the device's memory is not enough."""
-    command = f"qvg plan {NAME} --frames {options.frames or FRAMES}"
-    command += f" --codec {','.join(options.codecs)} --memory SIZE"
-    return (
-        f"`{command}` says what needs it; accepted: a smaller codec, fewer --frames, --height or "
-        "--width, a --window, or no --compare, for all arms are in memory together"
+def _advice(name: str) -> Callable[[Options], str]:
+    """What to do when the device's memory is not enough for a release."""
+
+    def memory_advice(options: Options) -> str:
+        command = f"qvg plan {name} --frames {options.frames or FRAMES}"
+        command += f" --codec {','.join(options.codecs)} --memory SIZE"
+        return (
+            f"`{command}` says what needs it; accepted: a smaller codec, fewer --frames, --height or "
+            "--width, a --window, or no --compare, for all arms are in memory together"
+        )
+
+    return memory_advice
+
+
+def _entry(release: Release) -> ModelEntry:
+    prepare = deferred("models.self_forcing.job:prepare")
+    plan = deferred("models.self_forcing.job:plan")
+    return ModelEntry(
+        name=release.name,
+        summary=release.summary,
+        options=Options,
+        needs=release.needs,
+        protocol=PROTOCOL if release.name == NAME else None,
+        prepare=functools.partial(prepare, release=release.name),
+        plan_options=PlanOptions,
+        plan=functools.partial(plan, release=release.name),
+        memory_advice=_advice(release.name),
     )
 
 
-ENTRY = ModelEntry(
-    name=NAME,
-    summary="Self-Forcing (Wan2.1 1.3B, causal): a prompt becomes a video.",
-    options=Options,
-    needs=NEEDS,
-    prepare=deferred("models.self_forcing.job:prepare"),
-    plan_options=PlanOptions,
-    plan=deferred("models.self_forcing.job:plan"),
-    memory_advice=memory_advice,
-)
+ENTRIES = {name: _entry(release) for name, release in RELEASES.items()}
+ENTRY = ENTRIES[NAME]

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from models.common.tokens import token_positions
 from models.self_forcing.config import SelfForcingConfig
 from qvg_jax.cache.operations import KVCache, append
+from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.rope import Rope
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.codecs.base import Codec, identity
@@ -35,6 +36,7 @@ class History:
         key_codec, value_codec: compressors of old K and V; both None for none.
         span_frames: frames compressed together.
         keep_recent: newest frames before the block that are never compressed.
+        plan: by which the cache is spread over devices; None for one.
     """
 
     window_frames: int | None = None
@@ -43,6 +45,7 @@ class History:
     value_codec: Codec | None = None
     span_frames: int = 24
     keep_recent: int = 0
+    plan: Plan | None = None
 
     def __post_init__(self):
         for name, low in (("sink_frames", 0), ("keep_recent", 0), ("span_frames", 1)):
@@ -112,6 +115,9 @@ def make_cache(
             f"{sink + waiting + history.span_frames}: sink_frames={sink}, one compressed span of "
             f"{history.span_frames} and {waiting} frames that wait to be compressed"
         )
+    part = None if history.plan is None else history.plan.part
+    if part is not None and not bounded:
+        slots = -(-slots // part.devices) * part.devices  # more than the video needs stay empty
     if history.compressed and slots > 0:
         layout = dict(
             span_blocks=history.span_frames,
@@ -136,6 +142,7 @@ def make_cache(
         sink_blocks=sink,
         pos_dims=3,
         overflow="drop" if bounded else "error",
+        sharding=history.plan,
         dtype=config.dtype,
         **layout,
     )

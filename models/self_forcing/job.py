@@ -1,22 +1,33 @@
 """The job of Self-Forcing: a prompt becomes a video, once for each kind of cache."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from models.common.checkpoint import CheckpointError
+from models.common.lora import merge_lora
 from models.runs import decode, latent_job
 from models.runs.checkpoint_folder import Parts
 from models.runs.latent_job import LatentModel, Run
 from models.runs.request_checks import attention_of, file_digest
-from models.self_forcing.entry import NAME, NEEDS, Options, PlanOptions
+from models.self_forcing.entry import NAME, Options, PlanOptions
 from models.self_forcing.initial import initial_latents
-from models.self_forcing.params import WEIGHTS
+from models.self_forcing.params import RULES, WEIGHTS
 from models.self_forcing.pipeline import Generation, SelfForcing
 from models.self_forcing.plan import make_plan
+from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.schedule import Block, plan_blocks
-from models.self_forcing.settings import Settings, chosen_sizes, released_sizes, settle
+from models.self_forcing.settings import (
+    PLANS,
+    Settings,
+    chosen_sizes,
+    released_sizes,
+    settle,
+    sizes_of,
+)
 from qvg_jax.app.job import Arm, Job, Played
 from qvg_jax.app.memory_plan import Plan
 from qvg_jax.cache.health import cache_bytes
@@ -25,19 +36,21 @@ __all__ = ["plan", "prepare"]
 
 
 class _SelfForcing(LatentModel[Options, Settings]):
-    """Self-Forcing as a latent model."""
+    """Self-Forcing, or another release of its kind, as a latent model."""
 
-    name = NAME
-    needs = NEEDS
     fps = 16
-    # Wan's own transformer, without Self-Forcing's training, comes last.
-    dit_names = (
-        "self_forcing*", "*dmd*", "*generator*", "transformer", "diffusion_pytorch_model*",
-    )  # fmt: skip
+    plans = PLANS
+
+    def __init__(self, release: Release):
+        self.release = release
+        self.name, self.needs, self.dit_names = release.name, release.needs, release.dit_names
+        self.loras: tuple[Path, ...] = ()
 
     def settle(self, options: Options, parts: Parts | None) -> Settings:
-        sizes = chosen_sizes(options, parts, released_sizes())
-        return settle(options, sizes, first_frame_alone=bool(options.image))
+        self.loras = loras(options, self.release, parts)
+        sizes = chosen_sizes(options, parts, sizes_of(self.release, released_sizes()))
+        alone = bool(options.image) and sizes.dit.frames_per_block > 1
+        return settle(options, sizes, first_frame_alone=alone, release=self.release)
 
     def identity(self, options: Options, settings: Settings) -> dict[str, Any]:
         given = options.image or options.video
@@ -48,6 +61,7 @@ class _SelfForcing(LatentModel[Options, Settings]):
             "span": options.span,
             "recent": options.recent,
             "given": given and file_digest(given),
+            **({"loras": {f.name: f.stat().st_size for f in self.loras}} if self.loras else {}),
         }
 
     def latent_block(self, settings: Settings) -> tuple[tuple[int, ...], Any]:
@@ -58,10 +72,15 @@ class _SelfForcing(LatentModel[Options, Settings]):
         WEIGHTS.check(files, settings.sizes.dit)
 
     def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        return WEIGHTS.load(files, settings.sizes.dit)
+        return self._merged(WEIGHTS.load(files, settings.sizes.dit))
 
     def random_dit(self, options: Options, settings: Settings) -> Any:
-        return WEIGHTS.random(settings.sizes.dit)
+        return self._merged(WEIGHTS.random(settings.sizes.dit))
+
+    def _merged(self, dit: Any) -> Any:
+        for file in self.loras:
+            dit = merge_lora(dit, file, RULES)
+        return dit
 
     def encode_given(
         self, options: Options, settings: Settings, given: Any, vae: Any
@@ -127,6 +146,7 @@ class _SelfForcing(LatentModel[Options, Settings]):
             "window_frames": lay.window_blocks,
             "attention": attention_of(arm.name, options) or "chosen by attend",
             "tokens_of_a_frame": lay.block_tokens,
+            "devices": 1 if lay.plan is None else lay.plan.devices,
         }
 
     def report(self, run: Run[Options, Settings]) -> dict[str, Any]:
@@ -142,11 +162,35 @@ def _given(run: Run[Options, Settings]) -> int:
     return 0 if run.given is None else run.given.shape[1]
 
 
-def prepare(options: Options) -> Job:
+def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:
+    """The LoRA files that a run merges: the release's, from the folder of weights, and the user's.
+
+    Raises:
+        CheckpointError: one of them is not there.
+    """
+    found = []
+    if parts and release.lora:
+        folder = Path(options.weights or ".")
+        files = sorted(folder.glob(release.lora))
+        if len(files) != 1:
+            raise CheckpointError(
+                f"weights={str(folder)!r} has {len(files)} files {release.lora}; accepted: the one "
+                f"LoRA of {release.title}"
+            )
+        found += files
+    if options.lora:
+        if not Path(options.lora).is_file():
+            raise CheckpointError(f"lora={options.lora!r} is not a file")
+        found.append(Path(options.lora))
+    return tuple(found)
+
+
+def prepare(options: Options, release: str = NAME) -> Job:
     """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
-    return latent_job.prepare(_SelfForcing(), options)
+    return latent_job.prepare(_SelfForcing(RELEASES[release]), options)
 
 
-def plan(options: PlanOptions) -> Plan:
+def plan(options: PlanOptions, release: str = NAME) -> Plan:
     """What of a run fits into the memory; see `make_plan`."""
-    return make_plan(options.request(Options), options.memory, released_sizes())
+    asked, chosen = options.request(Options), RELEASES[release]
+    return make_plan(asked, options.memory, sizes_of(chosen, released_sizes()), chosen)

@@ -9,6 +9,7 @@ islands that the pipeline keeps in higher precision: statistics of the norms, so
 sinusoid of the timestep.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ from models.common.wan_layers import (
 from models.common.wan_text import TextConditioned, TextKV
 from models.self_forcing.config import SelfForcingConfig
 from models.self_forcing.layers import Head, TimeEmbedding
+from qvg_jax.cache.plan import Plan
+from qvg_jax.sharding import by_tokens
 
 
 class Output(NamedTuple):
@@ -60,6 +63,7 @@ class Block(nnx.Module):
         text_kv: tuple[Float[Array, "B U H D"], Float[Array, "B U H D"]],
         attention: Callable[..., Array],
         between: Callable[[Array], Array] = lambda x_BTM: x_BTM,
+        plan: Plan | None = None,
     ) -> tuple[Float[Array, "B T M"], tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
         """One layer.
 
@@ -71,6 +75,7 @@ class Block(nnx.Module):
                 else the queries see.
             between: what becomes of the residual stream before cross-attention, in models that
                 change it there.
+            plan: of the devices that have the tokens, each some of them; None for one device.
 
         Returns:
             The residual stream and this layer's (k_BTHD, v_BTHD), k before RoPE.
@@ -84,7 +89,7 @@ class Block(nnx.Module):
         y_BTM = self.self_attn.output(attention(q_BTHD, k_BTHD, v_BTHD))
         x_BTM = between(x_BTM + y_BTM * per_frame(gate1, tokens))
 
-        x_BTM = x_BTM + self.cross_attention(self.cross_norm(x_BTM), text_kv)
+        x_BTM = x_BTM + self.cross_attention(self.cross_norm(x_BTM), text_kv, plan)
 
         y_BTM = self.ffn(modulate(layer_norm(x_BTM, self.eps), shift2, scale2))
         return x_BTM + y_BTM * per_frame(gate2, tokens), (k_BTHD, v_BTHD)
@@ -93,13 +98,13 @@ class Block(nnx.Module):
         self,
         x_BTM: Float[Array, "B T M"],
         text_kv: tuple[Float[Array, "B U H D"], Float[Array, "B U H D"]],
+        plan: Plan | None = None,
     ) -> Float[Array, "B T M"]:
         """Every token reads every text slot: padding is attended, as in training."""
         k_BUHD, v_BUHD = text_kv
         q_BTHD = self.cross_attn.query(x_BTM)
-        return self.cross_attn.output(
-            fused_attention(q_BTHD, k_BUHD, v_BUHD, implementation=self.implementation)
-        )
+        attention = functools.partial(fused_attention, implementation=self.implementation)
+        return self.cross_attn.output(by_tokens(attention, plan)(q_BTHD, k_BUHD, v_BUHD))
 
 
 class SelfForcingDiT(TextConditioned):
@@ -133,6 +138,7 @@ class SelfForcingDiT(TextConditioned):
         attention: Callable[..., Array],
         *,
         keep_kv: bool = False,
+        plan: Plan | None = None,
     ) -> Output:
         """Predicts the flow of a few latent frames.
 
@@ -144,6 +150,7 @@ class SelfForcingDiT(TextConditioned):
             attention: (q_BTHD, k_BTHD, v_BTHD, layer) -> o_BTHD, layer a traced index; it rotates
                 q and k and decides what the frames see besides themselves.
             keep_kv: also return K and V of the frames, for the cache.
+            plan: of the devices that run the network together; None for one.
         """
         B, F, Z = x_BFZYX.shape[:3]
         if self.config.latent_channels != Z:
@@ -155,7 +162,9 @@ class SelfForcingDiT(TextConditioned):
         def one_layer(x_BTM, layer):
             state, text, index = layer
             block = nnx.merge(graphdef, state)
-            x_BTM, kv = block(x_BTM, e_BF6M, text, lambda q, k, v: attention(q, k, v, index))
+            x_BTM, kv = block(
+                x_BTM, e_BF6M, text, lambda q, k, v: attention(q, k, v, index), plan=plan
+            )
             return x_BTM, kv if keep_kv else (None, None)
 
         layers = (stacked, text_kv, jnp.arange(self.config.layers))

@@ -20,6 +20,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from models.runs.devices import on_all_devices
 from models.self_forcing.block import (
     BlockNoise,
     Known,
@@ -92,9 +93,9 @@ class SelfForcing:
         sampler: SamplerConfig | None = None,
         history: History | None = None,
     ):
-        self.model = model
         self.sampler = SamplerConfig() if sampler is None else sampler
         self.history = History() if history is None else history
+        self.model = on_all_devices(model, self.history.plan)
 
     def generate(
         self, request: Generation, *, chunk: int = 8, progress: Progress | None = None

@@ -1,7 +1,9 @@
 """Device memory of a run, before it runs: from shapes and from the compiled programs."""
 
 import dataclasses
+import logging
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +14,24 @@ from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.self_forcing.block import Known, State
-from models.self_forcing.entry import Options
+from models.self_forcing.entry import NAME, Options
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import generating_step
-from models.self_forcing.settings import Settings, chosen_sizes, settle
+from models.self_forcing.releases import RELEASES, Release
+from models.self_forcing.settings import PLANS, Settings, chosen_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.cache.devices import share_bytes
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.rollout import run_chunk
 
+log = logging.getLogger(__name__)
 
-def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
+
+def make_plan(
+    options: Options, memory: int, released: Sizes, release: Release = RELEASES[NAME]
+) -> Plan:
     """What each codec of a request needs, as if its arm ran alone.
 
     Compiles the step of each arm and the decoder for the default backend; allocates nothing.
@@ -30,11 +40,13 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         options: codecs, frames, size, window, sink and spans count.
         memory: bytes of the device, for the longest video that fits.
         released: sizes of the networks.
+        release: whose steps and memory are the defaults.
 
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
-    settings = settle(options, chosen_sizes(options, None, released))
+    count, options = options.devices or 1, dataclasses.replace(options, devices=None, plan=None)
+    settings = settle(options, chosen_sizes(options, None, released), release=release)
     begin = time.perf_counter()
     networks = {
         "transformer": WEIGHTS.skeleton(settings.sizes.dit),
@@ -55,14 +67,15 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         block = temporary_bytes(run_chunk, *_step(settings, networks["transformer"], cache))
         parts = (name, held, block, shape_bytes(past), decoding)
         need = with_decoder(*parts, last=options.decode_last)
-        longest = _longest(settings, need, memory)
-        needs.append(Need(**(vars(need) | {"longest": longest})))
+        longest = _longest(settings, name, need, memory, shape_bytes)
+        needs.append(dataclasses.replace(need, longest=longest))
+        needs += _on_devices(settings, need, memory, count)
     slots = settings.sizes.dit.text_slots
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, slots)}
     best = max(needs, key=lambda need: need.longest)
     advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
     return Plan(
-        what=f"Self-Forcing, {settings.frames} latent frames of {settings.height} x "
+        what=f"{release.title}, {settings.frames} latent frames of {settings.height} x "
         f"{settings.width}, {settings.sizes.dit.layers} layers, each codec alone",
         before=before,
         needs=tuple(needs),
@@ -71,6 +84,47 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
         "a smaller --height and --width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
     )
+
+
+def _on_devices(settings: Settings, need: Need, memory: int, count: int) -> list[Need]:
+    """What each device needs under each plan that divides the cache.
+
+    Every device has all weights; temporaries are those of one device, which are the largest.
+    """
+    found = []
+    for axis in PLANS if count > 1 else ():
+        plan = CachePlan(**{axis: count})
+
+        def share(cache: KVCache, plan=plan) -> int:
+            return share_bytes(_divisible(cache, plan), plan)
+
+        try:
+            held = need.held | {"cache": share(settings.cache(need.name))}
+        except ValueError as error:
+            log.info(str(error))
+            continue
+        name = f"{need.name}, {axis} over {count}"
+        longest = _longest(settings, need.name, need, memory, share)
+        found.append(dataclasses.replace(need, name=name, held=held, longest=longest))
+    return found
+
+
+def _divisible(cache: KVCache, plan: CachePlan) -> KVCache:
+    """The shapes of a cache with as many more slots as the devices need to divide them."""
+    lay = cache.layout
+    if plan.part is None or not lay.max_spans % plan.devices:
+        return cache
+    slots = -(-lay.max_spans // plan.devices) * plan.devices
+
+    def longer(axis: int):
+        return lambda x: jax.ShapeDtypeStruct(
+            (*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype
+        )
+
+    fields = {f"span_{side}": 1 for side in ("k", "v")}
+    fields |= {f"span_{name}": 0 for name in ("pos", "valid", "table")}
+    changed = {name: jax.tree.map(longer(n), getattr(cache, name)) for name, n in fields.items()}
+    return dataclasses.replace(cache, **changed, layout=dataclasses.replace(lay, max_spans=slots))
 
 
 def _latents(settings: Settings, frames: int):
@@ -96,12 +150,14 @@ def _step(settings: Settings, model, cache):
     return Partial(step, model), state, (key, known), jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def _longest(settings: Settings, need: Need, memory: int) -> int:
+def _longest(
+    settings: Settings, arm: str, need: Need, memory: int, size: Callable[[KVCache], int]
+) -> int:
     """The most latent frames that fit, if only the cache changes with them."""
     n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
 
     def fits(blocks: int) -> bool:
-        cache = shape_bytes(settings.cache(need.name, blocks * n))
+        cache = size(settings.cache(arm, blocks * n))
         return dataclasses.replace(need, held=need.held | {"cache": cache}).total <= memory
 
     return most(fits, top // n) * n

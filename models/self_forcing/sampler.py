@@ -51,7 +51,9 @@ class Ladder:
 
     @cached_property
     def steps(self) -> np.ndarray:
-        """Float32 [J]: the timesteps of the denoising passes, warped onto the ladder."""
+        """Float32 [J]: the timesteps of the denoising passes, warped onto the ladder if asked for."""
+        if not self.config.warped:
+            return np.asarray(self.config.steps, np.float32)
         with_end = np.append(self.timesteps, np.float32(0.0))
         return with_end[self.config.train_steps - np.asarray(self.config.steps)]
 
@@ -66,9 +68,11 @@ class Ladder:
 
     @cached_property
     def step_sigmas(self) -> np.ndarray:
-        """Float32 [J + 1]: sigma of each denoising pass, then 0 for "keep the prediction"."""
-        rungs = self.config.train_steps - np.asarray(self.config.steps)
-        return np.append(self.sigmas[rungs], np.float32(0.0))
+        """Float32 [J + 1]: sigma of each denoising pass, then 0 for "keep the prediction".
+
+        Looked up by the timestep: where whole timesteps make rungs equal, the noisiest of them.
+        """
+        return np.append(self.sigma(self.steps), np.float32(0.0))
 
 
 type Sigma = Float[Array | np.ndarray, "..."] | float

@@ -6,15 +6,19 @@ import logging
 import jax
 
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
+from models.runs.devices import plan_of
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
-from models.self_forcing.entry import FRAMES, Options
+from models.self_forcing.entry import FRAMES, NAME, Options
 from models.self_forcing.history import History, make_cache
+from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.errors import UserError, told_to_user
+
+PLANS = ("spans", "heads", "ring")
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,13 @@ def released_sizes() -> Sizes:
     return Sizes(
         dit=SelfForcingConfig.wan_1_3b(), vae=WanVAEConfig.wan_2_1(), text=UMT5Config.xxl()
     )
+
+
+def sizes_of(release: Release, sizes: Sizes) -> Sizes:
+    """The sizes of a release; `sizes` are those of Self-Forcing, of which it has most."""
+    dit = SelfForcingConfig.wan_14b(dtype=sizes.dit.dtype) if release.size == "14B" else sizes.dit
+    blocks = dataclasses.replace(dit, frames_per_block=release.frames_per_block)
+    return dataclasses.replace(sizes, dit=blocks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,13 +83,20 @@ class Settings:
 
 
 @told_to_user()
-def settle(options: Options, sizes: Sizes, *, first_frame_alone: bool = False) -> Settings:
+def settle(
+    options: Options,
+    sizes: Sizes,
+    *,
+    first_frame_alone: bool = False,
+    release: Release = RELEASES[NAME],
+) -> Settings:
     """Checks the options of a user and fills in what they leave open.
 
     Args:
         options: what is wanted.
         sizes: of the networks.
         first_frame_alone: whether the video begins with an image.
+        release: whose steps and memory are the defaults.
 
     Raises:
         UserError: a value that is not accepted, named with what would be.
@@ -90,10 +108,13 @@ def settle(options: Options, sizes: Sizes, *, first_frame_alone: bool = False) -
     check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
     check_seed(options.seed)
     names = arm_names(options)
+    plan = plan_of(options, PLANS)
     settings = Settings(
         sizes=sizes,
-        sampler=_sampler(options.steps),
-        histories={name: _history(name, options) for name in names},
+        sampler=_sampler(options.steps, release),
+        histories={
+            name: dataclasses.replace(_history(name, options, release), plan=plan) for name in names
+        },
         frames=frames,
         height=height,
         width=width,
@@ -120,26 +141,35 @@ def chosen_sizes(options: Options, parts: Parts | None, released: Sizes) -> Size
         size = ("num_layers", "dim", "num_heads", "ffn_dim", "in_dim", "out_dim", "freq_dim")
         wanted_keys(parts.config, *size, "text_len", "eps", folder=options.weights)
         with named_config(options.weights):
-            dit = SelfForcingConfig.from_wan(parts.config, dtype=dit.dtype)
+            dit = SelfForcingConfig.from_wan(
+                parts.config, frames_per_block=dit.frames_per_block, dtype=dit.dtype
+            )
     return dataclasses.replace(released, dit=with_layers(dit, options))
 
 
-def _sampler(steps: int | None) -> SamplerConfig:
+def _sampler(steps: int | None, release: Release) -> SamplerConfig:
     if steps is None:
-        return SamplerConfig()
+        return SamplerConfig(**dict(release.sampler))
     top = SamplerConfig().train_steps
     if not 1 <= steps <= top:
         raise UserError(f"steps={steps} is not accepted: give 1 to {top}")
     return SamplerConfig(steps=tuple(top - i * top // steps for i in range(steps)))
 
 
-def _history(recipe: str, options: Options) -> History:
+def _history(recipe: str, options: Options, release: Release) -> History:
     key_codec, value_codec = codec_pair(recipe)
+    own = dict(
+        window_frames=release.window_frames,
+        sink_frames=release.sink_frames,
+        span_frames=release.span_frames,
+    )
     asked = dict(
         window_frames=options.window,
         sink_frames=options.sink,
         span_frames=options.span,
         keep_recent=options.recent,
     )
-    bounds = {name: value for name, value in asked.items() if value is not None}
+    bounds = {
+        name: value for given in (own, asked) for name, value in given.items() if value is not None
+    }
     return History(key_codec=key_codec, value_codec=value_codec, **bounds)

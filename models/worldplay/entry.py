@@ -3,6 +3,7 @@
 import dataclasses
 
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
+from models.worldplay.protocol import PROTOCOL
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
 from qvg_jax.app.option_types import Side
@@ -76,6 +77,7 @@ ENTRY = ModelEntry(
     summary="HY-WorldPlay (Wan2.2 5B): a picture and a walk become a video.",
     options=Options,
     needs=NEEDS,
+    protocol=PROTOCOL,
     prepare=deferred("models.worldplay.job:prepare"),
     plan_options=PlanOptions,
     plan=deferred("models.worldplay.job:plan"),

@@ -25,6 +25,7 @@ from cyclopts import App, Parameter
 
 from qvg_jax.app.model_entry import ModelEntry
 from qvg_jax.app.option_types import Bits, Count, File, Names, Shape
+from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.app.versions import own_version
 from qvg_jax.errors import UserError, printable
 
@@ -35,6 +36,10 @@ LONGEST_LINE = 600  # characters of an error; a checkpoint can be wrong in a hun
 # Commands that work on a model: the model without a name, and what they do.
 TASKS = {
     "generate": ("pocket-world", "Make a video with compressed and with bf16 caches."),
+    "verify": (
+        "pocket-world",
+        "Compare codecs with bf16 by a fixed protocol, beside published numbers.",
+    ),
     "play": ("pocket-world", "Walk through a generated world in a browser."),
     "plan": ("self-forcing", "Say what of a video fits into a GPU's memory."),
     "capture": ("pocket-world", "Write K, V and Q of a model, to try codecs on."),
@@ -179,7 +184,10 @@ def _listed(app: App, task: str, name: str, registry: Any) -> None:
 
 
 def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
-    """The function behind a subcommand; its only parameter is the model's dataclass of options."""
+    """The function behind a subcommand; its parameter is the model's dataclass of options.
+
+    `verify` has a second one, for its options beside those of `generate`.
+    """
     options = entry.task_options(task)
     if options is None:
         able = [n for n in registry.names() if _knows(registry, n, task)]
@@ -195,11 +203,21 @@ def _runner(task: str, entry: ModelEntry, registry: Any) -> Callable[..., int]:
             from qvg_jax.app import commands
         return getattr(commands, task)(entry, given)
 
-    run.__doc__ = entry.summary
-    run.__annotations__ = {"given": Annotated[options, Parameter(name="*")], "return": int}
-    if not _required(options):
-        run.__defaults__ = (options(),)
-    return run
+    def verify(given: Any, how: Any) -> int:
+        from qvg_jax.app import commands
+
+        return commands.verify(entry, given, how)
+
+    flat = Parameter(name="*")
+    function = verify if task == "verify" else run
+    function.__doc__ = entry.summary
+    function.__annotations__ = {"given": Annotated[options, flat], "return": int}
+    defaults = () if _required(options) else (options(),)
+    if task == "verify":
+        function.__annotations__["how"] = Annotated[VerifyOptions, flat]
+        defaults += (VerifyOptions(),)
+    function.__defaults__ = defaults
+    return function
 
 
 def _required(options: type) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
+from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
 
-__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune"]
+__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune", "verify"]
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
@@ -22,6 +23,41 @@ WRITING = "accepted: a folder that can be written, on a disk with room"
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
+    outcome = _generated(entry, options)
+    if outcome.report is None:
+        return 128 + (outcome.signal or 0)
+    from qvg_jax.app.report import table
+
+    print(f"\n{table(outcome.report)}\n")
+    seconds = outcome.report["timings"]["total_seconds"]
+    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
+    return 0
+
+
+def verify(entry: ModelEntry, options: GenerateOptions, how: VerifyOptions) -> int:
+    """Runs a model's protocol: verify.json and verify.html in `options.out`; 1 if a band fails."""
+    from qvg_jax.app import verify as verifying
+    from qvg_jax.app.metrics import METRICS
+    from qvg_jax.app.perceptual import load_lpips
+
+    metrics = (*METRICS, load_lpips()) if how.lpips else METRICS
+    outcomes = []
+
+    def run(asked: GenerateOptions, metrics: Sequence[Any]) -> Any:
+        outcomes.append(_generated(entry, asked, metrics=metrics))
+        return outcomes[-1]
+
+    with _written():
+        result = verifying.verify(entry, options, how, run, metrics)
+    if result is None:
+        return 128 + (outcomes[-1].signal or 0)
+    print(f"\n{verifying.summary_table(result)}\n")
+    print(f"wrote verify.json and verify.html to {options.out}")
+    return 1 if result["verdict"] == "fail" else 0
+
+
+def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
+    """The `Outcome` of a model's job; an interruption is told on stderr."""
     from qvg_jax.app.progress import Progress, saying
 
     def advice() -> str:
@@ -31,7 +67,6 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
         with _within_memory(advice), saying(f"{entry.name}: loading the model"):
             set_up_jax()
             from qvg_jax.app.generate import generate as run
-            from qvg_jax.app.report import table
             from qvg_jax.app.run_lock import check_alone_in
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
@@ -50,16 +85,13 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
                 growing=options.stream,
                 begins=progress.begins,
                 progress=progress.update,
+                **more,
             )
     if outcome.report is None:
         kept = f"; {outcome.video} has the {outcome.frames} frames so far" if outcome.frames else ""
         go_on = "; --resume goes on" if kept and hasattr(options, "resume") else ""
         print(f"qvg: interrupted{kept}{go_on}", file=sys.stderr)
-        return 128 + (outcome.signal or 0)
-    print(f"\n{table(outcome.report)}\n")
-    seconds = outcome.report["timings"]["total_seconds"]
-    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
-    return 0
+    return outcome
 
 
 def play(entry: ModelEntry, options: PlayOptions) -> int:
@@ -172,12 +204,13 @@ def codecs(shape: tuple[int, ...]) -> int:
     from qvg_jax.app.report import aligned
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import pair_bits
+    from qvg_jax.codecs.fitted import fitted
 
     rows = [("codec", "code bits", "bits/element", "vs bf16", "what it is")]
     for name, constructor in (presets.PRESETS | presets.PAIRS).items():
         what = next(iter((constructor.__doc__ or "").strip().splitlines()), "")  # -OO has none
         try:
-            bits = pair_bits(presets.pair(name), shape)
+            bits = pair_bits(presets.parse_pair(fitted(name, shape[-1])), shape)
         except ValueError as error:
             raise UserError(f"codec={name!r}: {error}") from error
         parameter = inspect.signature(constructor).parameters.get("bits")
@@ -249,19 +282,18 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(entry: ModelEntry) -> Iterator[None]:
-    """Shows on stderr what the model and the package log on the way."""
+    """Shows on stderr what the model's package and this one log on the way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
-    names = {entry.options.__module__.partition(".")[0], "qvg_jax"}
-    logs = [logging.getLogger(name) for name in names]
-    before = [log.level for log in logs]
-    for log in logs:
+    names = {entry.options.__module__.partition(".")[0], __name__.partition(".")[0]}
+    before = {log: log.level for log in map(logging.getLogger, names)}
+    for log in before:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        for log, level in zip(logs, before, strict=True):
+        for log, level in before.items():
             log.removeHandler(handler)
             log.setLevel(level)
 

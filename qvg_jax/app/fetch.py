@@ -117,8 +117,10 @@ def remember(model: str, folder: Path, *, cache: str | Path | None = None) -> No
     """Makes a folder of weights the one that a model reads when its user names none."""
     link = _cache(cache) / "models" / model
     link.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(link) as partial:
-        partial.symlink_to(folder.resolve())
+    partial = link.with_name(f"{link.name}.partial")  # a link has no bytes for `replacing` to sync
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(folder.resolve())
+    os.replace(partial, link)
 
 
 def fetched(model: str, *, cache: str | Path | None = None) -> Path | None:

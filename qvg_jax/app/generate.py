@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from qvg_jax.app.background import Background
 from qvg_jax.app.figure import write_figure
 from qvg_jax.app.interruption import Interruption
 from qvg_jax.app.job import Job, Made, lockstep
+from qvg_jax.app.metrics import METRICS, Metric
 from qvg_jax.app.panels import Panel, Sheet
 from qvg_jax.app.report import SEEN, Record, write_json
 from qvg_jax.app.run_lock import alone_in
@@ -44,6 +45,7 @@ def generate(
     growing: bool = False,
     begins: Callable[[str], None] | None = None,
     progress: Callable[[Made], None] | None = None,
+    metrics: Sequence[Metric] = METRICS,
 ) -> Outcome:
     """Makes the frames of all arms and writes what came of it.
 
@@ -60,6 +62,7 @@ def generate(
         growing: whether video.mp4 can be played while the run goes on, see `Mp4`.
         begins: called with an arm's name before it makes its next block.
         progress: called with each block after all arms have made it.
+        metrics: what compares the frames of an arm with those of bf16 and with the truth.
 
     Returns:
         The outcome; one without a report if a signal came first, and without a video if there was no frame.
@@ -77,19 +80,19 @@ def generate(
         if (out / name).is_dir():
             raise UserError(f"--out {out}: {out / name} is a folder; accepted: another --out")
     with alone_in(out):
-        return _generate(job, out, video, fps, progress, begins)
+        return _generate(job, Record(job, metrics), out, video, fps, begins, progress)
 
 
 def _generate(
     job: Job,
+    record: Record,
     out: Path,
     video: Mp4,
     fps: int,
-    progress: Callable[[Made], None] | None,
     begins: Callable[[str], None] | None,
+    progress: Callable[[Made], None] | None,
 ) -> Outcome:
     begin = time.perf_counter()
-    record = Record(job)
     draw = _drawing(job)
 
     def write(made: Made) -> None:

@@ -1,12 +1,15 @@
 """How far frames are from other frames: PSNR and SSIM of 8-bit RGB, frame by frame."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
 from skimage.metrics import mean_squared_error, structural_similarity
 
-__all__ = ["PSNR_CAP", "psnr", "ssim", "to_uint8"]
+__all__ = ["METRICS", "PSNR_CAP", "Metric", "psnr", "ssim", "to_uint8"]
+
+type Metric = Callable[[np.ndarray, np.ndarray], float]  # metric(frame_HW3, reference_HW3)
 
 # dB given to equal frames, so that means stay finite. One sample in a million, wrong by one step,
 # is 108 dB; of the frames of a small model the worst such case is 91 dB.
@@ -31,3 +34,6 @@ def ssim(frame_HW3: UInt8[np.ndarray, "H W 3"], reference_HW3: UInt8[np.ndarray,
     Source: Wang et al., "Image Quality Assessment", IEEE TIP 13(4), 2004, as in scikit-image.
     """
     return float(structural_similarity(reference_HW3, frame_HW3, channel_axis=-1, data_range=255))
+
+
+METRICS: tuple[Metric, ...] = (psnr, ssim)  # of every run

@@ -27,6 +27,7 @@ from qvg_jax.app.option_types import (
     Steps,
     Whole,
 )
+from qvg_jax.app.protocol import Protocol
 
 if TYPE_CHECKING:
     from qvg_jax.app.job import Job
@@ -174,6 +175,7 @@ class ModelEntry:
         play_options, play: options of `qvg play`, and `play(options) -> World`.
         needs: files on a model hub that the released weights are made of, the transformer first;
             `qvg fetch` gets them. Empty for a model that brings its weights along.
+        protocol: what `qvg verify` does with the model; None if nothing is agreed on.
         loop: `loop(recipes, span_tokens) -> {recipe: dB to bf16}`, a short run for `qvg tune`.
         memory_advice: `memory_advice(options) -> str`, what to change where memory is not enough.
     """
@@ -189,6 +191,7 @@ class ModelEntry:
     play_options: type[PlayOptions] | None = None
     play: "Callable[[Any], World] | None" = None
     needs: tuple[Download, ...] = ()
+    protocol: Protocol | None = None
     loop: Callable[[Sequence[str], int], dict[str, float]] | None = None
     memory_advice: Callable[[Any], str] = _no_advice
 
@@ -203,7 +206,9 @@ class ModelEntry:
         return self.options.codec
 
     def task_options(self, task: str) -> type | None:
-        """Options of "generate", "plan", "capture" or "play"; None if the model has no such task."""
+        """Options of "generate", "verify", "plan", "capture" or "play"; None without such a task."""
+        if task == "verify":
+            return self.options if self.protocol else None
         return self.options if task == "generate" else getattr(self, f"{task}_options")
 
 

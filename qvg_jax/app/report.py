@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qvg_jax.app.job import BASELINE, Job, Made
-from qvg_jax.app.metrics import psnr, ssim
+from qvg_jax.app.metrics import METRICS, Metric
 from qvg_jax.app.versions import versions
 from qvg_jax.files import replacing
 
@@ -23,10 +23,13 @@ STRIP = 8  # frames of report.png's strip
 
 
 class Record:
-    """Collects what `lockstep` yields; a thousand frames cost it a few numbers each."""
+    """Collects what `lockstep` yields; a thousand frames cost it a few numbers each.
 
-    def __init__(self, job: Job):
-        self._job = job
+    `metrics` are functions `metric(frame_HW3, reference_HW3)`, known by their names.
+    """
+
+    def __init__(self, job: Job, metrics: Sequence[Metric] = METRICS):
+        self._job, self._metrics = job, metrics
         self._names = [arm.name for arm in job.arms]
         self._layouts = {arm.name: job.cache(arm.state).layout for arm in job.arms}
         self._scores = {name: {} for name in self._names}
@@ -63,7 +66,7 @@ class Record:
             if self._job.baseline not in (None, name):
                 references[BASELINE] = pictures[BASELINE]
             for other, reference_HW3 in references.items():
-                for metric in (psnr, ssim):
+                for metric in self._metrics:
                     values = self._scores[name].setdefault(f"{metric.__name__}_vs_{other}", [])
                     values.append(round(metric(frame_HW3, reference_HW3), 4))
         if number in self._wanted:

@@ -15,7 +15,7 @@ from qvg_jax.app.report import aligned
 from qvg_jax.errors import UserError
 from qvg_jax.files import replacing, writable_folder
 from qvg_jax.study.capture import Captured, load_captured, save_captured
-from qvg_jax.study.tune import Score, candidates, draw, tune
+from qvg_jax.study.tune import CLIPPED, Score, candidates, draw, recommended, tune
 
 __all__ = ["run_capture", "run_tune"]
 
@@ -70,7 +70,7 @@ def run_tune(
             refused=left_out.__setitem__,
         )
     if loop is not None:
-        closest = sorted(scores, key=lambda s: s.attention_error)[:LOOPED]
+        closest = sorted(scores, key=lambda s: s.attention_error + s.worst_queries)[:LOOPED]
         chosen = dict.fromkeys(s.recipe for s in closest) | dict.fromkeys(
             s.recipe for s in scores if s.recipe.startswith("qvg:")
         )
@@ -80,18 +80,42 @@ def run_tune(
         rows = [dataclasses.asdict(s) for s in scores]
         partial.write_text(json.dumps({"span_tokens": span, "scores": rows}, indent=1) + "\n")
     draw(out / "tune.png", scores)
-    return "\n".join(
-        [_table(scores), *(f"left out {name}: {why}" for name, why in left_out.items())]
-    )
+    said = [_table(scores), *(f"left out {name}: {why}" for name, why in left_out.items())]
+    if span_tokens is None:
+        said.append(
+            f"warning: spans of {span} tokens were taken, for the file does not say how long the "
+            "model's are; longer ones take more centroids for the same bits: give --span-tokens"
+        )
+    said += [
+        f"warning: {s.recipe} clips: of the largest values {s.peaks:.0%} are left"
+        for s in scores
+        if s.peaks < CLIPPED
+    ]
+    said.append(_advice(scores, budget))
+    return "\n".join(said)
+
+
+def _advice(scores: Sequence[Score], budget: float | None) -> str:
+    """The recipe to try first, and why; none without a budget, for more bits are always closer."""
+    if budget is None:
+        return "give --budget BITS to be told which recipe to try first"
+    best = recommended(scores)
+    if best is None:
+        return "no recipe is recommended: all of them clip the largest values of these tensors"
+    columns = "median and worst layer, worst queries"
+    columns += " and the loop" if best.loop is not None else ""
+    return f"try first: {best.recipe} ({best.bits:.3f} bits), the best over {columns} together"
 
 
 def _table(scores: Sequence[Score]) -> str:
     """One line per recipe, smallest first; a star marks the Pareto front."""
     looped = any(s.loop is not None for s in scores)
-    head = ("", "codec", "bits", "error of K", "of V", "of attention")
+    head = ("", "codec", "bits", "error of K", "of V", "attention: median layer", "worst layer")
+    head += ("worst queries", "peaks kept")
     rows = [head + (("dB to bf16",) if looped else ())]
     for s in scores:
-        errors = (f"{x:.4f}" for x in (s.key_error, s.value_error, s.attention_error))
-        row = ("*" if s.best else "", s.recipe, f"{s.bits:.3f}", *errors)
+        columns = (s.key_error, s.value_error, s.median_layer, s.worst_layer, s.worst_queries)
+        errors = (f"{x:.4f}" for x in columns)
+        row = ("*" if s.best else "", s.recipe, f"{s.bits:.3f}", *errors, f"{s.peaks:.2f}")
         rows.append(row + ((f"{s.loop:.2f}" if s.loop is not None else "",) if looped else ()))
     return aligned(rows)

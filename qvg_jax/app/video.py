@@ -13,6 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
 from qvg_jax.errors import UserError
+from qvg_jax.files import synchronize
 
 __all__ = ["Mp4"]
 
@@ -141,6 +142,7 @@ class Mp4:
             container.mux(self._stream.encode(None))
             container.close()
             self._check()
+            synchronize(self._partial)
             if not self.growing:
                 os.replace(self._partial, self.path)
         except OSError as error:
@@ -151,9 +153,13 @@ class Mp4:
 
     def _check(self) -> None:
         # The muxer does not report every failed write: what it wrote is read back.
-        with av.open(f"file:{self._partial}") as file:
-            if (stored := sum(p.size > 0 for p in file.demux(video=0))) != self.frames:
-                raise OSError(f"only {stored} of {self.frames} frames could be read back")
+        try:
+            with av.open(f"file:{self._partial}") as file:
+                stored = sum(p.size > 0 for p in file.demux(video=0))
+        except av.error.InvalidDataError as error:
+            raise OSError("nothing of it could be read back") from error
+        if stored != self.frames:
+            raise OSError(f"only {stored} of {self.frames} frames could be read back")
 
     def __enter__(self) -> Self:
         return self

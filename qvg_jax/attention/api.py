@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qvg_jax.attention.choice import choose
 from qvg_jax.attention.features import Features, features_of
+from qvg_jax.attention.spread import attend_on_devices
 from qvg_jax.attention.xla import attend_xla
 from qvg_jax.backends import Candidate
 from qvg_jax.cache.layout import Layout
@@ -122,9 +123,24 @@ def attend(
         return (q_BTHD, jnp.zeros(q_BTHD.shape[:3], jnp.float32)) if return_lse else q_BTHD
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     scale = jnp.float32(1 / math.sqrt(lay.head_dim) if scale is None else scale)
-    chosen = choose(view, q_BTHD, implementation, precision, features, reads_new).chosen
-    out, lse = _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features, chosen)
+    call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
+    if lay.plan is None:
+        chosen = choose(view, q_BTHD, implementation, precision, features, reads_new).chosen
+        out, lse = _attend(*call, chosen)
+    else:
+        out, lse = _attend_on_devices(*call, implementation=implementation, precision=precision)
     return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "precision"))
+def _attend_on_devices(
+    *call: Any, implementation: str | None, precision: str | None
+) -> tuple[Array, Array]:
+    def here(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features, reads_new):
+        chosen = choose(view, q_BTHD, implementation, precision, features, reads_new).chosen
+        return _attend(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features, chosen)
+
+    return attend_on_devices(here, *call)
 
 
 @functools.partial(jax.jit, static_argnames="chosen")

@@ -42,7 +42,7 @@ def rotation_of(view: CacheView, x_BTHD: Array, batch: int) -> tuple[Array, Rota
         x_BTHD: new tokens.
         batch: videos among the new tokens; the cache's or a multiple.
     """
-    if not isinstance(view.rope, Rope):
+    if not isinstance(view.rope, Rope) or view.table_new is None:
         return x_BTHD, None
     if (pairing := pairing_in(view)) is None:
         rotated = view.new(jnp.swapaxes(x_BTHD, 1, 2))

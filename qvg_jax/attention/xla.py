@@ -90,7 +90,8 @@ def attend_xla(
     if q_BTHD.shape[0] == batch:
         return _attend_branch(q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
     # Mapping over branches leaves the decoding, which does not depend on them, outside.
-    branches = (x.reshape(-1, batch, *x.shape[1:]) for x in (q_BTHD, k_BTHD, v_BTHD))
+    count = q_BTHD.shape[0] // batch
+    branches = (x.reshape(count, batch, *x.shape[1:]) for x in (q_BTHD, k_BTHD, v_BTHD))
     features, axes = features.of_branches(batch)
     one = lambda q, k, v, features: _attend_branch(  # noqa: E731
         q, view, k, v, layer, scale, features

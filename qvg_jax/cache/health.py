@@ -50,8 +50,8 @@ def raise_if_bad(tree: Any) -> None:
         lay = cache.layout
         if nonfinite:
             raise NonFiniteError(
-                f"K or V of block {bad_block} is not finite{_layer_of_bad(cache)}: {nonfinite} NaN or "
-                f"Inf values in {seen} blocks; accepted: {_accepted(cache.dense_k.dtype)}"
+                f"K or V of block {bad_block} is not finite: {nonfinite} NaN or Inf values in {seen} "
+                f"blocks{_layer_of_bad(cache)}; accepted: {_accepted(cache.dense_k.dtype)}"
             )
         if rejected:
             raise CacheFullError(

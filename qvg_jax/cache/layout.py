@@ -5,6 +5,7 @@ from numbers import Integral
 
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.layer_codecs import LayerCodecs, of_layers
+from qvg_jax.cache.plan import Part, Plan
 from qvg_jax.cache.rope import Rope
 from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.codecs.base import Codec
@@ -45,6 +46,8 @@ class Layout:
     key_bias: KeyBias | None = None
     blocks: str = "whole"
     rope: Rope | None = None
+    plan: Plan | None = None  # of a cache on several devices
+    part: Part | None = None  # of the arrays that one of them has
 
     def __post_init__(self):
         least = dict(layers=1, batch=1, heads=1, head_dim=1, block_tokens=1, window_blocks=1)
@@ -83,8 +86,9 @@ class Layout:
 
     @property
     def span_tokens(self) -> int:
-        """Tokens of one span."""
-        return self.span_blocks * self.block_tokens
+        """Tokens of one span, which is whole also where each device has a part of each block."""
+        shares = self.part.devices if self.part is not None and self.part.splits_blocks else 1
+        return self.span_blocks * self.block_tokens * shares
 
     @property
     def span_shape(self) -> tuple[int, int, int, int]:

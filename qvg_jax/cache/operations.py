@@ -10,20 +10,17 @@ video changes numbers and never a shape.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.backends import divided_automatically, row_major
-from qvg_jax.cache.layer_codecs import groups_of, joined, parts_of
+from qvg_jax.cache.devices import on_each_device
 from qvg_jax.cache.layout import Layout
-from qvg_jax.cache.no_gradient import no_gradient
-from qvg_jax.cache.slots import write_slot
+from qvg_jax.cache.oldest_span import all_slots, encode_oldest
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import checked_lengths, checked_positions
 
@@ -77,10 +74,21 @@ def _append(
 ) -> KVCache:
     lay = cache.layout
     k, v = (_stored_form(lay, n, x, cache.dense_k.dtype) for n, x in (("k", k), ("v", v)))
-    tokens = k.shape[3]
-    pos = checked_positions(lay, pos, tokens)
-    if not tokens:
+    pos = checked_positions(lay, pos, k.shape[3])
+    if not k.shape[3]:
         return cache
+    part = None if lay.plan is None else lay.plan.part
+    axis = part.axis if part is not None and part.splits_blocks else None
+    of_tokens = jax.P(None, None, None, axis)
+    specs = (of_tokens, of_tokens, jax.P(None, axis), jax.P())
+    return on_each_device(_append_here, cache, k, v, pos, lengths_B, specs=specs)
+
+
+def _append_here(
+    cache: KVCache, k: Array, v: Array, pos: Array, lengths_B: Array | None
+) -> KVCache:
+    """The cache with one more block, or this device's part of both; k and v are [L, B, H, T, D]."""
+    lay, tokens = cache.layout, k.shape[3]
     place = _whole_block(cache) if lay.blocks == "whole" else _any_tokens(cache, tokens)
     valid = None
     if lay.blocks == "padded":
@@ -99,6 +107,8 @@ def _append(
         return lax.dynamic_update_slice_in_dim(buffer, new, place.at, axis)
 
     bad = sum((~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in (k, v))
+    if lay.part is not None and lay.part.splits_blocks:
+        bad = lax.psum(bad, lay.part.axis)
     first = jnp.where((cache.first_bad_block < 0) & (bad > 0), cache.seen_blocks, -1)
     table = None if lay.rope is None else lay.rope.table(pos)
     beside = jax.tree.map(
@@ -212,111 +222,17 @@ def compress(cache: KVCache, key: PRNGKeyArray | None = None) -> KVCache:
 
 @jax.jit
 def _compress(cache: KVCache, key: PRNGKeyArray) -> KVCache:
+    return on_each_device(_compress_here, cache, key, specs=(jax.P(),))
+
+
+def _compress_here(cache: KVCache, key: PRNGKeyArray) -> KVCache:
+    """The cache after `compress`, or this device's part of it; all devices encode the same span."""
     lay = cache.layout
     window = cache.dense_blocks - lay.sink_blocks
     due = window >= lay.span_blocks + lay.keep_recent
     if lay.overflow == "error":
-        due &= cache.num_spans < lay.max_spans
-    return lax.cond(due, _encode_oldest, lambda cache, key: cache, cache, key)
-
-
-def _encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
-    lay, n = cache.layout, cache.layout.block_tokens
-    begin, size = lay.sink_blocks * n, lay.span_tokens
-    tail = (lay.window_blocks - lay.span_blocks) * n  # what can remain in the window
-    full = (cache.num_spans >= lay.max_spans).astype(jnp.int32)
-    slot = (cache.first_span + cache.num_spans) % lay.max_spans
-    key = jax.random.fold_in(key, cache.encoded_blocks // lay.span_blocks)
-
-    def one_layer(l, carry, codecs, places):
-        def one(codec, place, dense, spans, states, key):
-            def read(start, length):
-                form = (1, lay.batch, lay.heads, length, lay.head_dim)
-                return lax.dynamic_slice(dense, (l, 0, 0, start, 0), form)
-
-            state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
-            span = no_gradient(read(begin, size)[0], "compress")
-            packed, state = codec.encode(span, state, key=key)
-            # All reading before all writing, or XLA copies the whole buffer to be safe.
-            moved = read(begin + size, tail)
-            packed, state, moved = lax.optimization_barrier((packed, state, moved))
-            spans = write_slot(spans, place, slot, packed)
-            states = jax.tree.map(lambda s, new: s.at[place].set(new), states, state)
-            return lax.dynamic_update_slice(dense, moved, (l, 0, 0, begin, 0)), spans, states
-
-        keys = jax.random.split(jax.random.fold_in(key, l))
-        sides = zip(codecs, places, carry, keys, strict=True)
-        return tuple(one(codec, place, *x, key) for codec, place, x, key in sides)
-
-    (dense_k, span_k, state_k), (dense_v, span_v, state_v) = _for_each_layer(cache, one_layer)
-
-    def moved(x: Array) -> Array:
-        return x.at[:, begin : begin + tail].set(x[:, begin + size : begin + size + tail])
-
-    of_tokens = (cache.dense_pos, cache.dense_valid, cache.dense_table)
-    dense_pos, dense_valid, dense_table = jax.tree.map(moved, of_tokens)
-    span_pos, span_valid, span_table = jax.tree.map(
-        lambda slots, x: slots.at[slot].set(x[:, begin : begin + size]),
-        (cache.span_pos, cache.span_valid, cache.span_table),
-        of_tokens,
-    )
-    return dataclasses.replace(
-        cache,
-        dense_k=dense_k,
-        dense_v=dense_v,
-        dense_pos=dense_pos,
-        dense_valid=dense_valid,
-        dense_table=dense_table,
-        span_k=span_k,
-        span_v=span_v,
-        span_pos=span_pos,
-        span_valid=span_valid,
-        span_table=span_table,
-        state_k=state_k,
-        state_v=state_v,
-        dense_blocks=cache.dense_blocks - lay.span_blocks,
-        first_span=(cache.first_span + full) % lay.max_spans,
-        num_spans=cache.num_spans + 1 - full,
-        dropped_blocks=cache.dropped_blocks + full * lay.span_blocks,
-    )
-
-
-def _for_each_layer(cache: KVCache, one_layer: Callable[..., Any]) -> tuple[Any, Any]:
-    """K and V after `one_layer(l, (k, v), codecs, places)` for each layer l: dense buffer, slots, states.
-
-    `places` are where the layer lies in the slots of its codecs. Layers that share both codecs are a loop.
-    """
-    lay = cache.layout
-    codecs = lay.key_codec, lay.value_codec
-    dense = [cache.dense_k, cache.dense_v]
-    slots = [parts_of(c, x) for c, x in zip(codecs, (cache.span_k, cache.span_v), strict=True)]
-    states = [parts_of(c, x) for c, x in zip(codecs, (cache.state_k, cache.state_v), strict=True)]
-    groups = [groups_of(codec, lay.layers) for codec in codecs]
-    for i, (key_codec, key_layers) in enumerate(groups[0]):
-        for j, (value_codec, value_layers) in enumerate(groups[1]):
-            layers = [l for l in key_layers if l in value_layers]
-            if not layers:
-                continue
-            places = [[of.index(l) for l in layers] for of in (key_layers, value_layers)]
-            plain = layers == list(range(lay.layers))
-
-            def step(
-                n, carry, layers=layers, places=places, plain=plain, pair=(key_codec, value_codec)
-            ):
-                if plain and all(place == layers for place in places):
-                    return one_layer(n, carry, pair, (n, n))
-                l, *at = (jnp.asarray(x, jnp.int32)[n] for x in (layers, *places))
-                return one_layer(l, carry, pair, at)
-
-            carry = tuple((dense[s], slots[s][g], states[s][g]) for s, g in enumerate((i, j)))
-            # int32 whatever `jax_enable_x64` says: the counters are, and indices of one slice agree.
-            carry = lax.fori_loop(np.int32(0), np.int32(len(layers)), step, carry)
-            for s, g in enumerate((i, j)):
-                dense[s], slots[s][g], states[s][g] = carry[s]
-    return tuple(
-        (dense[s], joined(codec, slots[s]), joined(codec, states[s]))
-        for s, codec in enumerate(codecs)
-    )
+        due &= cache.num_spans < all_slots(lay)
+    return lax.cond(due, encode_oldest, lambda cache, key: cache, cache, key)
 
 
 def evict(cache: KVCache, spans: int | Int[Array, ""] = 1) -> KVCache:

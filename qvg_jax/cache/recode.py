@@ -39,9 +39,14 @@ def recode(
 
     Raises:
         ValueError: a codec refuses the span's shape.
-        NotImplementedError: codecs that differ by layer, before or after.
+        NotImplementedError: codecs that differ by layer, before or after, or a cache on several devices.
     """
     lay = cache.layout
+    if lay.plan is not None:
+        raise NotImplementedError(
+            f"recode: the cache has plan {lay.plan.axis}={lay.plan.devices}; accepted: a cache on one "
+            "device, as spread(cache, None) returns it"
+        )
     for codec in (lay.key_codec, lay.value_codec, key_codec, value_codec):
         if not isinstance(codec, Codec):
             raise NotImplementedError("recode: codecs that differ by layer; accepted: one for all")

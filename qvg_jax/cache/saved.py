@@ -4,6 +4,13 @@
         checkpointer.save(folder, to_saved(cache))
         cache = from_saved(checkpointer.restore(folder), like=KVCache.create(...))
 
+A cache of one plan comes back by another. Devices then read as the saver's target says; here it is the
+same for all of them:
+
+    form = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    target = {name: form(x) if isinstance(x, jax.Array) else x for name, x in to_saved(like).items()}
+    cache = from_saved(checkpointer.restore(folder, target), like)
+
 A `KVCache` is a pytree, but savers refuse arrays of no elements, which empty regions have, and know
 nothing of its layout: slots of one codec read as slots of another would be silently wrong.
 """
@@ -15,18 +22,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvg_jax.cache.devices import in_order_of
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.plan import AXES, Plan
 from qvg_jax.cache.state import KVCache
 
 __all__ = ["from_saved", "to_saved"]
 
 LAYOUT = "layout"  # under this name lie the bytes of the layout's text
+PLAN = "plan"  # and under this one the devices of each axis, in whose order the arrays lie
 
 
 def to_saved(cache: KVCache) -> dict[str, Any]:
-    """The cache's arrays by name, without those of no elements, and its layout as bytes."""
+    """The cache's arrays by name, without those of no elements, its layout as bytes, and its plan."""
     text = "\n".join(_lines(cache.layout)).encode()
+    plan = Plan() if cache.layout.plan is None else cache.layout.plan
     saved: dict[str, Any] = {LAYOUT: np.frombuffer(text, np.uint8)}
+    saved[PLAN] = np.array([getattr(plan, axis) for axis in AXES], np.int32)
     return saved | {name: x for name, x in _named(cache).items() if x.size}
 
 
@@ -36,7 +48,7 @@ def from_saved(saved: dict[str, Any], like: KVCache) -> KVCache:
     Args:
         saved: what a saver brought back.
         like: a cache of the same layout, such as the empty one that the run began with. Arrays go
-            where its arrays are.
+            where its arrays are; its plan may be another one.
 
     Raises:
         ValueError: the layout is another one (every setting that differs is named), or an array is
@@ -62,7 +74,9 @@ def from_saved(saved: dict[str, Any], like: KVCache) -> KVCache:
                 f"saved: {name} has {got.shape} {got.dtype}; accepted: {x.shape} {x.dtype}"
             )
         leaves.append(jax.device_put(jnp.asarray(got), x.sharding))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    cache = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    devices = np.asarray(saved.get(PLAN, [1] * len(AXES))).tolist()
+    return in_order_of(cache, Plan(**dict(zip(AXES, devices, strict=True))))
 
 
 def _named(cache: KVCache) -> dict[str, Any]:
@@ -71,5 +85,5 @@ def _named(cache: KVCache) -> dict[str, Any]:
 
 
 def _lines(layout: Layout) -> list[str]:
-    fields = dataclasses.fields(layout)
+    fields = [f for f in dataclasses.fields(layout) if f.name not in ("plan", "part")]
     return [f"{f.name}={getattr(layout, f.name)}".replace("\n", " ") for f in fields]

@@ -157,11 +157,16 @@ def decode_slot(
     return lax.switch(group_L[layer], decoders, index_L[layer], slot)
 
 
-def write_slot(slots: Any, layer: Array, slot: Array, packed: Any) -> Any:
-    """The slots with one span of one layer replaced; in place where XLA may."""
+def write_slot(
+    slots: Any, layer: Array, slot: Array, packed: Any, store: Array | None = None
+) -> Any:
+    """The slots with one span of one layer replaced, unless `store` is False; in place where XLA may."""
 
     def write(x: Array, new: Array) -> Array:
-        return lax.dynamic_update_slice(x, new[None, None], _corner(x, layer, slot))
+        corner, new = _corner(x, layer, slot), new[None, None]
+        if store is not None:
+            new = jnp.where(store, new, lax.dynamic_slice(x, corner, new.shape))
+        return lax.dynamic_update_slice(x, new, corner)
 
     return jax.tree.map(write, slots, _to_bytes(packed))
 

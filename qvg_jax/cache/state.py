@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qvg_jax.cache.devices import create_on
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.layer_codecs import of_layers
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import empty_slots
 from qvg_jax.cache.view import CacheView, view_of
@@ -78,6 +80,7 @@ class KVCache:
         overflow: str = "error",
         blocks: str = "whole",
         rope: Rope | None = None,
+        sharding: Plan | None = None,
         dtype: Any = jnp.bfloat16,
     ) -> "KVCache":
         """An empty cache.
@@ -105,6 +108,7 @@ class KVCache:
                 each row of the batch says how many of them count.
             rope: rotation whose tables of all stored tokens the cache keeps, so that a view makes
                 those of new tokens only. None makes all of them for each view.
+            sharding: the plan by which the cache is spread over devices; None is one device.
             dtype: floating dtype of sink and window.
 
         Returns:
@@ -112,7 +116,8 @@ class KVCache:
 
         Raises:
             ValueError: a size or name that is not accepted, or a codec that refuses the span's
-                shape (head_dim not divisible by its group, more centroids than tokens).
+                shape (head_dim not divisible by its group, more centroids than tokens), or a plan that
+                does not divide the cache or fit the devices.
         """
         if window_blocks is None:
             window_blocks = span_blocks + keep_recent + 1
@@ -140,25 +145,33 @@ class KVCache:
             key_bias=key_bias,
             blocks=blocks,
             rope=rope,
+            plan=None if sharding is None or sharding.devices == 1 else sharding,
         )
+        make = lambda: cls._empty(lay, dtype)  # noqa: E731
+        return make() if lay.plan is None else create_on(lay.plan, make)
+
+    @classmethod
+    def _empty(cls, lay: Layout, dtype: Any) -> "KVCache":
+        """A cache of this layout with zeros in all buffers."""
+        batch = lay.batch
         tokens = lay.dense_blocks * lay.block_tokens
-        dense_shape = (layers, batch, heads, tokens, head_dim)
+        dense_shape = (lay.layers, batch, lay.heads, tokens, lay.head_dim)
         span_k, state_k = empty_slots(lay, lay.key_codec, dtype)
         span_v, state_v = empty_slots(lay, lay.value_codec, dtype)
         # One array per counter: donation refuses a buffer that appears twice.
         counters = ("dense_blocks", "first_span", "num_spans", "seen_blocks", "dropped_blocks")
         counters += ("rejected_blocks", "nonfinite")
-        counters += () if blocks == "whole" else ("filled",)
+        counters += () if lay.blocks == "whole" else ("filled",)
         pos = dict(
-            dense=jnp.zeros((batch, tokens, pos_dims), jnp.float32),
-            span=jnp.zeros((max_spans, batch, lay.span_tokens, pos_dims), jnp.float32),
+            dense=jnp.zeros((batch, tokens, lay.pos_dims), jnp.float32),
+            span=jnp.zeros((lay.max_spans, batch, lay.span_tokens, lay.pos_dims), jnp.float32),
         )
         more = {}
         for name, pos_xP in pos.items():
-            if blocks == "padded":
+            if lay.blocks == "padded":
                 more[f"{name}_valid"] = jnp.zeros(pos_xP.shape[:-1], bool)
-            if rope is not None:
-                table = jax.eval_shape(rope.table, pos_xP)
+            if lay.rope is not None:
+                table = jax.eval_shape(lay.rope.table, pos_xP)
                 more[f"{name}_table"] = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), table)
         return cls(
             dense_k=jnp.zeros(dense_shape, dtype),

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from qvg_jax.cache.devices import span_tables_of
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings, Rope
 
@@ -24,7 +25,9 @@ class CacheView:
     """A cache with rope tables; shared by all layers of one forward pass. See `KVCache.view`."""
 
     cache: Any  # KVCache
-    table_new: Any  # rope table of the new tokens, leaves [B, T, ...]; None without rope
+    table_new: (
+        Any  # rope table of the new tokens, leaves [B, T, ...]; None if they are not to be rotated
+    )
     table_dense: Any  # of sink and window, leaves [B, T, ...]; None if not precomputed
     table_spans: Any  # of all slots, leaves [N, B, T, ...]; None if not precomputed
     rope: Rope | Encodings | None = dataclasses.field(metadata=dict(static=True))
@@ -37,7 +40,7 @@ class CacheView:
 
     def new(self, x_BHTD: Array) -> Array:
         """Queries or keys of the new tokens as attention multiplies them."""
-        if not isinstance(self.rope, Rope):
+        if not isinstance(self.rope, Rope) or self.table_new is None:
             return x_BHTD
         return self.rope.rotate(x_BHTD, self.new_table(x_BHTD.shape[0]))
 
@@ -145,7 +148,8 @@ def view_of(
         dense, spans = cache.dense_table, cache.span_table if lay.max_spans else None
     else:
         dense = rope.table(cache.dense_pos) if precompute else None
-        spans = _span_tables(cache, rope) if precompute and lay.max_spans else None
+        made = precompute and lay.max_spans
+        spans = span_tables_of(cache, lambda c: _span_tables(c, rope)) if made else None
     return CacheView(
         cache=cache, table_new=table_new, table_dense=dense, table_spans=spans, rope=rope
     )

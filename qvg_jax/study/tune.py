@@ -2,13 +2,14 @@
 
 For every candidate: bits per element as stored, relative error ||x - x_hat|| / ||x|| of K and of V, and the
 relative error of what attention makes of them with the real queries. The last is what a model sees: noise
-on V averages out over the tokens that a query looks at, noise on K moves where it looks.
+on V averages out over the tokens that a query looks at, noise on K moves where it looks. Means hide what
+breaks a model, so the worst layer, the worst queries and what becomes of the largest values count as much.
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +22,22 @@ from matplotlib.figure import Figure
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.codecs.base import Codec
+from qvg_jax.codecs.fitted import fitted
 from qvg_jax.errors import UserError, told_to_user
 from qvg_jax.files import replacing
 from qvg_jax.study.capture import Captured, rotated
 
-__all__ = ["Bench", "Score", "candidates", "draw", "pareto", "restored", "tune"]
+__all__ = [
+    "Bench",
+    "CLIPPED",
+    "Score",
+    "candidates",
+    "draw",
+    "pareto",
+    "recommended",
+    "restored",
+    "tune",
+]
 
 CLUSTERED = (
     "qvg",
@@ -49,6 +61,9 @@ OTHERS = (
     "trellis-tiny",
 )
 CENTROIDS = (16, 32, 64, 128, 256)
+WORST = 0.999  # the quantile of the queries' errors that is called the worst
+LARGEST = 1e-3  # share of the elements that are called the largest
+CLIPPED = 0.9  # a codec that keeps less of the largest values than this is said to clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +75,10 @@ class Score:
         bits: per element, K and V together, everything stored counted.
         key_error, value_error, attention_error: relative L2.
         loop: dB to the bf16 run of the model, if it was run.
-        best: on the Pareto front of bits and attention error.
+        best: on the Pareto front of bits and all errors of attention.
+        median_layer, worst_layer: of the layers' relative L2 of attention.
+        worst_queries: the error of one query in a thousand, over the RMS of its head's outputs.
+        peaks: what the largest elements of K or V become, as a share; 1 unless they are clipped.
     """
 
     recipe: str
@@ -70,6 +88,10 @@ class Score:
     attention_error: float
     loop: float | None = None
     best: bool = False
+    median_layer: float = 0.0
+    worst_layer: float = 0.0
+    worst_queries: float = 0.0
+    peaks: float = 1.0
 
 
 def candidates(span_tokens: int) -> list[str]:
@@ -120,6 +142,17 @@ def _relative(x: Any, exact: Any) -> float:
     return float(np.linalg.norm(x - exact) / max(np.linalg.norm(exact), 1e-30))
 
 
+def _peaks(x: Any, exact: Any) -> float:
+    """<x, exact> / <exact, exact> over the largest elements of each layer; the least of the layers."""
+    shares = []
+    for a, b in zip(np.asarray(x, np.float64), np.asarray(exact, np.float64), strict=True):
+        count = max(1, int(LARGEST * b.size))
+        at = np.argpartition(np.abs(b).ravel(), -count)[-count:]
+        a, b = a.ravel()[at], b.ravel()[at]
+        shares.append(float(a @ b / max(b @ b, 1e-30)))
+    return min(shares)
+
+
 def _pair(recipe: str) -> tuple[Codec, Codec]:
     with told_to_user():
         return presets.parse_pair(recipe)
@@ -166,22 +199,57 @@ class Bench:
             restored(codec, x, self.span_tokens)
             for codec, x in zip(pair, (self.captured.k_LBHTD, self.captured.v_LBHTD), strict=True)
         )
+        exact, out = (np.asarray(x, np.float64) for x in (self._exact, self._attention(k, v)))
+        layers = [_relative(a, b) for a, b in zip(out, exact, strict=True)]
+        size = np.sqrt(np.mean(np.sum(exact**2, -1), -1, keepdims=True))
+        each = np.linalg.norm(out - exact, axis=-1) / np.maximum(size, 1e-30)
         return Score(
             recipe=recipe,
             bits=self.bits(recipe),
             key_error=_relative(k, self.captured.k_LBHTD),
             value_error=_relative(v, self.captured.v_LBHTD),
-            attention_error=_relative(self._attention(k, v), self._exact),
+            attention_error=_relative(out, exact),
+            median_layer=float(np.median(layers)),
+            worst_layer=max(layers),
+            worst_queries=float(np.quantile(each, WORST)),
+            peaks=min(_peaks(k, self.captured.k_LBHTD), _peaks(v, self.captured.v_LBHTD)),
         )
 
 
 def pareto(scores: Iterable[Score]) -> list[Score]:
-    """The scores by size, each marked whether none is both smaller and closer in attention."""
-    out, least = [], math.inf
-    for s in sorted(scores, key=lambda s: (s.bits, s.attention_error)):
-        out.append(dataclasses.replace(s, best=s.attention_error < least))
-        least = min(least, s.attention_error)
+    """The scores by size, each marked whether no smaller one has all errors of attention as small."""
+
+    def errors(s: Score) -> tuple[float, ...]:
+        return s.attention_error, s.worst_layer, s.worst_queries
+
+    out: list[Score] = []
+    for s in sorted(scores, key=lambda s: (s.bits, *errors(s))):
+        beaten = any(all(a <= b for a, b in zip(errors(o), errors(s), strict=True)) for o in out)
+        out.append(dataclasses.replace(s, best=not beaten))
     return out
+
+
+def recommended(scores: Sequence[Score]) -> Score | None:
+    """The recipe that does best over all columns; None if all clip the largest values.
+
+    Recipes are ranked in each column (median layer, worst layer, worst queries, and the loop where it
+    was run); the least sum of ranks wins, and of equal ones the smaller recipe. A recipe that clips
+    is not recommended, however small its errors are.
+    """
+    fit = [s for s in scores if s.peaks >= CLIPPED]
+    if any(s.loop is not None for s in fit):
+        fit = [s for s in fit if s.loop is not None]
+    columns: list[Callable[[Score], float]] = [
+        lambda s: s.median_layer,
+        lambda s: s.worst_layer,
+        lambda s: s.worst_queries,
+        lambda s: -(s.loop or 0.0),
+    ]
+
+    def ranks(s: Score) -> int:
+        return sum(sum(column(o) < column(s) for o in fit) for column in columns)
+
+    return min(fit, key=lambda s: (ranks(s), s.bits), default=None)
 
 
 def tune(
@@ -203,7 +271,7 @@ def tune(
         recipes: None is `candidates(span_tokens)`.
         budget: recipes above it are left out.
         progress: called with every score.
-        refused: called with every recipe of `recipes` that is left out, and with the reason.
+        refused: called with every recipe that is left out, and with the reason.
 
     Raises:
         ValueError: a recipe that is unknown, or none that is possible here and within the budget.
@@ -213,16 +281,19 @@ def tune(
     if recipes is not None:
         for recipe in recipes:
             _pair(recipe)  # an unknown one ends it all before the first is measured
+    head_dim = captured.k_LBHTD.shape[-1]
     for recipe in candidates(span_tokens) if recipes is None else recipes:
         try:
             with told_to_user():
-                if bench.bits(recipe) > budget:
+                recipe = fitted(recipe, head_dim)
+                if (bits := bench.bits(recipe)) > budget:
+                    if refused is not None:
+                        refused(recipe, f"{bits:.3f} bits are more than {budget:g}")
                     continue
                 score = bench.score(recipe)
         except UserError as error:
             reasons[recipe] = str(error)
-            # Unnamed, it is a candidate of ours that such spans do not allow.
-            if recipes is not None and refused is not None:
+            if refused is not None:
                 refused(recipe, str(error))
             continue
         scores.append(score)

@@ -58,7 +58,8 @@ def decoded(path):
 
 def test_the_three_files_are_there_and_nothing_else(done):
     for out in done:
-        assert {p.name for p in out.iterdir()} == {"video.mp4", "report.json", "report.png"}
+        left = {p.name for p in out.iterdir()}
+        assert left == {".lock", "video.mp4", "report.json", "report.png"}
 
 
 def test_the_video_has_every_frame_of_every_arm(done):
@@ -136,6 +137,8 @@ def test_the_list_of_codecs(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == [*PRESETS, *PAIRS]
     assert lines[2].split()[:4] == ["qvg", "2", "2.2969", "6.97x"]  # as published
+    assert cli.main(["codecs", "--shape", "1,8,37440,64"]) == 0  # groups of 128 are clamped
+    assert "qvg-asym" in capsys.readouterr().out
     assert cli.main(["codecs", "--shape", "1,24,29640,128"]) == 0
     assert "6.88x" in capsys.readouterr().out
 

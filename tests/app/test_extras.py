@@ -5,8 +5,7 @@ import tomllib
 
 import pytest
 
-from models.runs.prompts import stand_in_embedding
-from models.umt5 import Tokenizer
+from models.umt5 import Tokenizer, clean_prompt
 from pallas_kernels.gpu.triton_launch import missing
 from qvg_jax.app import cli
 from qvg_jax.errors import MissingExtraError, UserError
@@ -53,7 +52,7 @@ def test_a_command(package, words, extra, without, tmp_path, monkeypatch, capsys
 def test_a_prompt_that_must_be_repaired(without):
     without("ftfy")
     with pytest.raises(MissingExtraError) as error:
-        stand_in_embedding("a fox & a hen", slots=8, width=4, dtype="float32")
+        clean_prompt("a fox & a hen")
     assert installs(str(error.value), "text")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from models.self_forcing import job
 from models.self_forcing.entry import Options
-from models.self_forcing.plan import _step, make_plan
+from models.self_forcing.plan import _on_devices, _step, make_plan
 from models.self_forcing.settings import released_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app import cli
@@ -77,6 +77,7 @@ def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
             **{
                 field.name: getattr(cache.layout, field.name)
                 for field in dataclasses.fields(cache.layout)
+                if field.name not in ("plan", "part")  # of several devices
             },
             dtype=jnp.float32,
         )
@@ -88,6 +89,24 @@ def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
         assert need.total > sum(need.held.values())
     assert plan.needs[1].held["cache"] < plan.needs[0].held["cache"]
     assert plan.before["text encoder"] > 0 and plan.backend == "cpu" and plan.seconds > 0
+
+
+def test_a_plan_for_two_devices_has_a_line_for_each_way_of_sharing():
+    asked, count = options(compare=(), span=12), 2
+    settings = settle(asked, tiny.sizes())
+    cache = settings.cache(tiny.CODEC)
+    assert cache.layout.max_spans == 3
+    held = {"cache": shape_bytes(cache), "VAE": 7}
+    alone = Need(name=tiny.CODEC, held=held, temporaries={"a block": 5})
+    needs = _on_devices(settings, alone, 10**9, count)
+    names = [need.name.removeprefix(tiny.CODEC) for need in needs]
+    assert names == [", spans over 2", ", heads over 2", ", ring over 2"]
+    one, spans, heads, ring = (need.held["cache"] for need in (alone, *needs))
+    assert one / 2 < heads < spans < 0.75 * one  # two slots of four, and one of them stays empty
+    assert spans < ring < one
+    assert all(need.held["VAE"] == 7 for need in needs)
+    (eight,) = _on_devices(settings, alone, 10**9, 8)  # of 6 tokens of a frame and 2 heads
+    assert eight.name == f"{tiny.CODEC}, ring over 8"
 
 
 @pytest.mark.slow

@@ -122,3 +122,13 @@ def test_a_call_that_nothing_serves_says_all_reasons():
     table = (Candidate("a", lambda _: "a is shut"), Candidate("b", lambda _: "b is far"))
     with pytest.raises(NotImplementedError, match="a is shut; b is far; nothing serves it"):
         resolve(table, None)
+
+
+def test_kernels_are_offered_on_their_release_of_jax_only(monkeypatch):
+    monkeypatch.setattr(backends, "is_hopper", lambda: True)
+    for version in ("0.8.3", "0.12.0.1"):
+        monkeypatch.setattr(jax, "__version__", version)
+        why = backends.no_hopper()
+        assert f"jax {version} is installed" in why and f"for jax {backends.KERNELS_JAX}" in why
+    monkeypatch.setattr(jax, "__version__", f"{backends.KERNELS_JAX}.9")
+    assert backends.no_hopper() is None

@@ -15,6 +15,12 @@ from qvg_jax.codecs.base import identity
 from qvg_jax.rollout import run_chunk
 from tests.support.cache_model import coarse
 
+# Aliases are the same on every JAX. Compilers for CPUs before 0.11 convert more of the history at once.
+lean = pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11),
+    reason="XLA for CPUs keeps more temporaries before jax 0.11",
+)
+
 COARSE, IDENTITY = coarse(), identity()
 ROPE = axial_rope([frequency_ladder(128)])
 LAYERS, HEADS, HEAD_DIM, TOKENS = 4, 2, 128, 32
@@ -64,6 +70,7 @@ def full_step(cache, x):
     return compress(append(cache, k, v, x[2])), h
 
 
+@lean
 @pytest.mark.parametrize("codec", [COARSE, IDENTITY], ids=["lossy", "bf16"])
 def test_attention_over_a_long_history_holds_one_span_decoded(codec):
     short, long = (
@@ -96,12 +103,18 @@ def test_updates_happen_in_place():
         m = memory(f, cache, *args, donate_argnums=0)
         assert m.alias_size_in_bytes == size
         assert m.output_size_in_bytes - size < 1024
-    # One layer's span at a time: no second window, let alone a float32 one of all layers.
+
+
+@lean
+def test_compression_holds_one_layers_span():
+    """No second window, let alone a float32 one of all layers."""
+    cache = make(16)
     window = nbytes((cache.dense_k, cache.dense_v))
     temp = memory(compress, cache, donate_argnums=0).temp_size_in_bytes
     assert temp < 1.5 * DECODED_SPAN < window
 
 
+@lean
 def test_a_whole_step_is_in_place_and_small():
     cache = make(16)
     m = memory(full_step, cache, new_block(), donate_argnums=0)
@@ -109,6 +122,7 @@ def test_a_whole_step_is_in_place_and_small():
     assert m.temp_size_in_bytes < 2.5 * DECODED_SPAN
 
 
+@lean
 def test_a_rollout_holds_the_cache_once():
     cache, xs = make(16), jax.tree.map(lambda x: jnp.stack([x] * 8), new_block())
     step = jax.tree_util.Partial(full_step)
@@ -117,6 +131,7 @@ def test_a_rollout_holds_the_cache_once():
     assert m.temp_size_in_bytes < 2.5 * DECODED_SPAN
 
 
+@lean
 def test_a_layer_of_real_size_reads_any_history_with_the_same_temporaries():
     """Self-Forcing: 12 heads, spans of 37,440 tokens, 4,680 queries. Compiled only; -s prints."""
     frame, rope = 4_680, axial_rope([frequency_ladder(128)])

@@ -29,7 +29,7 @@ def make(**sizes):
 @jax.jit
 def step(cache, x):
     return compress(append(cache, *x)), attend(
-        x[0][1].astype(jnp.float32), cache, *_one(x), layer=1
+        x[0][1].astype(jnp.float32), cache.view(rope=False), *_one(x), layer=1
     )
 
 
@@ -64,7 +64,7 @@ def spoilt(value, layer=1, side="v"):
 def test_layer_block_and_side_are_named_after_a_rollout(value, side, layer):
     cache = make()
     xs = blocks(3, cache, spoilt(value, layer, side))
-    want = f"block 2 is not finite, first in {side.upper()} of layer {layer}: 1 NaN or Inf"
+    want = f"block 2 is not finite: 1 NaN.* in 3 blocks, first in {side.upper()} of layer {layer};"
     with pytest.raises(NonFiniteError, match=want):
         rollout(lambda c, x: (append(c, *x), ()), cache, xs, chunk=2)
     with pytest.raises(NonFiniteError, match=want):
@@ -97,7 +97,7 @@ def test_vmapped_and_sharded_caches_name_the_layer():
     caches = jax.tree.map(lambda x: jnp.stack([x] * 2), cache)
     k, v, pos = block(0, cache.layout)
     ks = jnp.stack([k, k.at[1, 0, 0, 0, 0].set(np.nan)])
-    with pytest.raises(NonFiniteError, match="block 0 is not finite, first in K of layer 1"):
+    with pytest.raises(NonFiniteError, match="block 0 is not finite.*, first in K of layer 1"):
         raise_if_bad(jax.vmap(append, (0, 0, None, None))(caches, ks, v, pos))
     mesh = jax.make_mesh((2,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
     heads = jax.P(None, None, None, "h")
@@ -198,7 +198,8 @@ def undisturbed():
     return run()
 
 
-SWITCHES = ["jax_enable_x64", "jax_debug_nans", "jax_disable_jit"]
+SLOW = pytest.param("jax_disable_jit", marks=pytest.mark.slow)
+SWITCHES = ["jax_enable_x64", "jax_debug_nans", SLOW]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

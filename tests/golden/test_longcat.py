@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.common.lora import merge_lora
 from models.common.rounding import round_to
 from models.longcat.condition import build_condition, condition_of, view_condition
 from models.longcat.config import LongCatConfig
 from models.longcat.layers import modulate
-from models.longcat.lora import merge_lora
-from models.longcat.params import load_dit
+from models.longcat.params import RULES, load_dit
 from models.longcat.passes import cached_forward, clip_attention, clip_forward
 from models.longcat.text import kept_rows, read_text
 from tests.support.golden import close, distance, frames_first, stored_layers
@@ -214,10 +214,10 @@ def test_lora_matches(folder, vectors, load):
     v, expected = vectors("dit_tiny_io"), vectors("lora_io")
     file = folder.path / "lora_tiny.safetensors"
     x, t = plain_inputs(v)
-    m = merge_lora(load(), file, multiplier=0.5)
+    m = merge_lora(load(), file, RULES, multiplier=0.5)
     text = text_of(m, *prompts(v))
     close(forward(m, x, t, text), expected["a_out_multiplier_half"])
-    m = merge_lora(m, file, multiplier=0.5)  # half and half is the whole
+    m = merge_lora(m, file, RULES, multiplier=0.5)  # half and half is the whole
     text, given = text_of(m, *prompts(v)), v["cond_latents"].shape[2]
     close(forward(m, x, t, text), expected["a_out"])
     x, t = frames_first(v["x_with_cond"]), jnp.asarray(v["t_with_cond"])

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.lingbot.camera import camera_map, steps_of
+from models.lingbot.camera import CameraMaps, camera_map, latent_poses, steps_of
+from models.lingbot.condition import image_condition
 from models.lingbot.config import LingBotConfig, history, sampler
 from models.lingbot.modeling import LingBotDiT, Residual
-from models.lingbot.pipeline import SteeredWalk, generate, image_condition
+from models.lingbot.pipeline import SteeredWalk, generate
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.sampler import Ladder
 from models.worldplay.cameras import parse_actions, walk
@@ -156,3 +157,26 @@ def test_the_camera_scales_and_shifts_a_layer():
     g = np.asarray(c) + matrix(block.camera.down, up / (1 + np.exp(-up)))
     want = (1 + matrix(block.camera_scale, g)) * np.asarray(x) + matrix(block.camera_shift, g)
     np.testing.assert_allclose(block.steer(x, c), want, atol=1e-5)
+
+
+def test_poses_of_latent_frames_are_spread_over_those_of_video_frames():
+    poses = walk(parse_actions("w-9,right-2,w-1"))  # 13 video frames: latent frames at 0, 4, 8, 12
+    got = latent_poses(poses, 2)
+    np.testing.assert_allclose(got, poses[[0, 4, 8, 12]], atol=1e-12)
+    np.testing.assert_allclose(latent_poses(poses, 3), poses[[0, 4, 8]], atol=1e-12)
+    # 10 video frames: latent frames at 0, 4.5, 9; one turned by 0, one half way, one by 18 degrees.
+    turning = walk(np.tile([0.0, 1.0, np.radians(2), 0.0], (9, 1)))
+    middle = latent_poses(turning, 3)[1]
+    angle = np.degrees(np.arctan2(middle[0, 2], middle[0, 0]))
+    np.testing.assert_allclose(angle, 9, atol=1e-6)
+    np.testing.assert_allclose(middle[:3, 3], turning[4:6, :3, 3].mean(0), atol=1e-12)
+    np.testing.assert_array_equal(latent_poses(turning[:1], 1), turning[:1])
+    with pytest.raises(ValueError, match="N at least 5"):
+        latent_poses(turning[:4], 2)
+
+
+def test_maps_of_some_frames_are_those_of_all():
+    maps = CameraMaps(steps_of(PATH), K, 48, 80)
+    whole = camera_map(PATH, K, 48, 80)
+    assert maps.shape == (1, *whole.shape)
+    np.testing.assert_array_equal(maps[:, 2:5][0], whole[2:5])

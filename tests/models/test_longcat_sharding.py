@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from models.common.lora import merge_lora
 from models.longcat.config import LongCatConfig
-from models.longcat.lora import merge_lora
-from models.longcat.params import load_dit, random_dit
+from models.longcat.params import RULES, load_dit, random_dit
 from models.longcat.pipeline import LongCat, Prompt
 from models.longcat.sampler import StepInput, cached_step
 from models.longcat.schedule import standard
@@ -83,7 +83,7 @@ def test_a_checkpoint_is_loaded_to_where_it_belongs(mesh, tmp_path):
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(apart), strict=True):
         np.testing.assert_array_equal(x, y)
     save_file(tiny_longcat.lora(3, CONFIG), tmp_path / "lora.safetensors")
-    one, apart = (merge_lora(m, tmp_path / "lora.safetensors") for m in (one, apart))
+    one, apart = (merge_lora(m, tmp_path / "lora.safetensors", RULES) for m in (one, apart))
     kernels = [m.blocks.self_attn.out.kernel[...] for m in (one, apart)]
     np.testing.assert_allclose(*kernels, rtol=0, atol=1e-6)
     assert kernels[1].addressable_shards[3].data.shape == (2, 12, 96)

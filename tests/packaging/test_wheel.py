@@ -90,13 +90,22 @@ def test_the_command_makes_a_video_beside_a_folder_named_models(site, tmp_path):
     for name in ("models", "pallas_kernels"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('not this one')\n")
-    words = ["-m", "qvg_jax", "generate", "--tour", "8", "--frames", "8", "--steps", "1"]
+    words = [
+        "-m",
+        "qvg_jax",
+        "generate",
+        "--tour",
+        "8",
+        "--frames",
+        "8",
+        "--steps",
+        "1",
+        "--codec",
+        "bf16",
+    ]
     paths = os.pathsep.join([str(site), str(tmp_path)])
     env = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path)}
     said = run(sys.executable, *words, cwd=tmp_path, env=env)
     assert "pocket-world: 8 real frames" in said
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "video.mp4",
-        "report.json",
-        "report.png",
-    }
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made >= {"video.mp4", "report.json", "report.png"}

@@ -17,8 +17,8 @@ from models.runs.checkpoint_folder import find_parts
 from models.runs.pictures import upright
 from models.runs.prompts import stand_in_embedding
 from models.self_forcing.entry import Options
-from models.self_forcing.job import _SelfForcing
 from models.self_forcing.params import WEIGHTS
+from models.self_forcing.releases import RELEASES
 from models.self_forcing.settings import chosen_sizes
 from qvg_jax.app import cli
 from qvg_jax.errors import UserError
@@ -26,7 +26,10 @@ from qvg_jax.reading.tensors import count_nonfinite
 from qvg_jax.study.capture import load_captured
 from tests.support import bad_files as bad
 from tests.support import tiny_self_forcing as tiny
+from tests.support.outputs import beside_progress
 from tests.support.tiny_world import as_in_its_own_process, random_weights
+
+DIT_NAMES = RELEASES["self-forcing"].dit_names
 
 SECONDS = 2.0  # of the processor
 SPARE = 2**22  # bytes beside twice the file's size: what any call needs
@@ -114,7 +117,7 @@ WAN = [(name, value) for name, values in bad.WAN.items() for value in values]
 def test_a_bad_config_json(name, value, folder):
     config = json.loads((folder / "config.json").read_text())
     config = json.loads(json.dumps(config | {name: value}))  # as it comes out of a file
-    parts = dataclasses.replace(find_parts(folder, _SelfForcing.dit_names), config=config)
+    parts = dataclasses.replace(find_parts(folder, DIT_NAMES), config=config)
     with refused(folder / "config.json"):
         chosen_sizes(Options(weights=str(folder)), parts, tiny.sizes())
 
@@ -125,7 +128,7 @@ def test_a_bad_text_as_config_json(kind, folder):
     path.write_bytes(bad.TEXTS[kind])
     try:
         with refused(path):
-            parts = find_parts(folder, _SelfForcing.dit_names)
+            parts = find_parts(folder, DIT_NAMES)
             chosen_sizes(Options(weights=str(folder)), parts, tiny.sizes())
     finally:
         path.write_bytes(before)
@@ -133,7 +136,7 @@ def test_a_bad_text_as_config_json(kind, folder):
 
 def test_a_config_json_that_lacks_something(folder):
     config = json.loads((folder / "config.json").read_text())
-    parts = find_parts(folder, _SelfForcing.dit_names)
+    parts = find_parts(folder, DIT_NAMES)
     for name in ("num_layers", "dim", "eps", "text_len"):
         less = dataclasses.replace(parts, config={k: v for k, v in config.items() if k != name})
         with refused(folder / "config.json", name):
@@ -189,12 +192,14 @@ def test_a_command_says_it_in_one_line(smoke, tmp_path, capsys):
     path.write_bytes(bad.ARRAYS["a bomb"]())
     assert cli.main(["tune", str(path), "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "at most 16 times" in err
+    assert beside_progress(out) == "" and err.count("\n") == 1 and "at most 16 times" in err
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(bad.embedded(smoke, width=0))
     assert cli.main(["generate", "--weights", str(weights)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "width=0: expected int >= 1" in err
+    assert (
+        beside_progress(out) == "" and err.count("\n") == 1 and "width=0: expected int >= 1" in err
+    )
     assert not (tmp_path / "out").exists()
 
 

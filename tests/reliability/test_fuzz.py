@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.common.checkpoint import check
+from models.common.lora import merge_lora
 from models.common.shards import checkpoint_shards
 from models.longcat.config import LongCatConfig
-from models.longcat.lora import merge_lora
 from models.pocket_world.camera import parse_actions
 from models.pocket_world.params import load_weights
 from models.runs.pictures import upright
@@ -103,10 +103,9 @@ def read_lora(data, folder):
     path.write_bytes(data)
     model = types.SimpleNamespace()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.longcat.lora.nnx.split", lambda _: (None, None))
-        patch.setattr("models.longcat.lora.nnx.to_flat_state", lambda _: [])
-        patch.setattr("models.longcat.lora.RULES", ())
-        merge_lora(model, path)
+        patch.setattr("models.common.lora.nnx.split", lambda _: (None, None))
+        patch.setattr("models.common.lora.nnx.to_flat_state", lambda _: [])
+        merge_lora(model, path, ())
 
 
 def read_index(data, folder):

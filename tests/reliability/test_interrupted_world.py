@@ -1,15 +1,16 @@
 """An interrupted run of pocket world goes on to the bytes of an undisturbed one."""
 
-import errno
 import json
+import os
 import re
 import signal
 
 import pytest
 
 from qvg_jax.app import cli
-from qvg_jax.app.saved_blocks import SavedBlocks
 from qvg_jax.app.video import Mp4
+from tests.support.faulty_disk import ERRORS, FAULTS, FaultyDisk, Killed
+from tests.support.tiny_runs import stored
 from tests.support.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_weights
 
 ARMS = ("--codec", "qvg", "--compare", "bf16")
@@ -79,18 +80,21 @@ def test_sigterm_leaves_a_video_and_the_run_goes_on(run, whole, tmp_path, monkey
     assert products(tmp_path) == whole
 
 
-def test_a_full_disk_under_the_blocks_loses_none_of_them(run, whole, tmp_path, monkeypatch):
-    add = SavedBlocks.add
-
-    def fills(self, arm, number, block):
-        if (arm, number) == ("qvg", 2):
-            raise OSError(errno.ENOSPC, "No space left on device", "qvg.bin")
-        add(self, arm, number, block)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SavedBlocks, "add", fills)
-        code, err = run(tmp_path)
-    assert code == 2 and "qvg.bin: No space left on device" in err and err.count("\n") == 1
+def test_faults_of_the_disk_one_after_another(run, whole, tmp_path):
+    """Each run ends at a fault a little further on, until the last finds a sound disk."""
+    for fault in FAULTS:
+        before = stored(tmp_path)
+        with FaultyDisk(tmp_path, fails_at=26, fault=fault) as disk:
+            try:
+                code, err = run(tmp_path, "--resume")
+            except Killed:
+                code = None
+        assert disk.failed and stored(tmp_path) >= before
+        if fault in ERRORS:
+            line = err.splitlines()[-1]
+            assert code == 2 and line.startswith("qvg: error: ") and "Traceback" not in err
+            assert os.strerror(ERRORS[fault]) in line
+    assert stored(tmp_path) > 0
     assert run(tmp_path, "--resume")[0] == 0
     assert products(tmp_path) == whole
     assert run(tmp_path)[0] == 0  # a finished run is replaced without asking

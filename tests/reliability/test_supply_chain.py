@@ -30,7 +30,9 @@ ACCEPTED = (
 def requirements():
     """The requirements of the package and of all its extras, but for the GPU's."""
     extras = PROJECT["optional-dependencies"]
-    texts = PROJECT["dependencies"] + [r for name in extras if name != "gpu" for r in extras[name]]
+    texts = PROJECT["dependencies"] + [
+        r for name in extras if not name.startswith("gpu") for r in extras[name]
+    ]
     return sorted({canonicalize_name(Requirement(text).name) for text in texts})
 
 

@@ -16,8 +16,9 @@ from qvg_jax.cache.operations import KVCache, append
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.accounting import pair_bits
+from qvg_jax.codecs.fitted import fitted
 from qvg_jax.study.capture import Captured, Recorder, load_captured, save_captured
-from qvg_jax.study.tune import Bench, Score, candidates, pareto, restored, tune
+from qvg_jax.study.tune import Bench, Score, candidates, pareto, recommended, restored, tune
 from tests.support.tiny_world import as_in_its_own_process, random_weights
 
 L, B, H, T, Q, D = 2, 1, 2, 96, 8, 16
@@ -249,3 +250,43 @@ def test_the_command_captures_and_tunes(tmp_path, monkeypatch, capsys, tiny):
     assert "missing.npz" in capsys.readouterr().err
     assert cli.main(["capture", "--layers", "9", "--frames", "16", "--out", str(file)]) == 2
     assert "layers=(9,)" in capsys.readouterr().err
+
+
+def test_groups_of_presets_are_clamped_to_the_head_dim():
+    shape = (1, 2, 37_440, 64)
+    for name in ("kivi", "quarot", "qvg-asym", "rtn"):
+        assert pair_bits(presets.parse_pair(fitted(name, 64)), shape) < 3, name
+    assert (
+        fitted("qvg-asym", 64) == "qvg-asym:group=64"
+        and fitted("kivi", 64) == "kivi:value_group=64"
+    )
+    assert fitted("qvg-asym", 128) == "qvg-asym" and fitted("qvg-asym", 96) == "qvg-asym:group=96"
+    assert fitted("qvg-asym:group=48", 64) == "qvg-asym:group=48"  # what a user states stays
+    assert fitted("nope", 64) == "nope"
+    scores = tune(made_up(), 96, ["kivi:group=32", "quarot"])
+    assert {s.recipe for s in scores} == {"kivi:group=32:value_group=16", "quarot:group=16"}
+
+
+def test_worst_queries_and_clipping_are_seen():
+    there = made_up(turns=False)
+    v = there.v_LBHTD.copy()
+    v[1, 0, 0, 5, 3] = 900.0  # one massive value; the scales of `rtn` end at 448
+    loud = dataclasses.replace(there, v_LBHTD=v)
+    assert 0.4 < Bench(loud, 96).score("rtn").peaks < 0.6
+    assert Bench(loud, 96).score("rtn-4bit").peaks > 0.95  # whose scale is a seventh of the value
+    score = Bench(there, 96).score("rtn")
+    assert score.median_layer <= score.worst_layer < score.worst_queries and score.peaks > 0.9
+
+
+def test_what_clips_or_is_bad_at_its_worst_is_not_recommended():
+    def score(name, mean, worst, peaks=1.0, loop=None):
+        return Score(name, 2.3, 0, 0, mean, loop, False, mean, worst, worst, peaks)
+
+    rough, even = score("rough", 0.1, 0.9), score("even", 0.12, 0.3)
+    assert recommended([rough, even]) is even
+    assert recommended([score("clips", 0.01, 0.02, 0.5), rough]) is rough
+    assert recommended([score("clips", 0.01, 0.02, 0.5)]) is None
+    looped = [score("a", 0.1, 0.3, loop=20.0), score("b", 0.1, 0.3, loop=30.0), even]
+    assert recommended(looped) is looped[1]
+    front = {s.recipe: s.best for s in pareto([rough, even])}
+    assert front == {"rough": True, "even": True}

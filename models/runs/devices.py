@@ -1,0 +1,94 @@
+"""Several devices for one run: the plan that a user asked for, processes that find each other, weights on all."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from models.runs.latent_options import LatentOptions
+from qvg_jax.app.versions import versions
+from qvg_jax.cache.plan import Plan
+from qvg_jax.errors import UserError
+
+__all__ = ["check_versions", "join_processes", "on_all_devices", "plan_of"]
+
+log = logging.getLogger(__name__)
+
+
+def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
+    """The plan by which the caches of a run are spread; None for one device.
+
+    Args:
+        options: of the user; tokens of a block stay apart between the layers.
+        accepted: plans that the model serves, the best first.
+
+    Raises:
+        UserError: a plan that the model does not serve, one without devices, or more devices than there are.
+    """
+    count = jax.device_count() if options.devices is None and options.plan else options.devices
+    if count is None or count == 1:
+        return None
+    if not accepted:
+        raise UserError(f"--devices {count} is not accepted: this model runs on one device")
+    name = options.plan or accepted[0]
+    if name not in accepted:
+        raise UserError(f"--plan {name} is not accepted by this model: give {', '.join(accepted)}")
+    if count > jax.device_count():
+        raise UserError(
+            f"--devices {count} is not accepted: there are {jax.device_count()} devices"
+        )
+    return Plan(**{name: count}, split_tokens=True)
+
+
+def join_processes(options: LatentOptions) -> None:
+    """Makes one run of several processes, each with its own devices. Before JAX is used otherwise.
+
+    Raises:
+        UserError: `--processes` or `--process` is missing or out of range, or versions differ.
+    """
+    count, number = options.processes, options.process
+    if options.coordinator is None:
+        if count is not None or number is not None:
+            raise UserError("--processes and --process need --coordinator HOST:PORT")
+        return
+    if count is None or number is None or not 0 <= number < count:
+        raise UserError(
+            f"--coordinator with --processes {count} and --process {number}: give the number of "
+            "processes, and which of them this is, from 0 on"
+        )
+    jax.distributed.initialize(options.coordinator, count, number)
+    check_versions(versions())
+    log.info(
+        f"process {number} of {count}: {jax.local_device_count()} of {jax.device_count()} devices"
+    )
+
+
+def check_versions(own: Any) -> None:
+    """Raises UserError if another process of this run has other versions of what it runs.
+
+    Args:
+        own: versions of this process, as a value that `str` shows.
+    """
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(str(own).encode()).digest()[:8], np.uint32)
+    all_digests = np.atleast_2d(multihost_utils.process_allgather(digest))
+    differ = [i for i, row in enumerate(all_digests) if (row != all_digests[0]).any()]
+    if differ:
+        raise UserError(
+            f"versions of process {', '.join(map(str, differ))} differ from those of process 0; this "
+            f"is process {jax.process_index()} with {own}; install the same everywhere"
+        )
+
+
+def on_all_devices[M: nnx.Module](model: M, plan: Plan | None) -> M:
+    """The model with its parameters on every device of a plan."""
+    if plan is None:
+        return model
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.device_put(state, NamedSharding(plan.mesh, jax.P())))

@@ -1,0 +1,137 @@
+"""The oldest span of the window on its way into a slot: `compress`, once a span is due."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray
+
+from qvg_jax.cache.devices import whole_span
+from qvg_jax.cache.layer_codecs import groups_of, joined, parts_of
+from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.no_gradient import no_gradient
+from qvg_jax.cache.slots import write_slot
+from qvg_jax.cache.state import KVCache
+
+__all__ = ["all_slots", "encode_oldest"]
+
+
+def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
+    """The cache with the oldest span of its window in the next slot, and later blocks moved up.
+
+    With a slot for it or without: then the oldest span makes room. On several devices all of them encode
+    the span, and the one that is next keeps it.
+    """
+    lay, n = cache.layout, cache.layout.block_tokens
+    begin, size = lay.sink_blocks * n, lay.span_blocks * n
+    tail = (lay.window_blocks - lay.span_blocks) * n  # what can remain in the window
+    slots = all_slots(lay)
+    full = (cache.num_spans >= slots).astype(jnp.int32)
+    slot, store = (cache.first_span + cache.num_spans) % slots, None
+    if lay.part is not None:  # the span's place on its device, and whether this is the one
+        store = slot % lay.part.devices == lax.axis_index(lay.part.axis)
+        slot //= lay.part.devices
+    key = jax.random.fold_in(key, cache.encoded_blocks // lay.span_blocks)
+
+    def one_layer(l, carry, codecs, places):
+        def one(codec, place, dense, spans, states, key):
+            def read(start, length):
+                form = (1, lay.batch, lay.heads, length, lay.head_dim)
+                return lax.dynamic_slice(dense, (l, 0, 0, start, 0), form)
+
+            state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
+            span = no_gradient(whole_span(lay, read(begin, size)[0], 2), "compress")
+            packed, state = codec.encode(span, state, key=key)
+            # All reading before all writing, or XLA copies the whole buffer to be safe.
+            moved = read(begin + size, tail)
+            packed, state, moved = lax.optimization_barrier((packed, state, moved))
+            spans = write_slot(spans, place, slot, packed, store)
+            states = jax.tree.map(lambda s, new: s.at[place].set(new), states, state)
+            return lax.dynamic_update_slice(dense, moved, (l, 0, 0, begin, 0)), spans, states
+
+        keys = jax.random.split(jax.random.fold_in(key, l))
+        sides = zip(codecs, places, carry, keys, strict=True)
+        return tuple(one(codec, place, *x, key) for codec, place, x, key in sides)
+
+    (dense_k, span_k, state_k), (dense_v, span_v, state_v) = _for_each_layer(cache, one_layer)
+
+    def moved(x: Array) -> Array:
+        return x.at[:, begin : begin + tail].set(x[:, begin + size : begin + size + tail])
+
+    def moved_to_slot(slots: Array, x: Array) -> Array:
+        new = whole_span(lay, x[:, begin : begin + size], 1)
+        return slots.at[slot].set(new if store is None else jnp.where(store, new, slots[slot]))
+
+    of_tokens = (cache.dense_pos, cache.dense_valid, cache.dense_table)
+    dense_pos, dense_valid, dense_table = jax.tree.map(moved, of_tokens)
+    span_pos, span_valid, span_table = jax.tree.map(
+        moved_to_slot,
+        (cache.span_pos, cache.span_valid, cache.span_table),
+        of_tokens,
+    )
+    return dataclasses.replace(
+        cache,
+        dense_k=dense_k,
+        dense_v=dense_v,
+        dense_pos=dense_pos,
+        dense_valid=dense_valid,
+        dense_table=dense_table,
+        span_k=span_k,
+        span_v=span_v,
+        span_pos=span_pos,
+        span_valid=span_valid,
+        span_table=span_table,
+        state_k=state_k,
+        state_v=state_v,
+        dense_blocks=cache.dense_blocks - lay.span_blocks,
+        first_span=(cache.first_span + full) % slots,
+        num_spans=cache.num_spans + 1 - full,
+        dropped_blocks=cache.dropped_blocks + full * lay.span_blocks,
+    )
+
+
+def all_slots(lay: Layout) -> int:
+    """Slots of the whole cache, on all devices."""
+    return lay.max_spans * (1 if lay.part is None else lay.part.devices)
+
+
+def _for_each_layer(cache: KVCache, one_layer: Callable[..., Any]) -> tuple[Any, Any]:
+    """K and V after `one_layer(l, (k, v), codecs, places)` for each layer l: dense buffer, slots, states.
+
+    `places` are where the layer lies in the slots of its codecs. Layers that share both codecs are a loop.
+    """
+    lay = cache.layout
+    codecs = lay.key_codec, lay.value_codec
+    dense = [cache.dense_k, cache.dense_v]
+    slots = [parts_of(c, x) for c, x in zip(codecs, (cache.span_k, cache.span_v), strict=True)]
+    states = [parts_of(c, x) for c, x in zip(codecs, (cache.state_k, cache.state_v), strict=True)]
+    groups = [groups_of(codec, lay.layers) for codec in codecs]
+    for i, (key_codec, key_layers) in enumerate(groups[0]):
+        for j, (value_codec, value_layers) in enumerate(groups[1]):
+            layers = [l for l in key_layers if l in value_layers]
+            if not layers:
+                continue
+            places = [[of.index(l) for l in layers] for of in (key_layers, value_layers)]
+            plain = layers == list(range(lay.layers))
+
+            def step(
+                n, carry, layers=layers, places=places, plain=plain, pair=(key_codec, value_codec)
+            ):
+                if plain and all(place == layers for place in places):
+                    return one_layer(n, carry, pair, (n, n))
+                l, *at = (jnp.asarray(x, jnp.int32)[n] for x in (layers, *places))
+                return one_layer(l, carry, pair, at)
+
+            carry = tuple((dense[s], slots[s][g], states[s][g]) for s, g in enumerate((i, j)))
+            # int32 whatever `jax_enable_x64` says: the counters are, and indices of one slice agree.
+            carry = lax.fori_loop(np.int32(0), np.int32(len(layers)), step, carry)
+            for s, g in enumerate((i, j)):
+                dense[s], slots[s][g], states[s][g] = carry[s]
+    return tuple(
+        (dense[s], joined(codec, slots[s]), joined(codec, states[s]))
+        for s, codec in enumerate(codecs)
+    )

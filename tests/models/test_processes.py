@@ -1,0 +1,71 @@
+"""A run of two processes with two devices each, and processes that do not fit together."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.runs.devices import join_processes
+from models.self_forcing.entry import Options
+from qvg_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "support" / "two_processes.py"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def outputs(*versions):
+    """What each process printed, and its exit status."""
+    port, count = free_port(), len(versions)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(port), str(count), str(i), version],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i, version in enumerate(versions)
+    ]  # fmt: skip
+    try:
+        return [(*process.communicate(timeout=300), process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes():
+    (one,), two = outputs("1"), outputs("1", "1")
+    for out, err, status in (one, *two):
+        assert status == 0, err
+        assert out.splitlines()[-1].startswith("spans 3 out ")  # after what collectives say
+    lines = [out.splitlines()[-1] for out, _, _ in (one, *two)]
+    numbers = [np.array(line.split()[3:], float) for line in lines]
+    np.testing.assert_array_equal(numbers[1], numbers[2])
+    np.testing.assert_allclose(numbers[1], numbers[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_of_unequal_versions_end_and_say_so():
+    for _, err, status in outputs("1", "2"):
+        assert status != 0
+        assert "UserError: versions of process 1 differ from those of process 0" in err
+
+
+def test_numbers_of_processes_that_make_no_sense_are_refused():
+    for wrong, message in (
+        (dict(processes=2), "--processes and --process need --coordinator"),
+        (dict(coordinator="here:1"), "give the number of processes"),
+        (dict(coordinator="here:1", processes=2, process=2), "--processes 2 and --process 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            join_processes(Options(**wrong))

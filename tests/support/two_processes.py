@@ -1,0 +1,37 @@
+"""One of the processes of a run: `python two_processes.py PORT PROCESSES PROCESS VERSIONS`.
+
+It rolls out a small cache spread over the devices of all processes, and prints the last block.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.runs.devices import check_versions, join_processes
+from models.self_forcing.entry import Options
+
+port, processes, process, versions = sys.argv[1:]
+join_processes(
+    Options(coordinator=f"127.0.0.1:{port}", processes=int(processes), process=int(process))
+)
+
+import qvg_jax as qvg  # noqa: E402
+from tests.support.spread_caches import BATCH, CODECS, ROPE, SIZES, TOKENS, block  # noqa: E402
+
+
+def step(state, i):
+    k, v, _ = (jnp.asarray(x) for x in block(0))
+    positions = jnp.full((BATCH, TOKENS, 1), i, jnp.float32)
+    out = qvg.attend(k[0], state.view(positions, ROPE), k[0], v[0], layer=0)
+    state = qvg.compress(qvg.append(state, k + out[None], v - out[None], positions))
+    return state, out
+
+
+check_versions(versions)
+plan = qvg.Plan(spans=jax.device_count())
+assert jax.device_count() == int(processes) * jax.local_device_count()
+cache = qvg.KVCache.create(**SIZES | CODECS, sharding=plan if plan.devices > 1 else None)
+cache, out = qvg.rollout(step, cache, np.arange(8, dtype=np.float32), chunk=4)
+print("spans", int(cache.num_spans), "out", *np.asarray(out)[-1].ravel()[:8].tolist())
