@@ -75,13 +75,7 @@ def test_code_of_the_guide_runs(name, capsys):
         assert "384 tokens in 2 spans" in printed and "384 and 128 of 512 tokens" in printed
         assert int(names["mixed"].num_spans) == 0
     else:
-<<<<<<< HEAD
-        assert {score.recipe for score in names["scores"]} == {
-            "rtn", "qvg:num_centroids=16", "turboquant",
-        }  # fmt: skip
-=======
         assert names["scores"][0].recipe == "turboquant" and names["scores"][0].best
->>>>>>> refs/heads/docs
         assert names["again"][0].bits == names["mine"].bits_per_element((1, 2, 256, 64))
 
 

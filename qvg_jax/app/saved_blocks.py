@@ -134,6 +134,12 @@ class SavedBlocks:
         name = quote(arm, safe="=")
         return self._folder / f"{name}.bin", self._folder / f"{name}.sums"
 
+    def _count(self, file: Path) -> int:
+        """How many whole blocks an arm's file has, going by sizes."""
+        sums = file.with_suffix(".sums")
+        checksums = sums.stat().st_size // CHECKSUM_BYTES if sums.is_file() else 0
+        return min(file.stat().st_size // self._block_bytes, checksums)
+
     def _remove_blocks(self) -> None:
         for pattern in ("*.bin", "*.sums"):
             for old in self._folder.glob(pattern):
@@ -205,17 +211,16 @@ class SavedBlocks:
     def _refuse_unfinished(self) -> None:
         try:
             stored = self._stored()
-            sizes = [file.stat().st_size for file in self._folder.glob("*.sums")]
+            blocks = max(map(self._count, self._folder.glob("*.bin")), default=0)
         except (OSError, ValueError, RecursionError):
             return  # nothing that one could go on from
-        if stored.get("finished") is not False or not any(sizes):
+        if stored.get("finished") is not False or not blocks:
             return
         if differs := self._difference(stored):
             raise UserError(
                 f"--out: {self._folder} has an unfinished run, made with {differs}; accepted: "
                 "--resume with its settings, --restart to replace it, or another --out"
             )
-        blocks = max(sizes) // CHECKSUM_BYTES
         raise UserError(
             f"--out: {self._folder} has the first {blocks} blocks of this run, interrupted; "
             "accepted: --resume to go on from them, --restart to start anew, or another --out"
