@@ -59,7 +59,7 @@ def _number(least: int, most: int, what: str) -> Callable[[str], int]:
         if not text.isascii() or not text.isdecimal() or number < least:
             raise ValueError(f"{_quoted(text)} is not accepted: give {what}")
         if number > most:
-            raise ValueError(f"{_quoted(text)} is not accepted: give at most {most}")
+            raise ValueError(f"{_quoted(text)} is not accepted: give {what}, at most {most}")
         return number
 
     return read
@@ -78,7 +78,7 @@ _frames = _number(1, 10**6, "a whole number above 0")
 _some_frames = _number(0, 10**6, "a whole number")
 _side = _number(1, 2**14, "a whole number above 0")
 _rate = _number(1, 1000, "a whole number above 0")
-_port = _number(0, 65535, "a port, 0 to 65535")
+_port = _number(0, 65535, "a port from 0 on")
 
 
 def _path(text: str) -> Path:

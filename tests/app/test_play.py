@@ -295,7 +295,7 @@ def test_a_port_in_use_is_one_line(command):
 @pytest.mark.parametrize(
     "argv, parts",
     [
-        (["--port", "70000"], ["--port", "'70000'", "0 to 65535"]),
+        (["--port", "70000"], ["--port", "'70000'", "a port from 0 on, at most 65535"]),
         (["--host", "203.0.113.7", "--port", "0"], ["203.0.113.7", "address of this machine"]),
         (["--host", ""], ["--host ''", "127.0.0.1 for this machine alone"]),
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),
