@@ -201,7 +201,7 @@ WRONG = {
     "nothing": (lambda t: {}, "holds no LoRA"),
     "NaN": (
         lambda t: {k: np.asarray(x * np.float32("nan")) for k, x in t.items()},
-        "has NaN or Inf",
+        "NaN or Inf values; accepted: finite",
     ),
 }
 
