@@ -8,10 +8,11 @@ import pytest
 from models.umt5 import Tokenizer, clean_prompt
 from pallas_kernels.gpu.triton_launch import missing
 from qvg_jax.app import cli
+from qvg_jax.app.perceptual import load_lpips
 from qvg_jax.errors import MissingExtraError, UserError
 from tests.support.pages import ROOT
 
-EXTRAS = {"text", "convert", "hub", "play", "gpu", "gpu-cuda12"}
+EXTRAS = {"text", "convert", "hub", "play", "lpips", "gpu", "gpu-cuda12"}
 
 
 def installs(line, extra):
@@ -72,3 +73,10 @@ def test_triton_kernels(without):
     without("jax_triton")
     line = missing.__wrapped__()
     assert "triton and jax_triton" in line and installs(line, "gpu")
+
+
+def test_a_perceptual_distance(without):
+    without("lpips")
+    with pytest.raises(MissingExtraError) as caught:
+        load_lpips()
+    assert installs(str(caught.value), "lpips")
