@@ -93,6 +93,7 @@ def prepare(options: Options) -> Job:
     step = pipeline.make_step(model, sampler)
     return Job(
         model=NAME,
+        step=step,
         play=lambda arm, xs: _play(step, arm, xs, first=tour // n, saved=saved),
         arms=tuple(arms),
         blocks=_blocks(options.seed, path_F3, tour, n),

@@ -63,7 +63,7 @@ class Job:
     Attributes:
         model: its name.
         step: `step(state, x) -> (state, frames)`, for `stream`; frames [1, F, H, W, 3] in [-1, 1];
-            None beside a `play`.
+            a `play` may do without.
         arms: `BASELINE` first, if it is there; all start from the same noise.
         blocks: the path, block by block, made when wanted.
         cache: the cache in an arm's state.
