@@ -41,7 +41,7 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
         def one(codec, place, dense, spans, states, key):
             def read(start, length):
                 form = (1, lay.batch, lay.heads, length, lay.head_dim)
-                return lax.dynamic_slice(dense, (l, 0, 0, start, 0), form)
+                return lax.dynamic_slice(dense, _at(l, start), form)
 
             state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
             span = no_gradient(whole_span(lay, read(begin, size)[0], 2), "compress")
@@ -51,7 +51,7 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
             packed, state, moved = lax.optimization_barrier((packed, state, moved))
             spans = write_slot(spans, place, slot, packed, store)
             states = jax.tree.map(lambda s, new: s.at[place].set(new), states, state)
-            return lax.dynamic_update_slice(dense, moved, (l, 0, 0, begin, 0)), spans, states
+            return lax.dynamic_update_slice(dense, moved, _at(l, begin)), spans, states
 
         keys = jax.random.split(jax.random.fold_in(key, l))
         sides = zip(codecs, places, carry, keys, strict=True)
@@ -97,6 +97,11 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
 def all_slots(lay: Layout) -> int:
     """Slots of the whole cache, on all devices."""
     return lay.max_spans * (1 if lay.part is None else lay.part.devices)
+
+
+def _at(layer: Array, token: int) -> list[Array]:
+    """Where tokens of a layer begin, all indices of one dtype: with `jax_enable_x64` numbers are int64."""
+    return [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, token, 0)]
 
 
 def _for_each_layer(cache: KVCache, one_layer: Callable[..., Any]) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from qvg_jax.cache.health import NonFiniteError, raise_if_bad, raise_if_not_fini
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.saved import from_saved, to_saved
 from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import identity
 from qvg_jax.loop import rollout, stream
 from tests.support.cache_model import SIZES, block
 
@@ -210,6 +211,17 @@ def test_the_cache_works_under_jax_switches(switch, undisturbed):
     for x, y in zip(got, want, strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_codecs_by_layer_work_with_64_bit_numbers():
+    codec = presets.get("rtn", group=8)
+    sizes = dict(layers=2, heads=1, head_dim=8, block_tokens=2, span_blocks=1, max_spans=2)
+    with jax.enable_x64(True):
+        cache = KVCache.create(key_codec=[identity(), codec], value_codec=codec, **sizes)
+        for i in range(4):
+            k = jnp.full((2, 1, 2, 1, 8), float(i), jnp.bfloat16)
+            cache = compress(append(cache, k, k))
+    assert int(cache.num_spans) == 2 and int(cache.tokens) == 8
 
 
 class setting:
