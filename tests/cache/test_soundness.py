@@ -217,11 +217,12 @@ def test_codecs_by_layer_work_with_64_bit_numbers():
     codec = presets.get("rtn", group=8)
     sizes = dict(layers=2, heads=1, head_dim=8, block_tokens=2, span_blocks=1, max_spans=2)
     with jax.enable_x64(True):
-        cache = KVCache.create(key_codec=[identity(), codec], value_codec=codec, **sizes)
-        for i in range(4):
+        codecs = dict(key_codec=[identity(), codec], value_codec=codec)
+        cache = KVCache.create(**codecs, **sizes, pos_dims=0)
+        for i in range(5):
             k = jnp.full((2, 1, 2, 1, 8), float(i), jnp.bfloat16)
             cache = compress(append(cache, k, k))
-    assert int(cache.num_spans) == 2 and int(cache.tokens) == 8
+    assert int(cache.num_spans) == 2 and int(cache.tokens) == 10
 
 
 class setting:
