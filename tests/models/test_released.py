@@ -6,6 +6,7 @@ import json
 import pytest
 
 from models.self_forcing import entry, job
+from models.self_forcing.releases import Release
 from models.umt5 import Tokenizer
 from qvg_jax.app import cli
 from qvg_jax.app.hub import Download
@@ -48,8 +49,9 @@ def hub(tmp_path, monkeypatch):
         "someone/finetuned": Repository({"model.safetensors": transformer}),
     }
     monkeypatch.setattr(job, "released_sizes", tiny.sizes)
-    monkeypatch.setattr(job._SelfForcing, "needs", NEEDS)
-    monkeypatch.setattr(entry, "ENTRY", dataclasses.replace(entry.ENTRY, needs=NEEDS))
+    monkeypatch.setattr(Release, "needs", NEEDS)
+    changed = dataclasses.replace(entry.ENTRY, needs=NEEDS)
+    monkeypatch.setitem(entry.ENTRIES, "self-forcing", changed)
     monkeypatch.setattr(Tokenizer, "from_file", lambda path, length: tiny.letters(length))
     with as_in_its_own_process(tmp_path), served(tmp_path / "hub", repositories) as hub:
         yield hub
