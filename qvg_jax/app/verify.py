@@ -113,14 +113,15 @@ def _made(case: Case, run: Runner, metrics: Sequence[Metric]) -> dict[str, Any] 
     options = case.options
     folder = writable_folder(options.out)
     asked = {
-        k: str(v) for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume")
+        name: str(value)
+        for name, value in dataclasses.asdict(options).items()
+        if name not in ("out", "resume", "restart")
     }
     asked["metrics"] = ",".join(m.__name__ for m in metrics)
     note, report = folder / "verified_options.json", folder / "report.json"
-    if getattr(options, "resume", False):
-        if note.is_file() and report.is_file() and json.loads(note.read_text()) == asked:
-            return json.loads(report.read_text())
-        options = dataclasses.replace(options, resume=(folder / "latents").is_dir())
+    done = getattr(options, "resume", False) and note.is_file() and report.is_file()
+    if done and json.loads(note.read_text()) == asked:
+        return json.loads(report.read_text())
     outcome = run(options, metrics)
     if outcome.report is None:
         return None

@@ -9,8 +9,10 @@ from models import registry
 from models.common.weights import Weights
 from models.self_forcing import job
 from qvg_jax.app import cli, perceptual
+from qvg_jax.app.generate import Outcome
+from qvg_jax.app.metrics import METRICS
 from qvg_jax.app.protocol import Band, Protocol, VerifyOptions, Window
-from qvg_jax.app.verify import Case, cases, summary, summary_table
+from qvg_jax.app.verify import Case, cases, summary, summary_table, verify
 from qvg_jax.errors import UserError
 from tests.support import tiny_self_forcing as tiny
 from tests.support.tiny_world import as_in_its_own_process
@@ -132,3 +134,16 @@ def test_a_window_that_is_not_there_and_lpips_that_is_not_installed():
     except ModuleNotFoundError:
         with pytest.raises(UserError, match="pip install 'qvg-jax\\[lpips\\]'"):
             perceptual.load_lpips()
+
+
+def test_an_interrupted_video_goes_on_whatever_its_model_keeps(tmp_path):
+    asked = []
+
+    def interrupted(options, metrics):
+        asked.append(options.resume)
+        return Outcome(options.out / "video.mp4", 0, None, 2)
+
+    entry = registry.named("pocket-world")
+    options = entry.options(out=tmp_path, resume=True)
+    assert verify(entry, options, VerifyOptions(), interrupted, METRICS) is None
+    assert asked == [True]
