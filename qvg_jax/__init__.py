@@ -70,7 +70,7 @@ _MODULES = {
     "frequency_ladder": "cache.rope",
     "summary": "cache.summary",
     "sharding": "sharding",
-    "presets": "codecs",
+    "presets": "codecs.presets",
     "bits_per_element": "codecs.accounting",
     "compression_ratio": "codecs.accounting",
     "packed_bytes": "codecs.accounting",
@@ -84,6 +84,7 @@ _MODULES = {
     "rollout": "loop",
     "stream": "loop",
 }
+_WHOLE_MODULES = ("presets", "sharding")  # modules that are public names themselves
 
 __all__ = [
     "CacheFullError",
@@ -158,12 +159,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    if name == "sharding":  # a module of ours that is a name of its own, as `presets` is
-        value = module
-    elif name == "presets":
-        value = importlib.import_module(f"{module.__name__}.presets")
-    else:
-        value = getattr(module, name)
+    value = module if name in _WHOLE_MODULES else getattr(module, name)
     globals()[name] = value
     return value
 
