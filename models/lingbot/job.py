@@ -12,24 +12,25 @@ from models.lingbot.params import WEIGHTS
 from models.lingbot.pipeline import SteeredWalk, stream
 from models.lingbot.plan import make_plan
 from models.lingbot.settings import Settings, released_sizes, settle
-from models.runs import decode, latent_job
+from models.runs import latent_job
+from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
-from models.runs.latent_job import LatentModel, Run
-from models.runs.request_checks import attention_of, file_digest
+from models.runs.latent_job import Run
+from models.runs.request_checks import file_digest
 from models.worldplay.picture import check_picture
-from qvg_jax.app.job import Arm, Job, Played
+from qvg_jax.app.job import Arm, Job
 from qvg_jax.app.memory_plan import Plan
-from qvg_jax.cache.health import cache_bytes
 from qvg_jax.errors import UserError
 
 __all__ = ["plan", "prepare"]
 
 
-class _LingBot(LatentModel[Options, Settings]):
+class _LingBot(BlockModel[Options, Settings]):
     """LingBot-World as a latent model."""
 
     name = NAME
     needs = NEEDS
+    weights = WEIGHTS
     fps = 16
     dit_names = ("transformers", "*lingbot*", "transformer", "diffusion_pytorch_model*")
 
@@ -53,19 +54,6 @@ class _LingBot(LatentModel[Options, Settings]):
             "image": options.image and file_digest(options.image),
         }
 
-    def latent_block(self, settings: Settings) -> tuple[tuple[int, ...], Any]:
-        dit = settings.sizes.dit
-        return (1, dit.frames_per_block, dit.latent_channels, *settings.latent), dit.dtype
-
-    def check_dit(self, files: tuple[Any, ...], settings: Settings) -> None:
-        WEIGHTS.check(files, settings.sizes.dit)
-
-    def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        return WEIGHTS.load(files, settings.sizes.dit)
-
-    def random_dit(self, options: Options, settings: Settings) -> Any:
-        return WEIGHTS.random(settings.sizes.dit)
-
     def read_given(self, options: Options, settings: Settings) -> None:
         if options.image:
             check_picture(options.image, settings.height, settings.width)
@@ -81,15 +69,10 @@ class _LingBot(LatentModel[Options, Settings]):
             width=settings.width,
         )
 
-    def blocks(self, run: Run[Options, Settings]) -> range:
-        return range(run.settings.frames // run.settings.sizes.dit.frames_per_block)
-
-    def block_frames(self, settings: Settings) -> int:
-        return settings.sizes.vae.temporal_stride * settings.sizes.dit.frames_per_block
-
-    def play(self, run: Run[Options, Settings], arm: Arm, xs: Iterator[Any]) -> Iterator[Played]:
-        settings, size = run.settings, []
-        stored = run.saved.read(arm.name)[:, : settings.frames]
+    def latents(
+        self, run: Run[Options, Settings], arm: Arm, stored: np.ndarray, look: Look
+    ) -> Iterator[Any]:
+        settings = run.settings
         walk = SteeredWalk(
             text_BUE=run.prompt,
             condition_BFZYX=run.given,
@@ -97,36 +80,8 @@ class _LingBot(LatentModel[Options, Settings]):
             noise=jax.random.fold_in(run.seed_key, 1),
             done_BFZYX=stored,
         )
-
-        def look(_done, _total, state):
-            size[:] = [cache_bytes(state.cache)]
-
-        source = decode.Source(
-            arm=arm.name,
-            latents=stream(
-                run.reader(arm.name),
-                settings.sampler,
-                settings.histories[arm.name],
-                walk,
-                progress=look,
-            ),
-            given=0,
-            stored=stored.shape[1],
-            size=lambda: size[0],
-            decode_last=run.options.decode_last,
-        )
-        return decode.play(source, xs, vae=run.vae, saved=run.saved)
-
-    def describe_cache(self, options: Options, settings: Settings, arm: Arm) -> dict[str, Any]:
-        lay = arm.state.layout
-        return {
-            "sink_frames": lay.sink_blocks,
-            "span_frames": lay.span_blocks if lay.max_spans else 0,
-            "spans": lay.max_spans,
-            "window_frames": lay.window_blocks,
-            "attention": attention_of(arm.name, options) or "chosen by attend",
-            "tokens_of_a_frame": lay.block_tokens,
-        }
+        history = settings.histories[arm.name]
+        return stream(run.reader(arm.name), settings.sampler, history, walk, progress=look)
 
     def report(self, run: Run[Options, Settings]) -> dict[str, Any]:
         sampler = run.settings.sampler

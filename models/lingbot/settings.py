@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from models.lingbot.camera import CameraMaps, latent_poses, read_poses, steps_of
 from models.lingbot.config import LingBotConfig, history, sampler
 from models.lingbot.entry import Options
+from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Sizes
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig
@@ -18,7 +18,6 @@ from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from models.worldplay.cameras import FOCAL, IMAGE, parse_actions, walk
-from qvg_jax.cache.operations import KVCache
 from qvg_jax.errors import UserError, told_to_user
 
 VERSION = 2
@@ -37,29 +36,16 @@ def released_sizes() -> Sizes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of a user without choices left.
+class Settings(BlockSettings):
+    """The options of a user without choices left; see `BlockSettings`.
 
     Attributes:
-        sizes: of the networks.
-        sampler: the few-step schedule.
-        histories: what each arm remembers, by the name of the arm; bf16 first.
         motion_F44: the motion of the camera into each latent frame. Its scale is that of the whole
             walk, so that a longer video of the same walk begins with the same frames.
-        height, width: of the video, in pixels.
     """
 
-    sizes: Sizes
-    sampler: SamplerConfig
-    histories: dict[str, History]
+    make_cache = staticmethod(make_cache)
     motion_F44: Float[np.ndarray, "F 4 4"]
-    height: int
-    width: int
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """Names of the arms, bf16 first."""
-        return tuple(self.histories)
 
     @property
     def frames(self) -> int:
@@ -67,30 +53,10 @@ class Settings:
         return len(self.motion_F44)
 
     @property
-    def latent(self) -> tuple[int, int]:
-        """Rows and columns of a latent frame."""
-        side = self.sizes.vae.spatial_stride
-        return self.height // side, self.width // side
-
-    @property
     def camera(self) -> CameraMaps:
         """The camera maps of the walk."""
         fold = self.sizes.dit.fold
         return CameraMaps(self.motion_F44, INTRINSICS_33, self.height, self.width, fold)
-
-    def cache(self, arm: str, frames: int | None = None) -> KVCache:
-        """An arm's cache, shapes only; for another number of frames if given."""
-
-        def make():
-            return make_cache(
-                self.sizes.dit,
-                self.histories[arm],
-                frames=self.frames if frames is None else frames,
-                latent_height=self.latent[0],
-                latent_width=self.latent[1],
-            )
-
-        return jax.eval_shape(make)
 
 
 @told_to_user()

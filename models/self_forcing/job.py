@@ -9,10 +9,11 @@ import numpy as np
 
 from models.common.checkpoint import CheckpointError
 from models.common.lora import merge_lora
-from models.runs import decode, latent_job
+from models.runs import latent_job
+from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
-from models.runs.latent_job import LatentModel, Run
-from models.runs.request_checks import attention_of, file_digest
+from models.runs.latent_job import Run
+from models.runs.request_checks import file_digest
 from models.self_forcing.entry import NAME, Options, PlanOptions
 from models.self_forcing.initial import initial_latents
 from models.self_forcing.params import RULES, WEIGHTS
@@ -28,17 +29,17 @@ from models.self_forcing.settings import (
     settle,
     sizes_of,
 )
-from qvg_jax.app.job import Arm, Job, Played
+from qvg_jax.app.job import Arm, Job
 from qvg_jax.app.memory_plan import Plan
-from qvg_jax.cache.health import cache_bytes
 
 __all__ = ["plan", "prepare"]
 
 
-class _SelfForcing(LatentModel[Options, Settings]):
+class _SelfForcing(BlockModel[Options, Settings]):
     """Self-Forcing, or another release of its kind, as a latent model."""
 
     fps = 16
+    weights = WEIGHTS
     plans = PLANS
 
     def __init__(self, release: Release):
@@ -64,18 +65,11 @@ class _SelfForcing(LatentModel[Options, Settings]):
             **({"loras": {f.name: f.stat().st_size for f in self.loras}} if self.loras else {}),
         }
 
-    def latent_block(self, settings: Settings) -> tuple[tuple[int, ...], Any]:
-        dit = settings.sizes.dit
-        return (1, dit.frames_per_block, dit.latent_channels, *settings.latent), dit.dtype
-
-    def check_dit(self, files: tuple[Any, ...], settings: Settings) -> None:
-        WEIGHTS.check(files, settings.sizes.dit)
-
     def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        return self._merged(WEIGHTS.load(files, settings.sizes.dit))
+        return self._merged(super().load_dit(files, options, settings))
 
     def random_dit(self, options: Options, settings: Settings) -> Any:
-        return self._merged(WEIGHTS.random(settings.sizes.dit))
+        return self._merged(super().random_dit(options, settings))
 
     def _merged(self, dit: Any) -> Any:
         for file in self.loras:
@@ -98,22 +92,25 @@ class _SelfForcing(LatentModel[Options, Settings]):
             width=settings.width,
         )
 
+    def given_latents(self, run: Run[Options, Settings]) -> int:
+        return 0 if run.given is None else run.given.shape[1]
+
     def given_frames(self, run: Run[Options, Settings]) -> int:
-        count = _given(run)
+        count = self.given_latents(run)
         return run.settings.sizes.vae.video_frames(count) if count else 0
 
     def blocks(self, run: Run[Options, Settings]) -> tuple[Block, ...]:
-        return plan_blocks(run.settings.sizes.dit, run.settings.frames, initial_frames=_given(run))
+        return plan_blocks(
+            run.settings.sizes.dit, run.settings.frames, initial_frames=self.given_latents(run)
+        )
 
-    def block_frames(self, settings: Settings) -> int:
-        return settings.sizes.vae.temporal_stride * settings.sizes.dit.frames_per_block
-
-    def play(self, run: Run[Options, Settings], arm: Arm, xs: Iterator[Any]) -> Iterator[Played]:
-        settings, size = run.settings, []
+    def latents(
+        self, run: Run[Options, Settings], arm: Arm, stored: np.ndarray, look: Look
+    ) -> Iterator[Any]:
+        settings = run.settings
         pipeline = SelfForcing(
             run.reader(arm.name), sampler=settings.sampler, history=settings.histories[arm.name]
         )
-        stored = run.saved.read(arm.name)[:, : settings.frames - _given(run)]
         generation = Generation(
             text_BUE=run.prompt,
             frames=settings.frames,
@@ -123,31 +120,12 @@ class _SelfForcing(LatentModel[Options, Settings]):
             initial_BFZYX=run.given,
             done_BFZYX=stored,
         )
-
-        def look(_done, _total, state):
-            size[:] = [cache_bytes(state.cache)]
-
-        source = decode.Source(
-            arm=arm.name,
-            latents=pipeline.stream(generation, progress=look),
-            given=_given(run),
-            stored=stored.shape[1],
-            size=lambda: size[0],
-            decode_last=run.options.decode_last,
-        )
-        return decode.play(source, xs, vae=run.vae, saved=run.saved)
+        return pipeline.stream(generation, progress=look)
 
     def describe_cache(self, options: Options, settings: Settings, arm: Arm) -> dict[str, Any]:
-        lay = arm.state.layout
-        return {
-            "sink_frames": lay.sink_blocks,
-            "span_frames": lay.span_blocks if lay.max_spans else 0,
-            "spans": lay.max_spans,
-            "window_frames": lay.window_blocks,
-            "attention": attention_of(arm.name, options) or "chosen by attend",
-            "tokens_of_a_frame": lay.block_tokens,
-            "devices": 1 if lay.plan is None else lay.plan.devices,
-        }
+        plan = arm.state.layout.plan
+        devices = {"devices": 1 if plan is None else plan.devices}
+        return super().describe_cache(options, settings, arm) | devices
 
     def report(self, run: Run[Options, Settings]) -> dict[str, Any]:
         sampler = run.settings.sampler
@@ -155,11 +133,6 @@ class _SelfForcing(LatentModel[Options, Settings]):
             "blocks": len(self.blocks(run)),
             "sampler": {"steps": list(sampler.steps), "shift": sampler.shift},
         }
-
-
-def _given(run: Run[Options, Settings]) -> int:
-    """Latent frames that the user gave."""
-    return 0 if run.given is None else run.given.shape[1]
 
 
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.runs import decode, latent_job
+from models.runs import latent_job
+from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
-from models.runs.latent_job import LatentModel, Run
+from models.runs.latent_job import Run
 from models.runs.request_checks import attention_of, file_digest
 from models.worldplay.entry import NAME, NEEDS, Options, PlanOptions
 from models.worldplay.params import WEIGHTS
@@ -17,19 +18,19 @@ from models.worldplay.pipeline import WorldPlay
 from models.worldplay.plan import make_plan
 from models.worldplay.request import Walk
 from models.worldplay.settings import ACTIONS, Settings, released_sizes, settle
-from qvg_jax.app.job import Arm, Job, Played
+from qvg_jax.app.job import Arm, Job
 from qvg_jax.app.memory_plan import Plan
-from qvg_jax.cache.health import cache_bytes
 from qvg_jax.errors import UserError
 
 __all__ = ["plan", "prepare"]
 
 
-class _WorldPlay(LatentModel[Options, Settings]):
+class _WorldPlay(BlockModel[Options, Settings]):
     """WorldPlay as a latent model."""
 
     name = NAME
     needs = NEEDS
+    weights = WEIGHTS
     fps = 16
     # Wan's own transformer, which knows no actions, is refused by its names.
     dit_names = (
@@ -50,19 +51,6 @@ class _WorldPlay(LatentModel[Options, Settings]):
             "image": options.image and file_digest(options.image),
         }
 
-    def latent_block(self, settings: Settings) -> tuple[tuple[int, ...], Any]:
-        dit = settings.sizes.dit
-        return (1, dit.frames_per_block, dit.latent_channels, *settings.latent), dit.dtype
-
-    def check_dit(self, files: tuple[Any, ...], settings: Settings) -> None:
-        WEIGHTS.check(files, settings.sizes.dit)
-
-    def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        return WEIGHTS.load(files, settings.sizes.dit)
-
-    def random_dit(self, options: Options, settings: Settings) -> Any:
-        return WEIGHTS.random(settings.sizes.dit)
-
     def read_given(self, options: Options, settings: Settings) -> None:
         if options.image:
             check_picture(options.image, settings.height, settings.width)
@@ -74,18 +62,13 @@ class _WorldPlay(LatentModel[Options, Settings]):
             return None
         return picture_latent(vae, options.image, settings.height, settings.width)
 
-    def blocks(self, run: Run[Options, Settings]) -> range:
-        return range(run.settings.frames // run.settings.sizes.dit.frames_per_block)
-
-    def block_frames(self, settings: Settings) -> int:
-        return settings.sizes.vae.temporal_stride * settings.sizes.dit.frames_per_block
-
-    def play(self, run: Run[Options, Settings], arm: Arm, xs: Iterator[Any]) -> Iterator[Played]:
-        settings, size = run.settings, []
+    def latents(
+        self, run: Run[Options, Settings], arm: Arm, stored: np.ndarray, look: Look
+    ) -> Iterator[Any]:
+        settings = run.settings
         pipeline = WorldPlay(
             run.reader(arm.name), sampler=settings.sampler, history=settings.histories[arm.name]
         )
-        stored = run.saved.read(arm.name)[:, : settings.frames]
         walk = Walk(
             text_BUE=run.prompt,
             path=settings.path,
@@ -96,19 +79,7 @@ class _WorldPlay(LatentModel[Options, Settings]):
             image_BZYX=run.given,
             done_BFZYX=stored,
         )
-
-        def look(_done, _total, state):
-            size[:] = [cache_bytes(state.cache)]
-
-        source = decode.Source(
-            arm=arm.name,
-            latents=pipeline.stream(walk, progress=look),
-            given=0,
-            stored=stored.shape[1],
-            size=lambda: size[0],
-            decode_last=run.options.decode_last,
-        )
-        return decode.play(source, xs, vae=run.vae, saved=run.saved)
+        return pipeline.stream(walk, progress=look)
 
     def describe_cache(self, options: Options, settings: Settings, arm: Arm) -> dict[str, Any]:
         lay, n = arm.state.layout, settings.sizes.dit.frames_per_block

@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 
-import jax
-
+from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Sizes
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.umt5.config import UMT5Config
@@ -14,7 +13,6 @@ from models.worldplay.config import SamplerConfig, WorldPlayConfig
 from models.worldplay.entry import Options
 from models.worldplay.history import History, make_cache
 from models.worldplay.schedule import count_blocks
-from qvg_jax.cache.operations import KVCache
 from qvg_jax.errors import UserError, told_to_user
 
 ACTIONS = "w-8,s-8,a-8,d-8,up-8,down-8"  # of the published runs
@@ -29,53 +27,20 @@ def released_sizes() -> Sizes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of a user without choices left.
+class Settings(BlockSettings):
+    """The options of a user without choices left; see `BlockSettings`.
 
     Attributes:
-        sizes: of the networks.
-        sampler: the few-step schedule.
-        histories: what each arm remembers, by the name of the arm; bf16 first.
         path: cameras and actions, one for each latent frame.
-        height, width: of the video, in pixels.
     """
 
-    sizes: Sizes
-    sampler: SamplerConfig
-    histories: dict[str, History]
+    make_cache = staticmethod(make_cache)
     path: CameraPath
-    height: int
-    width: int
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """Names of the arms, bf16 first."""
-        return tuple(self.histories)
 
     @property
     def frames(self) -> int:
         """Latent frames of the video."""
         return len(self.path)
-
-    @property
-    def latent(self) -> tuple[int, int]:
-        """Rows and columns of a latent frame."""
-        side = self.sizes.vae.spatial_stride
-        return self.height // side, self.width // side
-
-    def cache(self, arm: str, frames: int | None = None) -> KVCache:
-        """An arm's cache, shapes only; for another number of frames if given."""
-
-        def make():
-            return make_cache(
-                self.sizes.dit,
-                self.histories[arm],
-                frames=self.frames if frames is None else frames,
-                latent_height=self.latent[0],
-                latent_width=self.latent[1],
-            )
-
-        return jax.eval_shape(make)
 
 
 @told_to_user()
