@@ -57,6 +57,15 @@ def strict_dtypes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_run_in_the_repository() -> Iterator[None]:
+    """A test that runs a job in the current folder would meet the unfinished runs of others there."""
+    before = OUT.exists()
+    yield
+    assert before or not OUT.exists(), f"a test of this file wrote {OUT}: give it an `out`"
+
+
+OUT = Path(__file__).resolve().parents[1] / "out"
 MAPPED_REGIONS = Path("/proc/self/maps")  # Linux only
 MOST_MAPPED_REGIONS = 15_000
 

@@ -107,6 +107,7 @@ def test_a_broken_socket_recovers_and_the_walk_is_where_it_was(browser, server, 
         tab.page.keyboard.up("d")
         assert other.settled() == end
         cable.mend()
+        tab.reconnected()
         tab.wait_for_turn(f"{end - 1}-d")
         tab.page.keyboard.press("a")
         tab.wait_for_turn(f"{end}-a")

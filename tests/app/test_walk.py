@@ -45,12 +45,13 @@ def walked(walk, actions):
     return np.concatenate(frames)
 
 
-def test_the_frames_are_those_of_generate(weights, world):
+def test_the_frames_are_those_of_generate(weights, world, tmp_path):
     actions = "w d up s down stay a"
     walk = Walk(world, seed=5, codec=CODEC)
     got = walked(walk, actions)
     path = ",".join(f"{a}-4" for a in actions.split())
     request = Options(weights=weights, tour=TOUR, seed=5, actions=path, codec=CODEC)
+    request = dataclasses.replace(request, out=str(tmp_path))
     run = job.prepare(request)
     made = list(lockstep(dataclasses.replace(run, arms=run.arms[1:])))  # without bf16
     np.testing.assert_array_equal(got, np.concatenate([m.frames[CODEC] for m in made]))

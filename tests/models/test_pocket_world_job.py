@@ -21,6 +21,12 @@ def weights(tmp_path_factory):
     return random_weights(tmp_path_factory.mktemp("weights"))
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """`--out` is a folder of the current one unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_the_default_path_goes_back_and_forth_without_a_cut():
     tour, path = 8, job._path(3, 8, 30, None)
     there = list(range(tour))

@@ -11,12 +11,18 @@ class Tab:
     def __init__(self, browser, address):
         self.page = browser.new_page(viewport={"width": 1360, "height": 860})
         self.page.set_default_timeout(MS)
-        self.asked, self.complaints = [], []
+        self.asked, self.complaints, self.documents = [], [], 0
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", self.heard)
+        self.page.on("framenavigated", self.navigated)
         self.page.goto(address)
         self.wait_for("ready")
+        self.connected()
+
+    def navigated(self, frame):
+        """Count the documents that the tab has shown."""
+        self.documents += 1
 
     def heard(self, message):
         """Browsers tell the console what the content security policy has stopped."""
@@ -25,6 +31,17 @@ class Tab:
 
     def wait_for(self, phase):
         self.page.wait_for_selector(f".chip.{phase}")
+
+    def connected(self):
+        """Wait until presses are heard: NiceGUI drops events while its websocket is not open."""
+        self.page.wait_for_function("window.did_handshake && window.socket.connected")
+
+    def reconnected(self):
+        """Wait until presses are heard after a break, in the old document or in a reloaded one."""
+        before = None
+        while before != (before := self.documents):
+            self.connected()
+            self.page.wait_for_timeout(1500)  # a server that has forgotten the tab reloads it
 
     def text(self, name):
         return self.page.get_by_test_id(name).inner_text()
