@@ -187,6 +187,8 @@ def _random_packed(slots, rng):
             return np.asarray(value, np.float32).astype(E4M3).view(np.uint8)
         if "steps" in name and x.dtype != jnp.int8:
             return rng.uniform(0.005, 0.01, x.shape)
+        if "deviations" in name:
+            return rng.uniform(0.3, 1.5, x.shape)
         if x.dtype == jnp.int8:
             low, high = (-127, 128) if "centroids" in name else (-2, 2)
             return rng.integers(low, high, x.shape)
@@ -231,6 +233,9 @@ def codecs() -> dict:
         "midrise, int8 tables": presets.pair("midrise", num_centroids=64),
         "midrise-k1v3": presets.pair("midrise-k1v3", num_centroids=64),
         "midrise-1bit": presets.pair("midrise-1bit", num_centroids=64),
+        "qvg-asym": presets.get("qvg-asym", num_centroids=64, group=64),
+        "dither": presets.pair("dither", num_centroids=64),
+        "dither-asym": presets.pair("dither-asym", num_centroids=64),
         "bf16": presets.get("bf16"),
     }
 
