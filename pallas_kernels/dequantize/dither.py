@@ -25,4 +25,4 @@ def dither(tokens: int, head_dim: int) -> UInt32[Array, "T D"]:
     """
     t_T = jnp.arange(tokens, dtype=jnp.uint32) * jnp.uint32(TOKEN_STEP) >> jnp.uint32(TOKEN_SHIFT)
     c_D = jnp.arange(head_dim, dtype=jnp.uint32) * jnp.uint32(CHANNEL_STEP)
-    return (t_T[:, None] + c_D[None]) % jnp.uint32(FINE)
+    return (t_T[:, None] + c_D[None]) & jnp.uint32(FINE - 1)
