@@ -39,6 +39,7 @@ ENCODERS = {
     "midrise keys": lambda: presets.pair("midrise", num_centroids=64)[0],
     "midrise values": lambda: presets.pair("midrise", num_centroids=64)[1],
     "1 bit keys": lambda: presets.pair("midrise-k1v3", num_centroids=64)[0],
+    "dither keys": lambda: presets.pair("dither", num_centroids=64)[0],
 }
 
 # name: scheme of 128 channels, and extra fields of the rows
