@@ -28,6 +28,7 @@ from qvg_jax.app.option_types import (
     Whole,
 )
 from qvg_jax.app.protocol import Protocol
+from qvg_jax.codecs.recommended import CAUTIOUS
 
 if TYPE_CHECKING:
     from qvg_jax.app.job import Job
@@ -64,7 +65,7 @@ class GenerateOptions:
         weights: other weights than the model's own.
     """
 
-    codec: str = "midrise"
+    codec: str = CAUTIOUS
     compare: Names = ()
     frames: Frames | None = None
     steps: Steps | None = None
@@ -122,7 +123,7 @@ class PlayOptions:
         no_browser: do not open a browser.
     """
 
-    codec: str = "midrise"
+    codec: str = CAUTIOUS
     seed: Whole = 0
     steps: Steps | None = None
     memory: Frames | None = None
