@@ -172,12 +172,12 @@ def rtn(
 def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
     """Returns the default: what was best in the loop of `model`, the cautious `dither` for any other.
 
-    `dither` spends as many bits on keys as on values, and its scales follow the largest value of a token. Its errors of attention are
-    about half of those of `midrise` and of asymmetric integers on made-up and on real tensors, and what
-    loud channels do to other grids does not happen to it: pocket world's loop with outliers folded into
-    its weights gives the same frames (docs/benchmarks/evidence.md). GPU kernels read it; how fast was
-    not measured. `trellis` is 14 dB closer in that loop, but with keys of less than a bit, which is
-    known to be enough for that model only: `qvg capture` and `qvg tune` tell for others.
+    `dither` spends as many bits on keys as on values, and its scales follow a token's largest value. Its
+    errors of attention are about half of those of `midrise` and of asymmetric integers, on made-up and on
+    real tensors. What loud channels do to other grids does not happen to it: pocket world's loop with
+    outliers folded into its weights gives the same frames (docs/benchmarks/evidence.md). GPU kernels read
+    it; how fast was not measured. `trellis` is 14 dB closer in that loop, but with keys of less than a
+    bit, which is known to be enough for that model only: `qvg capture` and `qvg tune` tell for others.
 
     Args:
         model: as in `recommended`.
