@@ -1,5 +1,6 @@
 """Sizes of the causal Wan2.1 transformer and the constants of its few-step sampler."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -166,6 +167,8 @@ class SamplerConfig:
         whole_timesteps: whether the network is told whole numbers, fractions cut off.
         warped: whether `steps` are warped onto the ladder; if not, they are timesteps themselves.
         context_timestep: timestep of the last pass, which writes the clean block to the cache.
+        first_steps: noise levels of the first block of the video, where nothing is remembered yet; None
+            is `steps`.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -175,9 +178,21 @@ class SamplerConfig:
     whole_timesteps: bool = False
     warped: bool = True
     context_timestep: float = 0.0
+    first_steps: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if not self.steps or any(not 0 < s <= self.train_steps for s in self.steps):
-            raise ValueError(f"steps={self.steps} must lie in 1..train_steps={self.train_steps}")
-        if any(a <= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
-            raise ValueError(f"steps={self.steps} must fall from noisy to clean")
+        for name in ("steps", "first_steps"):
+            steps = getattr(self, name)
+            if steps is None:
+                continue
+            if not steps or any(not 0 < s <= self.train_steps for s in steps):
+                raise ValueError(f"{name}={steps} must lie in 1..train_steps={self.train_steps}")
+            if any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+                raise ValueError(f"{name}={steps} must fall from noisy to clean")
+
+    def of_block(self, first_frame: int) -> "SamplerConfig":
+        """The schedule of the block that begins at a frame, the same for all of its passes."""
+        if self.first_steps is None:
+            return self
+        steps = self.steps if first_frame else self.first_steps
+        return dataclasses.replace(self, steps=steps, first_steps=None)

@@ -14,6 +14,7 @@ from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
 from models.runs.latent_job import Run
 from models.runs.request_checks import file_digest
+from models.self_forcing.config import SamplerConfig
 from models.self_forcing.entry import NAME, Options, PlanOptions
 from models.self_forcing.initial import initial_latents
 from models.self_forcing.params import RULES, WEIGHTS
@@ -56,7 +57,7 @@ class _SelfForcing(BlockModel[Options, Settings]):
     def identity(self, options: Options, settings: Settings) -> dict[str, Any]:
         given = options.image or options.video
         return {
-            "steps": list(settings.sampler.steps),
+            **_steps(settings.sampler),
             "window": options.window,
             "sink": options.sink,
             "span": options.span,
@@ -131,8 +132,14 @@ class _SelfForcing(BlockModel[Options, Settings]):
         sampler = run.settings.sampler
         return {
             "blocks": len(self.blocks(run)),
-            "sampler": {"steps": list(sampler.steps), "shift": sampler.shift},
+            "sampler": {**_steps(sampler), "shift": sampler.shift},
         }
+
+
+def _steps(sampler: SamplerConfig) -> dict[str, list[int]]:
+    """The noise levels of the blocks, and those of the first one if it has others."""
+    first = {} if sampler.first_steps is None else {"first_steps": list(sampler.first_steps)}
+    return {"steps": list(sampler.steps), **first}
 
 
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:

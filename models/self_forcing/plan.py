@@ -142,7 +142,8 @@ def _text_kv(settings: Settings) -> TextKV:
 def _step(settings: Settings, model, cache):
     """Arguments of the program that makes a block, as the command runs it."""
     latents = _latents(settings, settings.sizes.dit.frames_per_block)
-    step = generating_step(settings.sampler, (1, latents.shape[1], *settings.latent), True)
+    sampler = settings.sampler.of_block(latents.shape[1])
+    step = generating_step(sampler, (1, latents.shape[1], *settings.latent), True)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     stacked = jax.ShapeDtypeStruct((1, *latents.shape), latents.dtype)
     known = Known(jax.ShapeDtypeStruct((1,), jnp.bool_), stacked)

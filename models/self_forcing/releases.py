@@ -118,6 +118,28 @@ _RELEASES = (
         frames_per_block=1,
         dit_names=("causal_forcing*", "*dmd*", "*generator*"),
     ),
+    *(
+        Release(
+            name=f"causal-forcing-{steps}-step",
+            title=f"Causal-Forcing++, {steps} step{'s' * (steps > 1)}",
+            summary=f"Causal-Forcing++ (Wan2.1 1.3B), blocks of one latent frame, {what}.",
+            source="arXiv 2605.15141, github.com/thu-ml/Causal-Forcing",
+            transformer=(
+                Download(
+                    what="the transformer",
+                    repo="zhuhz22/Causal-Forcing",
+                    subfolder="causal-forcing++",
+                    files=(f"framewise-{steps}step.pt",),
+                    entry="generator_ema",
+                    licence=_AS_STATED,
+                ),
+            ),
+            frames_per_block=1,
+            sampler=(("steps", (1000, 500)[:steps]), ("first_steps", (1000, 750, 500, 250))),
+            dit_names=(f"framewise-{steps}step*", "*dmd*", "*generator*"),
+        )
+        for steps, what in ((2, "two steps each"), (1, "one step each"))
+    ),
     Release(
         name="raven",
         title="RAVEN with CM-GRPO",

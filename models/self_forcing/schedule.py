@@ -95,12 +95,14 @@ def network_calls(blocks: Sequence[Block], sampler: SamplerConfig) -> tuple[Call
 
     A generated block has its denoising steps and a clean pass, a given block the clean pass alone.
     """
-    steps = Ladder(sampler).steps.tolist()
-    return tuple(
-        Call(block, t)
-        for block in blocks
-        for t in ([0.0] if block.given else [*steps, sampler.context_timestep])
-    )
+
+    def told(block: Block) -> list[float]:
+        if block.given:
+            return [0.0]
+        steps = Ladder(sampler.of_block(block.first_frame)).steps.tolist()
+        return [*steps, sampler.context_timestep]
+
+    return tuple(Call(block, t) for block in blocks for t in told(block))
 
 
 def compressions(

@@ -67,6 +67,15 @@ def test_stream_and_longer_videos_repeat_the_same_frames_without_recompiling():
     np.testing.assert_allclose(np.concatenate(parts, axis=1), short, rtol=0, atol=1e-5)
 
 
+def test_the_first_block_may_take_other_steps():
+    """As in Causal-Forcing++: after it, a video goes on as with the other schedule from the same block."""
+    mixed = dataclasses.replace(SHORT, first_steps=(1000,))
+    made = SelfForcing(model(), sampler=mixed).generate(request(6), chunk=1)
+    assert np.abs(made[:, :3] - pipeline().generate(request(3), chunk=1)).max() > 1e-3
+    after = pipeline().generate(request(6, initial_BFZYX=made[:, :3]), chunk=1)
+    np.testing.assert_allclose(made, after, rtol=0, atol=1e-5)
+
+
 def test_another_key_and_another_prompt_make_another_video():
     pipe = pipeline()
     one = pipe.generate(request(3), chunk=1)
@@ -149,6 +158,10 @@ def test_plan_of_blocks_calls_and_compressions():
     assert [(b.frames, b.given) for b in image] == [(1, True), (3, False), (3, False)]
     calls = network_calls(image, SamplerConfig(context_timestep=7.0))
     assert [c.timestep for c in calls[:6]] == [0.0, 1000.0, 937.5, 833.3333129882812, 625.0, 7.0]
+    few = SamplerConfig(steps=(1000, 500), first_steps=(1000, 750, 500))
+    assert [len(network_calls(b, few)) for b in (blocks[:1], blocks[1:2], image[:2])] == [4, 3, 4]
+    with pytest.raises(ValueError, match="first_steps=.* must fall from noisy to clean"):
+        SamplerConfig(first_steps=(500, 750))
     kept = compressions(blocks[:12], span_frames=6, keep_recent=6, sink_frames=3)
     assert [(e.first, e.end, e.stored) for e in kept[:2]] == [(3, 9, 15), (9, 15, 21)]
 

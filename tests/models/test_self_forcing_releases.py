@@ -62,6 +62,16 @@ def test_krea_has_14b_of_parameters_and_its_own_timesteps():
 def test_blocks_windows_and_steps_of_the_others():
     assert settings_of("causal-forcing-framewise").sizes.dit.frames_per_block == 1
     assert settings_of("causal-forcing").sampler == settings_of("self-forcing").sampler
+    two, one = (settings_of(f"causal-forcing-{n}-step") for n in (2, 1))
+    assert two.sizes.dit.frames_per_block == one.sizes.dit.frames_per_block == 1
+    for ours, steps in ((two, (1000, 500)), (one, (1000,))):
+        first, later = (ours.sampler.of_block(frame).steps for frame in (0, 1))
+        assert (first, later) == ((1000, 750, 500, 250), steps)
+    assert settings_of("causal-forcing-2-step", steps=3).sampler.of_block(0).steps == (
+        1000,
+        667,
+        334,
+    )
     live = settings_of("longlive")
     lay = live.cache("midrise").layout
     assert (lay.sink_blocks, lay.span_blocks, lay.overflow) == (3, 3, "drop")
@@ -123,7 +133,7 @@ def test_a_lora_of_the_release_is_looked_for_before_anything_is_read(tmp_path, p
 @pytest.mark.parametrize(
     ("name", "argv"),
     [
-        ("causal-forcing-framewise", ["--frames", "4", "--codec", "bf16"]),
+        ("causal-forcing-2-step", ["--frames", "4", "--codec", "bf16"]),
         ("longlive", ["--frames", "15", "--codec", tiny.CODEC]),
         ("krea-realtime", ["--frames", "6", "--codec", "bf16"]),
     ],
