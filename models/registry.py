@@ -29,6 +29,7 @@ BUILT_IN = {
             "causal-forcing-1-step",
             "raven",
             "longlive",
+            "reward-forcing",
             "krea-realtime",
         ),
         "models.self_forcing.entry",

@@ -8,7 +8,7 @@ from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from models.self_forcing.protocol import PROTOCOL
 from models.self_forcing.releases import RELEASES, Release
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Count, Frames, Name, SomeFrames
+from qvg_jax.app.option_types import Count, Frames, Name, Names, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRIES", "ENTRY", "Options", "PlanOptions"]
@@ -64,6 +64,20 @@ class PlanOptions(LatentPlanOptions):
     decode_last: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainOptions(Options):
+    """Options of a release whose window is too short to compress any of it."""
+
+    codec: str = recommended("reward-forcing")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainPlanOptions(PlanOptions):
+    """Options of a plan for such a release."""
+
+    codec: Names = (recommended("reward-forcing"),)
+
+
 def _advice(name: str) -> Callable[[Options], str]:
     """What to do when the device's memory is not enough for a release."""
 
@@ -84,11 +98,11 @@ def _entry(release: Release) -> ModelEntry:
     return ModelEntry(
         name=release.name,
         summary=release.summary,
-        options=Options,
+        options=Options if release.sink_average is None else PlainOptions,
         needs=release.needs,
         protocol=PROTOCOL if release.name == NAME else None,
         prepare=functools.partial(prepare, release=release.name),
-        plan_options=PlanOptions,
+        plan_options=PlanOptions if release.sink_average is None else PlainPlanOptions,
         plan=functools.partial(plan, release=release.name),
         memory_advice=_advice(release.name),
     )

@@ -147,7 +147,7 @@ class SelfForcing:
             latent_width=request.latent_width,
             batch=text_BUE.shape[0],
         )
-        return State(cache=cache, text_kv=text_kv)
+        return State(cache=cache, text_kv=text_kv, sink_average=self.history.sink_average)
 
     def _prepare(self, request: Generation) -> tuple[State, list[_Run]]:
         """Checks the request and turns it into a first state and the runs that follow."""

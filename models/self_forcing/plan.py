@@ -147,7 +147,8 @@ def _step(settings: Settings, model, cache):
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     stacked = jax.ShapeDtypeStruct((1, *latents.shape), latents.dtype)
     known = Known(jax.ShapeDtypeStruct((1,), jnp.bool_), stacked)
-    state = State(cache=cache, text_kv=_text_kv(settings))
+    average = next(iter(settings.histories.values())).sink_average
+    state = State(cache=cache, text_kv=_text_kv(settings), sink_average=average)
     return Partial(step, model), state, (key, known), jax.ShapeDtypeStruct((), jnp.int32)
 
 

@@ -127,6 +127,7 @@ def _history(recipe: str, options: Options, release: Release) -> History:
         window_frames=release.window_frames,
         sink_frames=release.sink_frames,
         span_frames=release.span_frames,
+        sink_average=release.sink_average,
     )
     asked = dict(
         window_frames=options.window,

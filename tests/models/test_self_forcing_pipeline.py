@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from models.common.wan_text import TextKV
+from models.self_forcing.averaged_sink import before_the_window
 from models.self_forcing.block import BlockNoise, State, draw_noise, generate_block
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
-from models.self_forcing.history import History, make_cache, recall
+from models.self_forcing.history import History, append_frames, make_cache, recall
 from models.self_forcing.params import random_dit, skeleton
 from models.self_forcing.pipeline import Generation, SelfForcing
 from models.self_forcing.schedule import compressions, network_calls, plan_blocks
@@ -74,6 +75,39 @@ def test_the_first_block_may_take_other_steps():
     assert np.abs(made[:, :3] - pipeline().generate(request(3), chunk=1)).max() > 1e-3
     after = pipeline().generate(request(6, initial_BFZYX=made[:, :3]), chunk=1)
     np.testing.assert_allclose(made, after, rtol=0, atol=1e-5)
+
+
+def test_a_sink_averages_what_leaves_the_window():
+    """As a list of frames does it; the sink lies before the window, whose last three frames are 12 to 14."""
+    history = History(window_frames=9, sink_frames=3, sink_average=0.75)
+    cache = make_cache(CONFIG, history, frames=18, latent_height=4, latent_width=4)
+    size = cache.layout.block_tokens
+    form = (CONFIG.layers, 1, 3 * size, CONFIG.heads, CONFIG.head_dim)
+    step = jax.jit(functools.partial(append_frames, sink_average=history.sink_average))
+    sink, window, left = [0.0, 1.0, 2.0], [], 0
+    for first in range(0, 15, 3):
+        frame_T = np.repeat(np.arange(first, first + 3), size)
+        kv = jnp.broadcast_to(frame_T[None, None, :, None, None], form).astype(jnp.float32)
+        pos = jnp.pad(frame_T.astype(np.float32)[None, :, None], ((0, 0), (0, 0), (0, 2)))
+        cache = step(cache, kv, -kv, pos)
+        for frame in range(max(first, 3), first + 3):
+            if len(window) == 3:
+                sink[left % 3] = 0.75 * sink[left % 3] + 0.25 * window.pop(0)
+                left += 1
+            window.append(frame)
+    got = np.asarray(cache.dense_k)[0, 0, 0, : 3 * size : size, 0]
+    np.testing.assert_allclose(got, sink, rtol=1e-6)
+    np.testing.assert_allclose(
+        cache.dense_v[..., : 3 * size, :], -cache.dense_k[..., : 3 * size, :]
+    )
+    moved = before_the_window(cache).dense_pos[0, ::size, 0]
+    np.testing.assert_array_equal(np.sort(moved), np.arange(9, 15))
+    np.testing.assert_array_equal(moved[:3], [9, 10, 11])
+    for wrong in (dict(sink_frames=0), dict(window_frames=None), dict(sink_average=2.0)):
+        with pytest.raises(ValueError, match="sink_average="):
+            dataclasses.replace(history, **wrong)
+    with pytest.raises(ValueError, match="sink_average=.* without codecs"):
+        dataclasses.replace(history, key_codec=PLAIN, value_codec=PLAIN)
 
 
 def test_another_key_and_another_prompt_make_another_video():
