@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.plan import Plan
     from qvg_jax.cache.recode import recode
+    from qvg_jax.cache.relative import RelativeTime
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
     from qvg_jax.cache.saved import from_saved, to_saved
     from qvg_jax.cache.summary import summary
@@ -65,6 +66,7 @@ _MODULES = {
     "Plan": "cache.plan",
     "recode": "cache.recode",
     "spread": "cache.devices",
+    "RelativeTime": "cache.relative",
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
@@ -93,6 +95,7 @@ __all__ = [
     "KeyBias",
     "NonFiniteError",
     "Plan",
+    "RelativeTime",
     "Rope",
     "append",
     "attend",
