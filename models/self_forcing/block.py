@@ -128,7 +128,8 @@ def _look(model: SelfForcingDiT, cache: KVCache, shape: tuple[int, ...]):
     """Compresses what is due; then the block's positions, and the view its passes share."""
     cache = compress(cache)
     positions_BTP = block_positions(model.config, cache, shape)
-    return positions_BTP, cache.view(positions_BTP, model_rope(model.config))
+    config = model.config
+    return positions_BTP, cache.view(positions_BTP, model_rope(config), relative=config.relative)
 
 
 def _remember(model, state, view, positions_BTP, x0_BFZYX, timestep) -> State:
