@@ -42,12 +42,15 @@ class WalkOptions(PlayOptions):
         steps: denoising steps per block; 4 if left out.
         tour: real frames to begin with.
         memory: frames to remember at least; 256 if left out.
+        endless: count frame numbers back from each block, so that a walk of any length looks to the
+            model like one of at most 1,024 frames.
     """
 
     # The smallest recipe that two CPU cores walk with at ease: with `trellis` a block takes twice as
     # long, over a second from a key to a frame where another block is under way.
     codec: str = "midrise-k1v3"
     tour: SomeFrames = 64
+    endless: bool = False
 
 
 def memory_advice(options: Options) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from models.pocket_world import camera, job, params, pipeline, world
+from models.pocket_world.config import ENDLESS
 from models.pocket_world.entry import NAME, WalkOptions
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
@@ -66,7 +67,7 @@ def walk(options: WalkOptions) -> World:
 
     return World(
         model=NAME,
-        step=pipeline.make_step(model, sampler),
+        step=pipeline.make_step(model, sampler, ENDLESS if options.endless else None),
         actions=camera.ACTIONS,
         keys=KEYS,
         begin=begin,
