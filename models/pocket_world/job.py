@@ -96,7 +96,7 @@ def prepare(options: Options) -> Job:
         step=step,
         play=lambda arm, xs: _play(step, arm, xs, first=tour // n, saved=saved),
         arms=tuple(arms),
-        blocks=_blocks(options.seed, path_F3, tour, n),
+        blocks=path_blocks(options.seed, path_F3, tour, n),
         cache=lambda state: state.cache,
         tour=tour,
         frames=frames,
@@ -224,8 +224,15 @@ def _path(
     return np.concatenate([tour_F3, made_F3])
 
 
-def _blocks(seed: int, path_F3: np.ndarray, tour: int, n: int) -> Iterator[Block]:
-    """Renders the truth block by block, so that the length costs no memory."""
+def path_blocks(seed: int, path_F3: Float[np.ndarray, "F 3"], tour: int, n: int) -> Iterator[Block]:
+    """Yields the blocks of a path with their truth, rendered one by one: the length costs no memory.
+
+    Args:
+        seed: of the world.
+        path_F3: poses, tour first.
+        tour: frames of it, which the model is given.
+        n: frames of a block.
+    """
     seed_B = jnp.array([seed])
     before_F3 = np.concatenate([path_F3[:1], path_F3[:-1]])
     seen_F = seen_in_tour(path_F3, tour)
