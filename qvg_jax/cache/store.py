@@ -82,7 +82,8 @@ class SpanStore:
         """An empty store for the spans of a cache.
 
         Args:
-            cache: the cache, with overflow="drop" and at least one slot; only its shapes count.
+            cache: the cache, with overflow="drop" and at least one slot. Spans that it has in sight already
+                are kept first, under the numbers behind those that made room.
             spans: most spans to keep; their memory is taken as they come.
             memory: "host" keeps them in the host's memory, pinned where the device knows that; "device"
                 beside the cache.
@@ -109,6 +110,7 @@ class SpanStore:
             )
         if memory not in ("host", "device"):
             raise ValueError(f"memory={memory!r} is not accepted: give 'host' or 'device'")
+        held = isinstance(cache.num_spans, jax.Array) and cache.encoded_blocks // lay.span_blocks
         form = jax.eval_shape(_taken, cache, jax.ShapeDtypeStruct((), jnp.int32))
         _check_room(spans, _bytes(form), memory)
         return cls(
@@ -117,7 +119,7 @@ class SpanStore:
             memory=memory,
             form=form,
             kept={},
-            next=0,
+            next=int(held - cache.num_spans) if held is not False else 0,
             sight=(None,) * lay.max_spans,
         )
 
