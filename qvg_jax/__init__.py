@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.plan import Plan
+    from qvg_jax.cache.recall import recall
     from qvg_jax.cache.recode import recode
+    from qvg_jax.cache.relative import RelativeTime
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
     from qvg_jax.cache.saved import from_saved, to_saved
+    from qvg_jax.cache.store import SpanStore
     from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
@@ -63,11 +66,14 @@ _MODULES = {
     "compress": "cache.operations",
     "evict": "cache.operations",
     "Plan": "cache.plan",
+    "recall": "cache.recall",
     "recode": "cache.recode",
     "spread": "cache.devices",
+    "RelativeTime": "cache.relative",
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
+    "SpanStore": "cache.store",
     "summary": "cache.summary",
     "sharding": "sharding",
     "presets": "codecs.presets",
@@ -93,7 +99,9 @@ __all__ = [
     "KeyBias",
     "NonFiniteError",
     "Plan",
+    "RelativeTime",
     "Rope",
+    "SpanStore",
     "append",
     "attend",
     "axial_rope",
@@ -114,6 +122,7 @@ __all__ = [
     "presets",
     "raise_if_bad",
     "raise_if_not_finite",
+    "recall",
     "recode",
     "reset",
     "residual_quantize",

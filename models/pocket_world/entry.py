@@ -27,11 +27,19 @@ class Options(ResumableOptions):
         steps: denoising steps per block; 4 if left out.
         tour: real frames before the generated ones.
         actions: where to go after the tour, such as w-8,d-4; back over the tour if left out.
+        endless: a walk of any length: bounded memory, whose oldest frames make room, and frame numbers
+            that count back from each block. Without --actions it wanders on from the tour.
+        memory: with --endless, frames in sight at least; 256 if left out.
+        recall: with --endless, keep what makes room packed in host memory, and have in sight what is
+            nearest to each block.
     """
 
     codec: str = recommended(NAME)
     tour: Frames = 128
     actions: str | None = None
+    endless: bool = False
+    memory: Frames | None = None
+    recall: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +50,18 @@ class WalkOptions(PlayOptions):
         steps: denoising steps per block; 4 if left out.
         tour: real frames to begin with.
         memory: frames to remember at least; 256 if left out.
+        endless: count frame numbers back from each block, so that a walk of any length looks to the
+            model like one of at most 1,024 frames.
+        recall: keep what makes room packed in host memory, up to 8,192 frames of it, and have in sight
+            what is nearest to each block. A switch of codecs forgets what is out of sight.
     """
 
     # The smallest recipe that two CPU cores walk with at ease: with `trellis` a block takes twice as
     # long, over a second from a key to a frame where another block is under way.
     codec: str = "midrise-k1v3"
     tour: SomeFrames = 64
+    endless: bool = False
+    recall: bool = False
 
 
 def memory_advice(options: Options) -> str:

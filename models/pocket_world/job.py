@@ -20,8 +20,9 @@ from jaxtyping import Array, Float
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
-from models.pocket_world.config import PocketWorldConfig
+from models.pocket_world.config import ENDLESS, PocketWorldConfig
 from models.pocket_world.entry import NAME, Options
+from models.pocket_world.recalling import Recaller
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
 from qvg_jax.app.job import BASELINE, Arm, Block, Job, Played
@@ -30,12 +31,14 @@ from qvg_jax.app.model_entry import CaptureOptions
 from qvg_jax.app.saved_blocks import SavedBlocks
 from qvg_jax.cache.health import cache_bytes
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.state import KVCache
 from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import UserError, told_to_user
 from qvg_jax.loop import Step, stream
 from qvg_jax.study.capture import Captured
 
 FRAMES, STEPS = 240, 4
+MEMORY = 256  # frames of a bounded memory; a block over twice as many takes twice as long
 SAVED = "unfinished"  # folder in --out with the frames so far
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
@@ -79,24 +82,40 @@ def prepare(options: Options) -> Job:
     if frames < 1:
         raise UserError(f"frames={frames} is not accepted: give a whole number above 0")
 
-    path_F3 = _path(options.seed, tour, frames + -frames % n, actions)
+    memory = _memory(options)
+    path_F3 = _path(options.seed, tour, frames + -frames % n, actions, options.endless)
     arms = []
     for name, codec in codecs.items():
         with told_to_user():  # a codec may refuse the span
-            capacity = _capacity(cfg, codec, len(path_F3))
-        cache = pipeline.make_cache(cfg, codec, capacity)
+            if memory is None:
+                cache = pipeline.make_cache(cfg, codec, _capacity(cfg, codec, len(path_F3)))
+            else:
+                cache = bounded_cache(cfg, codec, memory)
         arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(options.seed))))
     config = _config(options, tour, frames, sampler, cfg, weights, arms[0].state.cache.layout)
     block = (1, n, world.HEIGHT, world.WIDTH, 3)
     which = dict(resume=options.resume, restart=options.restart)
     saved = SavedBlocks(Path(options.out) / SAVED, config, block, np.float32, **which)
-    step = pipeline.make_step(model, sampler)
+    step = pipeline.make_step(model, sampler, ENDLESS if options.endless else None)
+
+    def before(arm: Arm) -> Recaller | None:
+        """What brings spans into sight before each block of an arm."""
+        if not options.recall:
+            return None
+        cache, slots = arm.state.cache, arm.state.cache.layout.max_spans
+        spans = max(slots, len(path_F3) // (n * cache.layout.span_blocks))
+        return Recaller(cfg, cache, sight=slots, spans=spans)
+
+    with told_to_user():  # a store may not fit the memory
+        hooks = {arm.name: before(arm) for arm in arms}
     return Job(
         model=NAME,
         step=step,
-        play=lambda arm, xs: _play(step, arm, xs, first=tour // n, saved=saved),
+        play=lambda arm, xs: _play(
+            step, arm, xs, first=tour // n, saved=saved, before=hooks[arm.name]
+        ),
         arms=tuple(arms),
-        blocks=_blocks(options.seed, path_F3, tour, n),
+        blocks=path_blocks(options.seed, path_F3, tour, n),
         cache=lambda state: state.cache,
         tour=tour,
         frames=frames,
@@ -123,6 +142,8 @@ def _config(
         "frames": frames,
         "actions": options.actions,
         "seed": options.seed,
+        **({"endless": dataclasses.asdict(ENDLESS)} if options.endless else {}),
+        **({"recall": True} if options.recall else {}),
         "sampler": dataclasses.asdict(sampler),
         "model": dataclasses.asdict(cfg),
         "weights": {
@@ -142,7 +163,13 @@ def _config(
 
 
 def _play(
-    step: Step, arm: Arm, xs: Iterator[pipeline.BlockInput], *, first: int, saved: SavedBlocks
+    step: Step,
+    arm: Arm,
+    xs: Iterator[pipeline.BlockInput],
+    *,
+    first: int,
+    saved: SavedBlocks,
+    before: Recaller | None,
 ) -> Iterator[Played]:
     """Yields the frames of one arm, block by block; generated ones are on disk before they are yielded.
 
@@ -152,6 +179,7 @@ def _play(
         xs: the path.
         first: number of the first block that is generated.
         saved: blocks of an earlier run, which are shown to the model and not generated again.
+        before: what brings spans into sight before each block; None for nothing.
     """
     stored = saved.read(arm.name)
 
@@ -161,7 +189,7 @@ def _play(
                 x = dataclasses.replace(x, frames=stored[number], made=np.bool_(True))
             yield x
 
-    blocks = stream(step, arm.state, known())
+    blocks = stream(step, arm.state, known(), before=before)
     for number, frames in enumerate(blocks, -first):
         kept = 0 <= number < len(stored)
         if number >= 0 and not kept:
@@ -191,6 +219,28 @@ def check_finite(model: nnx.Module, weights: Path) -> None:
             )
 
 
+def _memory(options: Options) -> int | None:
+    """Frames of a bounded memory, or None for one that holds all.
+
+    Raises:
+        UserError: an option that needs --endless.
+    """
+    if options.endless:
+        return MEMORY if options.memory is None else options.memory
+    for name, given in (("memory", options.memory is not None), ("recall", options.recall)):
+        if given:
+            raise UserError(
+                f"{name}={getattr(options, name)} needs --endless: without it all is kept"
+            )
+    return None
+
+
+def bounded_cache(cfg: PocketWorldConfig, codec: tuple[Codec, Codec], frames: int) -> KVCache:
+    """A cache that remembers at least so many frames, in whole spans; then its oldest span makes room."""
+    # Of the capacity, one block is the sink and the newest ones are the window's.
+    return pipeline.make_cache(cfg, codec, frames + 3 * cfg.block_frames, overflow="drop")
+
+
 def _capacity(cfg, codec: tuple[Codec, Codec], frames: int) -> int:
     """At least `frames`: what a cache holds whose spans are a multiple of SPARE_SPANS."""
     lay = jax.eval_shape(lambda: pipeline.make_cache(cfg, codec, frames)).layout
@@ -211,11 +261,14 @@ def noise_key(seed: int) -> Array:
 
 
 def _path(
-    seed: int, tour: int, frames: int, actions: np.ndarray | None
+    seed: int, tour: int, frames: int, actions: np.ndarray | None, onward: bool = False
 ) -> Float[np.ndarray, "F 3"]:
     """Poses of the tour and of the frames to generate, without a cut between them."""
     tour_F3 = tour_path(seed, tour)
-    if actions is None:
+    if actions is None and onward:
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+        made_F3 = np.asarray(camera.wander(key, jnp.asarray(tour_F3[-1]), frames, HALF_WIDTH))
+    elif actions is None:
         # Back from the last pose to the first, forward to the last, and so on.
         last = tour - 1
         made_F3 = tour_F3[np.abs(last - (np.arange(frames) + 1) % (2 * last))]
@@ -224,8 +277,15 @@ def _path(
     return np.concatenate([tour_F3, made_F3])
 
 
-def _blocks(seed: int, path_F3: np.ndarray, tour: int, n: int) -> Iterator[Block]:
-    """Renders the truth block by block, so that the length costs no memory."""
+def path_blocks(seed: int, path_F3: Float[np.ndarray, "F 3"], tour: int, n: int) -> Iterator[Block]:
+    """Yields the blocks of a path with their truth, rendered one by one: the length costs no memory.
+
+    Args:
+        seed: of the world.
+        path_F3: poses, tour first.
+        tour: frames of it, which the model is given.
+        n: frames of a block.
+    """
     seed_B = jnp.array([seed])
     before_F3 = np.concatenate([path_F3[:1], path_F3[:-1]])
     seen_F = seen_in_tour(path_F3, tour)

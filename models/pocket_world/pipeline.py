@@ -19,6 +19,7 @@ from models.pocket_world.sampling import Sampler, second_order_step
 from qvg_jax.attention.api import attend
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.recipes import parse_recipe
@@ -215,10 +216,15 @@ def render_path(
     return jnp.concatenate(parts, 1) if parts else jnp.zeros((b, 0, world.HEIGHT, world.WIDTH, 3))
 
 
-def make_step(model: PocketWorld, sampler: Sampler):
+def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | None = None):
     """The step `(state, BlockInput) -> (state, frames [B, n, 64, 96, 3])` for `qvg_jax.loop`.
 
     A `Partial`: the weights travel as arrays and are not baked into the program.
+
+    Args:
+        model: the network.
+        sampler: how a block comes out of noise.
+        relative: how frame numbers count back from each block; None for absolute ones.
     """
     graph, params = nnx.split(model)
     cfg, levels = model.cfg, sampler.levels()
@@ -230,7 +236,7 @@ def make_step(model: PocketWorld, sampler: Sampler):
         positions = jax.vmap(camera.token_positions, (0, None, None))(x.pose, x.time, cfg.patch)
         batch = x.pose.shape[0]
 
-        view = state.cache.view(positions, rope)
+        view = state.cache.view(positions, rope, relative=relative)
         cache = state.cache
         blocks = cache.seen_blocks - cache.dropped_blocks - cache.rejected_blocks
         scale = sampler.logit_scale(blocks, cfg.head_dim)

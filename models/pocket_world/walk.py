@@ -17,14 +17,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from models.pocket_world import camera, job, params, pipeline, world
+from models.pocket_world.config import ENDLESS
 from models.pocket_world.entry import NAME, WalkOptions
+from models.pocket_world.recalling import Recaller
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.play.walk import World
 from qvg_jax.errors import told_to_user
 
-MEMORY = 256  # frames; a block over twice as many takes twice as long
+KEPT_SPANS = 256  # of what is out of sight: two million tokens of each layer
 KEYS = {
     "w": "w", "a": "a", "s": "s", "d": "d",
     "arrowup": "w", "arrowleft": "a", "arrowdown": "s", "arrowright": "d",
@@ -56,17 +58,20 @@ def walk(options: WalkOptions) -> World:
     job.check_finite(model, weights)
     cfg, n = model.cfg, model.cfg.block_frames
     tour = options.tour + -options.tour % n
-    frames = MEMORY if options.memory is None else options.memory
+    frames = job.MEMORY if options.memory is None else options.memory
 
     def begin(seed, codec):
         check_seed(seed)
-        # Of the capacity asked for, one block is the sink and the newest ones are the window's.
-        cache = pipeline.make_cache(cfg, codec, frames + 3 * n, overflow="drop")
+        cache = job.bounded_cache(cfg, codec, frames)
         return pipeline.WorldState(cache, job.noise_key(seed))
+
+    def before(state):
+        slots = state.cache.layout.max_spans
+        return Recaller(cfg, state.cache, sight=slots, spans=max(slots, KEPT_SPANS))
 
     return World(
         model=NAME,
-        step=pipeline.make_step(model, sampler),
+        step=pipeline.make_step(model, sampler, ENDLESS if options.endless else None),
         actions=camera.ACTIONS,
         keys=KEYS,
         begin=begin,
@@ -81,6 +86,7 @@ def walk(options: WalkOptions) -> World:
         fps=8,
         place=lambda x: (float(x.pose[0, -1, 0]), float(x.pose[0, -1, 1])),
         truth=_truth,
+        before=before if options.recall else None,
     )
 
 

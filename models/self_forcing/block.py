@@ -138,7 +138,8 @@ def _look(model: SelfForcingDiT, state: State, shape: tuple[int, ...]):
     if state.sink_average is not None:
         cache = before_the_window(cache)
     positions_BTP = block_positions(model.config, cache, shape)
-    return positions_BTP, cache.view(positions_BTP, model_rope(model.config))
+    config = model.config
+    return positions_BTP, cache.view(positions_BTP, model_rope(config), relative=config.relative)
 
 
 def _remember(model, state, view, positions_BTP, x0_BFZYX, timestep) -> State:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from msgspec import Meta, Struct
 
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.reading.schema import Size, checked
 
 
@@ -45,9 +46,11 @@ class SelfForcingConfig:
         time_width: width of the sinusoid of the timestep.
         text_width, text_slots: width of the text embedding; length it is zero-padded to.
         eps: added to the variance in every norm.
-        rope_frames: rows of the RoPE table, hence the longest video in latent frames.
+        rope_frames: rows of the RoPE table, hence the longest video in latent frames without a horizon.
         rope_theta: base of the RoPE frequencies.
         frames_per_block: latent frames that are denoised together.
+        horizon: with a number, positions count back from each block, older history is read as so many
+            latent frames old, and a video may be longer than the RoPE table. None is absolute positions.
         dtype: dtype of the weights and of the activations between the float32 islands.
         attention: implementation of attention to the cache, see `qvg_jax.attend`.
         cross_attention: implementation of attention to the prompt, see `fused_attention`.
@@ -69,6 +72,7 @@ class SelfForcingConfig:
     rope_frames: int = 1024
     rope_theta: float = 10000.0
     frames_per_block: int = 3
+    horizon: int | None = None
     dtype: DTypeLike = jnp.bfloat16
     attention: str | None = None
     cross_attention: str | None = None
@@ -80,6 +84,24 @@ class SelfForcingConfig:
             )
         if self.time_width % 2:
             raise ValueError(f"time_width={self.time_width} must be even: cosines and sines")
+        if self.relative is not None:
+            self.relative.check(self.frames_per_block)
+            if self.horizon > self.last_horizon:
+                raise ValueError(
+                    f"horizon={self.horizon} is not accepted: with blocks of {self.frames_per_block} "
+                    f"frames the {self.rope_frames} rows of the RoPE table serve at most "
+                    f"{self.last_horizon}"
+                )
+
+    @property
+    def last_horizon(self) -> int:
+        """The longest horizon: what the RoPE table leaves beside a block."""
+        return self.rope_frames - self.frames_per_block
+
+    @property
+    def relative(self) -> RelativeTime | None:
+        """How positions count back from a block; None for absolute positions."""
+        return None if self.horizon is None else RelativeTime(self.horizon)
 
     @property
     def head_dim(self) -> int:

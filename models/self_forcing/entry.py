@@ -28,6 +28,10 @@ class Options(LatentOptions):
         sink: first latent frames, which are never compressed; 0, or those of the release.
         span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
+        endless: count positions back from each block, so that --frames may be more than the model's
+            1,024 positions.
+        horizon: with --endless, latent frames beyond which older history counts as so old; as far as the
+            model's positions reach if left out.
         lora: file of a LoRA to merge into the weights, beside that of the release.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
@@ -38,6 +42,8 @@ class Options(LatentOptions):
     sink: SomeFrames | None = None
     span: Frames | None = None
     recent: SomeFrames | None = None
+    endless: bool = False
+    horizon: Frames | None = None
     lora: Name | None = None
     decode_last: bool = False
 
@@ -52,6 +58,8 @@ class PlanOptions(LatentPlanOptions):
         sink: first latent frames, which are never compressed; 0, or those of the release.
         span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
+        endless: count positions back from each block, so that --frames may be more than the model's
+            1,024 positions.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
     """
@@ -61,6 +69,7 @@ class PlanOptions(LatentPlanOptions):
     sink: SomeFrames | None = None
     span: Frames | None = None
     recent: SomeFrames | None = None
+    endless: bool = False
     decode_last: bool = False
 
 

@@ -63,6 +63,7 @@ class _SelfForcing(BlockModel[Options, Settings]):
             "span": options.span,
             "recent": options.recent,
             "given": given and file_digest(given),
+            **({"horizon": settings.sizes.dit.horizon} if options.endless else {}),
             **({"loras": {f.name: f.stat().st_size for f in self.loras}} if self.loras else {}),
         }
 

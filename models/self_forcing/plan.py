@@ -156,7 +156,10 @@ def _longest(
     settings: Settings, arm: str, need: Need, memory: int, size: Callable[[KVCache], int]
 ) -> int:
     """The most latent frames that fit, if only the cache changes with them."""
-    n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
+    dit = settings.sizes.dit
+    n, top = dit.frames_per_block, dit.rope_frames
+    if dit.horizon is not None:
+        top = max(top, settings.frames)
 
     def fits(blocks: int) -> bool:
         cache = size(settings.cache(arm, blocks * n))

@@ -61,7 +61,7 @@ def plan_blocks(
 
     Raises:
         ValueError: a number of frames that blocks cannot make up, or a video longer than the RoPE
-            table.
+            table without a horizon.
     """
     n = config.frames_per_block
     if first_frame_alone is None:
@@ -80,7 +80,7 @@ def plan_blocks(
             f"frames={frames} must be {sizes}: blocks are {n} frames; "
             f"the nearest are {below} and {below + n}"
         )
-    if frames > config.rope_frames:
+    if frames > config.rope_frames and config.horizon is None:
         raise ValueError(
             f"frames={frames} is more than rope_frames={config.rope_frames}, the rows of the "
             "model's RoPE table: positions beyond it were never defined"

@@ -67,6 +67,7 @@ def settle(
         UserError: a value that is not accepted, named with what would be.
     """
     frames = FRAMES + first_frame_alone if options.frames is None else options.frames
+    sizes = _with_horizon(options, sizes)
     plan_blocks(sizes.dit, frames, first_frame_alone=first_frame_alone)
     height = options.height
     width = options.width
@@ -92,6 +93,33 @@ def settle(
                 f"{history.span_frames} frames, and the newest block waits outside"
             )
     return settings
+
+
+def _with_horizon(options: Options, sizes: Sizes) -> Sizes:
+    """The sizes with the horizon that a user asked for, and a word on what it does to a long video."""
+    dit, frames = sizes.dit, options.frames or 0
+    if not options.endless:
+        if options.horizon is not None:
+            raise UserError(
+                f"horizon={options.horizon} needs --endless: nothing counts back without"
+            )
+        if frames > dit.rope_frames:
+            raise UserError(
+                f"frames={frames} is more than rope_frames={dit.rope_frames}, the rows of the model's "
+                "RoPE table; accepted: at most that, or --endless, which counts positions back from "
+                "each block"
+            )
+        return sizes
+    horizon = dit.last_horizon if options.horizon is None else options.horizon
+    if frames > horizon:
+        flat = (
+            "" if options.window else "; the memory grows with them, and a --window keeps it flat"
+        )
+        log.warning(
+            f"{frames} latent frames: positions count back from each block, and history older than "
+            f"{horizon} latent frames is read as {horizon} old{flat}"
+        )
+    return dataclasses.replace(sizes, dit=dataclasses.replace(dit, horizon=horizon))
 
 
 @told_to_user()

@@ -182,7 +182,7 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
         elif not slot.ndim:
             cos_sin = view.span_table(slot)
         else:
-            cos_sin = jax.tree.map(flat, view.rope.table(cache.span_pos[slot]))
+            cos_sin = jax.tree.map(flat, view.table_of(cache.span_pos[slot]))
             first = jnp.arange(slot.shape[0]) * lay.batch
         return Rotation(cos_sin, pairing_in(view), lay.batch, first)
 

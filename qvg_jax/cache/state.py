@@ -18,6 +18,7 @@ from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.layer_codecs import of_layers
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.plan import Plan
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import empty_slots
 from qvg_jax.cache.view import CacheView, view_of
@@ -194,6 +195,7 @@ class KVCache:
         rope: Rope | Encodings | Literal[False] | None = None,
         *,
         precompute: bool = True,
+        relative: RelativeTime | None = None,
     ) -> CacheView:
         """What `attend` reads; with the rope tables of all tokens, made once for all layers.
 
@@ -213,15 +215,18 @@ class KVCache:
             precompute: whether to make the tables of all stored tokens now. They cost memory in
                 proportion to the capacity; False makes one span's table at a time, in each layer.
                 Tables that the cache keeps (`create(rope=...)`) are taken as they are.
+            relative: how times count back from the new tokens, with a horizon, for videos without end.
+                None reads the times that are stored. With it, tables that the cache keeps are made anew.
 
         Returns:
             A pytree that refers to this cache's buffers and copies none.
 
         Raises:
-            ValueError: `rope` without positions, positions without `rope` or of another shape, or no
-                rope for a cache with positions.
+            ValueError: `rope` without positions, positions without `rope` or of another shape, no
+                rope for a cache with positions, `relative` without a Rope, or a horizon shorter than the
+                block where positions are known.
         """
-        return view_of(self, positions_BTP, rope, precompute)
+        return view_of(self, positions_BTP, rope, precompute, relative)
 
     def __repr__(self) -> str:
         lay = self.layout

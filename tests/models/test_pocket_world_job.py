@@ -7,6 +7,7 @@ import pytest
 
 from models.pocket_world import camera, job, world
 from models.pocket_world.entry import Options
+from qvg_jax.errors import UserError
 from tests.support.tiny_world import as_in_its_own_process, random_weights
 
 
@@ -34,6 +35,25 @@ def test_the_default_path_goes_back_and_forth_without_a_cut():
     want = [*there, *(back + there[1:]) * 3]
     np.testing.assert_array_equal(path, path[want[: len(path)]])
     assert np.abs(np.diff(path, axis=0)[:, :2]).max() <= camera.SPEED
+
+
+def test_an_endless_path_wanders_on_from_the_tour_without_a_cut():
+    path = job._path(3, 8, 400, None, True)
+    np.testing.assert_array_equal(path[:8], job._path(3, 8, 30, None)[:8])
+    assert np.abs(np.diff(path, axis=0)[:, :2]).max() <= camera.SPEED
+    assert np.abs(path[:, :2]).max() <= job.HALF_WIDTH + camera.SPEED
+
+
+def test_a_bounded_memory_does_not_grow_with_the_frames(weights):
+    sizes = [
+        job.prepare(Options(weights=str(weights), tour=8, frames=f, endless=True, memory=64))
+        for f in (16, 4000)
+    ]
+    shapes = [jax.tree.map(jnp.shape, [arm.state for arm in j.arms]) for j in sizes]
+    assert shapes[0] == shapes[1]
+    for wrong in (dict(memory=64), dict(recall=True)):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}=.* needs --endless"):
+            job.prepare(Options(weights=str(weights), tour=8, **wrong))
 
 
 def test_actions_repeat_from_the_end_of_the_tour():

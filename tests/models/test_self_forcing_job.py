@@ -326,7 +326,10 @@ def test_a_folder_that_lacks_parts_says_which_and_how_to_get_them(run, tmp_path)
     "argv, parts",
     [
         (["--frames", "7"], ["frames=7", "blocks are 3 frames", "nearest are 6 and 9"]),
-        (["--frames", "66"], ["frames=66", "rope_frames=64", "RoPE table"]),
+        (["--frames", "66"], ["frames=66", "rope_frames=64", "RoPE table", "--endless"]),
+        (["--horizon", "9"], ["horizon=9 needs --endless"]),
+        (["--endless", "--horizon", "2"], ["horizon=2 is shorter than a block of 3"]),
+        (["--endless", "--horizon", "62"], ["horizon=62", "64 rows", "at most 61"]),
         (["--height", "40"], ["height=40", "multiple of 16"]),
         (["--width", "8"], ["width=8", "multiple of 16"]),
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),

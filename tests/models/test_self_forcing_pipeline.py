@@ -147,6 +147,16 @@ def test_spans_that_only_store_change_nothing_and_bounded_ones_forget():
     assert np.abs(latents[:, 9:12] - whole[:, 9:12]).max() > 1e-4
 
 
+def test_a_video_longer_than_the_table_of_positions_is_the_same_within_a_window():
+    history = History.qvg(PLAIN, span_frames=3, window_frames=8)
+    absolute = pipeline(history).generate(request(18), chunk=1)
+    few_rows = dataclasses.replace(CONFIG, rope_frames=11, horizon=8)
+    endless = SelfForcing(random_dit(few_rows, seed=0), sampler=SHORT, history=history)
+    counted_back = endless.generate(request(18), chunk=1)
+    np.testing.assert_array_equal(counted_back[:, :9], absolute[:, :9])  # up to the horizon
+    np.testing.assert_allclose(counted_back, absolute, rtol=0, atol=1e-5)
+
+
 def test_a_two_bit_history_stays_near_and_repeats_itself():
     codec = presets.qvg(num_centroids=4, group=12)
     pipe, states = pipeline(History.qvg(codec, span_frames=3)), []

@@ -57,6 +57,8 @@ class World:
         block_frames, height, width: of a block and a frame.
         fps: at which frames should be seen.
         place: `place(x) -> (x, y)` where the block ends, in any unit, north at small y.
+        before: `before(state) -> hook`, made anew for each cache, and the hook is the `before` of `stream`;
+            None for nothing.
         truth: `truth(seed, x) -> uint8 [F, H, W, 3]`, the frames a perfect memory would show;
             None if nobody knows.
     """
@@ -76,6 +78,7 @@ class World:
     width: int
     fps: int
     place: Callable[[Any], tuple[float, float]]
+    before: Callable[[Any], Callable[[Any, Any], Any]] | None = None
     truth: Callable[[int, Any], UInt8[np.ndarray, "F H W 3"]] | None = None
 
 
@@ -239,7 +242,8 @@ class Walk:
             yield x
 
     def _streamed(self, state: Any) -> Stream:
-        return stream(self.world.step, state, self._inputs)
+        before = None if self.world.before is None else self.world.before(state)
+        return stream(self.world.step, state, self._inputs, before=before)
 
 
 def write_clip(
