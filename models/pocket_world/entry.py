@@ -10,7 +10,7 @@ from qvg_jax.app.model_entry import (
     ResumableOptions,
     deferred,
 )
-from qvg_jax.app.option_types import Frames, SomeFrames
+from qvg_jax.app.option_types import Frames, Name, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "WalkOptions"]
@@ -27,11 +27,14 @@ class Options(ResumableOptions):
         steps: denoising steps per block; 4 if left out.
         tour: real frames before the generated ones.
         actions: where to go after the tour, such as w-8,d-4; back over the tour if left out.
+        heads: which heads look back: all, auto for the list that comes along, or a file; see
+            docs/heads.md. The bf16 arm has all.
     """
 
     codec: str = recommended(NAME)
     tour: Frames = 128
     actions: str | None = None
+    heads: Name = "all"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

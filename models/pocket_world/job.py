@@ -23,6 +23,7 @@ from models.pocket_world import capture as capturing
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.entry import NAME, Options
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.runs.head_lists import history_of
 from models.runs.request_checks import check_seed
 from qvg_jax.app.job import BASELINE, Arm, Block, Job, Played
 from qvg_jax.app.metrics import to_uint8
@@ -38,6 +39,7 @@ from qvg_jax.study.capture import Captured
 FRAMES, STEPS = 240, 4
 SAVED = "unfinished"  # folder in --out with the frames so far
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
+HEADS = Path(__file__).with_name("heads.json")  # the list of `--heads auto`
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
 
 
@@ -79,14 +81,20 @@ def prepare(options: Options) -> Job:
     if frames < 1:
         raise UserError(f"frames={frames} is not accepted: give a whole number above 0")
 
+    history = history_of(
+        options.heads, layers=cfg.layers, count=cfg.heads, local=None, usual=2, own=HEADS
+    )
     path_F3 = _path(options.seed, tour, frames + -frames % n, actions)
     arms = []
     for name, codec in codecs.items():
         with told_to_user():  # a codec may refuse the span
             capacity = _capacity(cfg, codec, len(path_F3))
-        cache = pipeline.make_cache(cfg, codec, capacity)
+        heads = None if name == BASELINE else history
+        cache = pipeline.make_cache(cfg, codec, capacity, history=heads)
         arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(options.seed))))
     config = _config(options, tour, frames, sampler, cfg, weights, arms[0].state.cache.layout)
+    if history is not None:
+        config["heads_with_history"] = str(history)
     block = (1, n, world.HEIGHT, world.WIDTH, 3)
     which = dict(resume=options.resume, restart=options.restart)
     saved = SavedBlocks(Path(options.out) / SAVED, config, block, np.float32, **which)

@@ -28,6 +28,9 @@ class Options(LatentOptions):
         sink: first latent frames, which are never compressed; 0, or those of the release.
         span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
+        heads: which heads look back: all, or a file that lists them; see docs/heads.md. The others read the
+            sink, which is then a block unless --sink says more, and the newest frames.
+        local: newest latent frames that such a head reads; those of the file, or 4, if left out.
         lora: file of a LoRA to merge into the weights, beside that of the release.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
@@ -38,6 +41,8 @@ class Options(LatentOptions):
     sink: SomeFrames | None = None
     span: Frames | None = None
     recent: SomeFrames | None = None
+    heads: Name = "all"
+    local: SomeFrames | None = None
     lora: Name | None = None
     decode_last: bool = False
 
@@ -52,6 +57,8 @@ class PlanOptions(LatentPlanOptions):
         sink: first latent frames, which are never compressed; 0, or those of the release.
         span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
+        heads: which heads look back: all, or a file that lists them.
+        local: newest latent frames that the others read; those of the file, or 4, if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
     """
@@ -61,6 +68,8 @@ class PlanOptions(LatentPlanOptions):
     sink: SomeFrames | None = None
     span: Frames | None = None
     recent: SomeFrames | None = None
+    heads: Name = "all"
+    local: SomeFrames | None = None
     decode_last: bool = False
 
 

@@ -62,6 +62,7 @@ class _SelfForcing(BlockModel[Options, Settings]):
             "span": options.span,
             "recent": options.recent,
             "given": given and file_digest(given),
+            **_said_of_heads(settings),
             **({"loras": {f.name: f.stat().st_size for f in self.loras}} if self.loras else {}),
         }
 
@@ -133,6 +134,12 @@ class _SelfForcing(BlockModel[Options, Settings]):
             "blocks": len(self.blocks(run)),
             "sampler": {"steps": list(sampler.steps), "shift": sampler.shift},
         }
+
+
+def _said_of_heads(settings: Settings) -> dict[str, str]:
+    """Which heads have a history, in words that differ if the tables do; nothing if all have one."""
+    found = {str(h.heads) for h in settings.histories.values() if h.heads is not None}
+    return {"heads": found.pop()} if found else {}
 
 
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:

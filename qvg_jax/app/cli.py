@@ -24,7 +24,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from qvg_jax.app.model_entry import ModelEntry
-from qvg_jax.app.option_types import Bits, Count, File, Names, Shape
+from qvg_jax.app.option_types import Bits, Count, File, Names, Shape, Share, Whole
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.app.versions import own_version
 from qvg_jax.errors import UserError, printable
@@ -270,9 +270,15 @@ def _tune(
     span_tokens: Count | None = None,
     codec: Names = (),
     model: str | None = None,
+    heads: bool = False,
+    also: Names = (),
+    share: Share = 0.3,
+    block_tokens: Count | None = None,
+    sink: Whole = 1,
+    newest: Whole = 2,
     out: File = Path("tuned"),
 ) -> int:
-    """Measure codecs on captured K, V and Q.
+    """Measure codecs, or heads, on captured K, V and Q.
 
     Args:
         file: captured tensors, from `qvg capture`.
@@ -280,10 +286,19 @@ def _tune(
         span_tokens: tokens that are compressed together; all captured ones, at most 4096, if left out.
         codec: only these codecs; all if left out.
         model: model in whose loop the best ones are tried, too.
+        heads: measure which heads look back, and write a list for `qvg generate --heads`; no codecs.
+        also: more captured files of the same layers, for --heads.
+        share: share of the heads that the list makes local.
+        block_tokens: tokens of a block of the model's cache, for --heads.
+        sink: first blocks that a local head reads.
+        newest: newest blocks that a local head reads.
         out: folder for the files.
     """
     from qvg_jax.app import commands
 
+    if heads:
+        sizes = dict(block_tokens=block_tokens, sink_blocks=sink, local_blocks=newest)
+        return commands.tune_heads([file, *map(Path, also)], out, share, sizes)
     entry = None if model is None else _registry().named(model)
     return commands.tune(file, entry, budget, span_tokens, codec, out)
 
