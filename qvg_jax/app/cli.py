@@ -36,10 +36,7 @@ LONGEST_LINE = 600  # characters of an error; a checkpoint can be wrong in a hun
 # Commands that work on a model: the model without a name, and what they do.
 TASKS = {
     "generate": ("pocket-world", "Make a video with compressed and with bf16 caches."),
-    "verify": (
-        "pocket-world",
-        "Compare codecs with bf16 by a fixed protocol, beside published numbers.",
-    ),
+    "verify": ("pocket-world", "Compare codecs with bf16 by a protocol, and published numbers."),
     "play": ("pocket-world", "Walk through a generated world in a browser."),
     "plan": ("self-forcing", "Say what of a video fits into a GPU's memory."),
     "capture": ("pocket-world", "Write K, V and Q of a model, to try codecs on."),
@@ -297,8 +294,7 @@ def _tune(
     from qvg_jax.app import commands
 
     if heads:
-        sizes = dict(block_tokens=block_tokens, sink_blocks=sink, local_blocks=newest)
-        return commands.tune_heads([file, *map(Path, also)], out, share, sizes)
+        return commands.tune_heads([file, *also], out, share, block_tokens, sink, newest)
     entry = None if model is None else _registry().named(model)
     return commands.tune(file, entry, budget, span_tokens, codec, out)
 

@@ -178,13 +178,21 @@ def tune(
     return 0
 
 
-def tune_heads(files: Sequence[Path], out: Path, share: float, sizes: dict[str, Any]) -> int:
+def tune_heads(
+    files: Sequence[str | Path],
+    out: Path,
+    share: float,
+    block_tokens: int | None,
+    sink_blocks: int,
+    local_blocks: int,
+) -> int:
     """Measures heads on captured tensors; see `heads_command.run_heads`."""
     set_up_jax()
     from qvg_jax.app.heads_command import run_heads
 
+    sizes = dict(sink_blocks=sink_blocks, local_blocks=local_blocks)
     with _written():
-        print(run_heads(files, out, share=share, **sizes))
+        print(run_heads([*map(Path, files)], out, share=share, block_tokens=block_tokens, **sizes))
     print(f"wrote heads.json and heads.png to {out}")
     return 0
 
