@@ -28,7 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device, gb, names, peak, seconds, spawn
+from benchmarks.common import device, names, peak, seconds, spawn
+from benchmarks.model_tables import longcat_table
 
 OPPONENTS = ("concat", "merge")
 log = logging.getLogger("benchmark")
@@ -47,7 +48,7 @@ def main() -> int:
     results["seconds"] = round(time.perf_counter() - begin, 1)
     file = args.out / "longcat.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
-    print(_table(results["segment"]))
+    print(longcat_table(results["segment"], OPPONENTS))
     print(f"{results['seconds']:.0f} s; wrote {file}")
     return 1 if "error" in results["segment"] else 0
 
@@ -324,46 +325,6 @@ def _plain_step(setup: Setup, name: str) -> Any:
         return euler_step(x, out, level.sigma, level.next_sigma), None
 
     return step
-
-
-# --- the table ------------------------------------------------------------------------------
-
-
-def _table(r: dict[str, Any]) -> str:
-    where = r.get("device", {})
-    lines = [f"{where.get('kind', '?')} x {where.get('count', 1)}, {r.get('layers', '?')} layers"]
-    if "error" in r:
-        lines.append(f"  {r['error']}")
-    if "weights_bytes" in r:
-        lines[0] += f", weights {gb(r['weights_bytes'])}, given {r['given_tokens']} tokens, new "
-        lines[0] += f"{r['new_tokens']}, both branches"
-    arms = r.get("arms", {})
-    base = min(
-        (arms[n]["milliseconds"] for n in OPPONENTS if "milliseconds" in arms.get(n, {})),
-        default=None,
-    )
-    for name, a in arms.items():
-        if "error" in a:
-            lines.append(f"  {name}: {a['error']}")
-        if "milliseconds" not in a:
-            continue
-        spread = f"{min(a['milliseconds_all'])} to {max(a['milliseconds_all'])}"
-        line = f"  {name}: {a['milliseconds']} ms an evaluation ({spread})"
-        if base:
-            line += f", {a['milliseconds'] / base:.3f}x of the fastest opponent"
-        smaller = f", {a['times_smaller']} times smaller" if "times_smaller" in a else ""
-        lines += [
-            line,
-            f"    cache {gb(a['cache_bytes'])}{smaller}; built in "
-            f"{a.get('build_seconds', a['build_first_call_seconds'])} s; first calls "
-            f"{a['build_first_call_seconds']} and {a['first_call_seconds']} s; peak so far "
-            f"{gb(a['peak_bytes_so_far'])}",
-        ]
-        if "relative_l2_to_opponent" in a:
-            lines.append(
-                f"    latents differ from the opponent's by {a['relative_l2_to_opponent']:.2e}"
-            )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ import argparse
 import dataclasses
 import json
 import logging
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device, gb, names, numbers, peak, seconds, spawn, split_arm
+from benchmarks.common import device, names, numbers, peak, spawn, split_arm
+from benchmarks.forward_pass import forward
+from benchmarks.model_tables import self_forcing_table
 
 PARTS = ("arms", "forward", "limit")
 ARMS_HELP = "CODEC or CODEC@IMPLEMENTATION of attention, smallest cache first"
@@ -50,7 +51,7 @@ def main() -> int:
         results |= spawn("benchmarks.self_forcing", args.out, parts, limit)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         file.write_text(json.dumps(results, indent=1) + "\n")
-    print(_table(results))
+    print(self_forcing_table(results, PARTS))
     print(f"{results['seconds']:.0f} s; wrote {file}")
     return 0
 
@@ -148,57 +149,6 @@ class Setup:
         )
         codec, way = split_arm(arm)
         return SelfForcing(with_attention(self.model, way), history=plan.histories[codec]), request
-
-
-def forward(setup: Setup, result: dict[str, Any]) -> None:
-    """Milliseconds of one pass with 6/7 of its keys in the cache, by kind of attention."""
-    import jax
-    import jax.numpy as jnp
-
-    from models.common.attention import fused_attention
-    from models.self_forcing.block import cached_forward
-    from models.self_forcing.history import block_positions
-    from models.self_forcing.rope import model_rope
-
-    pipeline, request = setup.pipeline("bf16", 21)
-    state = pipeline.start(request)
-    dit = setup.sizes.dit
-    shape = (1, 3, dit.latent_channels, request.latent_height, request.latent_width)
-    x = jax.random.normal(jax.random.key(0), shape, dit.dtype)
-    t = jnp.full((1, 1), 500.0)
-    queries = 3 * state.cache.layout.block_tokens
-
-    @jax.jit
-    def attended(model, state, x):
-        positions = block_positions(dit, state.cache, x.shape)
-        view = state.cache.view(positions, model_rope(dit))
-        return cached_forward(model, x, t, state.text_kv, view).flow_BFZYX
-
-    @jax.jit
-    def plain(model, text_kv, x, k, v):
-        def attention(q, k_new, v_new, layer):
-            keys = jnp.concatenate([k, k_new], 1)
-            return fused_attention(q, keys, jnp.concatenate([v, v_new], 1))
-
-        return model(x, t, text_kv, attention).flow_BFZYX
-
-    state = dataclasses.replace(state, cache=_filled(state.cache, 18))
-    k = jax.random.normal(jax.random.key(1), (1, 6 * queries, dit.heads, dit.head_dim), dit.dtype)
-    result["queries"], result["keys"] = queries, 7 * queries
-    runs = {
-        "attend": lambda: attended(setup.model, state, x),
-        "dot_product_attention": lambda: plain(setup.model, state.text_kv, x, k, k),
-    }
-    for name, run in runs.items():
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        first = time.perf_counter() - begin
-        times = [seconds(run) for _ in range(max(3, setup.args.repeats))]
-        result[name] = {
-            "first_call_seconds": round(first, 2),
-            "milliseconds": round(1e3 * statistics.median(times), 2),
-        }
-        log.info("%s: %s", name, result[name])
 
 
 def arms(setup: Setup, result: dict[str, Any]) -> None:
@@ -305,6 +255,7 @@ def _block_at(
     import jax
     import numpy as np
 
+    from benchmarks.noise import filled
     from models.self_forcing.block import Known
     from models.self_forcing.pipeline import generating_step
     from qvg_jax.cache.health import cache_bytes
@@ -314,7 +265,7 @@ def _block_at(
     frames = _capacity(setup)
     pipeline, request = setup.pipeline(arm, frames)
     state = pipeline.start(request)
-    state = dataclasses.replace(state, cache=_filled(state.cache, history))
+    state = dataclasses.replace(state, cache=filled(state.cache, history))
     shape = (1, n, request.latent_height, request.latent_width)
     step = jax.tree_util.Partial(generating_step(pipeline.sampler, shape, True), pipeline.model)
     unknown = Known(np.bool_(False), np.zeros((1, n, *request.done_BFZYX.shape[2:]), "bfloat16"))
@@ -343,114 +294,6 @@ def _capacity(setup: Setup) -> int:
     return args.capacity or max(
         args.frames, max(args.histories, default=0) + n * (1 + args.repeats)
     )
-
-
-def _filled(cache: Any, frames: int) -> Any:
-    """The cache as after so many frames, with noise in all of it.
-
-    Noise and not zeros: a GPU multiplies zeros with less power, hence faster.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    lay = cache.layout
-    spans = 0
-    if lay.max_spans:
-        spans = min(
-            max(0, frames - lay.sink_blocks - lay.keep_recent - 1) // lay.span_blocks, lay.max_spans
-        )
-        while frames - spans * lay.span_blocks > lay.dense_blocks:
-            spans += 1
-    dense = min(frames - spans * lay.span_blocks, lay.dense_blocks)
-
-    def noise(x, seed):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            bits = jax.random.bits(jax.random.key(seed, impl="rbg"), x.shape, x.dtype)
-            return bits & 0x3F  # scales are bytes too: no NaN, and none above 2
-        make = lambda key: jax.random.normal(key, x.shape[1:], jnp.bfloat16).astype(x.dtype)  # noqa: E731
-        return jax.lax.map(make, jax.random.split(jax.random.key(seed, impl="rbg"), x.shape[0]))
-
-    names = ("dense_k", "dense_v", "span_k", "span_v")
-    arrays = {name: getattr(cache, name) for name in names}
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    for x in jax.tree.leaves(arrays):
-        x.delete()  # before their successors are made: two caches may not fit
-    made = {}
-    for name in names:
-        leaves, form = jax.tree.flatten(shapes[name])
-        made[name] = jax.tree.unflatten(
-            form, [jax.jit(lambda i=i, x=x: noise(x, i))() for i, x in enumerate(leaves)]
-        )
-    count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
-    return dataclasses.replace(
-        cache, **made, dense_blocks=count(dense), num_spans=count(spans), seen_blocks=count(frames)
-    )
-
-
-# --- the table ------------------------------------------------------------------------------
-
-
-def _table(results: dict[str, Any]) -> str:
-    lines = []
-    for part in PARTS:
-        if part not in results:
-            continue
-        r = results[part]
-        where = r.get("device", {}).get("kind", "?")
-        lines.append(f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else ""))
-        if part == "forward":
-            for name in ("attend", "dot_product_attention"):
-                if name in r:
-                    lines.append(
-                        f"  {r['queries']} queries, {r['keys']} keys, {name}: "
-                        f"{r[name]['milliseconds']} ms; first call {r[name]['first_call_seconds']} s"
-                    )
-        if part == "arms":
-            lines += _arm_lines(r.get("arms", {}))
-        if part == "limit" and r.get("latent_frames"):
-            lines += _arm_lines({r["arm"]: r})
-            lines.append(
-                f"  {r['arm']}, {r['frames']} latent frames: peak {gb(r['peak_bytes'])} of "
-                f"{gb(r['device']['bytes_limit'])}"
-            )
-    return "\n".join(lines)
-
-
-def _arm_lines(arms: dict[str, Any]) -> list[str]:
-    lines = []
-    base = arms.get("bf16", {})
-    for name, a in arms.items():
-        if "latent_frames" in a:
-            made, decoded = a["block_generate_seconds"], a["block_decode_seconds"]
-            total = sum(made[1:]) + sum(decoded[1:])
-            line = (
-                f"  {name}: {a['latent_frames']} frames, without the first block {total:.2f} s "
-                f"({sum(made[1:]):.2f} + {sum(decoded[1:]):.2f} decoding), first block {made[0]:.1f} s, "
-                f"block 2 {made[1]:.3f} s, last {made[-1]:.3f} s"
-            )
-            if name != "bf16" and base.get("latent_frames"):
-                n = min(len(made), len(base["block_generate_seconds"]))
-                ours = sum(made[1:n]) + sum(decoded[1:n])
-                theirs = sum(base["block_generate_seconds"][1:n]) + sum(
-                    base["block_decode_seconds"][1:n]
-                )
-                line += f"; {ours / theirs:.3f}x of bf16 over {n} blocks"
-            size = a["cache_bytes"]
-            lines += [
-                line,
-                f"    cache in use {gb(size['in_use'])}, bf16 of the same tokens "
-                f"{gb(size['bf16_of_the_same_tokens'])}; allocated {gb(size['allocated'])}; "
-                f"peak so far {gb(a.get('peak_bytes_so_far'))}",
-            ]
-        for history, f in a.get("filled", {}).items():
-            times = f["seconds_of_later_blocks"]
-            lines.append(
-                f"  {name}: after {history} frames "
-                f"{statistics.median(times):.3f} s a block, {f['spans']} spans"
-                if times
-                else f"  {name}: after {history} frames {f['first_call_seconds']} s (first call)"
-            )
-    return lines
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ import argparse
 import dataclasses
 import json
 import logging
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device, gb, names, peak, spawn, split_arm
+from benchmarks.common import device, names, peak, spawn, split_arm
+from benchmarks.model_tables import worldplay_table
 
 PARTS, ARMS = ("blocks", "limit"), ("single", "packed", "cudnn", "bf16")
 WALK = "w-8,s-8,a-8,d-8,up-8,down-8"
@@ -49,7 +49,7 @@ def main() -> int:
         results |= spawn("benchmarks.worldplay", args.out, (part,), limit)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         file.write_text(json.dumps(results, indent=1) + "\n")
-    print(_table(results))
+    print(worldplay_table(results, PARTS))
     print(f"{results['seconds']:.0f} s; wrote {file}")
     return int(any("error" in results.get(part, {"error": ""}) for part in args.parts))
 
@@ -192,6 +192,7 @@ def _arm(setup: Setup, arm: str, history: Any) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
+    from benchmarks.noise import filled, noise_of
     from models.worldplay.block import generate_block
     from models.worldplay.config import SamplerConfig
     from models.worldplay.pipeline import WorldPlay
@@ -214,7 +215,7 @@ def _arm(setup: Setup, arm: str, history: Any) -> tuple[Any, Any]:
     if arm == "cudnn":
         tokens = args.frames * size[3] * size[4] // 4
         form = (config.layers, 1, tokens, 2 * config.heads, config.head_dim)
-        cache = tuple(_noise(jax.ShapeDtypeStruct(form, config.dtype), i) for i in range(2))
+        cache = tuple(noise_of(jax.ShapeDtypeStruct(form, config.dtype), i) for i in range(2))
         step = jax.jit(_opponent(config, sampler), donate_argnums=1)
         return step, dataclasses.replace(state, cache=cache)
 
@@ -223,32 +224,8 @@ def _arm(setup: Setup, arm: str, history: Any) -> tuple[Any, Any]:
 
     cache = state.cache
     spans = (done - 1) // history.span_blocks if cache.layout.max_spans else 0
-    dense = done - 1 - spans * history.span_blocks
-    filled = {}
-    for name in ("dense_k", "dense_v", "span_k", "span_v"):
-        forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), getattr(cache, name))
-        jax.tree.map(lambda x: x.delete(), getattr(cache, name))
-        leaves, tree = jax.tree.flatten(forms)
-        filled[name] = jax.tree.unflatten(tree, [_noise(x, i) for i, x in enumerate(leaves)])
-    count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
-    counters = dict(dense_blocks=count(dense), num_spans=count(spans), seen_blocks=count(done - 1))
-    cache = dataclasses.replace(cache, **filled, **counters)
+    cache = filled(cache, done - 1, spans)
     return jax.jit(ours, donate_argnums=1), dataclasses.replace(state, cache=cache)
-
-
-def _noise(form: Any, seed: int) -> Any:
-    """Noise and not zeros: a GPU multiplies zeros with less power, hence faster."""
-    import jax
-    import jax.numpy as jnp
-
-    def one(key):
-        if jnp.issubdtype(form.dtype, jnp.floating):
-            return jax.random.normal(key, form.shape[1:], jnp.bfloat16).astype(form.dtype)
-        # Scales are bytes too: no NaN, and none above 2.
-        return jax.random.bits(key, form.shape[1:], form.dtype) & 0x3F
-
-    keys = jax.random.split(jax.random.key(seed, impl="rbg"), form.shape[0])
-    return jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
 
 
 def _counters(state: Any) -> dict[str, int]:
@@ -362,48 +339,6 @@ def _vae(setup: Setup) -> Any:
         sizes |= dict(latent_channels=z, mean=config.mean[:z], std=config.std[:z])
         config = dataclasses.replace(config, **sizes)
     return jax.block_until_ready(WEIGHTS.random(config))
-
-
-# --- the table ------------------------------------------------------------------------------
-
-
-def _table(results: dict[str, Any]) -> str:
-    lines = []
-    for part in PARTS:
-        if part not in results:
-            continue
-        r = results[part]
-        where = r.get("device", {}).get("kind", "?")
-        lines.append(f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else ""))
-        if part == "blocks":
-            lines += _arm_lines(r)
-        elif r.get("ok"):
-            lines.append(
-                f"  {r['arm']}, {r['frames']} latent frames, {r['weights']} weights: "
-                f"{sum(r['block_seconds'][1:]):.1f} s and a first block of "
-                f"{r['block_seconds'][0]:.1f} s, decoding {sum(r['decode_seconds'][2:]):.1f} s after "
-                f"the first two; peak {gb(r['peak_bytes'])} of "
-                f"{gb(r['device']['bytes_limit'])}; "
-                f"memory {gb(r['cache_bytes'])}, allocated {gb(r['allocated'])}"
-            )
-    return "\n".join(lines)
-
-
-def _arm_lines(r: dict[str, Any]) -> list[str]:
-    lines, base = [], r.get("arms", {}).get("cudnn", {}).get("block_seconds")
-    pair = lambda ts: sum(statistics.median(ts[i::2]) for i in range(2)) / 2  # noqa: E731
-    for name, a in r.get("arms", {}).items():
-        if not a.get("block_seconds"):
-            continue
-        block, context = pair(a["block_seconds"]), pair(a["context_seconds"])
-        line = f"  {name}: {block:.3f} s a block, its context pass {context:.3f} s"
-        lines.append(line + (f"; {block / pair(base):.3f}x of cudnn" if base else ""))
-        line = f"    memory {gb(a['cache_bytes'])}, bf16 {gb(a['bf16_bytes'])}"
-        if a["spans_bytes"]:
-            line += f"; spans 1/{a['spans_bf16'] / a['spans_bytes']:.2f} of bf16"
-        line += f"; allocated {gb(a['allocated'])}; peak so far {gb(a['peak_bytes_so_far'])}; "
-        lines.append(line + f"first blocks {a['first_seconds']} s")
-    return lines
 
 
 if __name__ == "__main__":
