@@ -4,12 +4,13 @@ Two formats. Ours, as `qvg tune --heads` writes it:
 
     {"local_blocks": 2, "table": ["##.", "#.."], "made_by": {...}}
 
-with a row for each layer, `#` for a head with a history and `.` for a local one. And lists as Ji et al. publish
-them (Forcing-KV, arXiv 2605.09681), of which the fields that say something are read:
+with a row for each layer, `#` for a head with a history and `.` for a local one. And lists as Forcing-KV
+(arXiv 2605.09681) publishes them, of which the fields that say something are read:
 
-    {"num_layers": 2, "num_heads": 3, "layers": [{"layer_idx": 0, "local_head": [2], "temporal_head": [0, 1]}, ...]}
+    {"num_layers": 2, "num_heads": 3, "layers": [{"layer_idx": 0, "static_head": [2], "dynamic_head": [0, 1]}, ...]}
 
-where "local" heads are the static ones. How many newest blocks those read is not in the file.
+or the list of layers alone. Static heads are local ones; earlier lists call them `local_head`, and the others
+`temporal_head`. How many newest frames a static head reads is not in the file.
 """
 
 import os
@@ -51,14 +52,16 @@ class _Own(msgspec.Struct):
 
 class _PublishedLayer(msgspec.Struct):
     layer_idx: _Index
-    local_head: list[_Index]
-    temporal_head: list[_Index]
+    static_head: list[_Index] | None = None
+    dynamic_head: list[_Index] | None = None
+    local_head: list[_Index] | None = None
+    temporal_head: list[_Index] | None = None
 
 
 class _Published(msgspec.Struct):
-    num_layers: _Count
-    num_heads: _Count
-    layers: list[_PublishedLayer]
+    layers: Annotated[list[_PublishedLayer], Meta(min_length=1)]
+    num_layers: _Count | None = None
+    num_heads: _Count | None = None
 
 
 def read_head_list(path: str | os.PathLike) -> HeadList:
@@ -68,7 +71,8 @@ def read_head_list(path: str | os.PathLike) -> HeadList:
         UserError: the file is not there or no such list; a layer or head that is missing, or twice.
     """
     path = Path(path)
-    found = read_json(path, dict[str, Any])
+    found = read_json(path, dict[str, Any] | list[Any])
+    found = found if isinstance(found, dict) else {"layers": found}
     if "table" not in found and "layers" not in found:
         raise UserError(
             f"{path}: neither 'table' nor 'layers'; accepted: what `qvg tune --heads` writes, or a list in "
@@ -96,18 +100,29 @@ def _of_rows(rows: list[str], path: Path) -> np.ndarray:
 
 
 def _of_lists(found: _Published, path: Path) -> np.ndarray:
-    numbers = sorted(layer.layer_idx for layer in found.layers)
-    if numbers != list(range(found.num_layers)):
-        raise UserError(
-            f"{path}: layers are numbered {str(numbers)[:60]}; accepted: 0 to {found.num_layers - 1}, each once"
-        )
-    table = np.zeros((found.num_layers, found.num_heads), bool)
+    pairs = {}
     for layer in found.layers:
-        heads = sorted(layer.local_head + layer.temporal_head)
-        if heads != list(range(found.num_heads)):
+        pair = layer.static_head, layer.dynamic_head
+        if None in pair:
+            pair = layer.local_head, layer.temporal_head
+        if None in pair:
             raise UserError(
-                f"{path}: layer {layer.layer_idx} has the heads {str(heads)[:60]}; accepted: 0 to "
-                f"{found.num_heads - 1}, each once, local or temporal"
+                f"{path}: layer {layer.layer_idx} lacks a list; accepted: static_head and dynamic_head, or "
+                "local_head and temporal_head"
             )
-        table[layer.layer_idx, layer.temporal_head] = True
+        pairs[layer.layer_idx] = pair
+    count = len(found.layers) if found.num_layers is None else found.num_layers
+    if sorted(layer.layer_idx for layer in found.layers) != list(range(count)):
+        raise UserError(
+            f"{path}: layers are numbered {str(sorted(pairs))[:60]}; accepted: 0 to {count - 1}, each once"
+        )
+    heads = sum(map(len, pairs[0])) if found.num_heads is None else found.num_heads
+    table = np.zeros((count, heads), bool)
+    for number, (local, others) in pairs.items():
+        if (there := sorted(local + others)) != list(range(heads)):
+            raise UserError(
+                f"{path}: layer {number} has the heads {str(there)[:60]}; accepted: 0 to {heads - 1}, each once, "
+                "in one of its lists"
+            )
+        table[number, others] = True
     return table

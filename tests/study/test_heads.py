@@ -25,11 +25,11 @@ REGIONS = HeadRegions(block_tokens=BLOCK, sink_blocks=1, local_blocks=2)
 PLANTED = np.array([["history", "sink", "own"], ["newest", "history", "sink"]])
 PLACES = {"sink": [1], "history": [20, 9], "newest": [34], "own": [T + 2]}
 PUBLISHED = {
-    "format": "forcingkv_offline_head_custom2",
+    "format": "a name",
     "num_layers": 2,
     "num_heads": 2,
     "layers": [
-        {"layer_idx": 1, "local_head": [0, 1], "temporal_head": []},
+        {"layer_idx": 1, "static_head": [0, 1], "dynamic_head": []},
         {"layer_idx": 0, "local_head": [1], "temporal_head": [0]},
     ],
 }
@@ -107,6 +107,7 @@ def test_tune_writes_a_list_that_a_model_reads(tmp_path, capsys):
         (dict(layers=PUBLISHED["layers"][:1]), r"layers are numbered \[1\]; accepted: 0 to 1"),
         (dict(num_heads=3), r"layer 1 has the heads \[0, 1\]; accepted: 0 to 2"),
         (dict(num_layers="many"), "num_layers"),
+        (dict(layers=[{"layer_idx": 0, "static_head": [0, 1]}]), "layer 0 lacks a list"),
         (dict(table=["#.", "#"]), r"table\[1\]='#' is not accepted: give 2 of"),
         (dict(layers=None), "layers"),
     ],
@@ -116,6 +117,8 @@ def test_lists_that_are_none_are_named(tmp_path, change, message):
     path.write_text(json.dumps(PUBLISHED | change))
     with pytest.raises(UserError, match=message):
         read_head_list(path)
+    path.write_text(json.dumps(PUBLISHED["layers"]))  # a list of layers alone
+    assert read_head_list(path).table.tolist() == [[True, False], [False, False]]
     path.write_text("{}")
     with pytest.raises(UserError, match="neither 'table' nor 'layers'"):
         read_head_list(path)
