@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qvg_jax.attention.choice import explain
     from qvg_jax.cache.devices import spread
     from qvg_jax.cache.edits import reset, take_rows, truncate
+    from qvg_jax.cache.head_history import HeadHistory
     from qvg_jax.cache.health import (
         CacheFullError,
         NonFiniteError,
@@ -53,6 +54,7 @@ _MODULES = {
     "reset": "cache.edits",
     "take_rows": "cache.edits",
     "truncate": "cache.edits",
+    "HeadHistory": "cache.head_history",
     "CacheFullError": "cache.health",
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
@@ -95,6 +97,7 @@ _WHOLE_MODULES = ("presets", "sharding")  # modules that are public names themse
 __all__ = [
     "CacheFullError",
     "Codec",
+    "HeadHistory",
     "KVCache",
     "KeyBias",
     "NonFiniteError",

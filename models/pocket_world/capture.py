@@ -25,6 +25,8 @@ def capture(
     *,
     seed: int,
     half_width: float = 240.0,
+    noise: float = QUERY_NOISE,
+    back: bool = False,
 ) -> Captured:
     """Walks `frames` frames through a world, then asks for the next block half-way through denoising.
 
@@ -32,6 +34,8 @@ def capture(
         layers: which layers to keep.
         frames: history; a multiple of the block.
         seed: world, tour and noise.
+        noise: level of the block that asks.
+        back: whether that block is one from the middle of the tour again, and not the next of the walk.
 
     Raises:
         UserError: a layer that the model does not have, or frames that are no whole blocks.
@@ -43,6 +47,9 @@ def capture(
     if frames < n or frames % n:
         raise UserError(f"frames={frames}; accepted: a multiple of block_frames={n}")
     path = tours(jax.random.key(seed), 1, frames + n, half_width)
+    if back:
+        middle = frames // (2 * n) * n
+        path = path.at[:, frames:].set(path[:, middle : middle + n])
     worlds = jnp.array([seed])
     xs = pipeline.block_inputs(cfg, worlds, path, frames + n)
     past, ahead = (jax.tree.map(lambda x, s=s: x[s], xs) for s in (slice(-1), -1))
@@ -53,25 +60,31 @@ def capture(
     features = jax.vmap(camera.frame_features, (0, 0, None))(ahead.pose, ahead.before, ahead.time)
     positions = jax.vmap(camera.token_positions, (0, None, None))(ahead.pose, ahead.time, cfg.patch)
     clean = to_tokens(ahead.frames, cfg.patch)
-    noise = jax.random.normal(jax.random.key(seed), clean.shape)
+    normal = jax.random.normal(jax.random.key(seed), clean.shape)
     view = cache.view(positions, cfg.rope())
     listening = recorder.listening(lambda i, q, k, v: attend(q, view, k, v, layer=i))
     graph, params = nnx.split(model)
 
     @jax.jit
     def ask(params, tokens):
-        level = jnp.full((1, n), QUERY_NOISE)
+        level = jnp.full((1, n), noise)
         return nnx.merge(graph, params)(tokens, level, features, listening, jnp.arange(cfg.layers))
 
-    jax.block_until_ready(ask(params, (1 - QUERY_NOISE) * clean + QUERY_NOISE * noise))
-    queries = recorder.queries()
+    jax.block_until_ready(ask(params, (1 - noise) * clean + noise * normal))
+    blocks = recorder.blocks()
     rope, which = cfg.rope(), np.array(layers)
     f32 = np.float32
+
+    def of_block(part: int) -> np.ndarray:
+        return np.stack([blocks[i][part].astype(f32).swapaxes(1, 2) for i in layers])
+
     return Captured(
         k_LBHTD=np.asarray(cache.dense_k.astype(jnp.float32))[which],
         v_LBHTD=np.asarray(cache.dense_v.astype(jnp.float32))[which],
-        q_LBHQD=np.stack([queries[i].astype(f32).swapaxes(1, 2) for i in layers]),
+        q_LBHQD=of_block(0),
         turn_k=np.stack(rope.table(cache.dense_pos)),
         turn_q=np.stack(rope.table(positions)),
         layers=which,
+        own_k_LBHQD=of_block(1),
+        own_v_LBHQD=of_block(2),
     )

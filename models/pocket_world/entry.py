@@ -10,7 +10,7 @@ from qvg_jax.app.model_entry import (
     ResumableOptions,
     deferred,
 )
-from qvg_jax.app.option_types import Frames, SomeFrames
+from qvg_jax.app.option_types import Frames, Name, SomeFrames
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "WalkOptions"]
@@ -32,6 +32,8 @@ class Options(ResumableOptions):
         memory: with --endless, frames in sight at least; 256 if left out.
         recall: with --endless, keep what makes room packed in host memory, and have in sight what is
             nearest to each block.
+        heads: which heads look back: all, auto for the list that comes along, or a file; see
+            docs/heads.md. The bf16 arm has all.
     """
 
     codec: str = recommended(NAME)
@@ -40,6 +42,7 @@ class Options(ResumableOptions):
     endless: bool = False
     memory: Frames | None = None
     recall: bool = False
+    heads: Name = "all"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,13 @@ from models.pocket_world.config import ENDLESS, PocketWorldConfig
 from models.pocket_world.entry import NAME, Options
 from models.pocket_world.recalling import Recaller
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.runs.head_lists import history_of
 from models.runs.request_checks import check_seed
 from qvg_jax.app.job import BASELINE, Arm, Block, Job, Played
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.model_entry import CaptureOptions
 from qvg_jax.app.saved_blocks import SavedBlocks
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.health import cache_bytes
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.state import KVCache
@@ -41,6 +43,7 @@ FRAMES, STEPS = 240, 4
 MEMORY = 256  # frames of a bounded memory; a block over twice as many takes twice as long
 SAVED = "unfinished"  # folder in --out with the frames so far
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
+HEADS = Path(__file__).with_name("heads.json")  # the list of `--heads auto`
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
 
 
@@ -82,17 +85,24 @@ def prepare(options: Options) -> Job:
     if frames < 1:
         raise UserError(f"frames={frames} is not accepted: give a whole number above 0")
 
+    history = history_of(
+        options.heads, layers=cfg.layers, count=cfg.heads, local=None, usual=2, own=HEADS
+    )
     memory = _memory(options)
     path_F3 = _path(options.seed, tour, frames + -frames % n, actions, options.endless)
     arms = []
     for name, codec in codecs.items():
+        heads = None if name == BASELINE else history
         with told_to_user():  # a codec may refuse the span
             if memory is None:
-                cache = pipeline.make_cache(cfg, codec, _capacity(cfg, codec, len(path_F3)))
+                capacity = _capacity(cfg, codec, len(path_F3))
+                cache = pipeline.make_cache(cfg, codec, capacity, history=heads)
             else:
-                cache = bounded_cache(cfg, codec, memory)
+                cache = bounded_cache(cfg, codec, memory, heads)
         arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(options.seed))))
     config = _config(options, tour, frames, sampler, cfg, weights, arms[0].state.cache.layout)
+    if history is not None:
+        config["heads_with_history"] = str(history)
     block = (1, n, world.HEIGHT, world.WIDTH, 3)
     which = dict(resume=options.resume, restart=options.restart)
     saved = SavedBlocks(Path(options.out) / SAVED, config, block, np.float32, **which)
@@ -235,10 +245,16 @@ def _memory(options: Options) -> int | None:
     return None
 
 
-def bounded_cache(cfg: PocketWorldConfig, codec: tuple[Codec, Codec], frames: int) -> KVCache:
+def bounded_cache(
+    cfg: PocketWorldConfig,
+    codec: tuple[Codec, Codec],
+    frames: int,
+    history: HeadHistory | None = None,
+) -> KVCache:
     """A cache that remembers at least so many frames, in whole spans; then its oldest span makes room."""
     # Of the capacity, one block is the sink and the newest ones are the window's.
-    return pipeline.make_cache(cfg, codec, frames + 3 * cfg.block_frames, overflow="drop")
+    capacity = frames + 3 * cfg.block_frames
+    return pipeline.make_cache(cfg, codec, capacity, overflow="drop", history=history)
 
 
 def _capacity(cfg, codec: tuple[Codec, Codec], frames: int) -> int:

@@ -17,6 +17,7 @@ from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld, to_frames, to_tokens
 from models.pocket_world.sampling import Sampler, second_order_step
 from qvg_jax.attention.api import attend
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress
 from qvg_jax.cache.relative import RelativeTime
@@ -100,6 +101,8 @@ def make_cache(
     keep_recent: int = 2,
     key_bias: KeyBias | None = None,
     overflow: str = "error",
+    history: HeadHistory | None = None,
+    max_spans: int | None = None,
     dtype=jnp.bfloat16,
 ) -> KVCache:
     """A cache for `frames` frames of history; the first block is the sink.
@@ -107,21 +110,24 @@ def make_cache(
     Args:
         codec: for K and V, or one for each.
         frames: tour and generated frames together.
-        span_blocks, keep_recent, key_bias, overflow: as in `KVCache.create`.
+        span_blocks, keep_recent, key_bias, overflow, history: as in `KVCache.create`.
+        max_spans: slots; None is as many as the frames need.
     """
     key_codec, value_codec = codec if not isinstance(codec, Codec) else (codec, codec)
     blocks = -(-frames // cfg.block_frames)
-    spans = max(1, -(-(blocks - 1 - keep_recent) // span_blocks))
+    if max_spans is None:
+        max_spans = max(1, -(-(blocks - 1 - keep_recent) // span_blocks))
     return KVCache.create(
         **_sizes(cfg, batch),
         sink_blocks=1,
         span_blocks=span_blocks,
-        max_spans=spans,
+        max_spans=max_spans,
         keep_recent=keep_recent,
         key_codec=key_codec,
         value_codec=value_codec,
         key_bias=key_bias,
         overflow=overflow,
+        history=history,
         dtype=dtype,
     )
 

@@ -32,6 +32,9 @@ class Options(LatentOptions):
             1,024 positions.
         horizon: with --endless, latent frames beyond which older history counts as so old; as far as the
             model's positions reach if left out.
+        heads: which heads look back: all, or a file that lists them; see docs/heads.md. The others read the
+            sink, which is then a block unless --sink says more, and the newest frames.
+        local: newest latent frames that such a head reads; those of the file, or 4, if left out.
         lora: file of a LoRA to merge into the weights, beside that of the release.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
@@ -44,6 +47,8 @@ class Options(LatentOptions):
     recent: SomeFrames | None = None
     endless: bool = False
     horizon: Frames | None = None
+    heads: Name = "all"
+    local: SomeFrames | None = None
     lora: Name | None = None
     decode_last: bool = False
 
@@ -60,6 +65,8 @@ class PlanOptions(LatentPlanOptions):
         recent: newest latent frames, which are not compressed; 0 if left out.
         endless: count positions back from each block, so that --frames may be more than the model's
             1,024 positions.
+        heads: which heads look back: all, or a file that lists them.
+        local: newest latent frames that the others read; those of the file, or 4, if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
     """
@@ -70,6 +77,8 @@ class PlanOptions(LatentPlanOptions):
     span: Frames | None = None
     recent: SomeFrames | None = None
     endless: bool = False
+    heads: Name = "all"
+    local: SomeFrames | None = None
     decode_last: bool = False
 
 

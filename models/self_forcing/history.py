@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from models.common.tokens import token_positions
 from models.self_forcing.averaged_sink import absorb_oldest
 from models.self_forcing.config import SelfForcingConfig
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import KVCache, append
 from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.rope import Rope
@@ -39,6 +40,7 @@ class History:
         key_codec, value_codec: compressors of old K and V; both None for none.
         span_frames: frames compressed together.
         keep_recent: newest frames before the block that are never compressed.
+        heads: which heads have compressed spans, and how many newest frames the others read; None for all.
         plan: by which the cache is spread over devices; None for one.
     """
 
@@ -49,6 +51,7 @@ class History:
     value_codec: Codec | None = None
     span_frames: int = 24
     keep_recent: int = 0
+    heads: HeadHistory | None = None
     plan: Plan | None = None
 
     def __post_init__(self):
@@ -139,6 +142,7 @@ def make_cache(
             window_blocks=waiting,
             key_codec=history.key_codec,
             value_codec=history.value_codec,
+            history=history.heads,
         )
     else:
         # The block itself is not stored while it runs, so a sliding window keeps n frames less.
@@ -207,8 +211,15 @@ def recall(
 
     Returns:
         The latent frame of each token, K and V, on the host, in the dtype of the dense buffer.
+
+    Raises:
+        NotImplementedError: a cache that has not all heads of a span.
     """
     lay = cache.layout
+    if lay.history is not None:
+        raise NotImplementedError(
+            f"recall: the cache has a {lay.history}; accepted: a cache whose heads all have a history"
+        )
     dense = _seen(cache.dense_k, cache.dense_v, cache.dense_pos, rope)
     valid = int(cache.dense_blocks) * lay.block_tokens
     regions = [tuple(x[..., :valid, :] for x in dense)]

@@ -64,6 +64,7 @@ class _SelfForcing(BlockModel[Options, Settings]):
             "recent": options.recent,
             "given": given and file_digest(given),
             **({"horizon": settings.sizes.dit.horizon} if options.endless else {}),
+            **_said_of_heads(settings),
             **({"loras": {f.name: f.stat().st_size for f in self.loras}} if self.loras else {}),
         }
 
@@ -141,6 +142,12 @@ def _steps(sampler: SamplerConfig) -> dict[str, list[int]]:
     """The noise levels of the blocks, and those of the first one if it has others."""
     first = {} if sampler.first_steps is None else {"first_steps": list(sampler.first_steps)}
     return {"steps": list(sampler.steps), **first}
+
+
+def _said_of_heads(settings: Settings) -> dict[str, str]:
+    """Which heads have a history, in words that differ if the tables do; nothing if all have one."""
+    found = {str(h.heads) for h in settings.histories.values() if h.heads is not None}
+    return {"heads": found.pop()} if found else {}
 
 
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:

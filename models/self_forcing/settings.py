@@ -6,6 +6,7 @@ import logging
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
 from models.runs.devices import plan_of
+from models.runs.head_lists import history_of
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.entry import FRAMES, NAME, Options
@@ -14,9 +15,11 @@ from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.errors import UserError, told_to_user
 
 PLANS = ("spans", "heads", "ring")
+LOCAL_FRAMES = 4  # newest latent frames that a local head reads where no list says it
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +78,20 @@ def settle(
     check_seed(options.seed)
     names = arm_names(options)
     plan = plan_of(options, PLANS)
+    heads = history_of(
+        options.heads,
+        layers=sizes.dit.layers,
+        count=sizes.dit.heads,
+        local=options.local,
+        usual=LOCAL_FRAMES,
+    )
+    _check_heads(options, heads)
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps, release),
         histories={
-            name: dataclasses.replace(_history(name, options, release), plan=plan) for name in names
+            name: dataclasses.replace(_history(name, options, release, heads, sizes), plan=plan)
+            for name in names
         },
         frames=frames,
         height=height,
@@ -149,7 +161,27 @@ def _sampler(steps: int | None, release: Release) -> SamplerConfig:
     return SamplerConfig(steps=tuple(top - i * top // steps for i in range(steps)))
 
 
-def _history(recipe: str, options: Options, release: Release) -> History:
+def _check_heads(options: Options, heads: HeadHistory | None) -> None:
+    """Raises UserError if what reads the cache cannot read one without some heads."""
+    if heads is None:
+        if options.local is not None:
+            raise UserError(
+                f"local={options.local} with --heads all: no head is local; leave it out"
+            )
+        return
+    named = options.attention or ("mosaic" if options.precision == "fp8" else None)
+    if named not in (None, "xla", "cudnn"):
+        raise UserError(f"--heads and attention {named!r} do not go together; accepted: xla, cudnn")
+    if options.recent is not None and options.recent < heads.local_blocks:
+        raise UserError(
+            f"recent={options.recent} is less than the {heads.local_blocks} newest frames that local heads "
+            "read; accepted: at least that, or --local"
+        )
+
+
+def _history(
+    recipe: str, options: Options, release: Release, heads: HeadHistory | None, sizes: Sizes
+) -> History:
     key_codec, value_codec = codec_pair(recipe)
     own = dict(
         window_frames=release.window_frames,
@@ -163,6 +195,12 @@ def _history(recipe: str, options: Options, release: Release) -> History:
         span_frames=options.span,
         keep_recent=options.recent,
     )
+    if heads is not None and key_codec is not None:
+        least = dict(
+            sink_frames=release.sink_frames or sizes.dit.frames_per_block,
+            keep_recent=heads.local_blocks,
+        )
+        own |= least | dict(heads=heads)
     bounds = {
         name: value for given in (own, asked) for name, value in given.items() if value is not None
     }

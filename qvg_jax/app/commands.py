@@ -15,7 +15,18 @@ from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, Pl
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
 
-__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune", "verify"]
+__all__ = [
+    "capture",
+    "codecs",
+    "convert",
+    "fetch",
+    "generate",
+    "plan",
+    "play",
+    "tune",
+    "tune_heads",
+    "verify",
+]
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
@@ -164,6 +175,25 @@ def tune(
     with _written():
         print(run_tune(file, out, recipes=recipes or None, **options))  # type: ignore[arg-type]
     print(f"wrote tune.json and tune.png to {out}")
+    return 0
+
+
+def tune_heads(
+    files: Sequence[str | Path],
+    out: Path,
+    share: float,
+    block_tokens: int | None,
+    sink_blocks: int,
+    local_blocks: int,
+) -> int:
+    """Measures heads on captured tensors; see `heads_command.run_heads`."""
+    set_up_jax()
+    from qvg_jax.app.heads_command import run_heads
+
+    sizes = dict(sink_blocks=sink_blocks, local_blocks=local_blocks)
+    with _written():
+        print(run_heads([*map(Path, files)], out, share=share, block_tokens=block_tokens, **sizes))
+    print(f"wrote heads.json and heads.png to {out}")
     return 0
 
 

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from qvg_jax.app.job import BASELINE, Job, Made
 from qvg_jax.app.metrics import METRICS, Metric
 from qvg_jax.app.versions import versions
+from qvg_jax.cache.layout import Layout
 from qvg_jax.files import replacing
 
 __all__ = ["SEEN", "Record", "aligned", "table", "write_json"]
@@ -107,7 +108,7 @@ class Record:
     def _arm(self, name: str) -> dict[str, Any]:
         lay, last = self._layouts[name], self._last[name]
         kept = last.allocated.spans
-        elements = 2 * lay.layers * lay.max_spans * int(np.prod(lay.span_shape))
+        elements = lay.max_spans * lay.span_elements
         if not lay.max_spans:  # all is in the window, or the history is too short for a span
             kept = last.allocated.sink + last.allocated.window
             dense = lay.batch * lay.heads * lay.dense_blocks * lay.block_tokens * lay.head_dim
@@ -118,8 +119,9 @@ class Record:
             "codec": lay.key_codec.name,
             "bits_per_element": {
                 "from_formats": lay.span_bits,
-                "from_buffers": 8 * kept / elements,
+                "from_buffers": 8 * kept / elements if elements else 0.0,
             },
+            **_history(lay),
             "bytes": {
                 "tokens": last.tokens,
                 "in_use": in_use,
@@ -219,3 +221,18 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _history(lay: Layout) -> dict[str, Any]:
+    """What the report of an arm says about heads without a history; nothing where all have one."""
+    found = lay.history
+    if found is None:
+        return {}
+    return {
+        "heads_with_history": {
+            "count": found.full,
+            "of": found.layers * found.heads,
+            "by_layer": list(found.counts),
+            "local_blocks": found.local_blocks,
+        }
+    }

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.cache.devices import create_on
+from qvg_jax.cache.head_history import HeadHistory, history_of
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.layer_codecs import of_layers
 from qvg_jax.cache.layout import Layout
@@ -81,6 +82,7 @@ class KVCache:
         overflow: str = "error",
         blocks: str = "whole",
         rope: Rope | None = None,
+        history: HeadHistory | None = None,
         sharding: Plan | None = None,
         dtype: Any = jnp.bfloat16,
     ) -> "KVCache":
@@ -109,6 +111,8 @@ class KVCache:
                 each row of the batch says how many of them count.
             rope: rotation whose tables of all stored tokens the cache keeps, so that a view makes
                 those of new tokens only. None makes all of them for each view.
+            history: which heads have a history; the others read the sink and the newest blocks
+                only, and no span of them is stored. None is all heads.
             sharding: the plan by which the cache is spread over devices; None is one device.
             dtype: floating dtype of sink and window.
 
@@ -146,6 +150,7 @@ class KVCache:
             key_bias=key_bias,
             blocks=blocks,
             rope=rope,
+            history=history_of(history, layers, heads),
             plan=None if sharding is None or sharding.devices == 1 else sharding,
         )
         make = lambda: cls._empty(lay, dtype)  # noqa: E731

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from qvg_jax.cache.devices import span_tables_of
+from qvg_jax.cache.head_history import HeadSet
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.relative import Moves, RelativeTime
 from qvg_jax.cache.rope import Encodings, Rope
@@ -34,12 +35,28 @@ class CacheView:
     rope: Rope | Encodings | None = dataclasses.field(metadata=dict(static=True))
     moves: Moves | None = None  # how far times move; None if they are the stored ones
     relative: RelativeTime | None = dataclasses.field(default=None, metadata=dict(static=True))
+    only: HeadSet | None = None  # heads of one layer that it is narrowed to; None for all
+
+    @property
+    def stored_heads(self) -> int:
+        """Key-value heads of the cache that the view reads."""
+        return self.cache.layout.heads if self.only is None else self.only.count
+
+    @property
+    def copies(self) -> int:
+        """Heads that attention sees for each one that is stored."""
+        return self.rope.copies if isinstance(self.rope, Encodings) else 1
 
     @property
     def heads(self) -> int:
         """Key-value heads that attention sees."""
-        copies = self.rope.copies if isinstance(self.rope, Encodings) else 1
-        return copies * self.cache.layout.heads
+        return self.copies * self.stored_heads
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether there are spans for these heads."""
+        some = self.only is None or self.only.history
+        return self.cache.layout.max_spans > 0 and some
 
     def new(self, x_BHTD: Array) -> Array:
         """Queries or keys of the new tokens as attention multiplies them."""

@@ -1,0 +1,135 @@
+"""Local heads in the loop: `python -m models.pocket_world.heads --out DIR` (on two CPU cores: an hour).
+
+Measures which heads look back (`qvg_jax.study.heads`), makes the least of them local, more and more of
+them, and replays places of the same tours with each table. Beside them, what else would save bytes: a
+smaller codec for all heads, and a shorter history for all. Each arm is compared with the world, and with the
+same codec where all heads have a history. Arms write DIR/<arm>.npz as soon as they are done, and are not run
+again; the table is made of all that is there.
+
+Replay is the hardest case for a local head, for what is shown again lies in the history and nowhere else.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from models.pocket_world import trial
+from models.pocket_world.capture import capture
+from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
+from qvg_jax.app.report import aligned
+from qvg_jax.cache.head_history import HeadHistory
+from qvg_jax.codecs.recommended import recommended
+from qvg_jax.files import replacing
+from qvg_jax.reading.head_lists import rows_of
+from qvg_jax.study.heads import HeadRegions, HeadScores, classes, measure_heads
+
+# Seed, noise level and whether places of the tour come again: blocks that ask, from first to last steps.
+CAPTURES = ((1, 0.95, True), (2, 0.8, True), (3, 0.5, True), (4, 0.8, False))
+
+
+def measured(model, frames: int, local_blocks: int) -> HeadScores:
+    """The measurements of all heads after tours of `frames` frames."""
+    cfg = model.cfg
+    layers = tuple(range(cfg.layers))
+    regions = HeadRegions(block_tokens=cfg.block_tokens, local_blocks=local_blocks)
+    found = (
+        capture(model, layers, frames, seed=seed, noise=noise, back=back)
+        for seed, noise, back in CAPTURES
+    )
+    return measure_heads(found, regions)
+
+
+def tables(scores: HeadScores, local: list[int], also: int) -> dict[str, np.ndarray]:
+    """Class tables by the names of their arms: so many local heads, chosen by what their layer loses.
+
+    Beside them `also` heads chosen by their own error, and by the mass that they have on the history.
+    """
+    size = scores.error.size
+    found = {f"local {n}": classes(scores, n / size) for n in local}
+    found[f"local {also} by own error"] = classes(scores.error, also / size)
+    found[f"local {also} by mass"] = classes(scores.shares[3], also / size)
+    return found
+
+
+def summary(out: pathlib.Path, order: list[str]) -> str:
+    """A line for each arm that is there; and heads.json with the numbers."""
+    arms = {}
+    for path in out.glob("*.npz"):
+        arm = dict(np.load(path))
+        arms[str(arm["arm"])] = arm
+    rows = [("arm", "span MB", "dB to the world", "lost to all heads", "worst tour", "seconds")]
+    found = {}
+    for name in (n for n in order if n in arms):
+        arm = arms[name]
+        world = trial.psnr(arm["frames"], arm["truth"]).mean(1)
+        base = arms.get(str(arm["base"]), arm)
+        lost = trial.psnr(base["frames"], base["truth"]).mean(1) - world
+        found[name] = dict(
+            span_bytes=int(arm["span_bytes"]),
+            world=float(world.mean()),
+            lost=float(lost.mean()),
+            lost_by_tour=lost.tolist(),
+            seconds=float(arm["seconds"]),
+        )
+        numbers = (f"{arm['span_bytes'] / 1e6:.2f}", f"{world.mean():.2f}", f"{lost.mean():.3f}")
+        rows.append((name, *numbers, f"{lost.max():.3f}", f"{arm['seconds']:.0f}"))
+    with replacing(out / "heads.json") as partial:
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+    return aligned(rows)
+
+
+def main(argv=None):
+    """Runs the arms from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--weights", type=pathlib.Path, default=DEFAULT_WEIGHTS)
+    parser.add_argument("--codec", default=recommended("pocket-world"))
+    parser.add_argument("--smaller", default="midrise,midrise-k1v3", help="codecs of all heads")
+    parser.add_argument("--local", default="1,2,4,6,9,12,18", help="numbers of local heads")
+    parser.add_argument("--also", type=int, default=6, help="local heads chosen in other ways")
+    parser.add_argument("--local-blocks", type=int, default=2)
+    parser.add_argument("--worlds", type=int, default=16)
+    parser.add_argument("--tour", type=int, default=512)
+    parser.add_argument("--frames", type=int, default=64, help="replayed frames")
+    parser.add_argument("--half-width", type=float, default=300.0, help="extent of the tours")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--key", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.seeds, args.span_blocks = 1, 8
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = load_weights(args.weights)
+    scores = measured(model, args.tour, args.local_blocks)
+    numbers = {f.name: getattr(scores, f.name).tolist() for f in dataclasses.fields(scores)}
+    (args.out / "scores.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    local = [int(n) for n in args.local.split(",")]
+    found = tables(scores, local, args.also)
+    arms = {name: (name, {}, name) for name in ("bf16", args.codec)}
+    for name, table in found.items():
+        print(f"{name}\n{chr(10).join(rows_of(table))}", flush=True)
+        changes = dict(history=HeadHistory(table, args.local_blocks))
+        arms[name] = (args.codec, changes, args.codec)
+    # A shorter history of the bytes that a third of the heads take.
+    cfg = model.cfg
+    blocks = (args.tour + args.frames) // cfg.block_frames
+    spans = max(1, (blocks - 3) // args.span_blocks * 2 // 3)
+    arms[f"newest {spans} spans"] = (
+        args.codec,
+        dict(max_spans=spans, overflow="drop"),
+        args.codec,
+    )
+    arms |= {name: (name, {}, args.codec) for name in args.smaller.split(",") if name}
+    for number, (name, (recipe, changes, base)) in enumerate(arms.items()):
+        path = args.out / f"{number:02d}.npz"
+        if path.exists():
+            continue
+        arm = trial.run(model, recipe, args, **changes)
+        np.savez(path, arm=name, base=base, **arm)
+        print(f"{name}: {arm['seconds']:.0f} s", flush=True)
+    print(summary(args.out, list(arms)))
+
+
+if __name__ == "__main__":
+    main()
