@@ -23,6 +23,9 @@ table { border-collapse: collapse; margin: .6rem 0 1.4rem; font-variant-numeric:
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #dfe3e8; text-align: left; }
 .pass { color: #1b7f4d; } .fail { color: #b3261e; } small { color: #5f6774; }
 img, svg { max-width: 100%; } .wide { overflow-x: auto; }
+.key { margin: .2rem 0; display: flex; flex-wrap: wrap; gap: 0 1.4rem; font-weight: 600; }
+.key span::before { content: ""; display: inline-block; width: 1.2em; height: .28em;
+  margin-right: .4em; vertical-align: middle; background: currentColor; }
 .hover { position: absolute; background: #fff; border: 1px solid #b9c0ca; border-radius: 6px;
   padding: 4px 8px; font-size: 12px; pointer-events: none; font-variant-numeric: tabular-nums; }
 """
@@ -124,7 +127,7 @@ def line_plot(
     behind: str | None = None,
     shaded: Sequence[tuple[float, float]] = (),
 ) -> str:
-    """Curves over frames as SVG, with a key; the page's script shows the values at the pointer.
+    """Curves over frames as SVG, with a key above; the page's script shows the values at the pointer.
 
     Args:
         curves: colour and values by name.
@@ -163,7 +166,7 @@ def line_plot(
             f"<line x1='{LEFT}' x2='{right}' y1='{y:.1f}' y2='{y:.1f}' stroke='#dfe3e8'/>"
             f"<text x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end' font-size='11'>{value:g}</text>"
         )
-    for i, (name, (colour, values)) in enumerate(curves.items()):
+    for name, (colour, values) in curves.items():
         points = " ".join(
             f"{a:.1f},{b:.1f}"
             for a, b in zip(across(np.asarray(x)), up(np.asarray(values)), strict=True)
@@ -173,11 +176,6 @@ def line_plot(
         parts.append(
             f"<polyline points='{points}' fill='none' stroke='{colour}' {look} "
             f"stroke-linejoin='round'/>"
-        )
-        label = escape((labels or {}).get(name, name))
-        parts.append(
-            f"<text x='{right - 8}' y='{24 + 15 * i}' text-anchor='end' font-size='12' "
-            f"fill='{colour}' paint-order='stroke' stroke='#fff' stroke-width='3'>{label}</text>"
         )
     parts.append(
         f"<text x='{LEFT}' y='{height - 8}' font-size='11'>{escape(x_name)} {x[0]:g}</text>"
@@ -193,7 +191,12 @@ def line_plot(
             for name, (colour, values) in curves.items()
         ],
     }  # fmt: skip
+    key = "".join(
+        f"<span style='color: {colour}'>{escape((labels or {}).get(name, name))}</span>"
+        for name, (colour, _) in curves.items()
+    )
     return (
-        f"<svg viewBox='0 0 {WIDTH} {height}' role='img' aria-label='{escape(title, quote=True)}' "
+        f"<p class='key'>{key}</p><svg viewBox='0 0 {WIDTH} {height}' role='img' "
+        f"aria-label='{escape(title, quote=True)}' "
         f"data-plot='{escape(json.dumps(shown), quote=True)}'>{''.join(parts)}</svg>"
     )

@@ -133,14 +133,15 @@ def _plots(report: Mapping[str, Any]) -> list[str]:
         frames = range(1, 1 + len(values[shown[0]]))
         what = "the ground truth" if reference == "truth" else "the bf16 arm"
         fields, note = _shaded(report, shown, reference)
-        best = max((v for one in values.values() for v in one if v < PSNR_CAP), default=TOP_DB)
+        measured = [v for one in values.values() for v in one if v < PSNR_CAP] or [0.0, TOP_DB]
         said = f"PSNR of each generated frame to {what}"
         plot = line_plot(
             {name: (colours[name], values[name]) for name in shown},
             frames,
             title=f"{said}: " + ", ".join(mean_label(report, name, reference) for name in shown),
-            top=min(TOP_DB, 5 * np.ceil(best / 5 + 0.4)),
-            step=10.0,
+            top=min(TOP_DB, 5 * np.ceil(max(measured) / 5 + 0.1)),
+            bottom=max(0, min(TOP_DB - 10, 5 * np.floor(min(measured) / 5 - 0.1))),
+            step=5.0,
             labels={name: mean_label(report, name, reference) for name in shown},
             x_name="generated frame",
             unit="dB",
@@ -224,7 +225,7 @@ def _numbers(report: Mapping[str, Any]) -> str:
                 number(speed, ".2f"),
             )
         )
-    named = (key.replace("_vs_", " to ").upper().replace(" TO ", " to ") for key in keys)
+    named = (" to ".join((k[: k.index("_")].upper(), k[k.rindex("_") + 1 :])) for k in keys)
     return table((*head, *named, "frames/s"), rows)
 
 

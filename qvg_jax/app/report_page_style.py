@@ -29,7 +29,8 @@ if (viewer) {
   canvas.width = box[2] - box[0]; canvas.height = box[3] - box[1];
   pen.imageSmoothingEnabled = false;
   const label = (text, x, align) => {
-    pen.font = '600 14px system-ui, sans-serif'; pen.textAlign = align; pen.textBaseline = 'top';
+    pen.font = `600 ${Math.max(10, canvas.width / 32)}px system-ui, sans-serif`;
+    pen.textAlign = align; pen.textBaseline = 'top';
     pen.lineWidth = 4; pen.strokeStyle = '#111317'; pen.fillStyle = '#fff';
     pen.strokeText(text, x, 8); pen.fillText(text, x, 8);
   };
