@@ -95,10 +95,10 @@ def megabytes(text):
 
 
 def test_small_frames_are_lossless_and_large_ones_small():
-    page = pytest.importorskip("qvg_jax.app.play.page", reason="NiceGUI is not installed")
+    screen = pytest.importorskip("qvg_jax.app.play.screen", reason="NiceGUI is not installed")
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for image, kind in ((frame, "png"), (frame.repeat(10, 0).repeat(10, 1), "jpeg")):
-        head, data = page.picture(image).split(",")
+        head, data = screen.picture(image).split(",")
         assert head == f"data:image/{kind};base64"
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         assert np.abs(shown.astype(int) - image).mean() <= (0 if kind == "png" else 10)
