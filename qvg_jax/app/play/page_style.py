@@ -33,7 +33,7 @@ body { background: #111317; color: var(--ink); }
 .controls { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 16px;
             align-items: center; }
 .places { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
-.places > div { flex: 1 1 180px; max-width: 260px; }
+.places > div { flex: 1 1 150px; max-width: 260px; }
 .map { max-width: 220px; margin-top: 4px; }
 .view { border-radius: 6px; overflow: hidden; width: 100%; max-width: 195px;
         aspect-ratio: var(--aspect); margin: 4px 0; }
