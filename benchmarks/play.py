@@ -124,7 +124,7 @@ def press(page, what, presses, tour):
     delays = sorted(page.evaluate("delays"))
     return {
         "tour": tour,
-        "remembered": page.locator(".line .number.push").nth(2).inner_text(),
+        "remembered": seen(page, "room"),
         "what": what,
         "presses": presses,
         "median_ms": statistics.median(delays),

@@ -4,6 +4,7 @@ import dataclasses
 
 from models.pocket_world.protocol import PROTOCOL
 from qvg_jax.app.model_entry import (
+    DEFAULT,
     CaptureOptions,
     ModelEntry,
     PlayOptions,
@@ -23,6 +24,8 @@ class Options(ResumableOptions):
     """Options of pocket world.
 
     Attributes:
+        compare: more codecs to run beside it, such as rtn,qvg-pro; qvg, where the default codec has
+            no company. What qvg loses can be seen, what the default loses can hardly be.
         frames: frames to generate; 240, or as many as --actions say, if left out.
         steps: denoising steps per block; 4 if left out.
         tour: real frames before the generated ones.
@@ -43,6 +46,12 @@ class Options(ResumableOptions):
     memory: Frames | None = None
     recall: bool = False
     heads: Name = "all"
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Recipes of all arms, the main one first."""
+        alone = not self.compare and self.codec in (*DEFAULT, type(self).codec)
+        return (*super().codecs, "qvg") if alone else super().codecs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from models.pocket_world.recalling import Recaller
 from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
 from qvg_jax.app.metrics import to_uint8
+from qvg_jax.app.play.places import Box
 from qvg_jax.app.play.walk import World
 from qvg_jax.errors import told_to_user
 
@@ -32,6 +33,10 @@ KEYS = {
     "arrowup": "w", "arrowleft": "a", "arrowdown": "s", "arrowright": "d",
     "e": "up", "q": "down", " ": "stay",
 }  # fmt: skip
+
+REACH = (
+    2.5 * camera.SPEED
+)  # world units: a block goes 4 * SPEED, so no step leads past a goal by more
 
 _follow = jax.jit(camera.follow)
 
@@ -85,6 +90,8 @@ def walk(options: WalkOptions) -> World:
         width=world.WIDTH,
         fps=8,
         place=lambda x: (float(x.pose[0, -1, 0]), float(x.pose[0, -1, 1])),
+        views=_views,
+        toward=_toward,
         truth=_truth,
         before=before if options.recall else None,
     )
@@ -119,6 +126,31 @@ def _inputs(tour: int, n: int, seed: int, actions: Iterator[str]) -> Iterator[pi
 def _render(seed: int, x: pipeline.BlockInput) -> Any:
     n = x.pose.shape[1]
     return pipeline.render_path(jnp.array([seed]), x.pose, chunk=n, first_time=int(x.time[0]))
+
+
+def _views(x: pipeline.BlockInput) -> list[Box]:
+    """What each frame shows of the ground, in world units."""
+    boxes = []
+    for east, south, altitude in np.asarray(x.pose[0]).tolist():
+        scale = float(world.units_per_pixel(altitude))
+        half_width, half_height = world.WIDTH / 2 * scale, world.HEIGHT / 2 * scale
+        boxes.append(
+            (east - half_width, south - half_height, east + half_width, south + half_height)
+        )
+    return boxes
+
+
+def _toward(view: Box, goal: Box) -> str | None:
+    """The action of a block that brings a view nearer to another one, or None where it is near."""
+    (a, b, c, d), (left, top, right, bottom) = view, goal
+    if (c - a) > (right - left) + 1:
+        return "down"  # from there less is in view, all of which was seen from above
+    east, south = (left + right - a - c) / 2, (top + bottom - b - d) / 2
+    if max(abs(east), abs(south)) <= REACH:
+        return None
+    if abs(east) > abs(south):
+        return "d" if east > 0 else "a"
+    return "s" if south > 0 else "w"
 
 
 def _truth(seed: int, x: pipeline.BlockInput) -> UInt8[np.ndarray, "F H W 3"]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from qvg_jax.app.command_line import command_line
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
@@ -33,7 +34,7 @@ WRITING = "accepted: a folder that can be written, on a disk with room"
 
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
-    """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
+    """Runs a model's job: video.mp4 and report.json, .png and .html in `options.out`."""
     outcome = _generated(entry, options)
     if outcome.report is None:
         return 128 + (outcome.signal or 0)
@@ -41,7 +42,7 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
 
     print(f"\n{table(outcome.report)}\n")
     seconds = outcome.report["timings"]["total_seconds"]
-    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
+    print(f"{seconds:.0f} s; wrote video.mp4 and report.json, .png, .html to {options.out}")
     return 0
 
 
@@ -96,6 +97,7 @@ def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
                 growing=options.stream,
                 begins=progress.begins,
                 progress=progress.update,
+                command=command_line("generate", entry.name, options),
                 **more,
             )
     if outcome.report is None:

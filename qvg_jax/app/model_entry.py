@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qvg_jax.study.capture import Captured
 
 __all__ = [
+    "DEFAULT",
     "CaptureOptions",
     "GenerateOptions",
     "ModelEntry",

@@ -56,15 +56,15 @@ def decoded(path):
         return np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
 
 
-def test_the_three_files_are_there_and_nothing_else(done):
+def test_the_four_files_are_there_and_nothing_else(done):
     for out in done:
         left = {p.name for p in out.iterdir()}
-        assert left == {".lock", "video.mp4", "report.json", "report.png"}
+        assert left == {".lock", "video.mp4", "report.json", "report.png", "report.html"}
 
 
 def test_the_video_has_every_frame_of_every_arm(done):
     frames = decoded(done[0] / "video.mp4")
-    sheet = Sheet(4, world.HEIGHT, world.WIDTH, tour=TOUR, frames=FRAMES)
+    sheet = Sheet(8, world.HEIGHT, world.WIDTH, tour=TOUR, frames=FRAMES)  # differences below
     assert frames.shape == (TOUR + FRAMES, sheet.height, sheet.width, 3)
 
     def panel(frame, i):

@@ -89,11 +89,11 @@ def error_line(stderr):
 def test_two_arms_share_their_noise_and_stand_side_by_side(whole):
     assert {p.name for p in whole.iterdir()} == {
         ".lock",
-        "video.mp4", "report.json", "report.png", "latents",
+        "video.mp4", "report.json", "report.png", "report.html", "latents",
     }  # fmt: skip
     with av.open(str(whole / "video.mp4")) as file:
         stream = file.streams.video[0]
-        sheet = Sheet(2, tiny.HEIGHT, tiny.WIDTH, tour=0, frames=FRAMES)
+        sheet = Sheet(3, tiny.HEIGHT, tiny.WIDTH, tour=0, frames=FRAMES)
         assert (stream.frames, stream.average_rate) == (FRAMES, 16)
         assert (stream.height, stream.width) == (sheet.height, sheet.width)
     report = json.loads((whole / "report.json").read_text())

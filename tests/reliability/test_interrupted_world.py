@@ -61,7 +61,7 @@ def products(out):
     report = json.loads((out / "report.json").read_text())
     assert report.pop("timings")["total_seconds"] > 0
     left = {p.name for p in out.iterdir()}
-    assert left == {".lock", "report.json", "report.png", "video.mp4"}
+    assert left == {".lock", "report.html", "report.json", "report.png", "video.mp4"}
     return (out / "video.mp4").read_bytes(), report
 
 
