@@ -7,6 +7,7 @@ boats and beacons move on while the camera is away.
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ FRAMES, STEPS = 240, 4
 SAVED = "unfinished"  # folder in --out with the frames so far
 HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
+
+log = logging.getLogger(__name__)
 
 
 def prepare(options: Options) -> Job:
@@ -78,6 +81,14 @@ def prepare(options: Options) -> Job:
         frames = FRAMES if actions is None else len(actions) + -len(actions) % n
     if frames < 1:
         raise UserError(f"frames={frames} is not accepted: give a whole number above 0")
+
+    if actions is not None and len(actions) > frames:
+        log.warning(
+            f"--frames {frames} is less than the walk: the last {len(actions) - frames} of its "
+            f"{len(actions)} frames are not made; leave --frames out for all of it"
+        )
+    if BASELINE in options.compare:
+        log.info(f"--compare {BASELINE} changes nothing: {NAME} always runs it, to compare with")
 
     path_F3 = _path(options.seed, tour, frames + -frames % n, actions)
     arms = []

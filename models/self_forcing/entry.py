@@ -86,6 +86,7 @@ def _entry(release: Release) -> ModelEntry:
         summary=release.summary,
         options=Options,
         needs=release.needs,
+        check=deferred("models.runs.early_checks:check_codecs"),
         protocol=PROTOCOL if release.name == NAME else None,
         prepare=functools.partial(prepare, release=release.name),
         plan_options=PlanOptions,

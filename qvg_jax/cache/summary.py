@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.health import CacheBytes, cache_bytes
 from qvg_jax.cache.layer_codecs import LayerCodecs
 from qvg_jax.cache.state import KVCache
@@ -72,6 +73,7 @@ def summary(cache: KVCache) -> Summary:
     Args:
         cache: the cache, or its `jax.eval_shape`, of which only the buffers are counted.
     """
+    check_cache(cache)
     lay, found = cache.layout, []
 
     def of_layer(codec: Codec | LayerCodecs, layer: int) -> Codec:
