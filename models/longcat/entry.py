@@ -72,6 +72,7 @@ ENTRY = ModelEntry(
     summary="LongCat-Video (13.6B): a prompt becomes a long video, segment by segment.",
     options=Options,
     needs=NEEDS,
+    check=deferred("models.runs.early_checks:check_codecs"),
     protocol=PROTOCOL,
     prepare=deferred("models.longcat.job:prepare"),
     plan_options=PlanOptions,

@@ -86,6 +86,7 @@ ENTRY = ModelEntry(
     summary="Pocket world, the embedded model: a walk through a small world with a ground truth.",
     options=Options,
     prepare=deferred("models.pocket_world.job:prepare"),
+    check=deferred("models.runs.early_checks:check_pocket_world"),
     protocol=PROTOCOL,
     capture_options=CaptureOptions,
     capture=deferred("models.pocket_world.job:capture"),

@@ -7,6 +7,7 @@ boats and beacons move on while the camera is away.
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
 HEADS = Path(__file__).with_name("heads.json")  # the list of `--heads auto`
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
 
+log = logging.getLogger(__name__)
+
 
 def prepare(options: Options) -> Job:
     """Loads the weights, lays out the path and makes an empty cache for each arm.
@@ -84,6 +87,14 @@ def prepare(options: Options) -> Job:
         frames = FRAMES if actions is None else len(actions) + -len(actions) % n
     if frames < 1:
         raise UserError(f"frames={frames} is not accepted: give a whole number above 0")
+
+    if actions is not None and len(actions) > frames:
+        log.warning(
+            f"--frames {frames} is less than the walk: the last {len(actions) - frames} of its "
+            f"{len(actions)} frames are not made; leave --frames out for all of it"
+        )
+    if BASELINE in options.compare:
+        log.info(f"--compare {BASELINE} changes nothing: {NAME} always runs it, to compare with")
 
     history = history_of(
         options.heads, layers=cfg.layers, count=cfg.heads, local=None, usual=2, own=HEADS

@@ -12,10 +12,12 @@ from jax.sharding import NamedSharding
 
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.versions import versions
+from qvg_jax.attention.spread import check_spread
 from qvg_jax.cache.plan import Plan
+from qvg_jax.cache.state import KVCache
 from qvg_jax.errors import UserError
 
-__all__ = ["check_versions", "join_processes", "on_all_devices", "plan_of"]
+__all__ = ["check_blocks", "check_versions", "join_processes", "on_all_devices", "plan_of"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,23 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
             f"--devices {count} is not accepted: there are {jax.device_count()} devices"
         )
     return Plan(**{name: count}, split_tokens=True)
+
+
+def check_blocks(cache: KVCache, plan: Plan | None, tokens: Sequence[int]) -> None:
+    """Raises UserError if blocks of so many tokens cannot attend to a cache by a plan, as `attend` would.
+
+    Args:
+        cache: the cache, or its shapes.
+        plan: how it is spread; None is one device.
+        tokens: of the blocks of a run.
+    """
+    if plan is None:
+        return
+    try:
+        for count in tokens:
+            check_spread(cache, plan, count)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--devices {plan.devices}: {error}") from error
 
 
 def join_processes(options: LatentOptions) -> None:

@@ -118,6 +118,7 @@ def _entry(release: Release) -> ModelEntry:
         summary=release.summary,
         options=Options if release.sink_average is None else PlainOptions,
         needs=release.needs,
+        check=deferred("models.runs.early_checks:check_codecs"),
         protocol=PROTOCOL if release.name == NAME else None,
         prepare=functools.partial(prepare, release=release.name),
         plan_options=PlanOptions if release.sink_average is None else PlainPlanOptions,

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from models.common.wan_text import TextKV
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
+from models.runs.devices import check_blocks
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.self_forcing.block import Known, State
 from models.self_forcing.entry import NAME, Options
@@ -93,15 +94,17 @@ def _on_devices(settings: Settings, need: Need, memory: int, count: int) -> list
     """
     found = []
     for axis in PLANS if count > 1 else ():
-        plan = CachePlan(**{axis: count})
+        plan = CachePlan(**{axis: count}, split_tokens=True)
 
         def share(cache: KVCache, plan=plan) -> int:
             return share_bytes(_divisible(cache, plan), plan)
 
         try:
-            held = need.held | {"cache": share(settings.cache(need.name))}
-        except ValueError as error:
-            log.info(str(error))
+            cache = settings.cache(need.name)
+            held = need.held | {"cache": share(cache)}
+            check_blocks(cache, plan, settings.block_tokens())
+        except (ValueError, NotImplementedError) as error:
+            log.warning(f"{need.name}, {axis} over {count}: {error}")
             continue
         name = f"{need.name}, {axis} over {count}"
         longest = _longest(settings, need.name, need, memory, share)

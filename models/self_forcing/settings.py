@@ -5,7 +5,7 @@ import logging
 
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
-from models.runs.devices import plan_of
+from models.runs.devices import check_blocks, plan_of
 from models.runs.head_lists import history_of
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
@@ -48,6 +48,12 @@ class Settings(BlockSettings):
 
     make_cache = staticmethod(make_cache)
     frames: int
+
+    def block_tokens(self, *, first_frame_alone: bool = False) -> set[int]:
+        """The numbers of tokens that the blocks of the video have."""
+        rows, columns = self.sizes.dit.grid(*self.latent)
+        blocks = plan_blocks(self.sizes.dit, self.frames, first_frame_alone=first_frame_alone)
+        return {block.frames * rows * columns for block in blocks}
 
 
 @told_to_user()
@@ -98,7 +104,9 @@ def settle(
         width=width,
     )
     for name in names:
-        history, lay = settings.histories[name], settings.cache(name).layout
+        history, cache = settings.histories[name], settings.cache(name)
+        check_blocks(cache, plan, settings.block_tokens(first_frame_alone=first_frame_alone))
+        lay = cache.layout
         if history.compressed and not lay.max_spans:
             log.warning(
                 f"{name}: {frames} latent frames are too few to compress any: a span is "

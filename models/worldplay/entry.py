@@ -77,6 +77,7 @@ ENTRY = ModelEntry(
     summary="HY-WorldPlay (Wan2.2 5B): a picture and a walk become a video.",
     options=Options,
     needs=NEEDS,
+    check=deferred("models.runs.early_checks:check_walk"),
     protocol=PROTOCOL,
     prepare=deferred("models.worldplay.job:prepare"),
     plan_options=PlanOptions,

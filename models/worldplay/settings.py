@@ -93,8 +93,9 @@ def _path(options: Options, config: WorldPlayConfig) -> CameraPath:
             f"frames={frames} is more than the {len(path)} cameras of the walk: the actions have "
             f"{len(path) - 1} steps, and the first frame needs none; walk on, or ask for fewer"
         )
-    if left := len(path) - frames:
-        log.info(f"{frames} latent frames; the last {left} cameras of the walk are not used")
+    if options.actions is not None and (left := len(path) - frames):
+        said = log.info if options.frames is None else log.warning
+        said(f"{frames} latent frames; the last {left} cameras of the walk are not used")
     return CameraPath(path.c2w_F44[:frames], path.intrinsics_F33[:frames], path.actions_F[:frames])
 
 

@@ -35,7 +35,9 @@ WRITING = "accepted: a folder that can be written, on a disk with room"
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
     """Runs a model's job: video.mp4 and report.json, .png and .html in `options.out`."""
-    outcome = _generated(entry, options)
+    outcome = _generated(entry, options, leave_finished=True)
+    if outcome is None:
+        return 0
     if outcome.report is None:
         return 128 + (outcome.signal or 0)
     from qvg_jax.app.report import table
@@ -68,9 +70,16 @@ def verify(entry: ModelEntry, options: GenerateOptions, how: VerifyOptions) -> i
     return 1 if result["verdict"] == "fail" else 0
 
 
-def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
-    """The `Outcome` of a model's job; an interruption is told on stderr."""
+def _generated(
+    entry: ModelEntry, options: GenerateOptions, *, leave_finished: bool = False, **more: Any
+) -> Any:
+    """The `Outcome` of a model's job; an interruption is told on stderr.
+
+    With `leave_finished`, None for a run to go on with that is finished, whose files stay.
+    """
+    from qvg_jax.app.early_checks import check_early
     from qvg_jax.app.progress import Progress, saying
+    from qvg_jax.app.run_lock import check_alone_in
 
     def advice() -> str:
         return entry.memory_advice(options)
@@ -78,12 +87,22 @@ def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
     with _told(entry):
         with _within_memory(advice), saying(f"{entry.name}: loading the model"):
             set_up_jax()
+            # Before minutes are spent on loading, and seconds on importing what loads.
+            with _written():
+                check_early(entry, options)
+            check_alone_in(options.out)
+            from qvg_jax.app.generate import finished_report
             from qvg_jax.app.generate import generate as run
-            from qvg_jax.app.run_lock import check_alone_in
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
-            check_alone_in(options.out)  # before minutes are spent on loading
             job = entry.prepare(options)
+        going_on = leave_finished and getattr(options, "resume", False)
+        if going_on and finished_report(job, options.out, options.fps) is not None:
+            print(
+                f"--resume: the run in {options.out} is finished, and all its files stay as they are; "
+                "give more --frames to make it longer, or leave --resume out to make it anew"
+            )
+            return None
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
         what = f"{job.frames} generated" if real else f"{job.frames} frames"

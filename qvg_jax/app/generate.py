@@ -1,5 +1,6 @@
 """The main job, whatever the model: run all arms, write video.mp4 and the reports."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -7,23 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvg_jax.app.background import Background
+from qvg_jax.app.early_checks import FILES, REPORTS, check_out
 from qvg_jax.app.figure import write_figure
 from qvg_jax.app.film import Film
 from qvg_jax.app.interruption import Interruption
 from qvg_jax.app.job import Job, Made, lockstep
 from qvg_jax.app.metrics import METRICS, Metric
-from qvg_jax.app.report import Record, write_json
+from qvg_jax.app.report import Record, configuration, write_json
 from qvg_jax.app.report_page import write_report_page
 from qvg_jax.app.run_lock import alone_in
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import CacheFullError, NonFiniteError
-from qvg_jax.errors import UserError
 from qvg_jax.files import writable_folder
 
-__all__ = ["Outcome", "generate"]
-
-REPORTS = ("report.json", "report.png", "report.html")
-FILES = ("video.mp4", *REPORTS)
+__all__ = ["Outcome", "finished_report", "generate"]
 
 
 class Outcome(NamedTuple):
@@ -75,12 +73,30 @@ def generate(
     """
     fps = job.fps if fps is None else fps
     video = Mp4(Path(out) / "video.mp4", fps, growing=growing)
+    check_out(Path(out))
     out = writable_folder(out)
-    for name in FILES:
-        if (out / name).is_dir():
-            raise UserError(f"--out {out}: {out / name} is a folder; accepted: another --out")
     with alone_in(out):
         return _generate(job, Record(job, metrics), out, video, fps, begins, progress, command)
+
+
+def finished_report(job: Job, out: str | Path, fps: int | None = None) -> dict[str, Any] | None:
+    """The report in `out` if it is one of this very job, with its files beside it; else None.
+
+    Args:
+        job: what would be made.
+        out: folder of an earlier run.
+        fps: as in `generate`.
+    """
+    out = Path(out)
+    if not all((out / name).is_file() for name in FILES):
+        return None
+    try:
+        report = json.loads((out / REPORTS[0]).read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(configuration(job, fps=job.fps if fps is None else fps)))
+        same = (report["model"], report["config"]) == (job.model, wanted)
+        return report if same and [*report["arms"]] == [arm.name for arm in job.arms] else None
+    except (OSError, ValueError, KeyError, TypeError):  # not a report of ours
+        return None
 
 
 def _generate(

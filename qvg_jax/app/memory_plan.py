@@ -102,7 +102,8 @@ def plan_table(plan: Plan, memory: int) -> str:
                 _frames(need.longest),
             )
         )
-    lines = [plan.what, "", aligned(rows), ""]
+    asked = f"Memory of a device: {gb(memory)} GB ({memory:,} bytes)."
+    lines = [plan.what, asked, "", aligned(rows), ""]
     for name, size in plan.before.items():
         lines.append(f"Before that, alone: {name}, {gb(size)} GB.")
     worst = max(plan.needs, key=lambda need: max(need.temporaries.values()))

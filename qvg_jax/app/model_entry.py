@@ -101,7 +101,8 @@ class PlanOptions:
     """Options of `qvg plan` that every model has.
 
     Attributes:
-        memory: memory of the device, such as 24GB or 22.4GiB; a number alone is in GB.
+        memory: memory of the device, such as 24GB or 22.4GiB; a number alone is in GB below a million, else
+            in bytes.
         codec: codecs to compare.
     """
 
@@ -160,6 +161,10 @@ def _no_advice(options: Any) -> str:
     return "accepted: fewer --frames or --compare"
 
 
+def _no_check(options: Any) -> None:
+    """Accepts all options."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelEntry:
     """A model as the command knows it.
@@ -179,6 +184,8 @@ class ModelEntry:
             `qvg fetch` gets them. Empty for a model that brings its weights along.
         protocol: what `qvg verify` does with the model; None if nothing is agreed on.
         loop: `loop(recipes, span_tokens) -> {recipe: dB to bf16}`, a short run for `qvg tune`.
+        check: `check(options)` raises a `UserError` for what is wrong whatever the weights are, such as a
+            codec that is not known. It runs before `prepare`, and its module should import little.
         memory_advice: `memory_advice(options) -> str`, what to change where memory is not enough.
     """
 
@@ -195,6 +202,7 @@ class ModelEntry:
     needs: tuple[Download, ...] = ()
     protocol: Protocol | None = None
     loop: Callable[[Sequence[str], int], dict[str, float]] | None = None
+    check: Callable[[Any], None] = _no_check
     memory_advice: Callable[[Any], str] = _no_advice
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from qvg_jax.app.versions import versions
 from qvg_jax.cache.layout import Layout
 from qvg_jax.files import replacing
 
-__all__ = ["SEEN", "Record", "aligned", "table", "write_json"]
+__all__ = ["SEEN", "Record", "aligned", "configuration", "table", "write_json"]
 
 SEEN = 0.95  # a frame has a ground truth if the tour has shown this share of its view
 STRIP = 8  # frames of report.png's strip
@@ -99,7 +99,7 @@ class Record:
             "model": job.model,
             "versions": versions(),
             "device": f"{device.platform}: {device.device_kind}",
-            "config": {"tour_frames": job.tour, "frames": job.frames} | job.config | settings,
+            "config": configuration(job, **settings),
             "units": units,
             "arms": {name: self._arm(name) for name in self._names},
             **({"seen_in_tour": [round(x, 4) for x in self._seen]} if job.truth else {}),
@@ -205,6 +205,11 @@ class Record:
         if kept.any():
             timing["kept_blocks"] = int(kept.sum())
         return timing
+
+
+def configuration(job: Job, **settings: Any) -> dict[str, Any]:
+    """The entry "config" of a job's report, with more of its settings, such as fps."""
+    return {"tour_frames": job.tour, "frames": job.frames} | job.config | settings
 
 
 def write_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from qvg_jax.attention import xla
 from qvg_jax.attention.features import PLAIN, Features, features_of
 from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
+from qvg_jax.cache.arguments import check_array, check_cache
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
 
@@ -143,8 +144,10 @@ def explain(
         The explanation; `str` gives a line for each way.
 
     Raises:
-        ValueError, NotImplementedError: as `attend` would.
+        TypeError, ValueError, NotImplementedError: as `attend` would.
     """
+    check_cache(cache, or_view=True)
+    check_array(q_BTHD, "q", "(B, T, Hq, D), or its ShapeDtypeStruct")
     view = cache if isinstance(cache, CacheView) else cache.view(rope=False)
     if isinstance(q_BTHD, jax.ShapeDtypeStruct):
         q_BTHD = jax.eval_shape(lambda: jax.numpy.zeros(q_BTHD.shape, q_BTHD.dtype))

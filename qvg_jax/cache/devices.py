@@ -228,8 +228,13 @@ def spread(cache: "KVCache", plan: Plan | None) -> "KVCache":
         plan: the plan; None puts the cache on the first device.
 
     Raises:
+        TypeError: the cache or the plan is none.
         ValueError, NotImplementedError: as `KVCache.create`.
     """
+    from qvg_jax.cache.arguments import check_cache, check_plan  # which knows caches; they use this
+
+    check_cache(cache)
+    check_plan(plan, "plan")
     old, new = cache.layout.plan, None if plan is None or plan.devices == 1 else plan
     if new is not None:
         new.check(cache.layout)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PRNGKeyArray
 
+from qvg_jax.cache.arguments import check_cache, check_codec
+from qvg_jax.cache.layer_codecs import LayerCodecs
 from qvg_jax.cache.slots import empty_slots, read_slot, write_slot
 from qvg_jax.cache.state import KVCache
 from qvg_jax.codecs.base import Codec
@@ -42,6 +44,10 @@ def recode(
         NotImplementedError: codecs that differ by layer, before or after, heads without a history, or a
             cache on several devices.
     """
+    check_cache(cache)
+    for name, codec in (("key_codec", key_codec), ("value_codec", value_codec)):
+        if not isinstance(codec, list | LayerCodecs):  # which are refused below
+            check_codec(codec, name)
     lay = cache.layout
     if lay.plan is not None:
         raise NotImplementedError(

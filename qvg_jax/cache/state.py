@@ -126,6 +126,10 @@ class KVCache:
         """
         if window_blocks is None:
             window_blocks = span_blocks + keep_recent + 1
+        if sharding is not None and not isinstance(sharding, Plan):
+            raise TypeError(
+                f"sharding={sharding!r} is not accepted: give a Plan, such as Plan(spans=2), or None"
+            )
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")

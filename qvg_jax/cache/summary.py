@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.health import CacheBytes, cache_bytes
 from qvg_jax.cache.layer_codecs import codec_of
@@ -85,6 +86,7 @@ def summary(cache: KVCache) -> Summary:
     Args:
         cache: the cache, or its `jax.eval_shape`, of which only the buffers are counted.
     """
+    check_cache(cache)
     lay, found = cache.layout, []
     for layer in range(lay.layers):
         heads = None if lay.history is None else lay.history.counts[layer]

@@ -161,6 +161,11 @@ def view_of(
 ) -> CacheView:
     """The view behind `KVCache.view`, which documents the arguments."""
     lay = cache.layout
+    if not (rope is None or rope is False or isinstance(rope, Rope | Encodings)):
+        raise TypeError(
+            f"rope={rope!r} is not accepted: give a Rope, such as axial_rope makes, Encodings, False for "
+            "keys as they are stored, or None"
+        )
     rope = lay.rope if rope is None else rope
     if rope is None and lay.pos_dims:
         raise ValueError(

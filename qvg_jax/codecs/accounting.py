@@ -34,8 +34,13 @@ def bits_per_element(codec: Codec, shape: Shape) -> float:
         Bits per element.
 
     Raises:
+        TypeError: the codec is none.
         ValueError: the codec does not accept the shape.
     """
+    if not isinstance(codec, Codec):
+        raise TypeError(
+            f"codec={codec!r} is not accepted: give a Codec, as qvg.presets.get(NAME) does"
+        )
     return codec.bits_per_element(_span(shape))
 
 

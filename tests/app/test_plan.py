@@ -52,6 +52,7 @@ def test_sizes_in_words():
     assert parse_bytes("512M") == 512 * 10**6 and parse_bytes("100B") == 100
     assert parse_bytes("24") == 24 * 10**9 == parse_bytes("24000000000")
     assert parse_bytes("22.4") == int(22.4 * 10**9)
+    assert parse_bytes("2.4e1") == 24 * 10**9 and parse_bytes("1e9") == 10**9  # by value alone
     for bad in ("", "GB", "24XB", "-1GB", "0GB", "1.2.3GB", "0.1"):
         with pytest.raises(ValueError, match="24GB"):
             parse_bytes(bad)
