@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
-from pallas_kernels.dequantize.dither import FINE, dither
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
 from qvg_jax.codecs.quantize.grid import power_of_gain
 from qvg_jax.codecs.quantize.packing import pack, packed_width, unpack
@@ -109,6 +108,9 @@ def dithered_quantize(
     if not n - 1 <= reach <= n + 1:
         raise ValueError(f"reach={reach} is not accepted: give {n - 1} to {n + 1} at bits={bits}")
     e4m3 = scale_format("e4m3")
+
+    # The kernels' own, which nobody needs who makes no such codec.
+    from pallas_kernels.dequantize.dither import FINE, dither
 
     def check(shape: Shape, dtype: Any = jnp.float32) -> None:
         check_span(shape, dtype)
