@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from models.pocket_world import camera, job, pipeline
+from models.pocket_world import camera, pipeline, route
 from models.pocket_world.config import ENDLESS
 from models.pocket_world.evaluate import FIRST_WORLD
 from models.pocket_world.params import load_weights
@@ -65,7 +65,7 @@ def tour_and_back(args: argparse.Namespace, seed: int) -> Iterator[dict]:
     key = jax.random.key(seed)
     walked = np.asarray(camera.wander(key, np.zeros(3, np.float32), tour, args.half_width))
     path_F3 = np.concatenate([walked, walked[: args.frames]])
-    blocks = job.path_blocks(FIRST_WORLD + seed, path_F3, tour, n)
+    blocks = route.path_blocks(FIRST_WORLD + seed, path_F3, tour, n)
     codec = pipeline.world_recipe(args.codec)
     cache = pipeline.make_cache(cfg, codec, len(path_F3), overflow="drop")
     recaller = Recaller(cfg, cache, sight=args.sight, spans=cache.layout.max_spans)

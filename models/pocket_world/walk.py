@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from models.pocket_world import camera, job, params, pipeline, world
+from models.pocket_world import camera, job, params, pipeline, route, world
 from models.pocket_world.config import ENDLESS
 from models.pocket_world.entry import NAME, WalkOptions
 from models.pocket_world.recalling import Recaller
@@ -99,7 +99,7 @@ def walk(options: WalkOptions) -> World:
 
 def _inputs(tour: int, n: int, seed: int, actions: Iterator[str]) -> Iterator[pipeline.BlockInput]:
     """Blocks of the tour with their frames, then a block for each action."""
-    tour_F3 = job.tour_path(seed, tour)
+    tour_F3 = route.tour_path(seed, tour)
     last_3 = tour_F3[0]
     _follow(last_3, np.zeros(n, np.int32))  # compiled here, and not when the first key is waiting
     nothing = np.zeros((1, n, world.HEIGHT, world.WIDTH, 3), np.float32)
