@@ -41,7 +41,7 @@ def test_an_endless_path_wanders_on_from_the_tour_without_a_cut():
     path = route.path_of(3, 8, 400, None, True)
     np.testing.assert_array_equal(path[:8], route.path_of(3, 8, 30, None)[:8])
     assert np.abs(np.diff(path, axis=0)[:, :2]).max() <= camera.SPEED
-    assert np.abs(path[:, :2]).max() <= job.HALF_WIDTH + camera.SPEED
+    assert np.abs(path[:, :2]).max() <= route.HALF_WIDTH + camera.SPEED
 
 
 def test_a_bounded_memory_does_not_grow_with_the_frames(weights):
