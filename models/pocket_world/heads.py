@@ -1,10 +1,11 @@
 """Local heads in the loop: `python -m models.pocket_world.heads --out DIR` (on two CPU cores: an hour).
 
-Measures which heads look back (`qvg_jax.study.heads`), makes the least of them local, more and more of
-them, and replays places of the same tours with each table. Beside them, what else would save bytes: a
-smaller codec for all heads, and a shorter history for all. Each arm is compared with the world, and with the
-same codec where all heads have a history. Arms write DIR/<arm>.npz as soon as they are done, and are not run
-again; the table is made of all that is there.
+Measures by how much the network's prediction changes if a head has no history, makes heads local from the
+least change on, and replays places of the same tours with each table. Beside them are heads chosen by their
+attention alone (`qvg_jax.study.heads`), and other ways to save bytes: a smaller codec for all heads, and a
+shorter history for all. Each arm is compared with the world, and with the same codec where all heads have a
+history. Arms write DIR/<number>.npz as soon as they are done, and are not run again; the table is made of
+all that is there.
 
 Replay is the hardest case for a local head, for what is shown again lies in the history and nowhere else.
 """
@@ -14,10 +15,16 @@ import dataclasses
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Float
 
 from models.pocket_world import trial
-from models.pocket_world.capture import capture
+from models.pocket_world.capture import asked, capture
+from models.pocket_world.modeling import PocketWorld
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from qvg_jax.app.report import aligned
 from qvg_jax.cache.head_history import HeadHistory
@@ -42,13 +49,63 @@ def measured(model, frames: int, local_blocks: int) -> HeadScores:
     return measure_heads(found, regions)
 
 
-def tables(scores: HeadScores, local: list[int], also: int) -> dict[str, np.ndarray]:
-    """Class tables by the names of their arms: so many local heads, chosen by what their layer loses.
+def drop_errors(model: PocketWorld, frames: int, local_blocks: int) -> Float[np.ndarray, "L H"]:
+    """How much the prediction of the network changes if one head has no history, relative L2, for each head.
 
-    Beside them `also` heads chosen by their own error, and by the mass that they have on the history.
+    One evaluation for each head and capture, so the layers behind the head say what they make of it.
+    """
+    cfg = model.cfg
+    graph, params = nnx.split(model)
+    regions = HeadRegions(block_tokens=cfg.block_tokens, local_blocks=local_blocks)
+    tokens = frames // cfg.block_frames * cfg.block_tokens
+    gone_T = jnp.asarray(regions.of_tokens(tokens, cfg.block_tokens) == 3)
+    every = np.eye(cfg.layers * cfg.heads, dtype=bool).reshape(-1, cfg.layers, cfg.heads)
+    rope = cfg.rope()
+
+    @jax.jit
+    def changes(params, asking, noise):
+        tables = rope.table(asking.cache.dense_pos), rope.table(asking.positions)
+
+        def predicted(local_LH):
+            def attend_all(extra, q, k, v):
+                layer, local_H = extra
+                q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+                stored = asking.cache.dense_k, asking.cache.dense_v
+                k_old, v_old = (x[layer].astype(q.dtype) for x in stored)
+                keys = [rope.rotate(k_old, tables[0]), rope.rotate(k, tables[1])]
+                s = jnp.einsum(
+                    "bhqd,bhtd->bhqt", rope.rotate(q, tables[1]), jnp.concatenate(keys, 2)
+                )
+                hidden = local_H[None, :, None, None] & gone_T[None, None, None]
+                p = jax.nn.softmax(jnp.where(hidden, -jnp.inf, s / cfg.head_dim**0.5), -1)
+                return jnp.swapaxes(p @ jnp.concatenate([v_old, v], 2), 1, 2)
+
+            level = jnp.full((1, cfg.block_frames), noise)
+            extra = jnp.arange(cfg.layers), local_LH
+            return nnx.merge(graph, params)(asking.tokens, level, asking.features, attend_all, extra)[0]  # fmt: skip
+
+        exact = predicted(jnp.zeros(every.shape[1:], bool))
+        change = lax.map(lambda t: jnp.sum((predicted(t) - exact) ** 2), jnp.asarray(every))
+        return change / jnp.sum(exact**2)
+
+    found = [
+        changes(params, asked(model, frames, seed=seed, noise=noise, back=back), noise)
+        for seed, noise, back in CAPTURES
+    ]
+    return np.sqrt(np.mean(found, 0)).reshape(cfg.layers, cfg.heads)
+
+
+def tables(
+    scores: HeadScores, errors: Float[np.ndarray, "L H"], local: list[int], also: int
+) -> dict[str, np.ndarray]:
+    """Class tables by the names of their arms: so many local heads, chosen by the change of the prediction.
+
+    Beside them `also` heads chosen by what their layer loses, by their own error, and by the mass that they
+    have on the history.
     """
     size = scores.error.size
-    found = {f"local {n}": classes(scores, n / size) for n in local}
+    found = {f"local {n}": classes(errors, n / size) for n in local}
+    found[f"local {also} by the layer's error"] = classes(scores, also / size)
     found[f"local {also} by own error"] = classes(scores.error, also / size)
     found[f"local {also} by mass"] = classes(scores.shares[3], also / size)
     return found
@@ -103,9 +160,11 @@ def main(argv=None):
     model = load_weights(args.weights)
     scores = measured(model, args.tour, args.local_blocks)
     numbers = {f.name: getattr(scores, f.name).tolist() for f in dataclasses.fields(scores)}
-    (args.out / "scores.json").write_text(json.dumps(numbers, indent=1) + "\n")
     local = [int(n) for n in args.local.split(",")]
-    found = tables(scores, local, args.also)
+    errors = drop_errors(model, args.tour, args.local_blocks)
+    numbers |= dict(prediction_error=errors.tolist())
+    (args.out / "scores.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    found = tables(scores, errors, local, args.also)
     arms = {name: (name, {}, name) for name in ("bf16", args.codec)}
     for name, table in found.items():
         print(f"{name}\n{chr(10).join(rows_of(table))}", flush=True)
