@@ -11,7 +11,6 @@ Replay is the hardest case for a local head, for what is shown again lies in the
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 
@@ -96,19 +95,22 @@ def drop_errors(model: PocketWorld, frames: int, local_blocks: int) -> Float[np.
 
 
 def tables(
-    scores: HeadScores, errors: Float[np.ndarray, "L H"], local: list[int], also: int
+    measures: dict[str, Float[np.ndarray, "L H"]], by: str, local: list[int], also: int
 ) -> dict[str, np.ndarray]:
-    """Class tables by the names of their arms: so many local heads, chosen by the change of the prediction.
+    """Class tables by the names of their arms.
 
-    Beside them `also` heads chosen by what their layer loses, by their own error, and by the mass that they
-    have on the history.
+    Args:
+        measures: of all heads, by name; those with the least become local.
+        by: the measure of the curve.
+        local: numbers of local heads on it.
+        also: local heads by each of the other measures.
     """
-    size = scores.error.size
-    found = {f"local {n}": classes(errors, n / size) for n in local}
-    found[f"local {also} by the layer's error"] = classes(scores, also / size)
-    found[f"local {also} by own error"] = classes(scores.error, also / size)
-    found[f"local {also} by mass"] = classes(scores.shares[3], also / size)
-    return found
+    size = measures[by].size
+    found = {f"local {n} by {by}": classes(measures[by], n / size) for n in local}
+    others = (name for name in measures if name != by)
+    return found | {
+        f"local {also} by {name}": classes(measures[name], also / size) for name in others
+    }
 
 
 def summary(out: pathlib.Path, order: list[str]) -> str:
@@ -146,6 +148,13 @@ def main(argv=None):
     parser.add_argument("--codec", default=recommended("pocket-world"))
     parser.add_argument("--smaller", default="midrise,midrise-k1v3", help="codecs of all heads")
     parser.add_argument("--local", default="1,2,4,6,9,12,18", help="numbers of local heads")
+    parser.add_argument(
+        "--by",
+        choices=("prediction", "layer", "own", "mass"),
+        default="prediction",
+        help="what says which heads become local first: the change of the network's prediction, of the "
+        "layer's heads or of the head's own output without the history, or the mass on it",
+    )
     parser.add_argument("--also", type=int, default=6, help="local heads chosen in other ways")
     parser.add_argument("--local-blocks", type=int, default=2)
     parser.add_argument("--worlds", type=int, default=16)
@@ -159,12 +168,15 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_weights(args.weights)
     scores = measured(model, args.tour, args.local_blocks)
-    numbers = {f.name: getattr(scores, f.name).tolist() for f in dataclasses.fields(scores)}
-    local = [int(n) for n in args.local.split(",")]
-    errors = drop_errors(model, args.tour, args.local_blocks)
-    numbers |= dict(prediction_error=errors.tolist())
-    (args.out / "scores.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    found = tables(scores, errors, local, args.also)
+    measures = dict(
+        prediction=drop_errors(model, args.tour, args.local_blocks),
+        layer=scores.layer_error,
+        own=scores.error,
+        mass=scores.shares[3],
+    )
+    numbers = {name: x.tolist() for name, x in measures.items()}
+    (args.out / "measures.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    found = tables(measures, args.by, [int(n) for n in args.local.split(",")], args.also)
     arms = {name: (name, {}, name) for name in ("bf16", args.codec)}
     for name, table in found.items():
         print(f"{name}\n{chr(10).join(rows_of(table))}", flush=True)
