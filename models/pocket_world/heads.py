@@ -1,23 +1,29 @@
 """Local heads in the loop: `python -m models.pocket_world.heads --out DIR` (on two CPU cores: an hour).
 
-Measures which heads look back (`qvg_jax.study.heads`), makes the least of them local, more and more of
-them, and replays places of the same tours with each table. Beside them, what else would save bytes: a
-smaller codec for all heads, and a shorter history for all. Each arm is compared with the world, and with the
-same codec where all heads have a history. Arms write DIR/<arm>.npz as soon as they are done, and are not run
-again; the table is made of all that is there.
+Measures by how much the network's prediction changes if a head has no history, makes heads local from the
+least change on, and replays places of the same tours with each table. Beside them are heads chosen by their
+attention alone (`qvg_jax.study.heads`), and other ways to save bytes: a smaller codec for all heads, and a
+shorter history for all. Each arm is compared with the world, and with the same codec where all heads have a
+history. Arms write DIR/<number>.npz as soon as they are done, and are not run again; the table is made of
+all that is there.
 
 Replay is the hardest case for a local head, for what is shown again lies in the history and nowhere else.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Float
 
 from models.pocket_world import trial
-from models.pocket_world.capture import capture
+from models.pocket_world.capture import asked, capture
+from models.pocket_world.modeling import PocketWorld
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from qvg_jax.app.report import aligned
 from qvg_jax.cache.head_history import HeadHistory
@@ -42,16 +48,69 @@ def measured(model, frames: int, local_blocks: int) -> HeadScores:
     return measure_heads(found, regions)
 
 
-def tables(scores: HeadScores, local: list[int], also: int) -> dict[str, np.ndarray]:
-    """Class tables by the names of their arms: so many local heads, chosen by what their layer loses.
+def drop_errors(model: PocketWorld, frames: int, local_blocks: int) -> Float[np.ndarray, "L H"]:
+    """How much the prediction of the network changes if one head has no history, relative L2, for each head.
 
-    Beside them `also` heads chosen by their own error, and by the mass that they have on the history.
+    One evaluation for each head and capture, so the layers behind the head say what they make of it.
     """
-    size = scores.error.size
-    found = {f"local {n}": classes(scores, n / size) for n in local}
-    found[f"local {also} by own error"] = classes(scores.error, also / size)
-    found[f"local {also} by mass"] = classes(scores.shares[3], also / size)
-    return found
+    cfg = model.cfg
+    graph, params = nnx.split(model)
+    regions = HeadRegions(block_tokens=cfg.block_tokens, local_blocks=local_blocks)
+    tokens = frames // cfg.block_frames * cfg.block_tokens
+    gone_T = jnp.asarray(regions.of_tokens(tokens, cfg.block_tokens) == 3)
+    every = np.eye(cfg.layers * cfg.heads, dtype=bool).reshape(-1, cfg.layers, cfg.heads)
+    rope = cfg.rope()
+
+    @jax.jit
+    def changes(params, asking, noise):
+        tables = rope.table(asking.cache.dense_pos), rope.table(asking.positions)
+
+        def predicted(local_LH):
+            def attend_all(extra, q, k, v):
+                layer, local_H = extra
+                q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+                stored = asking.cache.dense_k, asking.cache.dense_v
+                k_old, v_old = (x[layer].astype(q.dtype) for x in stored)
+                keys = [rope.rotate(k_old, tables[0]), rope.rotate(k, tables[1])]
+                s = jnp.einsum(
+                    "bhqd,bhtd->bhqt", rope.rotate(q, tables[1]), jnp.concatenate(keys, 2)
+                )
+                hidden = local_H[None, :, None, None] & gone_T[None, None, None]
+                p = jax.nn.softmax(jnp.where(hidden, -jnp.inf, s / cfg.head_dim**0.5), -1)
+                return jnp.swapaxes(p @ jnp.concatenate([v_old, v], 2), 1, 2)
+
+            level = jnp.full((1, cfg.block_frames), noise)
+            extra = jnp.arange(cfg.layers), local_LH
+            return nnx.merge(graph, params)(asking.tokens, level, asking.features, attend_all, extra)[0]  # fmt: skip
+
+        exact = predicted(jnp.zeros(every.shape[1:], bool))
+        change = lax.map(lambda t: jnp.sum((predicted(t) - exact) ** 2), jnp.asarray(every))
+        return change / jnp.sum(exact**2)
+
+    found = [
+        changes(params, asked(model, frames, seed=seed, noise=noise, back=back), noise)
+        for seed, noise, back in CAPTURES
+    ]
+    return np.sqrt(np.mean(found, 0)).reshape(cfg.layers, cfg.heads)
+
+
+def tables(
+    measures: dict[str, Float[np.ndarray, "L H"]], by: str, local: list[int], also: int
+) -> dict[str, np.ndarray]:
+    """Class tables by the names of their arms.
+
+    Args:
+        measures: of all heads, by name; those with the least become local.
+        by: the measure of the curve.
+        local: numbers of local heads on it.
+        also: local heads by each of the other measures.
+    """
+    size = measures[by].size
+    found = {f"local {n} by {by}": classes(measures[by], n / size) for n in local}
+    others = (name for name in measures if name != by)
+    return found | {
+        f"local {also} by {name}": classes(measures[name], also / size) for name in others
+    }
 
 
 def summary(out: pathlib.Path, order: list[str]) -> str:
@@ -89,6 +148,13 @@ def main(argv=None):
     parser.add_argument("--codec", default=recommended("pocket-world"))
     parser.add_argument("--smaller", default="midrise,midrise-k1v3", help="codecs of all heads")
     parser.add_argument("--local", default="1,2,4,6,9,12,18", help="numbers of local heads")
+    parser.add_argument(
+        "--by",
+        choices=("prediction", "layer", "own", "mass"),
+        default="prediction",
+        help="what says which heads become local first: the change of the network's prediction, of the "
+        "layer's heads or of the head's own output without the history, or the mass on it",
+    )
     parser.add_argument("--also", type=int, default=6, help="local heads chosen in other ways")
     parser.add_argument("--local-blocks", type=int, default=2)
     parser.add_argument("--worlds", type=int, default=16)
@@ -102,10 +168,15 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_weights(args.weights)
     scores = measured(model, args.tour, args.local_blocks)
-    numbers = {f.name: getattr(scores, f.name).tolist() for f in dataclasses.fields(scores)}
-    (args.out / "scores.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    local = [int(n) for n in args.local.split(",")]
-    found = tables(scores, local, args.also)
+    measures = dict(
+        prediction=drop_errors(model, args.tour, args.local_blocks),
+        layer=scores.layer_error,
+        own=scores.error,
+        mass=scores.shares[3],
+    )
+    numbers = {name: x.tolist() for name, x in measures.items()}
+    (args.out / "measures.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    found = tables(measures, args.by, [int(n) for n in args.local.split(",")], args.also)
     arms = {name: (name, {}, name) for name in ("bf16", args.codec)}
     for name, table in found.items():
         print(f"{name}\n{chr(10).join(rows_of(table))}", flush=True)

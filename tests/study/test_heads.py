@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from models.pocket_world.config import PocketWorldConfig
+from models.pocket_world.heads import drop_errors
+from models.pocket_world.modeling import PocketWorld
 from models.runs.head_lists import history_of
 from models.self_forcing.entry import Options
 from models.self_forcing.settings import settle
@@ -176,3 +180,14 @@ def test_a_world_runs_with_local_heads_and_the_report_says_so(tmp_path, capsys):
     )
     per_element = said["bits_per_element"]
     assert per_element["from_buffers"] == pytest.approx(per_element["from_formats"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_head_that_the_network_does_not_read_changes_no_prediction():
+    cfg = PocketWorldConfig.smoke()
+    model = PocketWorld(cfg, rngs=nnx.Rngs(0))
+    kernel = model.blocks.out.kernel
+    kernel[...] = kernel[...].at[1].set(0)
+    with jax.numpy_rank_promotion("allow"):
+        errors = drop_errors(model, 32, 2)
+    assert errors.shape == (2, 1) and errors[0, 0] > 1e-4 and errors[1, 0] == 0
