@@ -58,11 +58,13 @@ def prepare(options: Options) -> Job:
         UserError: a value that is not accepted, named with what would be.
     """
     check_seed(options.seed)
+    memory = _memory(options)
     actions = None if options.actions is None else camera.parse_actions(options.actions)
     with told_to_user():
         sampler = Sampler(
             steps=STEPS if options.steps is None else options.steps,
-            sharpness=0.0 if actions is None else FREE_SHARPNESS,  # the default path is all replay
+            # The default path is all replay.
+            sharpness=0.0 if actions is None and not options.endless else FREE_SHARPNESS,
         )
         recipes = dict.fromkeys((BASELINE, *options.codecs))
         codecs = {name: pipeline.world_recipe(name) for name in recipes}
@@ -82,7 +84,6 @@ def prepare(options: Options) -> Job:
     if frames < 1:
         raise UserError(f"frames={frames} is not accepted: give a whole number above 0")
 
-    memory = _memory(options)
     path_F3 = _path(options.seed, tour, frames + -frames % n, actions, options.endless)
     arms = []
     for name, codec in codecs.items():

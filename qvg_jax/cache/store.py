@@ -31,8 +31,6 @@ from qvg_jax.cache.state import KVCache
 __all__ = ["Span", "SpanStore", "in_memory"]
 
 HOST = ("pinned_host", "unpinned_host")  # memories of the host as JAX names them, the faster first
-
-
 _FIELDS = dataclasses.fields(Layout)
 
 
