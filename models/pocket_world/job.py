@@ -63,11 +63,13 @@ def prepare(options: Options) -> Job:
         UserError: a value that is not accepted, named with what would be.
     """
     check_seed(options.seed)
+    memory = _memory(options)
     actions = None if options.actions is None else camera.parse_actions(options.actions)
     with told_to_user():
         sampler = Sampler(
             steps=STEPS if options.steps is None else options.steps,
-            sharpness=0.0 if actions is None else FREE_SHARPNESS,  # the default path is all replay
+            # The default path is all replay.
+            sharpness=0.0 if actions is None and not options.endless else FREE_SHARPNESS,
         )
         recipes = dict.fromkeys((BASELINE, *options.codecs))
         codecs = {name: pipeline.world_recipe(name) for name in recipes}
@@ -98,7 +100,6 @@ def prepare(options: Options) -> Job:
     history = history_of(
         options.heads, layers=cfg.layers, count=cfg.heads, local=None, usual=2, own=HEADS
     )
-    memory = _memory(options)
     path_F3 = path_of(options.seed, tour, frames + -frames % n, actions, options.endless)
     arms = []
     for name, codec in codecs.items():

@@ -31,8 +31,6 @@ from qvg_jax.cache.state import KVCache
 __all__ = ["Span", "SpanStore", "in_memory"]
 
 HOST = ("pinned_host", "unpinned_host")  # memories of the host as JAX names them, the faster first
-
-
 _FIELDS = dataclasses.fields(Layout)
 
 
@@ -110,7 +108,6 @@ class SpanStore:
             )
         if memory not in ("host", "device"):
             raise ValueError(f"memory={memory!r} is not accepted: give 'host' or 'device'")
-        held = isinstance(cache.num_spans, jax.Array) and cache.encoded_blocks // lay.span_blocks
         form = jax.eval_shape(_taken, cache, jax.ShapeDtypeStruct((), jnp.int32))
         _check_room(spans, _bytes(form), memory)
         return cls(
@@ -119,7 +116,7 @@ class SpanStore:
             memory=memory,
             form=form,
             kept={},
-            next=int(held - cache.num_spans) if held is not False else 0,
+            next=_oldest_in_sight(cache),
             sight=(None,) * lay.max_spans,
         )
 
@@ -249,6 +246,13 @@ class SpanStore:
             kept[number] = one._replace(span=in_memory(one.span, self.memory))
         sight = tuple(None if i < 0 else int(i) for i in np.asarray(saved["sight"]))
         return dataclasses.replace(self, kept=kept, next=int(saved["next"]), sight=sight)
+
+
+def _oldest_in_sight(cache: KVCache) -> int:
+    """Number of the oldest span in a cache that nothing was recalled into; 0 for shapes alone."""
+    if not isinstance(cache.num_spans, jax.Array):
+        return 0
+    return int(cache.encoded_blocks // cache.layout.span_blocks - cache.num_spans)
 
 
 def _bytes(form: Any) -> int:

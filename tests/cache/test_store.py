@@ -134,6 +134,14 @@ def test_the_nearest_spans_are_those_whose_blocks_are_near():
     assert qvg.SpanStore.create(small(), spans=20).nearest(at(0), 3) == ()
 
 
+def test_a_store_for_a_cache_under_way_begins_with_what_is_in_sight():
+    cache = small()
+    for i in range(20):
+        cache = step(cache, block(i, cache.layout))
+    store = qvg.SpanStore.create(cache, spans=9).keep(cache)
+    assert sorted(store.kept) == [6, 7, 8] and store.next == 9
+
+
 def test_errors_name_the_span_and_the_plan(monkeypatch):
     cache, store = small(), qvg.SpanStore.create(small(), spans=4)
     for i in range(20):
