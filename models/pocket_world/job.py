@@ -22,7 +22,7 @@ from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.entry import NAME, Options
-from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.pocket_world.sampling import FREE_OVERLAP, FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
 from qvg_jax.app.job import BASELINE, Arm, Block, Job, Played
 from qvg_jax.app.metrics import to_uint8
@@ -60,6 +60,7 @@ def prepare(options: Options) -> Job:
         sampler = Sampler(
             steps=STEPS if options.steps is None else options.steps,
             sharpness=0.0 if actions is None else FREE_SHARPNESS,  # the default path is all replay
+            overlap=0.0 if actions is None else FREE_OVERLAP,
         )
         recipes = dict.fromkeys((BASELINE, *options.codecs))
         codecs = {name: pipeline.world_recipe(name) for name in recipes}
