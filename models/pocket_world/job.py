@@ -24,7 +24,7 @@ from models.pocket_world.config import ENDLESS, PocketWorldConfig
 from models.pocket_world.entry import NAME, Options
 from models.pocket_world.recalling import Recaller
 from models.pocket_world.route import path_blocks, path_of
-from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.pocket_world.sampling import FREE_OVERLAP, FREE_SHARPNESS, Sampler
 from models.runs.head_lists import history_of
 from models.runs.request_checks import check_seed
 from qvg_jax.app.job import BASELINE, Arm, Job, Played
@@ -65,11 +65,13 @@ def prepare(options: Options) -> Job:
     check_seed(options.seed)
     memory = _memory(options)
     actions = None if options.actions is None else camera.parse_actions(options.actions)
+    free = actions is not None or options.endless
     with told_to_user():
         sampler = Sampler(
             steps=STEPS if options.steps is None else options.steps,
             # The default path is all replay.
-            sharpness=0.0 if actions is None and not options.endless else FREE_SHARPNESS,
+            sharpness=FREE_SHARPNESS if free else 0.0,
+            overlap=FREE_OVERLAP if free else 0.0,
         )
         recipes = dict.fromkeys((BASELINE, *options.codecs))
         codecs = {name: pipeline.world_recipe(name) for name in recipes}

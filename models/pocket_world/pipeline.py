@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from models.pocket_world import camera, world
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld, to_frames, to_tokens
+from models.pocket_world.overlap import Overlap
 from models.pocket_world.sampling import Sampler, second_order_step
 from qvg_jax.attention.api import attend
 from qvg_jax.cache.head_history import HeadHistory
@@ -235,6 +236,7 @@ def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | Non
     graph, params = nnx.split(model)
     cfg, levels = model.cfg, sampler.levels()
     rope, n = cfg.rope(), cfg.block_frames
+    grid = Overlap(cfg.patch)
 
     def step(params, state: WorldState, x: BlockInput):
         model = nnx.merge(graph, params)
@@ -243,11 +245,14 @@ def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | Non
         batch = x.pose.shape[0]
 
         view = state.cache.view(positions, rope, relative=relative)
+        # Outside of `denoise`, where the compiler merges the tables of stored tokens of both views.
+        shifted = grid.positions(x.pose, x.time)
+        between = state.cache.view(shifted, rope, relative=relative)
         cache = state.cache
         blocks = cache.seen_blocks - cache.dropped_blocks - cache.rejected_blocks
         scale = sampler.logit_scale(blocks, cfg.head_dim)
 
-        def evaluate(tokens, level):
+        def evaluate(tokens, level, view=view):
             return model(
                 tokens,
                 jnp.full((batch, n), level),
@@ -264,14 +269,18 @@ def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | Non
                 tokens, last, s_last = carry
                 now, then = pair
                 clean, _ = evaluate(tokens, now)
-                # The first step has no slope to go by, and the last one ends at the prediction.
+                # The first step has no slope to go by, and one to level 0 ends at the prediction.
                 use = (s_last > now) & (then > 0)
                 slope = jnp.where(use, (last - clean) / jnp.where(use, s_last - now, 1.0), 0.0)
                 return (second_order_step(tokens, clean, slope, now, then), clean, now), None
 
             pairs = (jnp.array(levels[:-1]), jnp.array(levels[1:]))
             start = (tokens, tokens, jnp.float32(0))
-            return jnp.clip(jax.lax.scan(one, start, pairs)[0][0], -1.0, 1.0)
+            (tokens, clean, _), _ = jax.lax.scan(one, start, pairs)
+            if sampler.overlapping:
+                other, _ = evaluate(grid.cut(tokens), levels[-1], between)
+                tokens = grid.blend(clean, other)
+            return jnp.clip(tokens, -1.0, 1.0)
 
         tokens = jax.lax.cond(x.given | x.made, lambda: to_tokens(x.frames, cfg.patch), denoise)
         _, (k, v) = evaluate(tokens, jnp.where(x.given, 0.0, sampler.context_noise))

@@ -20,7 +20,7 @@ from models.pocket_world import camera, job, params, pipeline, route, world
 from models.pocket_world.config import ENDLESS
 from models.pocket_world.entry import NAME, WalkOptions
 from models.pocket_world.recalling import Recaller
-from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.pocket_world.sampling import FREE_OVERLAP, FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.play.places import Box
@@ -57,7 +57,7 @@ def walk(options: WalkOptions) -> World:
     check_seed(options.seed)
     steps = job.STEPS if options.steps is None else options.steps
     with told_to_user():
-        sampler = Sampler(steps, sharpness=FREE_SHARPNESS)
+        sampler = Sampler(steps, sharpness=FREE_SHARPNESS, overlap=FREE_OVERLAP)
     weights = pathlib.Path(options.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)
     job.check_finite(model, weights)
