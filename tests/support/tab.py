@@ -67,7 +67,8 @@ class Tab:
         """The number of blocks after all presses have been played."""
         while True:
             before = self.blocks()
-            self.page.wait_for_timeout(600)
+            seconds = float(re.search(r"([\d.]+) s", self.text("speed"))[1])  # of the last block
+            self.page.wait_for_timeout(600 + 3000 * seconds)
             if self.blocks() == before:
                 return before
 
