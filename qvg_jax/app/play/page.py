@@ -129,7 +129,8 @@ class Page:
                     with ui.element("div").classes("view truth"):
                         self._truth = image("the real place of the newest frame", self._blank)
                     ui.label(
-                        "Remembered frames should look like it. Invented ones cannot."
+                        "Remembered frames should look like it, invented ones cannot. Seams in what is "
+                        "invented are the model's: bf16 has them too."
                     ).classes("dim")
 
     def _pad(self, key: str, arrow: str, letter: str) -> None:
