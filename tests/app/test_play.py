@@ -298,15 +298,17 @@ def test_the_page_can_be_used_without_a_mouse_and_fits(tab):
     begin = me.settled()
     pad = me.page.get_by_role("button", name="wait (space)")
     pad.focus()
-    me.page.keyboard.press("Enter")
-    me.wait_for_turn(f"{begin}-stay")
-    assert me.settled() == begin + 1
+    for i, key in enumerate(("Enter", " ")):  # either presses the button, and walks no second time
+        me.page.keyboard.press(key)
+        me.wait_for_turn(f"{begin + i}-stay")
+    assert me.settled() == begin + 2
     assert pad.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"  # where the keys go
     for width in (390, 768, 1024, 1140, 1440):
         me.page.set_viewport_size({"width": width, "height": 860})
         assert me.page.evaluate("document.documentElement.scrollWidth") == width
     faults = axe.Axe().run(me.page).response["violations"]
-    assert [f["id"] for f in faults if f["impact"] in ("serious", "critical")] == []
+    serious = [f for f in faults if f["impact"] in ("serious", "critical")]
+    assert [(f["id"], [node["html"] for node in f["nodes"]]) for f in serious] == []
 
 
 @pytest.mark.slow

@@ -71,7 +71,8 @@ class Tab:
         """The number of blocks after all presses have been played."""
         while True:
             before = self.blocks()
-            self.page.wait_for_timeout(1000)
+            seconds = float(re.search(r"([\d.]+) s", self.text("speed"))[1])  # of the last block
+            self.page.wait_for_timeout(800 + 3000 * seconds)
             self.wait_for("ready")
             if self.blocks() == before:
                 return before

@@ -57,6 +57,7 @@ class Page:
         self._pads: dict[str, ui.element] = {}
         self._codec_shown = player.walk.codec
         world = player.walk.world
+        ui.colors(primary="#5cb4ff")  # NiceGUI's own is too dark for the background
         ui.add_css(CSS)
         ui.add_css(f":root {{ --aspect: {world.width / world.height}; }}")
         ui.add_head_html(SCRIPT)
@@ -93,7 +94,7 @@ class Page:
             with ui.element("div").classes("stack").style("gap: 8px"):
                 with ui.element("div").classes("line").style("gap: 8px"):
                     self._back = (
-                        ui.button("walk back", on_click=self._player.go_back)
+                        ui.button("walk back", on_click=self._player.go_back, color=None)
                         .props("no-caps unelevated data-testid=back")
                         .classes("first")
                     )
@@ -128,7 +129,8 @@ class Page:
                     with ui.element("div").classes("view truth"):
                         self._truth = image("the real place of the newest frame", self._blank)
                     ui.label(
-                        "Remembered frames should look like it. Invented ones cannot."
+                        "Remembered frames should look like it, invented ones cannot. Seams in what is "
+                        "invented are the model's: bf16 has them too."
                     ).classes("dim")
 
     def _pad(self, key: str, arrow: str, letter: str) -> None:
@@ -148,8 +150,6 @@ class Page:
         pad.on("pointerdown", lambda: self._press(action), [])
         for event in ("pointerup", "pointerleave", "pointercancel"):
             pad.on(event, lambda: self._release(action), [])
-        pad.on("keydown.enter", lambda: self._press(action), [])
-        pad.on("keyup.enter", lambda: self._release(action), [])
 
     def _codec_card(self, codecs: dict[str, str]) -> None:
         with ui.element("div").classes("card"):

@@ -73,14 +73,20 @@ body { background: #111317; color: var(--ink); }
 """
 
 # What a page cannot do from Python: keep arrow keys from scrolling, give the keyboard back after
-# a click on a button, and notice that it has gone to another window while a key is down.
+# a click on a button (one that was reached by the keyboard keeps it, and Enter and the space bar press it),
+# move the line between two pictures, and notice that it has gone to another window while a key is down.
 SCRIPT = """<script>
 addEventListener('keydown', e => {
   const typing = ['INPUT', 'TEXTAREA'].includes(document.activeElement?.tagName);
   if (!typing && (e.key.startsWith('Arrow') || e.key === ' ')) e.preventDefault();
 });
-addEventListener('click', () => {
-  if (document.activeElement?.tagName === 'BUTTON') document.activeElement.blur();
+const onButton = () => document.activeElement?.tagName === 'BUTTON';
+for (const type of ['keydown', 'keyup'])
+  addEventListener(type, e => { if (e.key === ' ' && onButton()) e.stopPropagation(); }, true);
+addEventListener('click', e => {
+  if (e.detail) return onButton() && document.activeElement.blur();
+  const pad = e.target.closest('.key');
+  for (const type of pad ? ['pointerdown', 'pointerup'] : []) pad.dispatchEvent(new Event(type));
 });
 addEventListener('input', e => {
   if (e.target.id === 'wipe')
