@@ -272,7 +272,7 @@ def test_the_page_says_what_is_remembered_walks_back_and_compares_with_bf16(tab)
     page, named = me.page, me.page.get_by_test_id
     begin = me.settled()
     for i, key in enumerate("dd"):
-        page.keyboard.press(key)
+        me.tap(key)
         me.wait_for_turn(f"{begin + i}-{key}")
     named("back").click()
     me.wait_for_block(begin + 3)

@@ -71,8 +71,8 @@ class Tab:
         """The number of blocks after all presses have been played."""
         while True:
             before = self.blocks()
-            seconds = float(re.search(r"([\d.]+) s", self.text("speed"))[1])  # of the last block
-            self.page.wait_for_timeout(800 + 3000 * seconds)
+            last = re.search(r"([\d.]+) s", self.text("speed"))  # of the last block
+            self.page.wait_for_timeout(1000 + 2000 * float(last[1] if last else 0))
             self.wait_for("ready")
             if self.blocks() == before:
                 return before
