@@ -187,8 +187,6 @@ def _mesh(settings: Settings, options: Options) -> jax.sharding.Mesh | None:
     Raises:
         UserError: the user asked for a number that does not divide the heads.
     """
-    if options.split_weights:
-        log.info(f"--split-weights changes nothing: the devices of {NAME} share its weights anyway")
     if options.devices is not None:
         with told_to_user():
             return heads_mesh(settings.sizes.dit, jax.devices()[: options.devices])

@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from models.common.spread_weights import weight_specs
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.versions import versions
 from qvg_jax.attention.spread import check_spread
@@ -35,8 +34,6 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
     """
     count = jax.device_count() if options.devices is None and options.plan else options.devices
     if count is None or count == 1:
-        if options.split_weights:
-            raise UserError("--split-weights needs several devices: give --devices N")
         return None
     if not accepted:
         raise UserError(f"--devices {count} is not accepted: this model runs on one device")
@@ -47,7 +44,7 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
         raise UserError(
             f"--devices {count} is not accepted: there are {jax.device_count()} devices"
         )
-    return Plan(**{name: count}, split_tokens=True, split_weights=options.split_weights)
+    return Plan(**{name: count}, split_tokens=True)
 
 
 def check_blocks(cache: KVCache, plan: Plan | None, tokens: Sequence[int]) -> None:
@@ -109,9 +106,8 @@ def check_versions(own: Any) -> None:
 
 
 def on_all_devices[M: nnx.Module](model: M, plan: Plan | None) -> M:
-    """The model with its parameters on every device of a plan, those of its layers in parts if the plan says so."""
+    """The model with its parameters on every device of a plan."""
     if plan is None:
         return model
     graphdef, state = nnx.split(model)
-    places = jax.tree.map(lambda s: NamedSharding(plan.mesh, s), weight_specs(state, plan))
-    return nnx.merge(graphdef, jax.device_put(state, places))
+    return nnx.merge(graphdef, jax.device_put(state, NamedSharding(plan.mesh, jax.P())))

@@ -28,7 +28,6 @@ class LatentOptions(ResumableOptions):
         devices: devices that share a run; what the model does by itself if left out.
         plan: what they divide: compressed spans, heads, or spans that go around; the model's best if
             left out.
-        split_weights: keep a part of the layers' weights on each device, and gather a layer when it runs.
         coordinator: HOST:PORT of the first process of a run of several, each with its own devices.
         processes: processes of such a run.
         process: which of them this is, from 0 on.
@@ -43,7 +42,6 @@ class LatentOptions(ResumableOptions):
     precision: Literal["bf16", "fp8"] | None = None
     devices: Count | None = None
     plan: Literal["spans", "heads", "ring"] | None = None
-    split_weights: bool = False
     coordinator: str | None = None
     processes: Count | None = None
     process: Whole | None = None

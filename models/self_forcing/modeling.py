@@ -20,7 +20,6 @@ from jaxtyping import Array, Float
 
 from models.common.attention import fused_attention
 from models.common.patches import from_patches, to_patches
-from models.common.spread_weights import gathered
 from models.common.wan_layers import (
     AffineLayerNorm,
     FeedForward,
@@ -162,7 +161,7 @@ class SelfForcingDiT(TextConditioned):
 
         def one_layer(x_BTM, layer):
             state, text, index = layer
-            block = nnx.merge(graphdef, gathered(state, plan))
+            block = nnx.merge(graphdef, state)
             x_BTM, kv = block(
                 x_BTM, e_BF6M, text, lambda q, k, v: attention(q, k, v, index), plan=plan
             )

@@ -56,8 +56,6 @@ class Plan:
         ring: devices that divide the spans and the queries. Packed spans go around.
         split_tokens: whether models keep the tokens of a new block apart on the devices, so that the
             output of attention is wanted in parts too. A ring always does.
-        split_weights: whether models keep a part of each layer's weights on a device, and gather a layer
-            when it runs. The cache is the same with and without.
 
     Raises:
         ValueError: a number below 1, or two axes of more than one device.
@@ -67,7 +65,6 @@ class Plan:
     spans: int = 1
     ring: int = 1
     split_tokens: bool = False
-    split_weights: bool = False
 
     def __post_init__(self):
         for name in AXES:
