@@ -2,13 +2,14 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.versions import versions
@@ -17,7 +18,14 @@ from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.state import KVCache
 from qvg_jax.errors import UserError
 
-__all__ = ["check_blocks", "check_versions", "join_processes", "on_all_devices", "plan_of"]
+__all__ = [
+    "check_blocks",
+    "check_versions",
+    "join_processes",
+    "on_all_devices",
+    "plan_of",
+    "whole_on_all",
+]
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +55,7 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
     return Plan(**{name: count}, split_tokens=True)
 
 
-def check_blocks(cache: KVCache, plan: Plan | None, tokens: Sequence[int]) -> None:
+def check_blocks(cache: KVCache, plan: Plan | None, tokens: Iterable[int]) -> None:
     """Raises UserError if blocks of so many tokens cannot attend to a cache by a plan, as `attend` would.
 
     Args:
@@ -103,6 +111,13 @@ def check_versions(own: Any) -> None:
             f"versions of process {', '.join(map(str, differ))} differ from those of process 0; this "
             f"is process {jax.process_index()} with {own}; install the same everywhere"
         )
+
+
+def whole_on_all(x: Array, plan: Plan | None) -> Array:
+    """The array, complete on every device of a plan: for results that the host or a user looks at."""
+    if plan is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(plan.mesh, jax.P()))
 
 
 def on_all_devices[M: nnx.Module](model: M, plan: Plan | None) -> M:
