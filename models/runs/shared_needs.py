@@ -25,6 +25,7 @@ def needs_on_devices(
     axes: Sequence[str],
     tokens: Iterable[int],
     longest: Callable[[Callable[[KVCache], int]], int],
+    seconds: Callable[[Plan], float | None] = lambda plan: None,
 ) -> list[Need]:
     """The needs of one of several devices under each plan that divides a cache and that attention serves.
 
@@ -39,6 +40,7 @@ def needs_on_devices(
         tokens: of its blocks.
         longest: `longest(share)` is the most latent frames that fit, where `share(cache)` are the bytes that
             a device has of a cache.
+        seconds: what is predicted for a block under a plan.
     """
     found = []
     for axis in axes if count > 1 else ():
@@ -54,7 +56,8 @@ def needs_on_devices(
         except (ValueError, NotImplementedError) as error:
             log.warning(f"{name} is left out: {error}")
             continue
-        found.append(dataclasses.replace(need, name=name, held=held, longest=longest(share)))
+        changed = dict(name=name, held=held, longest=longest(share), seconds=seconds(plan))
+        found.append(dataclasses.replace(need, **changed))
     return found
 
 

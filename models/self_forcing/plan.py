@@ -18,11 +18,13 @@ from models.self_forcing.block import Known, State
 from models.self_forcing.entry import NAME, Options
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import generating_step
+from models.self_forcing.predicted import SOURCE, block_seconds
 from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.settings import PLANS, Settings, chosen_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.loop import run_chunk
 
 
@@ -65,7 +67,9 @@ def make_plan(
         parts = (name, held, block, shape_bytes(past), decoding)
         need = with_decoder(*parts, last=options.decode_last)
         longest = _longest(settings, name, need, memory, shape_bytes)
-        needs.append(dataclasses.replace(need, longest=longest))
+        seconds = functools.partial(block_seconds, settings, name, cache)
+        alone = seconds(CachePlan()) if count > 1 else None
+        needs.append(dataclasses.replace(need, longest=longest, seconds=alone))
         needs += needs_on_devices(
             need,
             cache,
@@ -73,6 +77,7 @@ def make_plan(
             axes=PLANS,
             tokens=settings.block_tokens(),
             longest=functools.partial(_longest, settings, name, need, memory),
+            seconds=seconds,
         )
     slots = settings.sizes.dit.text_slots
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, slots)}
@@ -87,6 +92,7 @@ def make_plan(
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
         "a smaller --height and --width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
+        notes=(SOURCE,) if any(need.seconds is not None for need in needs) else (),
     )
 
 
