@@ -26,10 +26,11 @@ def needs_on_devices(
     tokens: Iterable[int],
     longest: Callable[[Callable[[KVCache], int]], int],
     seconds: Callable[[Plan], float | None] = lambda plan: None,
+    weights: int | None = None,
 ) -> list[Need]:
     """The needs of one of several devices under each plan that divides a cache and that attention serves.
 
-    Every device has all weights; temporaries are those of one device, which are the largest. A plan that
+    Temporaries are those of one device, which are the largest. A plan that
     cannot be is left out, and the log says why.
 
     Args:
@@ -41,8 +42,11 @@ def needs_on_devices(
         longest: `longest(share)` is the most latent frames that fit, where `share(cache)` are the bytes that
             a device has of a cache.
         seconds: what is predicted for a block under a plan.
+        weights: bytes of the transformer on each device; None is all of it.
     """
     found = []
+    if weights is not None:
+        need = dataclasses.replace(need, held=need.held | {"transformer": weights})
     for axis in axes if count > 1 else ():
         plan = Plan(**{axis: count}, split_tokens=True)  # type: ignore[arg-type]
 

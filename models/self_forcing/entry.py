@@ -29,6 +29,8 @@ class Options(LatentOptions):
         span: latent frames that are compressed together; 24, or 3 in a short window.
         recent: newest latent frames, which are not compressed; 0 if left out.
         lora: file of a LoRA to merge into the weights, beside that of the release.
+        share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
+            as they run.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
 
@@ -39,6 +41,7 @@ class Options(LatentOptions):
     span: Frames | None = None
     recent: SomeFrames | None = None
     lora: Name | None = None
+    share_weights: bool = False
     decode_last: bool = False
 
 
@@ -54,9 +57,12 @@ class PlanOptions(LatentPlanOptions):
         recent: newest latent frames, which are not compressed; 0 if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
+        share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
+            as they run.
     """
 
     devices: Count | None = None
+    share_weights: bool = False
     window: Frames | None = None
     sink: SomeFrames | None = None
     span: Frames | None = None

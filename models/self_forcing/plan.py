@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from models.common.wan_text import TextKV
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
+from models.runs.devices import shared_weight_bytes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
 from models.runs.shared_needs import needs_on_devices
 from models.self_forcing.block import Known, State
@@ -25,6 +26,7 @@ from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.plan import Plan as CachePlan
+from qvg_jax.errors import UserError
 from qvg_jax.loop import run_chunk
 
 
@@ -44,7 +46,10 @@ def make_plan(
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
-    count, options = options.devices or 1, dataclasses.replace(options, devices=None, plan=None)
+    count, share = options.devices or 1, options.share_weights
+    if share and count == 1:
+        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
+    options = dataclasses.replace(options, devices=None, plan=None, share_weights=False)
     settings = settle(options, chosen_sizes(options, None, released), release=release)
     begin = time.perf_counter()
     networks = {
@@ -69,6 +74,7 @@ def make_plan(
         longest = _longest(settings, name, need, memory, shape_bytes)
         seconds = functools.partial(block_seconds, settings, name, cache)
         alone = seconds(CachePlan()) if count > 1 else None
+        seconds = (lambda plan: None) if share else seconds  # gathering is in no model of times yet
         needs.append(dataclasses.replace(need, longest=longest, seconds=alone))
         needs += needs_on_devices(
             need,
@@ -78,6 +84,7 @@ def make_plan(
             tokens=settings.block_tokens(),
             longest=functools.partial(_longest, settings, name, need, memory),
             seconds=seconds,
+            weights=shared_weight_bytes(networks["transformer"], count) if share else None,
         )
     slots = settings.sizes.dit.text_slots
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, slots)}

@@ -80,6 +80,8 @@ def settle(
     check_seed(options.seed)
     names = arm_names(options)
     plan = plan_of(options, PLANS)
+    if options.share_weights and plan is None:
+        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps, release),

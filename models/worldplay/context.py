@@ -106,7 +106,7 @@ def context_kv(
             return queries.at[i].set(q_BTCD), keys, values, kept
 
         def finish(i, x_NBTM):
-            o_BTCD = _shared_first(queries[i], keys, values, blocks, T // n, plan)
+            o_BTCD = _shared_first(queries[i], keys, values, blocks * T, T // n, plan)
             here = jax.tree.map(lambda x: x[i], at_N)
             branches = decode_outputs(jnp.swapaxes(o_BTCD, 1, 2), here)
             branches = tuple(jnp.swapaxes(o, 1, 2) for o in branches)
@@ -135,13 +135,13 @@ def _shared_first(
     q_BTCD: Float[Array, "B T C D"],
     k_BUCD: Float[Array, "B U C D"],
     v_BUCD: Float[Array, "B U C D"],
-    blocks: Int[Array, ""],
+    keys: Int[Array, ""],
     piece: int,
     plan: Plan | None,
 ) -> Float[Array, "B T C D"]:
     """`_attend_first`, on several devices by each for some of the queries."""
     if plan is None or not plan.split_tokens:
-        return _attend_first(q_BTCD, k_BUCD, v_BUCD, blocks, piece)
+        return _attend_first(q_BTCD, k_BUCD, v_BUCD, keys, piece)
     apart, everywhere = jax.P(None, plan.axis), jax.P()
     run = jax.shard_map(
         lambda *inputs: _attend_first(*inputs, piece),
@@ -150,20 +150,20 @@ def _shared_first(
         out_specs=apart,
         check_vma=False,
     )
-    return run(q_BTCD, k_BUCD, v_BUCD, blocks)
+    return run(q_BTCD, k_BUCD, v_BUCD, keys)
 
 
 def _attend_first(
     q_BTCD: Float[Array, "B T C D"],
     k_BUCD: Float[Array, "B U C D"],
     v_BUCD: Float[Array, "B U C D"],
-    blocks: Int[Array, ""],
+    keys: Int[Array, ""],
     piece: int,
 ) -> Float[Array, "B T C D"]:
-    """Attention to the first `blocks` T keys; without cuDNN, `piece` of them at a time."""
+    """Attention to the first `keys` keys; without cuDNN, `piece` of them at a time, which divides them."""
     B, T, C, D = q_BTCD.shape
     if cudnn_works(q_BTCD.dtype.name, D):
-        return fused_attention(q_BTCD, k_BUCD, v_BUCD, valid_B=jnp.full((B,), blocks * T))
+        return fused_attention(q_BTCD, k_BUCD, v_BUCD, valid_B=jnp.full((B,), keys))
     f32 = jnp.float32
 
     def visit(j, run):
@@ -178,5 +178,5 @@ def _attend_first(
 
     zero = jnp.zeros((B, C, T, D), f32)
     start = zero[..., 0] - jnp.inf, zero[..., 0], zero
-    _, total, out = jax.lax.fori_loop(0, blocks * (T // piece), visit, start)
+    _, total, out = jax.lax.fori_loop(0, keys // piece, visit, start)
     return jnp.swapaxes(out / total[..., None], 1, 2).astype(q_BTCD.dtype)
