@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from models.common.wan_text import TextKV
+from models.runs.devices import whole_on_all
 from models.self_forcing.averaged_sink import before_the_window
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.history import append_frames, block_positions
@@ -207,8 +208,6 @@ def generate_block(
     else:
         given = known.x0_BFZYX.astype(model.config.dtype)
         x0_BFZYX = jax.lax.cond(known.done, lambda: given, denoised)
-    if (plan := state.cache.layout.plan) is not None:  # who looks at it sees it whole
-        everywhere = jax.NamedSharding(plan.mesh, jax.P())
-        x0_BFZYX = jax.lax.with_sharding_constraint(x0_BFZYX, everywhere)
+    x0_BFZYX = whole_on_all(x0_BFZYX, state.cache.layout.plan)
     timestep = sampler.context_timestep
     return _remember(model, state, view, positions_BTP, x0_BFZYX, timestep), x0_BFZYX

@@ -36,6 +36,8 @@ class Options(LatentOptions):
             sink, which is then a block unless --sink says more, and the newest frames.
         local: newest latent frames that such a head reads; those of the file, or 4, if left out.
         lora: file of a LoRA to merge into the weights, beside that of the release.
+        share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
+            as they run.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
 
@@ -50,6 +52,7 @@ class Options(LatentOptions):
     heads: Name = "all"
     local: SomeFrames | None = None
     lora: Name | None = None
+    share_weights: bool = False
     decode_last: bool = False
 
 
@@ -69,9 +72,12 @@ class PlanOptions(LatentPlanOptions):
         local: newest latent frames that the others read; those of the file, or 4, if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
+        share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
+            as they run.
     """
 
     devices: Count | None = None
+    share_weights: bool = False
     window: Frames | None = None
     sink: SomeFrames | None = None
     span: Frames | None = None

@@ -12,6 +12,7 @@ from models.common.lora import merge_lora
 from models.runs import latent_job
 from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
+from models.runs.devices import on_all_devices, weight_placement
 from models.runs.latent_job import Run
 from models.runs.request_checks import file_digest
 from models.self_forcing.config import SamplerConfig
@@ -30,8 +31,9 @@ from models.self_forcing.settings import (
     settle,
     sizes_of,
 )
+from qvg_jax.app import memory_plan
 from qvg_jax.app.job import Arm, Job
-from qvg_jax.app.memory_plan import Plan
+from qvg_jax.cache.plan import Plan
 
 __all__ = ["plan", "prepare"]
 
@@ -69,10 +71,12 @@ class _SelfForcing(BlockModel[Options, Settings]):
         }
 
     def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        return self._merged(super().load_dit(files, options, settings))
+        place = weight_placement(_plan(settings), share=options.share_weights)
+        return self._merged(self.weights.load(files, settings.sizes.dit, device=place))
 
     def random_dit(self, options: Options, settings: Settings) -> Any:
-        return self._merged(super().random_dit(options, settings))
+        dit = super().random_dit(options, settings)
+        return self._merged(on_all_devices(dit, _plan(settings), share=options.share_weights))
 
     def _merged(self, dit: Any) -> Any:
         for file in self.loras:
@@ -112,7 +116,10 @@ class _SelfForcing(BlockModel[Options, Settings]):
     ) -> Iterator[Any]:
         settings = run.settings
         pipeline = SelfForcing(
-            run.reader(arm.name), sampler=settings.sampler, history=settings.histories[arm.name]
+            run.reader(arm.name),
+            sampler=settings.sampler,
+            history=settings.histories[arm.name],
+            share_weights=run.options.share_weights,
         )
         generation = Generation(
             text_BUE=run.prompt,
@@ -150,6 +157,11 @@ def _said_of_heads(settings: Settings) -> dict[str, str]:
     return {"heads": found.pop()} if found else {}
 
 
+def _plan(settings: Settings) -> Plan | None:
+    """The plan of all arms."""
+    return next(iter(settings.histories.values())).plan
+
+
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:
     """The LoRA files that a run merges: the release's, from the folder of weights, and the user's.
 
@@ -178,7 +190,7 @@ def prepare(options: Options, release: str = NAME) -> Job:
     return latent_job.prepare(_SelfForcing(RELEASES[release]), options)
 
 
-def plan(options: PlanOptions, release: str = NAME) -> Plan:
+def plan(options: PlanOptions, release: str = NAME) -> memory_plan.Plan:
     """What of a run fits into the memory; see `make_plan`."""
     asked, chosen = options.request(Options), RELEASES[release]
     return make_plan(asked, options.memory, sizes_of(chosen, released_sizes()), chosen)

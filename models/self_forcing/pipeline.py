@@ -84,6 +84,8 @@ class SelfForcing:
         model: the transformer.
         sampler: the few-step schedule; None is the released one.
         history: what of the past is kept, and how; None keeps everything uncompressed.
+        share_weights: whether each device of the history's plan keeps a part of every layer's weights
+            only, and gathers a layer when it runs.
     """
 
     def __init__(
@@ -92,10 +94,11 @@ class SelfForcing:
         *,
         sampler: SamplerConfig | None = None,
         history: History | None = None,
+        share_weights: bool = False,
     ):
         self.sampler = SamplerConfig() if sampler is None else sampler
         self.history = History() if history is None else history
-        self.model = on_all_devices(model, self.history.plan)
+        self.model = on_all_devices(model, self.history.plan, share=share_weights)
 
     def generate(
         self, request: Generation, *, chunk: int = 8, progress: Progress | None = None

@@ -92,6 +92,8 @@ def settle(
         usual=LOCAL_FRAMES,
     )
     _check_heads(options, heads)
+    if options.share_weights and plan is None:
+        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps, release),

@@ -78,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     if not words:
         raise UserError(f"COMMAND is missing; accepted: {', '.join((*TASKS, *_OTHERS))}")
+    if {*words} == {"--version", "--verbose"}:
+        from qvg_jax.app.jax_setup import verbose_version
+
+        print(verbose_version())
+        return 0
     words = _with_model(words)
     result = _app(words)(words, exit_on_error=False, print_error=False)
     return result if isinstance(result, int) else 0

@@ -1,17 +1,15 @@
-"""The work of the commands, once `cli` has read their options; this module imports JAX."""
+"""The work of the commands, once `cli` has read their options; JAX is imported where it is needed."""
 
 import contextlib
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from qvg_jax.app.command_line import command_line
+from qvg_jax.app.jax_setup import set_up_jax
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
@@ -77,6 +75,7 @@ def _generated(
 
     With `leave_finished`, None for a run to go on with that is finished, whose files stay.
     """
+    from qvg_jax.app.compile_watch import watching_compiler
     from qvg_jax.app.early_checks import check_early
     from qvg_jax.app.progress import Progress, saying
     from qvg_jax.app.run_lock import check_alone_in
@@ -108,7 +107,13 @@ def _generated(
         what = f"{job.frames} generated" if real else f"{job.frames} frames"
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
-        with _within_memory(advice), _one_line(*told), _written(), Progress(job) as progress:
+        with (
+            _within_memory(advice),
+            _one_line(*told),
+            _written(),
+            watching_compiler() as compiling,
+            Progress(job, compiling) as progress,
+        ):
             outcome = run(
                 job,
                 options.out,
@@ -269,34 +274,6 @@ def codecs(shape: tuple[int, ...]) -> int:
         rows.append((name, code, f"{bits:.4f}", f"{16 / bits:.2f}x", what))
     print(aligned(rows))
     return 0
-
-
-def set_up_jax() -> None:
-    """Sets JAX up for the command: 32-bit numbers, and compiled programs kept in the user's cache folder.
-
-    Results do not depend on `JAX_ENABLE_X64`, which is for the user's own programs. A folder of compiled
-    programs that JAX was told of stays.
-
-    Raises:
-        UserError: JAX was told of a platform that is not there.
-    """
-    jax.config.update("jax_enable_x64", False)
-    try:
-        jax.devices()
-    except (
-        AssertionError,
-        RuntimeError,
-    ) as error:  # of a platform without its package, or its device
-        platform = os.environ.get("JAX_PLATFORMS", "")
-        why = f" ({error})" if str(error) else ""
-        raise UserError(
-            f"JAX_PLATFORMS={platform!r} cannot be used here; accepted: cpu, a platform that this "
-            f"machine and the installed JAX have, or none{why}"
-        ) from error
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
-        return
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder, "qvg_jax", "compiled")))
 
 
 @contextlib.contextmanager

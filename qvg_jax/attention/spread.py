@@ -20,7 +20,6 @@ from qvg_jax.attention.features import Features
 from qvg_jax.attention.ring import attend_ring, rotated
 from qvg_jax.cache.devices import cache_specs, own_part, own_spans
 from qvg_jax.cache.plan import Plan
-from qvg_jax.cache.rope import Encodings
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import CacheView
 
@@ -48,7 +47,7 @@ def attend_on_devices(
 
     Raises:
         ValueError: the devices do not divide the new tokens, where the plan keeps them apart.
-        NotImplementedError: heads that the plan divides and a codec or `Encodings` keep together.
+        NotImplementedError: the plan divides heads that a codec keeps together.
     """
     plan: Plan = view.cache.layout.plan
     tokens = q_BTHD.shape[1]
@@ -194,11 +193,6 @@ def _by_heads(
 ) -> tuple[Array, Array]:
     """Each device attends with its own heads; queries with their tokens apart change places before and after."""
     axis, n, lay = plan.axis, plan.devices, view.cache.layout
-    if isinstance(view.rope, Encodings) and view.rope.copies > 1:
-        raise NotImplementedError(
-            f"plan heads={n}: Encodings give each head {view.rope.copies} copies, which belong together; "
-            "accepted: plan spans or ring"
-        )
 
     def here(new, table, view, layer, scale, features):
         q, k, v = rotated(view, new, table, axis)

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.plan import Part, Plan, fits_memory
 from qvg_jax.cache.slots import batch_leaves
+from qvg_jax.errors import wrong_kind
 
 if TYPE_CHECKING:
     from qvg_jax.cache.state import KVCache
@@ -231,10 +232,10 @@ def spread(cache: "KVCache", plan: Plan | None) -> "KVCache":
         TypeError: the cache or the plan is none.
         ValueError, NotImplementedError: as `KVCache.create`.
     """
-    from qvg_jax.cache.arguments import check_cache, check_plan  # which knows caches; they use this
-
-    check_cache(cache)
-    check_plan(plan, "plan")
+    if not isinstance(getattr(cache, "layout", None), Layout):
+        raise wrong_kind("cache", cache, "a KVCache, as KVCache.create makes it")
+    if plan is not None and not isinstance(plan, Plan):
+        raise wrong_kind("plan", plan, "a Plan, such as Plan(spans=2), or None for one device")
     old, new = cache.layout.plan, None if plan is None or plan.devices == 1 else plan
     if new is not None:
         new.check(cache.layout)

@@ -13,6 +13,7 @@ from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.slots import batch_leaves, initial_states
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import known
+from qvg_jax.errors import wrong_kind
 
 __all__ = ["reset", "take_rows", "truncate"]
 
@@ -70,7 +71,7 @@ def truncate(cache: KVCache, tokens: int | Int[Array, ""]) -> KVCache:
             "do not come back; accepted: a cache with slots, or with overflow='error'"
         )
     if tokens is None or isinstance(tokens, str):
-        raise TypeError(f"tokens={tokens!r} is not accepted: give a number >= 0")
+        raise wrong_kind("tokens", tokens, "a number >= 0")
     wanted, held = known(tokens), known(cache.tokens)
     if wanted is not None and wanted < 0:
         raise ValueError(f"tokens={wanted} is not accepted: give a number >= 0")
@@ -139,7 +140,7 @@ def take_rows(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     """
     check_cache(cache)
     if rows is None or isinstance(rows, str):
-        raise TypeError(f"rows={rows!r} is not accepted: give (R,) integers, R >= 1")
+        raise wrong_kind("rows", rows, "(R,) integers, R >= 1")
     lay = cache.layout
     found = jnp.asarray(rows)
     if found.ndim != 1 or not found.size or not jnp.issubdtype(found.dtype, jnp.integer):

@@ -24,6 +24,7 @@ from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import empty_slots
 from qvg_jax.cache.view import CacheView, view_of
 from qvg_jax.codecs.base import Codec, identity
+from qvg_jax.errors import wrong_kind
 
 __all__ = ["KVCache"]
 
@@ -127,9 +128,7 @@ class KVCache:
         if window_blocks is None:
             window_blocks = span_blocks + keep_recent + 1
         if sharding is not None and not isinstance(sharding, Plan):
-            raise TypeError(
-                f"sharding={sharding!r} is not accepted: give a Plan, such as Plan(spans=2), or None"
-            )
+            raise wrong_kind("sharding", sharding, "a Plan, such as Plan(spans=2), or None")
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype={dtype.name} is not accepted: give a floating point dtype")

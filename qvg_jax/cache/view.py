@@ -14,6 +14,7 @@ from qvg_jax.cache.head_history import HeadSet
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.relative import Moves, RelativeTime
 from qvg_jax.cache.rope import Encodings, Rope
+from qvg_jax.errors import wrong_kind
 
 if TYPE_CHECKING:
     from qvg_jax.cache.state import KVCache
@@ -162,10 +163,10 @@ def view_of(
     """The view behind `KVCache.view`, which documents the arguments."""
     lay = cache.layout
     if not (rope is None or rope is False or isinstance(rope, Rope | Encodings)):
-        raise TypeError(
-            f"rope={rope!r} is not accepted: give a Rope, such as axial_rope makes, Encodings, False for "
-            "keys as they are stored, or None"
+        accepted = (
+            "a Rope, as axial_rope makes it, Encodings, False for keys as they are stored, or None"
         )
+        raise wrong_kind("rope", rope, accepted)
     rope = lay.rope if rope is None else rope
     if rope is None and lay.pos_dims:
         raise ValueError(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from models.pocket_world import camera, job, pipeline, world
 from qvg_jax.app import cli
+from qvg_jax.app.jax_setup import set_up_jax
 from qvg_jax.app.panels import Sheet
 from qvg_jax.codecs.presets import PAIRS, PRESETS
 from tests.support.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_weights
@@ -141,6 +142,29 @@ def test_the_list_of_codecs(capsys):
     assert "qvg-asym" in capsys.readouterr().out
     assert cli.main(["codecs", "--shape", "1,24,29640,128"]) == 0
     assert "6.88x" in capsys.readouterr().out
+
+
+def test_the_folder_of_compiled_programs_is_named_and_bounded(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "qvg_jax" / "programs"
+    folder.mkdir(parents=True)
+    (folder / "jit_step-cache").write_bytes(bytes(2_500_000))
+    assert cli.main(["--version", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert f"  jax {jax.__version__}" in out
+    assert f"compiled programs: {folder}, 2.5 MB, of at most 4 GB" in out
+    # What `set_up_jax` tells JAX, without telling this process.
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__, raising=False)
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
+    set_up_jax()
+    assert told == {
+        "jax_enable_x64": False,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 4 * 10**9,
+    }
 
 
 def test_the_version(capsys):

@@ -93,6 +93,17 @@ def test_blocks_have_the_truth_of_their_own_time(weights):
     np.testing.assert_array_equal(before[1:], poses[:-1])
 
 
+def test_what_of_the_options_is_not_used_is_said(weights, caplog):
+    size = dict(weights=str(weights), tour=4, codec="rtn")
+    job.prepare(Options(**size, actions="w-8", frames=8))
+    assert not caplog.records
+    with caplog.at_level("INFO"):
+        job.prepare(Options(**size, actions="w-8", frames=4, compare=("bf16",)))
+    cut, always = caplog.records
+    assert cut.levelname == "WARNING" and "the last 4 of its 8 frames are not made" in cut.message
+    assert "--compare bf16 changes nothing" in always.message
+
+
 def test_all_arms_start_from_the_same_noise(weights):
     run = job.prepare(
         Options(weights=str(weights), codec="qvg", compare=("rtn", "qvg"), tour=4, frames=4)
