@@ -254,14 +254,10 @@ def _accepting(task: str, option: str) -> list[str]:
     """Models whose options for a command include one."""
     import dataclasses
 
-    registry, field, found = _registry(), option.lstrip("-").replace("-", "_"), []
-    for name in registry.names():
-        if not _knows(registry, name, task):
-            continue
-        options = registry.named(name).task_options(task)
-        if field in {f.name for f in dataclasses.fields(options)}:
-            found.append(name)
-    return found
+    registry, field = _registry(), option.lstrip("-").replace("-", "_")
+    known = [name for name in registry.names() if _knows(registry, name, task)]
+    options = {name: registry.named(name).task_options(task) for name in known}
+    return [name for name in known if field in {f.name for f in dataclasses.fields(options[name])}]
 
 
 def _tune(
