@@ -1,6 +1,6 @@
 """What a few recalled spans are worth: the oldest places of a long tour, read in several ways.
 
-    uv run python -m benchmarks.recall --json recall.json        # two worlds, tours of 4,000 frames
+    uv run python -m benchmarks.recall --json recall.json        # tours of 4,000 frames in two worlds
 
 All spans of a tour of real frames are kept packed in host memory, with the nearest few in sight. Then the
 oldest frames are rendered once more from the same memory: with every span in sight, with the nearest few and
