@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
-from pallas_kernels.dequantize.dither import FINE, dither
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
 from qvg_jax.codecs.quantize.grid import power_of_gain
 from qvg_jax.codecs.quantize.packing import pack, packed_width, unpack
@@ -102,6 +101,9 @@ def dithered_quantize(
     Source: subtractive dither: L. Schuchman, "Dither signals and their effect on quantization noise"
     (IEEE Trans. Commun. 1964). Its sequence is this library's.
     """
+    # Here, for importing this library loads no kernel.
+    from pallas_kernels.dequantize.dither import FINE, dither
+
     if bits not in _BITS:
         raise ValueError(f"bits={bits} is not accepted: give 2, 3 or 4")
     n, power = 2**bits, power_of_gain(gain)
