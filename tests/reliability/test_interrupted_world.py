@@ -86,6 +86,10 @@ def test_sigterm_leaves_a_video_and_the_run_goes_on(run, whole, tmp_path, monkey
     assert code == 2 and "made with seed=0, now it is 1" in err
     assert run(tmp_path, "--resume")[0] == 0
     assert products(tmp_path) == whole
+    made = (tmp_path / "video.mp4").stat().st_mtime_ns
+    code, err = run(tmp_path, "--resume")  # nothing is left to do, and nothing is touched
+    assert code == 0 and "from the beginning" not in err
+    assert (tmp_path / "video.mp4").stat().st_mtime_ns == made and products(tmp_path) == whole
 
 
 def test_faults_of_the_disk_one_after_another(run, whole, weights, tmp_path):

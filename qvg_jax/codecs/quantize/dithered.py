@@ -101,6 +101,9 @@ def dithered_quantize(
     Source: subtractive dither: L. Schuchman, "Dither signals and their effect on quantization noise"
     (IEEE Trans. Commun. 1964). Its sequence is this library's.
     """
+    # Here, for importing this library loads no kernel.
+    from pallas_kernels.dequantize.dither import FINE, dither
+
     if bits not in _BITS:
         raise ValueError(f"bits={bits} is not accepted: give 2, 3 or 4")
     n, power = 2**bits, power_of_gain(gain)
