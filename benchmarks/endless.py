@@ -1,6 +1,6 @@
 """Walks without an end: seconds a block and memory of a long walk through pocket world.
 
-    uv run python -m benchmarks.endless walk --frames 10000 --json walk.json      # about half an hour on two cores
+    uv run python -m benchmarks.endless --json walk.json      # 10,000 frames: nine minutes of a processor
 
 The walk is that of `qvg play pocket-world --endless`: bounded memory, whose oldest span makes room, and frame
 numbers that count back from each block. Actions are drawn at random and turn home at the edge of a region.
@@ -122,7 +122,6 @@ def line_of(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("walk",))
     parser.add_argument("--frames", type=int, default=10_000, help="of the walk (10000)")
     parser.add_argument(
         "--rows", type=int, default=1000, help="frames of a row of the table (1000)"
