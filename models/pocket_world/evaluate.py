@@ -164,7 +164,7 @@ def summary(out: pathlib.Path) -> str:
                 # Range over worlds and windows of 100 frames that the world itself shows.
                 row[f"truth_{key}_range"] = _window_range(truth)
                 row[f"{key}_range"] = _window_range(ours)
-            row |= {key: float(a[key]) for key in ("seams", "truth_seams")}
+            row |= {key: float(a[key]) for key in ("seams", "truth_seams") if key in a}
             lines.append(
                 f"{name}: "
                 + json.dumps(
