@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.pocket_world import camera, job, pipeline, world
+from models.pocket_world import camera, pipeline, route, world
 from qvg_jax.app import cli
 from qvg_jax.app.jax_setup import set_up_jax
 from qvg_jax.app.panels import Sheet
@@ -74,7 +74,7 @@ def test_the_video_has_every_frame_of_every_arm(done):
         return frame[top + half : bottom : sheet.scale, left + half : right : sheet.scale]
 
     key = jax.random.fold_in(jax.random.key(5), 0)
-    tour = camera.wander(key, jnp.zeros(3), TOUR, job.HALF_WIDTH)
+    tour = camera.wander(key, jnp.zeros(3), TOUR, route.HALF_WIDTH)
     real = np.asarray(pipeline.render_path(jnp.array([5]), tour[None, :4]))[0]
     for i in range(4):  # during the tour all panels show the world
         error = (panel(frames[3], i) / 127.5 - 1) - real[3]
