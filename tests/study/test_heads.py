@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.pocket_world import job
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.heads import drop_errors
 from models.pocket_world.modeling import PocketWorld
@@ -101,6 +102,8 @@ def test_tune_writes_a_list_that_a_model_reads(tmp_path, capsys):
     assert history_of("all", local=None, **sizes) is None
     with pytest.raises(UserError, match="no list of its own"):
         history_of("auto", local=None, **sizes)
+    own = history_of("auto", layers=6, count=3, local=None, usual=9, own=job.HEADS)
+    assert own is not None and (own.full, own.local_blocks) == (12, 2)  # pocket world's
     with pytest.raises(UserError, match="2 layers and 3 heads; accepted: 4 layers and 3 heads"):
         history_of(str(tmp_path / "heads.json"), local=None, **sizes | dict(layers=4))
 
