@@ -113,7 +113,6 @@ def dithered_quantize(
     e4m3 = scale_format("e4m3")
 
     # The kernels' own, which nobody needs who makes no such codec.
-    from pallas_kernels.dequantize.dither import FINE, dither
 
     def check(shape: Shape, dtype: Any = jnp.float32) -> None:
         check_span(shape, dtype)
