@@ -12,6 +12,8 @@ What no kernel encodes runs on XLA where it is named, pocket world's span of eig
 
 import argparse
 import json
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ CODECS = {
         kmeans_smoothing(256, 2, warm_start=False, centroid_dtype="int8"), grid_quantize(2)
     ),
     "qvg as preset": lambda: presets.get("qvg"),
+    "dither as preset, keys": lambda: presets.pair("dither")[0],
 }
 ON_XLA = {
     "trellis, keys": lambda: presets.pair("trellis")[0],
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parts.append((_codec_jobs("xla", ON_XLA | (CODECS if args.xla else {})), {}))
     for jobs, options in parts:
         for shape in args.shapes:
-            some = jobs(*SHAPES[shape], args)
+            some = jobs(*SHAPES[shape], args if jobs is _kernel_jobs else args.codecs)
             # Codecs one by one: each is printed before the next is compiled.
             for part in [some] if jobs is _kernel_jobs else [{n: j} for n, j in some.items()]:
                 rows += _measured(shape, part, options, copies, args.repeats)
@@ -93,6 +96,39 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
     return result
+
+
+def codec_rows(
+    shapes: Sequence[str],
+    codecs: dict[str, Any],
+    implementation: str,
+    repeats: int,
+    *,
+    until: float | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of times of whole codecs and of a copy of each span.
+
+    Args:
+        shapes: of `SHAPES`.
+        codecs: functions that make them, by name.
+        implementation: what encodes.
+        repeats: timings of each.
+        until: time of `time.monotonic` after which nothing begins; None for no end.
+    """
+    print(f"{'encode':52} {'ms':>8} {'+-':>7} {'TFLOP/s':>8} {'/ copy':>7}", flush=True)
+    copies: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    options = dict(xla_gpu_autotune_level=0) if implementation == "mosaic" else {}
+    for shape in shapes:
+        heads, tokens = SHAPES[shape]
+        jobs: dict[str, Any] = {"copy": (lambda x: -x, (noise((heads, tokens, 128), 1),), 0)}
+        rows += _measured(shape, jobs, {}, copies, repeats)
+        for name in codecs:
+            if until is not None and time.monotonic() > until:
+                continue
+            some = _codec_jobs(implementation, codecs)(heads, tokens, [name])
+            rows += _measured(shape, some, options, copies, repeats)
+    return rows
 
 
 def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -112,8 +148,8 @@ def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str,
 
 
 def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:
-    def jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-        names, out = [name for name in args.codecs if name in codecs], {}
+    def jobs(heads: int, tokens: int, wanted: Sequence[str]) -> dict[str, Any]:
+        names, out = [name for name in wanted if name in codecs], {}
         x_BHTD = noise((1, heads, tokens, 128), 1) if names else None
         for name in names:
             codec = codecs[name]()

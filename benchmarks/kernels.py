@@ -22,7 +22,7 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,6 +42,11 @@ from pallas_kernels.dequantize import (
 from pallas_kernels.dequantize.types import Tuning
 
 E4M3 = jnp.float8_e4m3fn
+DECODE_FORMS = {
+    "group 64": Scheme(bits=2, group=64, offset=1.0, stages=1),
+    "group 128": Scheme(bits=2, group=128, offset=1.5, stages=1),
+    "dithered": Scheme(2, 128, 2 - 1 / 128, 1, dithered=True, deviations=True),
+}
 DECODE_SIZES = {
     f", {heads} heads, {tokens} tokens": Tuning(heads=heads, tokens=tokens)
     for heads, tokens in ((1, 64), (4, 64), (1, 128), (2, 32), (4, 32))
@@ -165,13 +170,16 @@ def decode_table(
         x = noise((heads, tokens, 128), 3)
         jobs["copy bf16"] = (lambda x: -x, (x,))
         traffic["copy bf16"] = 2 * x.nbytes
-        for group, offset in ((64, 1.0), (128, 1.5)):
-            scheme = Scheme(bits=2, group=group, offset=offset, stages=1)
+        for form, scheme in DECODE_FORMS.items():
+            group, deviations = scheme.group, None
+            if scheme.deviations:
+                deviations = noise((heads, 128), 8)
             source = Encoded(
                 codes_RTC=_bytes((heads, tokens, 32), 4),
                 scales_RTG=_bytes((heads, tokens, 128 // group), 5) // 4,
                 ids_RST=_bytes((heads, 1, tokens), 6),
                 centroids_RSKD=noise((heads, 1, 256, 128), 7),
+                deviations_RD=deviations,
             )
             here = dict(valid=tokens, scale_n=jnp.ones((heads,), jnp.float32))
             for dtype, name in ((jnp.bfloat16, "bf16"), (E4M3, "e4m3")):
@@ -179,7 +187,7 @@ def decode_table(
                     ("values", decode_values, {}),
                     ("keys, rotated", decode_keys, dict(rotation=rotation)),
                 ):
-                    label = f"{what} to {name}, group {group}"
+                    label = f"{what} to {name}, {form}"
                     for size, tuning in (sizes if how else {"": None}).items():
                         more = how | dict(tuning=tuning) if tuning else how
                         jobs[label + size] = (
@@ -222,6 +230,10 @@ def attention_table(
     reads: list[str],
     profile: bool = False,
     also: dict[str, Callable] | None = None,
+    *,
+    rows: Sequence[Row] | None = None,
+    rival: str = "cudnn",
+    until: float | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of times of all reads of every shape, with the ratio to cuDNN bf16 and the difference from "xla".
 
@@ -231,18 +243,22 @@ def attention_table(
         reads: of `READS` and `PLANS`.
         profile: whether to say what the GPU does meanwhile.
         also: name: function(row, arrays) of other implementations, see the module.
+        rows: shapes; None is `ROWS`.
+        rival: implementation of the dense bf16 attention that the others are compared with.
+        until: time of `time.monotonic` after which no shape begins; None for no end.
     """
-    print(f"{'attention':32} {'ms':>8} {'TFLOP/s':>8} {'/ cuDNN':>8} {'/ xla - 1':>10}")
-    rows = []
-    for row in ROWS:
-        if names and row.name not in names:
+    print(f"{'attention':32} {'ms':>8} {'TFLOP/s':>8} {'/ ' + rival:>8} {'/ xla - 1':>10}")
+    dense, found = f"{rival} bf16", []
+    for row in ROWS if rows is None else rows:
+        late = until is not None and time.monotonic() > until
+        if late or (names and row.name not in names):
             continue
         q, view, k, v = inputs(row)
         whole = [noise((1, row.keys, row.heads, row.head_dim), 60 + i) for i in range(2)]
         # Rivals first: the others are compared with them.
         jobs = {
-            "cudnn bf16": (
-                lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"),
+            dense: (
+                lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=rival),
                 (q, *whole),
             )
         }
@@ -252,28 +268,28 @@ def attention_table(
         for name, call in compiled(jobs):
             try:
                 entry = _measured(row, name, base, milliseconds(call, repeats))
-                got = jnp.asarray(call(), jnp.float32) if name != "cudnn bf16" else None
+                got = jnp.asarray(call(), jnp.float32) if name != dense else None
             except jax.errors.JaxRuntimeError as error:
                 print(f"{row.name}, {name}: {_first_line(error)}", flush=True)
                 continue
-            if name == "cudnn bf16":
+            if name == dense:
                 base = entry["ms"]
                 entry |= dict(cudnn_ms=base, ratio=1.0)
             if name == "xla":
                 right = got
             elif right is not None and got is not None:
                 entry["difference"] = float(jnp.linalg.norm(got - right) / jnp.linalg.norm(right))
-            rows.append(entry)
+            found.append(entry)
             _say(row, entry)
-            if profile and name not in ("xla", "cudnn bf16", "official style"):
+            if profile and name not in ("xla", dense, "official style"):
                 entry["profile"] = profiled(name, call, show=True)
         arrays = dict(q=q, k=k, v=v, keys=whole[0], values=whole[1], view=view)
         for name, function in (also or {}).items():
             run, wait = function(row, arrays)
             times = milliseconds(run, repeats, wait=lambda _, wait=wait: wait())
-            rows.append(_measured(row, name, base, times))
-            _say(row, rows[-1])
-    return rows
+            found.append(_measured(row, name, base, times))
+            _say(row, found[-1])
+    return found
 
 
 def _measured(row: Row, name: str, cudnn: float | None, times: dict[str, float]) -> dict[str, Any]:

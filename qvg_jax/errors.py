@@ -2,8 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ["MissingExtraError", "UserError", "printable", "told_to_user"]
+__all__ = ["MissingExtraError", "UserError", "printable", "told_to_user", "wrong_kind"]
 
 
 class UserError(ValueError):
@@ -40,6 +41,19 @@ def told_to_user() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def wrong_kind(name: str, value: Any, accepted: str) -> TypeError:
+    """The error for an argument that is of another kind than the ones accepted.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        accepted: what would be.
+    """
+    simple = value is None or isinstance(value, str | int | float)
+    shown = repr(value)[:60] if simple else f"a {type(value).__name__}"
+    return TypeError(f"{name}={shown} is not accepted: give {accepted}")
 
 
 def printable(text: str) -> str:

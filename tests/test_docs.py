@@ -1,7 +1,9 @@
 """What the pages say is true: links lead somewhere, commands are accepted, and the code of "add a ..." works."""
 
 import ast
+import contextlib
 import importlib.util
+import io
 import json
 import sys
 import tomllib
@@ -63,17 +65,30 @@ def test_names_in_the_code_exist(name):
         assert file.exists(), file
 
 
+@pytest.fixture(scope="module")
+def use_it():
+    """What the code of the page has defined at its end, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        names = run_blocks("docs/use-it-in-your-model.md")
+    return names, printed.getvalue()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["how-it-works", "use-it-in-your-model", "choose-a-codec"])
+def test_code_of_use_it_in_your_model_runs(use_it):
+    names, printed = use_it
+    assert "384 tokens in 2 spans" in printed and "384 and 128 of 512 tokens" in printed
+    assert int(names["mixed"].num_spans) == 0 and names["shared"].layout.plan == qvg.Plan(heads=2)
+    assert names["alone"].layout == names["divided"].layout == names["cache"].layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["how-it-works", "choose-a-codec"])
 def test_code_of_the_guide_runs(name, capsys):
     """What the guide prints are numbers that its text relies on; its own assertions hold."""
     names = run_blocks(f"docs/{name}.md")
     printed = capsys.readouterr().out
     if name == "how-it-works":
         assert printed.startswith("2.30 bits")
-    elif name == "use-it-in-your-model":
-        assert "384 tokens in 2 spans" in printed and "384 and 128 of 512 tokens" in printed
-        assert int(names["mixed"].num_spans) == 0
     else:
         assert names["scores"][0].recipe == "turboquant" and names["scores"][0].best
         assert names["again"][0].bits == names["mine"].bits_per_element((1, 2, 256, 64))
@@ -100,11 +115,12 @@ def test_a_codec_from_outside_is_a_value_and_serves_a_cache():
     np.testing.assert_allclose(names["out"][0].astype(jnp.float32), want, atol=0.03)
 
 
-def test_a_decoder_reads_its_prompt_causally_and_its_cache_whole():
-    names = run_blocks("docs/in-your-model.md")
+@pytest.mark.slow
+def test_a_decoder_reads_its_prompt_causally_and_its_cache_whole(use_it):
+    names, _ = use_it
     cache, padded, f32 = names["cache"], names["padded"], jnp.float32
     assert int(cache.tokens) == 104 and int(cache.num_spans) == 1 and int(cache.filled) == 8
-    assert (int(names["shorter"].tokens), int(names["again"].tokens)) == (102, 0)
+    assert (int(names["shorter"].tokens), int(names["emptied"].tokens)) == (102, 0)
     assert names["beams"].layout.batch == 3 and padded.row_tokens.tolist() == [8, 3]
     # The second row of the batch is its first three tokens, attended causally.
     q, k, v = (names[n][1, :3].astype(f32).swapaxes(0, 1) for n in "qkv")

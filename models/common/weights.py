@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from models.common.checkpoint import Rule, check, load
+from models.common.checkpoint import Device, Rule, check, load
 
 type Source = str | Path | Iterable[str | Path]
 
@@ -44,14 +44,15 @@ class Weights[M: nnx.Module]:
         source: Source,
         config: Any,
         *,
-        device: jax.Device | jax.sharding.Sharding | None = None,
+        device: Device = None,
     ) -> M:
         """The module with parameters from safetensors.
 
         Args:
             source: a file, a folder of shards, or several of either.
             config: sizes and dtype; stored values are cast to its dtype.
-            device: where the parameters go; default: JAX's default device.
+            device: where the parameters go, or a function of a parameter's dotted path and shape that
+                says so; default: JAX's default device.
 
         Raises:
             CheckpointError: with every missing, unused and misshapen name.

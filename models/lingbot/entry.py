@@ -76,6 +76,7 @@ ENTRY = ModelEntry(
     summary="LingBot-World 2 (Wan 14B, causal): a picture and a walk become a video.",
     options=Options,
     needs=NEEDS,
+    check=deferred("models.worldplay.early_checks:check_walk"),
     protocol=PROTOCOL,
     prepare=deferred("models.lingbot.job:prepare"),
     plan_options=PlanOptions,

@@ -108,8 +108,11 @@ def _motion(options: Options, config: LingBotConfig) -> Float[np.ndarray, "F 4 4
             f"frames={frames} is more than the {len(motion)} cameras of the walk, one of them at the "
             "start; walk on, or ask for fewer"
         )
-    if left := len(motion) - frames:
-        log.info(f"{frames} latent frames; the last {left} cameras of the walk are not used")
+    if (options.actions is not None or options.poses is not None) and (
+        left := len(motion) - frames
+    ):
+        said = log.info if options.frames is None else log.warning
+        said(f"{frames} latent frames; the last {left} cameras of the walk are not used")
     return motion[:frames]
 
 

@@ -6,7 +6,7 @@ from models.longcat.protocol import PROTOCOL
 from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Frames, Name
+from qvg_jax.app.option_types import Count, Frames, Name
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -52,9 +52,11 @@ class PlanOptions(LatentPlanOptions):
     Attributes:
         frames: latent frames of the whole video, on which the memory does not depend.
         cond_frames: frames that a segment goes on from, 1 + 4 k; 73 if left out.
+        devices: devices that would share transformer and cache; each codec gets a line for them.
     """
 
     cond_frames: Frames | None = None
+    devices: Count | None = None
 
 
 def memory_advice(options: Options) -> str:
@@ -72,6 +74,7 @@ ENTRY = ModelEntry(
     summary="LongCat-Video (13.6B): a prompt becomes a long video, segment by segment.",
     options=Options,
     needs=NEEDS,
+    check=deferred("models.runs.early_checks:check_codecs"),
     protocol=PROTOCOL,
     prepare=deferred("models.longcat.job:prepare"),
     plan_options=PlanOptions,

@@ -1,6 +1,8 @@
 """Device memory of a run, before it runs: from shapes and from the compiled programs."""
 
+import dataclasses
 import functools
+import logging
 import time
 
 import jax
@@ -15,18 +17,25 @@ from models.longcat.params import skeleton
 from models.longcat.sampler import StepInput, cached_step, clip_step
 from models.longcat.segments import decode, encode
 from models.longcat.settings import TEXT_SLOTS, Settings, chosen_sizes, settle
+from models.longcat.sharding import check_division, share_bytes
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import text_encoder_bytes, text_kv_bytes
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.attention.spread import check_spread
+from qvg_jax.cache.devices import share_bytes as share_of_cache
+from qvg_jax.cache.plan import Plan as CachePlan
+from qvg_jax.errors import told_to_user
 from qvg_jax.loop import run_chunk
 
 CHUNK = 8  # steps in one device call, as `denoise` has it
 ROWS = 64  # rows of the text that a short prompt keeps
 
+log = logging.getLogger(__name__)
+
 
 def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
-    """What each codec of a request needs, as if its arm ran alone on one device.
+    """What each codec of a request needs, as if its arm ran alone; on one device, and on `options.devices`.
 
     Compiles all programs of a run for the default backend; allocates nothing. The length of the
     video does not matter: each segment has its own cache, of one size.
@@ -40,6 +49,9 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         UserError: a value that is not accepted, named with what would be.
     """
     settings = settle(options, chosen_sizes(options, None, released))
+    count = options.devices or 1
+    with told_to_user():
+        check_division(settings.sizes.dit, count)
     begin = time.perf_counter()
     dit, vae = skeleton(settings.sizes.dit), VAE_WEIGHTS.skeleton(settings.sizes.vae)
     decoding = temporary_bytes(decode, vae, _clip(settings))
@@ -63,13 +75,14 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
             "decoding": max(0, decoding - size),
             "encoding": max(0, encoding - size),
         }
-        need = Need(name=name, held=held, temporaries=temporaries)
-        longest = None if need.total <= memory else 0
-        needs.append(Need(**(vars(need) | {"longest": longest})))
+        alone = Need(name=name, held=held, temporaries=temporaries)
+        for need in (alone, *_on_devices(settings, dit, alone, count)):
+            longest = None if need.total <= memory else 0
+            needs.append(dataclasses.replace(need, longest=longest))
     return Plan(
         what=f"LongCat-Video, {settings.segments.num_cond_frames} given frames of "
         f"{settings.height} x {settings.width}, {settings.sizes.dit.layers} layers, each codec "
-        "alone, on one device",
+        "alone" + (", on one device" if count == 1 else ""),
         before={"text encoder": text_encoder_bytes(settings.sizes.text, TEXT_SLOTS, prompts=2)},
         needs=tuple(needs),
         backend=jax.default_backend(),
@@ -77,6 +90,24 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         advice="accepted: fewer --cond-frames, a smaller --height and --width, a codec of fewer "
         "bits (`qvg codecs`), or several devices, which share transformer and cache",
     )
+
+
+def _on_devices(settings: Settings, dit, need: Need, count: int) -> list[Need]:
+    """The need of one of several devices, which have some of the heads each; temporaries are those of one alone.
+
+    A codec that keeps heads together is left out, and the log says so.
+    """
+    if count == 1:
+        return []
+    plan, cache = CachePlan(heads=count), settings.cache(need.name)
+    try:
+        check_spread(cache, plan, 0)
+    except NotImplementedError as error:
+        log.warning(f"{need.name}, heads over {count} is left out: {error}")
+        return []
+    share = {"transformer": share_bytes(dit, count), "cache": share_of_cache(cache, plan)}
+    name = f"{need.name}, heads over {count}"
+    return [dataclasses.replace(need, name=name, held=need.held | share)]
 
 
 def _clip(settings: Settings, first: int = 0):

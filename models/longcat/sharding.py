@@ -39,13 +39,33 @@ def heads_mesh(config: LongCatConfig, devices: Sequence[jax.Device]) -> Mesh | N
         ValueError: their number divides the heads or the hidden channels not.
     """
     n = len(devices)
+    check_division(config, n)
+    if n == 1:
+        return None
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def check_division(config: LongCatConfig, n: int) -> None:
+    """Raises ValueError if n devices do not divide the heads or the hidden channels."""
     if config.heads % n or config.ffn_width % n:
         raise ValueError(
             f"{n} devices do not divide heads={config.heads} and ffn_width={config.ffn_width}"
         )
-    if n == 1:
-        return None
-    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def share_bytes(model: nnx.Module, n: int) -> int:
+    """Bytes of parameters that one of n devices has; shapes are enough."""
+    total = 0
+    for path, v in nnx.to_flat_state(nnx.state(model)):
+        at = _cut_axis(".".join(map(str, path)), v.shape)
+        size = v.size * v.dtype.itemsize
+        total += size if at is None or v.shape[at] % n else size // n
+    return total
+
+
+def _cut_axis(path: str, shape: tuple[int, ...]) -> int | None:
+    """The axis along which a parameter is cut; None for one that is whole on each device."""
+    return next((len(shape) - n for pattern, n in _CUT if re.fullmatch(pattern, path)), None)
 
 
 def placement(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedSharding] | None:
@@ -54,7 +74,7 @@ def placement(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedShardi
         return None
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        at = next((len(shape) - n for pattern, n in _CUT if re.fullmatch(pattern, path)), None)
+        at = _cut_axis(path, shape)
         if at is None or shape[at] % mesh.shape[AXIS]:
             return NamedSharding(mesh, jax.P())
         return NamedSharding(mesh, jax.P(*(None,) * at, AXIS))

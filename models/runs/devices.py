@@ -2,20 +2,32 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.versions import versions
+from qvg_jax.attention.spread import check_spread
 from qvg_jax.cache.plan import Plan
+from qvg_jax.cache.state import KVCache
 from qvg_jax.errors import UserError
 
-__all__ = ["check_versions", "join_processes", "on_all_devices", "plan_of"]
+__all__ = [
+    "check_blocks",
+    "check_versions",
+    "join_processes",
+    "on_all_devices",
+    "plan_of",
+    "shared_weight_bytes",
+    "weight_placement",
+    "whole_on_all",
+]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +55,23 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
             f"--devices {count} is not accepted: there are {jax.device_count()} devices"
         )
     return Plan(**{name: count}, split_tokens=True)
+
+
+def check_blocks(cache: KVCache, plan: Plan | None, tokens: Iterable[int]) -> None:
+    """Raises UserError if blocks of so many tokens cannot attend to a cache by a plan, as `attend` would.
+
+    Args:
+        cache: the cache, or its shapes.
+        plan: how it is spread; None is one device.
+        tokens: of the blocks of a run.
+    """
+    if plan is None:
+        return
+    try:
+        for count in tokens:
+            check_spread(cache, plan, count)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--devices {plan.devices}: {error}") from error
 
 
 def join_processes(options: LatentOptions) -> None:
@@ -86,9 +115,63 @@ def check_versions(own: Any) -> None:
         )
 
 
-def on_all_devices[M: nnx.Module](model: M, plan: Plan | None) -> M:
-    """The model with its parameters on every device of a plan."""
+def whole_on_all(x: Array, plan: Plan | None) -> Array:
+    """The array, complete on every device of a plan: for results that the host or a user looks at."""
     if plan is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(plan.mesh, jax.P()))
+
+
+def on_all_devices[M: nnx.Module](model: M, plan: Plan | None, *, share: bool = False) -> M:
+    """The model with its parameters on every device of a plan, or, with `share`, by `weight_placement`."""
+    if (place := weight_placement(plan, share=share)) is None:
         return model
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.device_put(state, NamedSharding(plan.mesh, jax.P())))
+    moved = [
+        (path, v.replace(jax.device_put(v[...], place(".".join(map(str, path)), v.shape))))
+        for path, v in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(moved))
+
+
+def weight_placement(
+    plan: Plan | None, *, share: bool = False
+) -> Callable[[str, tuple[int, ...]], NamedSharding] | None:
+    """Where a parameter goes, by its dotted path and shape; None for one device.
+
+    Args:
+        plan: of the devices.
+        share: whether each device keeps a part of every layer's weights only; else all of them.
+    """
+    if plan is None:
+        return None
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        at = _cut_axis(path, shape, plan.devices) if share else None
+        spec = jax.P() if at is None else jax.P(*(None,) * at, plan.axis)
+        return NamedSharding(plan.mesh, spec)
+
+    return place
+
+
+def shared_weight_bytes(model: nnx.Module, devices: int) -> int:
+    """Bytes of weights on one of several devices that share them, and of one layer that is gathered.
+
+    Args:
+        model: with its layers stacked under `blocks`; shapes are enough.
+        devices: their number.
+    """
+    total = layer = 0
+    for path, v in nnx.to_flat_state(nnx.state(model)):
+        size, at = v.size * v.dtype.itemsize, _cut_axis(".".join(map(str, path)), v.shape, devices)
+        total += size if at is None else size // devices
+        layer += 0 if at is None else size // v.shape[0]
+    return total + layer
+
+
+def _cut_axis(path: str, shape: tuple[int, ...], devices: int) -> int | None:
+    """The axis of a parameter of stacked layers that devices divide, the longest; None for none."""
+    fitting = [i for i in range(1, len(shape)) if not shape[i] % devices]
+    if not path.startswith("blocks.") or not fitting:
+        return None
+    return max(fitting, key=lambda i: shape[i])

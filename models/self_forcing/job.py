@@ -12,8 +12,10 @@ from models.common.lora import merge_lora
 from models.runs import latent_job
 from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
+from models.runs.devices import on_all_devices, weight_placement
 from models.runs.latent_job import Run
 from models.runs.request_checks import file_digest
+from models.self_forcing.config import SamplerConfig
 from models.self_forcing.entry import NAME, Options, PlanOptions
 from models.self_forcing.initial import initial_latents
 from models.self_forcing.params import RULES, WEIGHTS
@@ -29,8 +31,9 @@ from models.self_forcing.settings import (
     settle,
     sizes_of,
 )
+from qvg_jax.app import memory_plan
 from qvg_jax.app.job import Arm, Job
-from qvg_jax.app.memory_plan import Plan
+from qvg_jax.cache.plan import Plan
 
 __all__ = ["plan", "prepare"]
 
@@ -56,20 +59,24 @@ class _SelfForcing(BlockModel[Options, Settings]):
     def identity(self, options: Options, settings: Settings) -> dict[str, Any]:
         given = options.image or options.video
         return {
-            "steps": list(settings.sampler.steps),
+            **_steps(settings.sampler),
             "window": options.window,
             "sink": options.sink,
             "span": options.span,
             "recent": options.recent,
             "given": given and file_digest(given),
+            **({"horizon": settings.sizes.dit.horizon} if options.endless else {}),
+            **_said_of_heads(settings),
             **({"loras": {f.name: f.stat().st_size for f in self.loras}} if self.loras else {}),
         }
 
     def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        return self._merged(super().load_dit(files, options, settings))
+        place = weight_placement(_plan(settings), share=options.share_weights)
+        return self._merged(self.weights.load(files, settings.sizes.dit, device=place))
 
     def random_dit(self, options: Options, settings: Settings) -> Any:
-        return self._merged(super().random_dit(options, settings))
+        dit = super().random_dit(options, settings)
+        return self._merged(on_all_devices(dit, _plan(settings), share=options.share_weights))
 
     def _merged(self, dit: Any) -> Any:
         for file in self.loras:
@@ -109,7 +116,10 @@ class _SelfForcing(BlockModel[Options, Settings]):
     ) -> Iterator[Any]:
         settings = run.settings
         pipeline = SelfForcing(
-            run.reader(arm.name), sampler=settings.sampler, history=settings.histories[arm.name]
+            run.reader(arm.name),
+            sampler=settings.sampler,
+            history=settings.histories[arm.name],
+            share_weights=run.options.share_weights,
         )
         generation = Generation(
             text_BUE=run.prompt,
@@ -131,8 +141,25 @@ class _SelfForcing(BlockModel[Options, Settings]):
         sampler = run.settings.sampler
         return {
             "blocks": len(self.blocks(run)),
-            "sampler": {"steps": list(sampler.steps), "shift": sampler.shift},
+            "sampler": {**_steps(sampler), "shift": sampler.shift},
         }
+
+
+def _steps(sampler: SamplerConfig) -> dict[str, list[int]]:
+    """The noise levels of the blocks, and those of the first one if it has others."""
+    first = {} if sampler.first_steps is None else {"first_steps": list(sampler.first_steps)}
+    return {"steps": list(sampler.steps), **first}
+
+
+def _said_of_heads(settings: Settings) -> dict[str, str]:
+    """Which heads have a history, in words that differ if the tables do; nothing if all have one."""
+    found = {str(h.heads) for h in settings.histories.values() if h.heads is not None}
+    return {"heads": found.pop()} if found else {}
+
+
+def _plan(settings: Settings) -> Plan | None:
+    """The plan of all arms."""
+    return next(iter(settings.histories.values())).plan
 
 
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:
@@ -163,7 +190,7 @@ def prepare(options: Options, release: str = NAME) -> Job:
     return latent_job.prepare(_SelfForcing(RELEASES[release]), options)
 
 
-def plan(options: PlanOptions, release: str = NAME) -> Plan:
+def plan(options: PlanOptions, release: str = NAME) -> memory_plan.Plan:
     """What of a run fits into the memory; see `make_plan`."""
     asked, chosen = options.request(Options), RELEASES[release]
     return make_plan(asked, options.memory, sizes_of(chosen, released_sizes()), chosen)

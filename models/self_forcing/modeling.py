@@ -31,6 +31,7 @@ from models.common.wan_layers import (
     per_frame,
 )
 from models.common.wan_text import TextConditioned, TextKV
+from models.runs.devices import whole_on_all
 from models.self_forcing.config import SelfForcingConfig
 from models.self_forcing.layers import Head, TimeEmbedding
 from qvg_jax.cache.plan import Plan
@@ -161,6 +162,8 @@ class SelfForcingDiT(TextConditioned):
 
         def one_layer(x_BTM, layer):
             state, text, index = layer
+            # Weights that devices share are gathered here, one layer at a time.
+            state = jax.tree.map(lambda x: whole_on_all(x, plan), state)
             block = nnx.merge(graphdef, state)
             x_BTM, kv = block(
                 x_BTM, e_BF6M, text, lambda q, k, v: attention(q, k, v, index), plan=plan

@@ -1,7 +1,7 @@
 """Device memory of a run, before it runs: from shapes and from the compiled programs."""
 
 import dataclasses
-import logging
+import functools
 import time
 from collections.abc import Callable
 
@@ -12,21 +12,22 @@ from jax.tree_util import Partial
 from models.common.wan_text import TextKV
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
+from models.runs.devices import shared_weight_bytes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
+from models.runs.shared_needs import needs_on_devices
 from models.self_forcing.block import Known, State
 from models.self_forcing.entry import NAME, Options
 from models.self_forcing.params import WEIGHTS
 from models.self_forcing.pipeline import generating_step
+from models.self_forcing.predicted import SOURCE, block_seconds
 from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.settings import PLANS, Settings, chosen_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
-from qvg_jax.cache.devices import share_bytes
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.plan import Plan as CachePlan
+from qvg_jax.errors import UserError
 from qvg_jax.loop import run_chunk
-
-log = logging.getLogger(__name__)
 
 
 def make_plan(
@@ -45,7 +46,10 @@ def make_plan(
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
-    count, options = options.devices or 1, dataclasses.replace(options, devices=None, plan=None)
+    count, share = options.devices or 1, options.share_weights
+    if share and count == 1:
+        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
+    options = dataclasses.replace(options, devices=None, plan=None, share_weights=False)
     settings = settle(options, chosen_sizes(options, None, released), release=release)
     begin = time.perf_counter()
     networks = {
@@ -68,8 +72,20 @@ def make_plan(
         parts = (name, held, block, shape_bytes(past), decoding)
         need = with_decoder(*parts, last=options.decode_last)
         longest = _longest(settings, name, need, memory, shape_bytes)
-        needs.append(dataclasses.replace(need, longest=longest))
-        needs += _on_devices(settings, need, memory, count)
+        seconds = functools.partial(block_seconds, settings, name, cache)
+        alone = seconds(CachePlan()) if count > 1 else None
+        seconds = (lambda plan: None) if share else seconds  # gathering is in no model of times yet
+        needs.append(dataclasses.replace(need, longest=longest, seconds=alone))
+        needs += needs_on_devices(
+            need,
+            cache,
+            count,
+            axes=PLANS,
+            tokens=settings.block_tokens(),
+            longest=functools.partial(_longest, settings, name, need, memory),
+            seconds=seconds,
+            weights=shared_weight_bytes(networks["transformer"], count) if share else None,
+        )
     slots = settings.sizes.dit.text_slots
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, slots)}
     best = max(needs, key=lambda need: need.longest)
@@ -83,48 +99,8 @@ def make_plan(
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
         "a smaller --height and --width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
+        notes=(SOURCE,) if any(need.seconds is not None for need in needs) else (),
     )
-
-
-def _on_devices(settings: Settings, need: Need, memory: int, count: int) -> list[Need]:
-    """What each device needs under each plan that divides the cache.
-
-    Every device has all weights; temporaries are those of one device, which are the largest.
-    """
-    found = []
-    for axis in PLANS if count > 1 else ():
-        plan = CachePlan(**{axis: count})
-
-        def share(cache: KVCache, plan=plan) -> int:
-            return share_bytes(_divisible(cache, plan), plan)
-
-        try:
-            held = need.held | {"cache": share(settings.cache(need.name))}
-        except ValueError as error:
-            log.info(str(error))
-            continue
-        name = f"{need.name}, {axis} over {count}"
-        longest = _longest(settings, need.name, need, memory, share)
-        found.append(dataclasses.replace(need, name=name, held=held, longest=longest))
-    return found
-
-
-def _divisible(cache: KVCache, plan: CachePlan) -> KVCache:
-    """The shapes of a cache with as many more slots as the devices need to divide them."""
-    lay = cache.layout
-    if plan.part is None or not lay.max_spans % plan.devices:
-        return cache
-    slots = -(-lay.max_spans // plan.devices) * plan.devices
-
-    def longer(axis: int):
-        return lambda x: jax.ShapeDtypeStruct(
-            (*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype
-        )
-
-    fields = {f"span_{side}": 1 for side in ("k", "v")}
-    fields |= {f"span_{name}": 0 for name in ("pos", "valid", "table")}
-    changed = {name: jax.tree.map(longer(n), getattr(cache, name)) for name, n in fields.items()}
-    return dataclasses.replace(cache, **changed, layout=dataclasses.replace(lay, max_spans=slots))
 
 
 def _latents(settings: Settings, frames: int):
@@ -142,11 +118,13 @@ def _text_kv(settings: Settings) -> TextKV:
 def _step(settings: Settings, model, cache):
     """Arguments of the program that makes a block, as the command runs it."""
     latents = _latents(settings, settings.sizes.dit.frames_per_block)
-    step = generating_step(settings.sampler, (1, latents.shape[1], *settings.latent), True)
+    sampler = settings.sampler.of_block(latents.shape[1])
+    step = generating_step(sampler, (1, latents.shape[1], *settings.latent), True)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     stacked = jax.ShapeDtypeStruct((1, *latents.shape), latents.dtype)
     known = Known(jax.ShapeDtypeStruct((1,), jnp.bool_), stacked)
-    state = State(cache=cache, text_kv=_text_kv(settings))
+    average = next(iter(settings.histories.values())).sink_average
+    state = State(cache=cache, text_kv=_text_kv(settings), sink_average=average)
     return Partial(step, model), state, (key, known), jax.ShapeDtypeStruct((), jnp.int32)
 
 
@@ -154,7 +132,10 @@ def _longest(
     settings: Settings, arm: str, need: Need, memory: int, size: Callable[[KVCache], int]
 ) -> int:
     """The most latent frames that fit, if only the cache changes with them."""
-    n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
+    dit = settings.sizes.dit
+    n, top = dit.frames_per_block, dit.rope_frames
+    if dit.horizon is not None:
+        top = max(top, settings.frames)
 
     def fits(blocks: int) -> bool:
         cache = size(settings.cache(arm, blocks * n))

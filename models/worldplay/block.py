@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from models.common.wan_text import TextKV
+from models.runs.devices import whole_on_all
 from models.worldplay.attention import Sight, cached_attention, look
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
 from models.worldplay.context import ContextKV, context_kv
@@ -24,6 +25,7 @@ from models.worldplay.modeling import Branches, WorldPlayDiT
 from models.worldplay.prope import camera_matrices
 from models.worldplay.sampler import euler_step, step_sizes
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan
 
 
 class Frames(NamedTuple):
@@ -92,6 +94,7 @@ def denoise_block(
     attention: Callable[..., Branches],
     x: BlockInput,
     sampler: SamplerConfig,
+    plan: Plan | None = None,
 ) -> tuple[Float[Array, "B F Z Y X"], Trace]:
     """Denoises one block: x <- x + (sigma' - sigma) velocity(x) down to sigma = 0.
 
@@ -103,6 +106,7 @@ def denoise_block(
         attention: as the model takes it; all passes share it.
         x: the block's noise, cameras and actions.
         sampler: the few-step schedule.
+        plan: of the devices that run the network together; None for one.
     """
     given = x.is_given_F[None, :, None, None, None]
     start = jnp.where(given, x.given_BFZYX, x.noise_BFZYX).astype(model.config.dtype)
@@ -112,7 +116,7 @@ def denoise_block(
         t, d_sigma = step
         t_F = jnp.where(x.is_given_F, jnp.float32(sampler.context_timestep), t)
         t_BF = jnp.broadcast_to(t_F[None], latents.shape[:2])
-        out = model(latents, t_BF, x.frames.actions_BF, text_kv, attention)
+        out = model(latents, t_BF, x.frames.actions_BF, text_kv, attention, plan=plan)
         velocity = out.velocity_BFZYX
         moved = euler_step(latents, velocity.astype(latents.dtype), d_sigma)
         return jnp.where(given, latents, moved), Trace(latents, t_BF, velocity)
@@ -186,6 +190,7 @@ def context_pass(
         state.text_kv,
         blocks,
         last_only=last_only,
+        plan=state.cache.layout.plan,
     )
     if last_only:
         size = at_BTP.shape[1] // (chosen.shape[0] // n)
@@ -207,13 +212,14 @@ def generate_block(
     Returns:
         The state for the next block, the block's clean latents, and what its passes saw.
     """
-    config = model.config
+    config, plan = model.config, state.cache.layout.plan
     cache = remember_context(model, state, x.context_S, sampler.context_timestep, history)
     seen = (x.context_S >= 0).sum(dtype=jnp.int32)
     sight = look_from(config, cache, x.frames, seen, x.noise_BFZYX.shape[3:])
     latents, trace = denoise_or_take(
-        model, state.text_kv, cached_attention(config, sight), x, sampler
+        model, state.text_kv, cached_attention(config, sight), x, sampler, plan
     )
+    latents = whole_on_all(latents, plan)
     return with_block(state, cache, latents, x.frames), latents, trace
 
 
@@ -223,6 +229,7 @@ def denoise_or_take(
     attention: Callable[..., Branches],
     x: BlockInput,
     sampler: SamplerConfig,
+    plan: Plan | None = None,
 ) -> tuple[Float[Array, "B F Z Y X"], Trace]:
     """`denoise_block`, or at once the frames that are all given: those of an earlier run."""
 
@@ -231,7 +238,7 @@ def denoise_or_take(
         return latents, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), trace)
 
     def denoised():
-        return denoise_block(model, text_kv, attention, x, sampler)
+        return denoise_block(model, text_kv, attention, x, sampler, plan)
 
     trace = jax.eval_shape(denoised)[1]
     return jax.lax.cond(x.is_given_F.all(), given, denoised)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from models.common.attention import cudnn_works, fused_attention
 from models.common.wan_text import TextKV
+from models.runs.devices import whole_on_all
 from models.worldplay.encoding import (
     Here,
     decode_outputs,
@@ -23,6 +24,7 @@ from models.worldplay.encoding import (
     encode_values,
 )
 from models.worldplay.modeling import WorldPlayDiT
+from qvg_jax.cache.plan import Plan
 
 
 class ContextKV(NamedTuple):
@@ -42,6 +44,7 @@ def context_kv(
     blocks: Int[Array, ""],
     *,
     last_only: bool,
+    plan: Plan | None = None,
 ) -> ContextKV:
     """Runs the first `blocks` blocks of frames through the network.
 
@@ -54,6 +57,7 @@ def context_kv(
         text_kv: from `model.text_kv`.
         blocks: how many blocks of frames there are; at least 1.
         last_only: return K and V of the last of these blocks, not of all frames.
+        plan: of the devices that run the pass together; None for one.
 
     Returns:
         K and V of all layers. Frames beyond `blocks` are zeros.
@@ -102,11 +106,11 @@ def context_kv(
             return queries.at[i].set(q_BTCD), keys, values, kept
 
         def finish(i, x_NBTM):
-            o_BTCD = _attend_first(queries[i], keys, values, blocks, T // n)
+            o_BTCD = _shared_first(queries[i], keys, values, blocks * T, T // n, plan)
             here = jax.tree.map(lambda x: x[i], at_N)
             branches = decode_outputs(jnp.swapaxes(o_BTCD, 1, 2), here)
             branches = tuple(jnp.swapaxes(o, 1, 2) for o in branches)
-            return x_NBTM.at[i].set(block.finish(x_NBTM[i], e_NBF6M[i], branches, text))
+            return x_NBTM.at[i].set(block.finish(x_NBTM[i], e_NBF6M[i], branches, text, plan))
 
         asked = jnp.zeros((N, B, T, 2 * H, D), config.dtype)
         seen = jnp.zeros((B, N * T, 2 * H, D), config.dtype)
@@ -124,20 +128,42 @@ def context_kv(
         x = jnp.moveaxis(x_LNBTHD, 1, 2)
         return x.reshape(*x.shape[:2], -1, H, D)
 
-    return ContextKV(*map(in_a_row, kept))
+    return ContextKV(*(whole_on_all(in_a_row(x), plan) for x in kept))
+
+
+def _shared_first(
+    q_BTCD: Float[Array, "B T C D"],
+    k_BUCD: Float[Array, "B U C D"],
+    v_BUCD: Float[Array, "B U C D"],
+    keys: Int[Array, ""],
+    piece: int,
+    plan: Plan | None,
+) -> Float[Array, "B T C D"]:
+    """`_attend_first`, on several devices by each for some of the queries."""
+    if plan is None or not plan.split_tokens:
+        return _attend_first(q_BTCD, k_BUCD, v_BUCD, keys, piece)
+    apart, everywhere = jax.P(None, plan.axis), jax.P()
+    run = jax.shard_map(
+        lambda *inputs: _attend_first(*inputs, piece),
+        mesh=plan.mesh,
+        in_specs=(apart, everywhere, everywhere, everywhere),
+        out_specs=apart,
+        check_vma=False,
+    )
+    return run(q_BTCD, k_BUCD, v_BUCD, keys)
 
 
 def _attend_first(
     q_BTCD: Float[Array, "B T C D"],
     k_BUCD: Float[Array, "B U C D"],
     v_BUCD: Float[Array, "B U C D"],
-    blocks: Int[Array, ""],
+    keys: Int[Array, ""],
     piece: int,
 ) -> Float[Array, "B T C D"]:
-    """Attention to the first `blocks` T keys; without cuDNN, `piece` of them at a time."""
+    """Attention to the first `keys` keys; without cuDNN, `piece` of them at a time, which divides them."""
     B, T, C, D = q_BTCD.shape
     if cudnn_works(q_BTCD.dtype.name, D):
-        return fused_attention(q_BTCD, k_BUCD, v_BUCD, valid_B=jnp.full((B,), blocks * T))
+        return fused_attention(q_BTCD, k_BUCD, v_BUCD, valid_B=jnp.full((B,), keys))
     f32 = jnp.float32
 
     def visit(j, run):
@@ -152,5 +178,5 @@ def _attend_first(
 
     zero = jnp.zeros((B, C, T, D), f32)
     start = zero[..., 0] - jnp.inf, zero[..., 0], zero
-    _, total, out = jax.lax.fori_loop(0, blocks * (T // piece), visit, start)
+    _, total, out = jax.lax.fori_loop(0, keys // piece, visit, start)
     return jnp.swapaxes(out / total[..., None], 1, 2).astype(q_BTCD.dtype)

@@ -6,7 +6,7 @@ from models.runs.latent_options import LatentOptions, LatentPlanOptions
 from models.worldplay.protocol import PROTOCOL
 from qvg_jax.app.hub import Download
 from qvg_jax.app.model_entry import ModelEntry, deferred
-from qvg_jax.app.option_types import Side
+from qvg_jax.app.option_types import Count, Side
 from qvg_jax.codecs.recommended import recommended
 
 __all__ = ["ENTRY", "Options", "PlanOptions"]
@@ -56,7 +56,10 @@ class PlanOptions(LatentPlanOptions):
     Attributes:
         frames: latent frames of the walk; those of the published one, 48, if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
+        devices: devices that would share a run; each plan for them gets a line.
     """
+
+    devices: Count | None = None
 
     height: Side = 704
     width: Side = 1280
@@ -77,6 +80,7 @@ ENTRY = ModelEntry(
     summary="HY-WorldPlay (Wan2.2 5B): a picture and a walk become a video.",
     options=Options,
     needs=NEEDS,
+    check=deferred("models.worldplay.early_checks:check_walk"),
     protocol=PROTOCOL,
     prepare=deferred("models.worldplay.job:prepare"),
     plan_options=PlanOptions,

@@ -12,6 +12,7 @@ from models.worldplay.config import WorldPlayConfig
 from models.worldplay.encoding import POSITION, apart
 from models.worldplay.retrieval import check_window
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan
 from qvg_jax.codecs.base import Codec, identity
 from qvg_jax.codecs.spec import factory
 
@@ -33,6 +34,7 @@ class History:
         keep_recent: newest blocks that are never compressed.
         memory_frames, recent_frames: most frames of a recomputed context, and how many of them are
             the newest.
+        plan: by which the cache is spread over devices; None for one.
 
     Raises:
         ValueError: an unknown name, one codec without the other, or codecs with "recompute", which
@@ -47,6 +49,7 @@ class History:
     keep_recent: int = 0
     memory_frames: int = 16
     recent_frames: int = 12
+    plan: Plan | None = None
 
     def __post_init__(self):
         names = dict(semantics=("append", "recompute"), storage=("packed", "single"))
@@ -169,6 +172,9 @@ def make_cache(
         waiting = history.span_blocks + history.keep_recent
     else:
         codecs, spans, waiting = (identity(config.dtype),) * 2, 0, blocks
+    part = None if history.plan is None else history.plan.part
+    if part is not None:
+        spans = -(-spans // part.devices) * part.devices  # more than the video needs stay empty
     key_codec, value_codec = map(side_by_side, codecs) if packed and spans else codecs
     return KVCache.create(
         layers=config.layers,
@@ -184,5 +190,6 @@ def make_cache(
         pos_dims=POSITION,
         key_codec=key_codec,
         value_codec=value_codec,
+        sharding=history.plan,
         dtype=config.dtype,
     )

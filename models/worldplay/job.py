@@ -17,7 +17,7 @@ from models.worldplay.picture import check_picture, picture_latent
 from models.worldplay.pipeline import WorldPlay
 from models.worldplay.plan import make_plan
 from models.worldplay.request import Walk
-from models.worldplay.settings import ACTIONS, Settings, released_sizes, settle
+from models.worldplay.settings import ACTIONS, PLANS, Settings, released_sizes, settle
 from qvg_jax.app.job import Arm, Job
 from qvg_jax.app.memory_plan import Plan
 from qvg_jax.errors import UserError
@@ -32,6 +32,7 @@ class _WorldPlay(BlockModel[Options, Settings]):
     needs = NEEDS
     weights = WEIGHTS
     fps = 16
+    plans = PLANS
     # Wan's own transformer, which knows no actions, is refused by its names.
     dit_names = (
         "*worldplay*", "*generator*", "*distill*", "transformer", "diffusion_pytorch_model*",
@@ -90,6 +91,7 @@ class _WorldPlay(BlockModel[Options, Settings]):
             "window_frames": lay.window_blocks * n,
             "attention": attention_of(arm.name, options) or "chosen by attend",
             "tokens_of_a_frame": lay.block_tokens // n,
+            "devices": 1 if lay.plan is None else lay.plan.devices,
         }
 
     def report(self, run: Run[Options, Settings]) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def remember_all(
         )
         return append(cache, *_storage_form(config, cache, ContextKV(k, v), at), at)
 
-    empty = dataclasses.replace(cache, dense_blocks=jnp.zeros_like(cache.dense_blocks))
+    dropped = cache.dropped_blocks + cache.dense_blocks
+    none = jnp.zeros_like(cache.dense_blocks)
+    empty = dataclasses.replace(cache, dense_blocks=none, dropped_blocks=dropped)
     return jax.lax.fori_loop(0, blocks, one, empty)
 
 

@@ -31,6 +31,8 @@ from models.common.wan_layers import (
 from models.common.wan_text import TextConditioned, TextKV
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.layers import Head, ScalarEmbedding, modulated_norm
+from qvg_jax.cache.plan import Plan
+from qvg_jax.sharding import by_tokens
 
 type HeadsBTHD = Float[Array, "B T H D"]
 type Branches = tuple[HeadsBTHD, HeadsBTHD]  # of the rotary and of the camera attention
@@ -73,6 +75,7 @@ class Block(nnx.Module):
         e_BF6M: Float[Array, "B F 6 M"],
         branches: Branches,
         text_kv: tuple[Float[Array, "B U H D"], Float[Array, "B U H D"]],
+        plan: Plan | None = None,
     ) -> Float[Array, "B T M"]:
         """The rest of the layer, from the results of both attentions.
 
@@ -81,6 +84,7 @@ class Block(nnx.Module):
             e_BF6M: what timestep and action add to this layer's modulation.
             branches: attention by rotary positions, and by cameras.
             text_kv: this layer's (k_BUHD, v_BUHD) of the prompt.
+            plan: of the devices that have the tokens, each some of them; None for one device.
         """
         tokens = x_BTM.shape[1]
         _, _, gate1, shift2, scale2, gate2 = self._modulations(e_BF6M)
@@ -91,7 +95,8 @@ class Block(nnx.Module):
 
         q_BTHD = self.cross_attn.query(self.cross_norm(x_BTM))
         # Padding is attended, as in training.
-        x_BTM = x_BTM + self.cross_attn.output(fused_attention(q_BTHD, *text_kv))
+        o_BTHD = by_tokens(fused_attention, plan)(q_BTHD, *text_kv)
+        x_BTM = x_BTM + self.cross_attn.output(o_BTHD)
 
         y_BTM = self.ffn(modulated_norm(x_BTM, shift2, scale2, self.eps))
         return _add_gated(x_BTM, y_BTM, per_frame(gate2, tokens))
@@ -158,6 +163,7 @@ class WorldPlayDiT(TextConditioned):
         attention: Callable[..., Branches],
         *,
         keep_kv: bool = False,
+        plan: Plan | None = None,
     ) -> Output:
         """Predicts the velocity of a few latent frames.
 
@@ -169,6 +175,7 @@ class WorldPlayDiT(TextConditioned):
             attention: (q_BTHD, k_BTHD, v_BTHD, layer) -> the results of both branches, layer a
                 traced index; from `attention.py`.
             keep_kv: also return K and V of the frames.
+            plan: of the devices that run the network together; None for one.
         """
         e_BFM, e_BF6M = self.condition(t_BF, actions_BF)
         graphdef, stacked = nnx.split(self.blocks)
@@ -177,7 +184,7 @@ class WorldPlayDiT(TextConditioned):
             state, text, index = layer
             block = nnx.merge(graphdef, state)
             q_BTHD, *kv = block.project(x_BTM, e_BF6M)
-            x_BTM = block.finish(x_BTM, e_BF6M, attention(q_BTHD, *kv, index), text)
+            x_BTM = block.finish(x_BTM, e_BF6M, attention(q_BTHD, *kv, index), text, plan)
             return x_BTM, kv if keep_kv else (None, None)
 
         layers = (stacked, text_kv, jnp.arange(self.config.layers))

@@ -19,6 +19,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
+from models.runs.devices import on_all_devices
 from models.worldplay.block import Frames, State, generate_block
 from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig
@@ -46,9 +47,9 @@ class WorldPlay:
         sampler: SamplerConfig | None = None,
         history: History | None = None,
     ):
-        self.model = model
         self.sampler = SamplerConfig() if sampler is None else sampler
         self.history = History() if history is None else history
+        self.model = on_all_devices(model, self.history.plan)
 
     def generate(
         self, request: Walk, *, chunk: int = 8, progress: Progress | None = None

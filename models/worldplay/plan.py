@@ -1,7 +1,9 @@
 """Device memory of a walk, before it begins: from shapes and from the compiled programs."""
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,15 @@ from models.common.wan_text import TextKV
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
+from models.runs.shared_needs import needs_on_devices
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from models.worldplay.block import BlockInput, Frames, State
 from models.worldplay.entry import Options
 from models.worldplay.params import WEIGHTS
 from models.worldplay.pipeline import generating_step
-from models.worldplay.settings import Settings, settle
+from models.worldplay.settings import PLANS, Settings, settle
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
+from qvg_jax.cache.operations import KVCache
 from qvg_jax.loop import run_chunk
 
 
@@ -35,6 +39,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
+    count, options = options.devices or 1, dataclasses.replace(options, devices=None, plan=None)
     settings = settle(options, released)
     begin = time.perf_counter()
     dit, model = settings.sizes.dit, WEIGHTS.skeleton(settings.sizes.dit)
@@ -61,8 +66,17 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         grows = 0.0
         if settings.frames > few:
             grows = (need.temporaries["a block"] - block(few)) / (settings.frames - few)
-        longest = _longest(settings, need, max(grows, 0.0), memory)
-        needs.append(Need(**(vars(need) | {"longest": longest})))
+        longest = functools.partial(_longest, settings, name, need, max(grows, 0.0), memory)
+        needs.append(dataclasses.replace(need, longest=longest(shape_bytes)))
+        cache = settings.cache(name)
+        needs += needs_on_devices(
+            need,
+            cache,
+            count,
+            axes=PLANS,
+            tokens={cache.layout.block_tokens},
+            longest=longest,
+        )
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, dit.text_slots)}
     best = max(needs, key=lambda need: need.longest)
     advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
@@ -109,13 +123,20 @@ def _step(settings: Settings, model, arm: str, frames: int):
     return Partial(step, model), state, xs, like(dtype=jnp.int32)
 
 
-def _longest(settings: Settings, need: Need, grows: float, memory: int) -> int:
+def _longest(
+    settings: Settings,
+    arm: str,
+    need: Need,
+    grows: float,
+    memory: int,
+    size: Callable[[KVCache], int],
+) -> int:
     """The most latent frames that fit, if the memory and what a context pass needs grow with them."""
     n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
 
     def fits(blocks: int) -> bool:
         frames = blocks * n
-        held = need.held | {"cache": shape_bytes(settings.cache(need.name, frames))}
+        held = need.held | {"cache": size(settings.cache(arm, frames))}
         block = need.temporaries["a block"] + grows * (frames - settings.frames)
         busy = need.temporaries | {"a block": block}
         return dataclasses.replace(need, held=held, temporaries=busy).total <= memory

@@ -5,6 +5,7 @@ import logging
 
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Sizes
+from models.runs.devices import check_blocks, plan_of
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
@@ -16,6 +17,7 @@ from models.worldplay.schedule import count_blocks
 from qvg_jax.errors import UserError, told_to_user
 
 ACTIONS = "w-8,s-8,a-8,d-8,up-8,down-8"  # of the published runs
+PLANS = ("spans", "heads")
 SHIFT = 8  # which gives the released timesteps at four steps
 
 log = logging.getLogger(__name__)
@@ -59,16 +61,21 @@ def settle(options: Options, released: Sizes) -> Settings:
     width = options.width
     check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
     check_seed(options.seed)
+    plan = plan_of(options, PLANS)
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps),
-        histories={name: _history(name) for name in arm_names(options)},
+        histories={
+            name: dataclasses.replace(_history(name), plan=plan) for name in arm_names(options)
+        },
         path=_path(options, sizes.dit),
         height=height,
         width=width,
     )
     for name, history in settings.histories.items():
-        if history.compressed and not settings.cache(name).layout.max_spans:
+        cache = settings.cache(name)
+        check_blocks(cache, plan, {cache.layout.block_tokens})
+        if history.compressed and not cache.layout.max_spans:
             log.warning(
                 f"{name}: {settings.frames} latent frames are too few to compress any: a span is "
                 f"{history.span_blocks} blocks, and the newest block is never remembered"
@@ -93,8 +100,9 @@ def _path(options: Options, config: WorldPlayConfig) -> CameraPath:
             f"frames={frames} is more than the {len(path)} cameras of the walk: the actions have "
             f"{len(path) - 1} steps, and the first frame needs none; walk on, or ask for fewer"
         )
-    if left := len(path) - frames:
-        log.info(f"{frames} latent frames; the last {left} cameras of the walk are not used")
+    if options.actions is not None and (left := len(path) - frames):
+        said = log.info if options.frames is None else log.warning
+        said(f"{frames} latent frames; the last {left} cameras of the walk are not used")
     return CameraPath(path.c2w_F44[:frames], path.intrinsics_F33[:frames], path.actions_F[:frames])
 
 

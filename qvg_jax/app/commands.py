@@ -1,36 +1,48 @@
-"""The work of the commands, once `cli` has read their options; this module imports JAX."""
+"""The work of the commands, once `cli` has read their options; JAX is imported where it is needed."""
 
 import contextlib
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from qvg_jax.app.command_line import command_line
+from qvg_jax.app.jax_setup import set_up_jax
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
 
-__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune", "verify"]
+__all__ = [
+    "capture",
+    "codecs",
+    "convert",
+    "fetch",
+    "generate",
+    "plan",
+    "play",
+    "tune",
+    "tune_heads",
+    "verify",
+]
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
 
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
-    """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
-    outcome = _generated(entry, options)
+    """Runs a model's job: video.mp4 and report.json, .png and .html in `options.out`."""
+    outcome = _generated(entry, options, leave_finished=True)
+    if outcome is None:
+        return 0
     if outcome.report is None:
         return 128 + (outcome.signal or 0)
     from qvg_jax.app.report import table
 
     print(f"\n{table(outcome.report)}\n")
     seconds = outcome.report["timings"]["total_seconds"]
-    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
+    print(f"{seconds:.0f} s; wrote video.mp4 and report.json, .png, .html to {options.out}")
     return 0
 
 
@@ -56,9 +68,17 @@ def verify(entry: ModelEntry, options: GenerateOptions, how: VerifyOptions) -> i
     return 1 if result["verdict"] == "fail" else 0
 
 
-def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
-    """The `Outcome` of a model's job; an interruption is told on stderr."""
+def _generated(
+    entry: ModelEntry, options: GenerateOptions, *, leave_finished: bool = False, **more: Any
+) -> Any:
+    """The `Outcome` of a model's job; an interruption is told on stderr.
+
+    With `leave_finished`, None for a run to go on with that is finished, whose files stay.
+    """
+    from qvg_jax.app.compile_watch import watching_compiler
+    from qvg_jax.app.early_checks import check_early
     from qvg_jax.app.progress import Progress, saying
+    from qvg_jax.app.run_lock import check_alone_in
 
     def advice() -> str:
         return entry.memory_advice(options)
@@ -66,18 +86,34 @@ def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
     with _told(entry):
         with _within_memory(advice), saying(f"{entry.name}: loading the model"):
             set_up_jax()
+            # Before minutes are spent on loading, and seconds on importing what loads.
+            with _written():
+                check_early(entry, options)
+            check_alone_in(options.out)
+            from qvg_jax.app.generate import finished_report
             from qvg_jax.app.generate import generate as run
-            from qvg_jax.app.run_lock import check_alone_in
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
-            check_alone_in(options.out)  # before minutes are spent on loading
             job = entry.prepare(options)
+        going_on = leave_finished and getattr(options, "resume", False)
+        if going_on and finished_report(job, options.out, options.fps) is not None:
+            print(
+                f"--resume: the run in {options.out} is finished, and all its files stay as they are; "
+                "give more --frames to make it longer, or leave --resume out to make it anew"
+            )
+            return None
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
         what = f"{job.frames} generated" if real else f"{job.frames} frames"
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
-        with _within_memory(advice), _one_line(*told), _written(), Progress(job) as progress:
+        with (
+            _within_memory(advice),
+            _one_line(*told),
+            _written(),
+            watching_compiler() as compiling,
+            Progress(job, compiling) as progress,
+        ):
             outcome = run(
                 job,
                 options.out,
@@ -85,6 +121,7 @@ def _generated(entry: ModelEntry, options: GenerateOptions, **more: Any) -> Any:
                 growing=options.stream,
                 begins=progress.begins,
                 progress=progress.update,
+                command=command_line("generate", entry.name, options),
                 **more,
             )
     if outcome.report is None:
@@ -167,6 +204,25 @@ def tune(
     return 0
 
 
+def tune_heads(
+    files: Sequence[str | Path],
+    out: Path,
+    share: float,
+    block_tokens: int | None,
+    sink_blocks: int,
+    local_blocks: int,
+) -> int:
+    """Measures heads on captured tensors; see `heads_command.run_heads`."""
+    set_up_jax()
+    from qvg_jax.app.heads_command import run_heads
+
+    sizes = dict(sink_blocks=sink_blocks, local_blocks=local_blocks)
+    with _written():
+        print(run_heads([*map(Path, files)], out, share=share, block_tokens=block_tokens, **sizes))
+    print(f"wrote heads.json and heads.png to {out}")
+    return 0
+
+
 def fetch(entry: ModelEntry, yes: bool) -> int:
     """Downloads the released weights of a model, after its user accepted their licences."""
     from qvg_jax.app import fetch as fetching
@@ -218,34 +274,6 @@ def codecs(shape: tuple[int, ...]) -> int:
         rows.append((name, code, f"{bits:.4f}", f"{16 / bits:.2f}x", what))
     print(aligned(rows))
     return 0
-
-
-def set_up_jax() -> None:
-    """Sets JAX up for the command: 32-bit numbers, and compiled programs kept in the user's cache folder.
-
-    Results do not depend on `JAX_ENABLE_X64`, which is for the user's own programs. A folder of compiled
-    programs that JAX was told of stays.
-
-    Raises:
-        UserError: JAX was told of a platform that is not there.
-    """
-    jax.config.update("jax_enable_x64", False)
-    try:
-        jax.devices()
-    except (
-        AssertionError,
-        RuntimeError,
-    ) as error:  # of a platform without its package, or its device
-        platform = os.environ.get("JAX_PLATFORMS", "")
-        why = f" ({error})" if str(error) else ""
-        raise UserError(
-            f"JAX_PLATFORMS={platform!r} cannot be used here; accepted: cpu, a platform that this "
-            f"machine and the installed JAX have, or none{why}"
-        ) from error
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
-        return
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder, "qvg_jax", "compiled")))
 
 
 @contextlib.contextmanager

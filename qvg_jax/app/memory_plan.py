@@ -25,6 +25,7 @@ class Need:
         in_place_of_cache: the same of programs that run when the cache is gone.
         longest: latent frames that would fit, given the memory asked about; 0 for none, None for
             any number.
+        seconds: predicted for the last block; None for unknown.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Need:
     temporaries: dict[str, int]
     in_place_of_cache: dict[str, int] = dataclasses.field(default_factory=dict)
     longest: int | None = 0
+    seconds: float | None = None
 
     @property
     def total(self) -> int:
@@ -52,6 +54,7 @@ class Plan:
         backend: where the programs were compiled.
         seconds: how long that took.
         advice: what to change where nothing fits.
+        notes: further sentences, such as the source of predicted seconds.
     """
 
     what: str
@@ -60,6 +63,7 @@ class Plan:
     backend: str
     seconds: float
     advice: str
+    notes: tuple[str, ...] = ()
 
     def fits(self, need: Need, memory: int) -> bool:
         """Whether an arm runs in so many bytes."""
@@ -89,7 +93,9 @@ def plan_table(plan: Plan, memory: int) -> str:
     """The plan in words: a line for each arm, then what fits."""
     gb = lambda n: f"{n / 1e9:.2f}"  # noqa: E731
     parts = list(plan.needs[0].held)
-    rows = [("GB", *parts, "temporaries", "peak", f"in {gb(memory)}", "at most")]
+    timed = any(need.seconds is not None for need in plan.needs)
+    seconds = ("s a block",) if timed else ()
+    rows = [("GB", *parts, "temporaries", "peak", f"in {gb(memory)}", "at most", *seconds)]
     for need in plan.needs:
         fits = "fits" if plan.fits(need, memory) else "too large"
         rows.append(
@@ -100,9 +106,11 @@ def plan_table(plan: Plan, memory: int) -> str:
                 gb(need.total),
                 fits,
                 _frames(need.longest),
+                *([_seconds(need.seconds)] if timed else []),
             )
         )
-    lines = [plan.what, "", aligned(rows), ""]
+    asked = f"Memory of a device: {gb(memory)} GB ({memory:,} bytes)."
+    lines = [plan.what, asked, "", aligned(rows), ""]
     for name, size in plan.before.items():
         lines.append(f"Before that, alone: {name}, {gb(size)} GB.")
     worst = max(plan.needs, key=lambda need: max(need.temporaries.values()))
@@ -117,6 +125,7 @@ def plan_table(plan: Plan, memory: int) -> str:
         lines.append(
             "A CPU keeps float32 copies of bfloat16 operands: on a GPU temporaries are smaller."
         )
+    lines += [f"{note[0].upper()}{note[1:]}." for note in plan.notes]
     fitting = [need.name for need in plan.needs if plan.fits(need, memory)]
     lines.append(f"Fits: {_joined(fitting)}." if fitting else f"Nothing fits: {plan.advice}")
     return "\n".join(lines)
@@ -124,6 +133,10 @@ def plan_table(plan: Plan, memory: int) -> str:
 
 def _frames(count: int | None) -> str:
     return "any number" if count is None else f"{count} frames" if count else "none"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.3f}"
 
 
 def _joined(names: Sequence[str]) -> str:

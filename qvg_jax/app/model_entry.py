@@ -28,6 +28,7 @@ from qvg_jax.app.option_types import (
     Whole,
 )
 from qvg_jax.app.protocol import Protocol
+from qvg_jax.codecs.recommended import CAUTIOUS
 
 if TYPE_CHECKING:
     from qvg_jax.app.job import Job
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qvg_jax.study.capture import Captured
 
 __all__ = [
+    "DEFAULT",
     "CaptureOptions",
     "GenerateOptions",
     "ModelEntry",
@@ -64,7 +66,7 @@ class GenerateOptions:
         weights: other weights than the model's own.
     """
 
-    codec: str = "midrise"
+    codec: str = CAUTIOUS
     compare: Names = ()
     frames: Frames | None = None
     steps: Steps | None = None
@@ -99,7 +101,8 @@ class PlanOptions:
     """Options of `qvg plan` that every model has.
 
     Attributes:
-        memory: memory of the device, such as 24GB or 22.4GiB; a number alone is in GB.
+        memory: memory of the device, such as 24GB or 22.4GiB; a number alone is in GB below a million, else
+            in bytes.
         codec: codecs to compare.
     """
 
@@ -122,7 +125,7 @@ class PlayOptions:
         no_browser: do not open a browser.
     """
 
-    codec: str = "midrise"
+    codec: str = CAUTIOUS
     seed: Whole = 0
     steps: Steps | None = None
     memory: Frames | None = None
@@ -158,6 +161,10 @@ def _no_advice(options: Any) -> str:
     return "accepted: fewer --frames or --compare"
 
 
+def _no_check(options: Any) -> None:
+    """Accepts all options."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelEntry:
     """A model as the command knows it.
@@ -177,6 +184,8 @@ class ModelEntry:
             `qvg fetch` gets them. Empty for a model that brings its weights along.
         protocol: what `qvg verify` does with the model; None if nothing is agreed on.
         loop: `loop(recipes, span_tokens) -> {recipe: dB to bf16}`, a short run for `qvg tune`.
+        check: `check(options)` raises a `UserError` for what is wrong whatever the weights are, such as a
+            codec that is not known. It runs before `prepare`, and its module should import little.
         memory_advice: `memory_advice(options) -> str`, what to change where memory is not enough.
     """
 
@@ -193,6 +202,7 @@ class ModelEntry:
     needs: tuple[Download, ...] = ()
     protocol: Protocol | None = None
     loop: Callable[[Sequence[str], int], dict[str, float]] | None = None
+    check: Callable[[Any], None] = _no_check
     memory_advice: Callable[[Any], str] = _no_advice
 
     def __post_init__(self) -> None:

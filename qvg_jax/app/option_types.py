@@ -26,6 +26,7 @@ __all__ = [
     "Port",
     "Rate",
     "Shape",
+    "Share",
     "Side",
     "SomeFrames",
     "Steps",
@@ -101,8 +102,21 @@ def _bits(text: str) -> float:
     return bits
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{_quoted(text)} is not accepted: give a share, such as 0.3")
+    return share
+
+
 def parse_bytes(text: str) -> int:
-    """Bytes of "24GB", "24e9", "22.4GiB" or "80 GB"; a plain number below a million, "24", is GB.
+    """Bytes of "24GB", "22.4GiB" or "80 GB".
+
+    A number without a unit is GB below a million, however it is written ("24", "2.4e1"), and bytes from a
+    million on ("24e9", "24000000000").
 
     Raises:
         ValueError: the text is no such size, or the size is 0.
@@ -111,7 +125,7 @@ def parse_bytes(text: str) -> int:
     try:
         number = float(match[1])  # type: ignore[index]
         unit = match[2].upper()  # type: ignore[index]
-        if match[0] == match[1] and "e" not in text.lower() and 1 <= number < 1e6:
+        if match[0].strip() == match[1] and 1 <= number < 1e6:
             unit = "G"  # nobody asks about 24 bytes
         scale = 1024 ** " KMGT".index(unit or " ") if match[3] else _UNITS[unit]  # type: ignore[index]
         size = int(number * scale)
@@ -182,8 +196,11 @@ type Port = Annotated[int, _option(_port, "N")]
 type Bits = Annotated[float, _option(_bits, "BITS")]
 """Bits per element, above 0 and at most 16."""
 
+type Share = Annotated[float, _option(_share, "SHARE")]
+"""A share, from 0 to 1."""
+
 type ByteSize = Annotated[int, _option(parse_bytes, "SIZE")]
-"""A number of bytes, such as 24GB or 22.4GiB on the command line; 24 alone is 24GB."""
+"""A number of bytes, such as 24GB or 22.4GiB on the command line; 24 alone is 24GB, 24e9 alone are bytes."""
 
 type Shape = Annotated[tuple[int, ...], _option(_shape, "B,H,T,D")]
 """The shape of a span: batch, heads, tokens, head dim."""

@@ -55,11 +55,14 @@ def saying(what: str) -> Iterator[None]:
 class Progress:
     """Progress of a job's arms: a bar for each on a terminal, else a line every `EVERY` seconds.
 
+    `compiling()` says for how many seconds a program is being compiled, None while none is.
+
     with Progress(job) as progress:
         ...  # progress.begins(arm) before each block of each arm, progress.update(made) after all
     """
 
-    def __init__(self, job: "Job"):
+    def __init__(self, job: "Job", compiling: Callable[[], float | None] = lambda: None):
+        self._compiling = compiling
         self._total = job.tour + job.frames
         self._first = (
             "compiling the step" if job.play is None else "loading and compiling the first block"
@@ -108,11 +111,16 @@ class Progress:
         seconds = time.monotonic() - self._since
         if not self._arm:
             return f"preparing the first block, {seconds:.0f} s"
+        spent = self._compiling()
+        if not self._done and spent is not None:
+            return f"compiling the step of {self._arm}, {spent:.0f} s"
         if not self._done:
             return f"{self._first} of {self._arm}, {seconds:.0f} s"
         far = f"{self._done} of {self._total} frames: {self._speeds}"
         if self._done >= self._total:
             return f"{far}; writing the report"
+        if spent is not None and spent >= EVERY:
+            return f"{far}; compiling for {self._arm}, {spent:.0f} s"
         return far if seconds < EVERY else f"{far}; next block of {self._arm}, {seconds:.0f} s"
 
     def _tick(self, _: float) -> None:

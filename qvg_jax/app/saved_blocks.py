@@ -61,10 +61,11 @@ class SavedBlocks:
         self._request = json.loads(json.dumps(request))
         self._shape, self._dtype = tuple(shape), np.dtype(dtype)
         self._begun = self._noted = False  # whether blocks are there; whether the request says so
+        self._missing = False
         if resume and restart:
             raise UserError("--resume and --restart exclude each other; accepted: one of them")
         if resume and not (self._folder / REQUEST).exists():
-            log.info("--resume: nothing in %s to go on from; from the beginning", self._folder)
+            self._missing = True  # said when blocks are asked for: the whole run may be finished
         elif resume:
             self._check_same()
             self._begun = True
@@ -76,6 +77,9 @@ class SavedBlocks:
 
         A damaged block and the ones after it are left out, and said in the log.
         """
+        if self._missing:
+            log.info("--resume: nothing in %s to go on from; from the beginning", self._folder)
+            self._missing = False
         stored: list[np.ndarray] = []
         file, sums = self._files(arm)
         if self._begun and file.is_file():

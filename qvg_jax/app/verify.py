@@ -56,7 +56,7 @@ def cases(entry: ModelEntry, options: GenerateOptions, how: VerifyOptions) -> li
         if getattr(options, name) == fields[name]
     }
     asked = options.codecs
-    if asked == (entry.default_codec,):
+    if {*asked} - {BASELINE} == {entry.default_codec}:
         asked += protocol.recipes
     first, *rest = dict.fromkeys((*asked, BASELINE))
     changes |= dict(codec=first, compare=tuple(rest))

@@ -11,17 +11,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qvg_jax.attention.by_head import attend_by_head
 from qvg_jax.attention.choice import choose
 from qvg_jax.attention.features import Features, features_of
 from qvg_jax.attention.spread import attend_on_devices
 from qvg_jax.attention.xla import attend_xla
 from qvg_jax.backends import Candidate
+from qvg_jax.cache.arguments import check_array, check_cache
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.no_gradient import no_gradient
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.view import CacheView
 
 __all__ = ["attend"]
+
+NO_GRADIENT = "how much of the cache is read is data, and no loop of such a length runs backwards"
 
 
 def attend(
@@ -50,7 +55,7 @@ def attend(
     A model of many layers makes one `cache.view(positions, rope)` for all of them and passes it
     in place of the cache. `layer` may be traced, so the layers can be one `lax.scan`; packed
     spans are read where they lie, and no layer is copied. Works in q's dtype with logits, sums
-    and output accumulated in float32. Not differentiable in reverse (dynamic trip count).
+    and output accumulated in float32. Forward derivatives pass; a reverse one is a ValueError.
 
     The batch of q, k and v may be R times the cache's B: row r B + b reads video b. So the two
     branches of guidance share a cache, and a span is decoded once for both.
@@ -93,11 +98,14 @@ def attend(
         `return_lse` a pair.
 
     Raises:
+        TypeError: the cache is none, or q, k or v is no array.
         ValueError: a shape that does not fit the cache, a missing layer, positions or rope
             beside a view, a mask, lengths or sink_logits of another shape or dtype, or an unknown
             implementation.
         NotImplementedError: a named implementation cannot serve this call; the message says why.
     """
+    check_cache(cache, or_view=True)
+    check_array(q_BTHD, "q", "(B, T, Hq, D)")
     if isinstance(cache, CacheView):
         if positions is not None or rope is not None:
             raise ValueError("positions and rope belong to cache.view(...); leave them out here")
@@ -108,6 +116,8 @@ def attend(
     if (k_BTHD is None) != (v_BTHD is None):
         raise ValueError("k and v: one of them is None; accepted: both, or None for both")
     if reads_new := k_BTHD is not None:
+        check_array(k_BTHD, "k", "(B, T, H, D), or None with v=None")
+        check_array(v_BTHD, "v", "(B, T, H, D), or None with k=None")
         _check(lay, view.heads, q_BTHD, k_BTHD, v_BTHD, layer)
     else:
         k_BTHD = v_BTHD = jnp.zeros((*q_BTHD.shape[:1], 0, view.heads, lay.head_dim), q_BTHD.dtype)
@@ -129,7 +139,8 @@ def attend(
         out, lse = _attend(*call, chosen)
     else:
         out, lse = _attend_on_devices(*call, implementation=implementation, precision=precision)
-    return (out, lse) if return_lse else out
+    out = no_gradient(out, "attend", NO_GRADIENT)
+    return (out, no_gradient(lse, "attend", NO_GRADIENT)) if return_lse else out
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "precision"))
@@ -155,12 +166,13 @@ def _attend(
     chosen: Candidate,
 ) -> tuple[Array, Array | None]:
     call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
-    if chosen.implementation == "xla":
-        return attend_xla(*call, features)
-    if chosen.implementation == "cudnn":
-        from qvg_jax.attention.cudnn import attend_cudnn
-
-        return attend_cudnn(*call, features)
+    if chosen.implementation in ("xla", "cudnn"):
+        attend_some = attend_xla
+        if chosen.implementation == "cudnn":
+            from qvg_jax.attention.cudnn import attend_cudnn as attend_some
+        if view.cache.layout.history is not None:
+            return attend_by_head(attend_some, *call, features)
+        return attend_some(*call, features)
     from qvg_jax.attention.kernels import attend_kernels
 
     fp8, implementation = chosen.precision == "fp8", chosen.implementation

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from qvg_jax.attention import xla
 from qvg_jax.attention.features import PLAIN, Features, features_of
 from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
+from qvg_jax.cache.arguments import check_array, check_cache
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
 
@@ -40,6 +41,8 @@ def _no_kernels(
         return f"{', '.join(asked)}: the kernels attend plainly, and to all of a new block"
     if call.view.cache.layout.key_bias is not None:
         return "the cache has a key_bias, which the kernels do not add"
+    if call.view.cache.layout.history is not None:
+        return "heads of the cache differ in their history, which the kernels do not read"
     if (why := no_device()) is not None:
         return why
     from qvg_jax.attention import kernels
@@ -141,8 +144,10 @@ def explain(
         The explanation; `str` gives a line for each way.
 
     Raises:
-        ValueError, NotImplementedError: as `attend` would.
+        TypeError, ValueError, NotImplementedError: as `attend` would.
     """
+    check_cache(cache, or_view=True)
+    check_array(q_BTHD, "q", "(B, T, Hq, D), or its ShapeDtypeStruct")
     view = cache if isinstance(cache, CacheView) else cache.view(rope=False)
     if isinstance(q_BTHD, jax.ShapeDtypeStruct):
         q_BTHD = jax.eval_shape(lambda: jax.numpy.zeros(q_BTHD.shape, q_BTHD.dtype))

@@ -20,10 +20,10 @@ from qvg_jax.attention.features import Features
 from qvg_jax.attention.ring import attend_ring, rotated
 from qvg_jax.cache.devices import cache_specs, own_part, own_spans
 from qvg_jax.cache.plan import Plan
-from qvg_jax.cache.rope import Encodings
+from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import CacheView
 
-__all__ = ["attend_on_devices"]
+__all__ = ["attend_on_devices", "check_spread"]
 
 type Attend = Callable[..., tuple[Array, Array | None]]
 
@@ -47,15 +47,11 @@ def attend_on_devices(
 
     Raises:
         ValueError: the devices do not divide the new tokens, where the plan keeps them apart.
-        NotImplementedError: heads that the plan divides and a codec or `Encodings` keep together.
+        NotImplementedError: the plan divides heads that a codec keeps together.
     """
     plan: Plan = view.cache.layout.plan
-    tokens, n = q_BTHD.shape[1], plan.devices
-    if plan.split_tokens and tokens % n:
-        raise ValueError(
-            f"q has {tokens} tokens, and plan {plan.axis}={n} with split_tokens divides them over the "
-            f"devices; accepted: a multiple of {n}"
-        )
+    tokens = q_BTHD.shape[1]
+    check_spread(view.cache, plan, tokens)
     k_BTHD, v_BTHD = k_BTHD.astype(q_BTHD.dtype), v_BTHD.astype(q_BTHD.dtype)
     table, view = view.table_new, dataclasses.replace(view, table_new=None)
     sinks = features.sink_logits_H
@@ -69,6 +65,34 @@ def attend_on_devices(
     if sinks is not None:
         out, lse = Features(sink_logits_H=sinks).finished(out.astype(jnp.float32), lse)
     return out.astype(q_BTHD.dtype), lse
+
+
+def check_spread(cache: KVCache, plan: Plan, tokens: int) -> None:
+    """Raises unless blocks of so many tokens can attend to a cache by a plan; shapes are enough.
+
+    Args:
+        cache: the cache, or its `jax.eval_shape`.
+        plan: how it is spread, or would be.
+        tokens: of a new block.
+
+    Raises:
+        ValueError: the devices do not divide the new tokens, where the plan keeps them apart.
+        NotImplementedError: the plan divides heads that a codec keeps together.
+    """
+    n, lay = plan.devices, cache.layout
+    if plan.split_tokens and tokens % n:
+        raise ValueError(
+            f"q has {tokens} tokens, and plan {plan.axis}={n} with split_tokens divides them over the "
+            f"devices; accepted: a multiple of {n}"
+        )
+    for name, spans in (("key", cache.span_k), ("value", cache.span_v)):
+        if plan.axis == "heads" and any(
+            x.shape[2:4] != (lay.batch, lay.heads) for x in jax.tree.leaves(spans)
+        ):
+            raise NotImplementedError(
+                f"plan heads={n}: {name} codec {getattr(lay, f'{name}_codec').name} keeps heads together, "
+                "so none can be read alone; accepted: plan spans or ring, or a codec that keeps them apart"
+            )
 
 
 def _mask(features: Features, tokens: int) -> Array | None:
@@ -168,19 +192,7 @@ def _by_heads(
     features: Features,
 ) -> tuple[Array, Array]:
     """Each device attends with its own heads; queries with their tokens apart change places before and after."""
-    axis, n = plan.axis, plan.devices
-    if isinstance(view.rope, Encodings) and view.rope.copies > 1:
-        raise NotImplementedError(
-            f"plan heads={n}: Encodings give each head {view.rope.copies} copies, which belong together; "
-            "accepted: plan spans or ring"
-        )
-    lay = view.cache.layout
-    for name, spans in (("key", view.cache.span_k), ("value", view.cache.span_v)):
-        if any(x.shape[2:4] != (lay.batch, lay.heads) for x in jax.tree.leaves(spans)):
-            raise NotImplementedError(
-                f"plan heads={n}: {name} codec {getattr(lay, f'{name}_codec').name} keeps heads together, "
-                "so none can be read alone; accepted: plan spans or ring, or a codec that keeps them apart"
-            )
+    axis, n, lay = plan.axis, plan.devices, view.cache.layout
 
     def here(new, table, view, layer, scale, features):
         q, k, v = rotated(view, new, table, axis)

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.plan import Part, Plan, fits_memory
 from qvg_jax.cache.slots import batch_leaves
+from qvg_jax.errors import wrong_kind
 
 if TYPE_CHECKING:
     from qvg_jax.cache.state import KVCache
@@ -51,9 +52,15 @@ def axis_specs(
         batch, heads: names of the mesh axes that divide them; None leaves them together.
 
     Raises:
-        NotImplementedError: rows are divided, and a codec stores them together.
+        NotImplementedError: rows are divided, and a codec stores them together; or heads are, and not all
+            of them have a history.
     """
     lay = cache.layout
+    if heads is not None and lay.history is not None:
+        raise NotImplementedError(
+            f"axis {heads!r} of heads: the cache has a {lay.history}, so layers differ in the heads "
+            "that they store; accepted: heads=None, or a cache whose heads all have a history"
+        )
 
     def placed(*spec: str | None) -> Any:
         return jax.P(*spec) if any(spec) else jax.P()
@@ -222,8 +229,13 @@ def spread(cache: "KVCache", plan: Plan | None) -> "KVCache":
         plan: the plan; None puts the cache on the first device.
 
     Raises:
+        TypeError: the cache or the plan is none.
         ValueError, NotImplementedError: as `KVCache.create`.
     """
+    if not isinstance(getattr(cache, "layout", None), Layout):
+        raise wrong_kind("cache", cache, "a KVCache, as KVCache.create makes it")
+    if plan is not None and not isinstance(plan, Plan):
+        raise wrong_kind("plan", plan, "a Plan, such as Plan(spans=2), or None for one device")
     old, new = cache.layout.plan, None if plan is None or plan.devices == 1 else plan
     if new is not None:
         new.check(cache.layout)

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.slots import batch_leaves, initial_states
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import known
+from qvg_jax.errors import wrong_kind
 
 __all__ = ["reset", "take_rows", "truncate"]
 
 
-@jax.jit
 def reset(cache: KVCache) -> KVCache:
     """The cache without any token, as `KVCache.create` made it; its buffers are used again.
 
@@ -26,6 +27,12 @@ def reset(cache: KVCache) -> KVCache:
     Returns:
         An empty cache of the same layout. What lies in its buffers is not erased, and never read.
     """
+    check_cache(cache)
+    return _reset(cache)
+
+
+@jax.jit
+def _reset(cache: KVCache) -> KVCache:
     lay, dtype = cache.layout, cache.dense_k.dtype
     zeros = ("dense_blocks", "first_span", "num_spans", "seen_blocks", "dropped_blocks")
     zeros += ("rejected_blocks", "nonfinite") + (() if cache.filled is None else ("filled",))
@@ -56,12 +63,15 @@ def truncate(cache: KVCache, tokens: int | Int[Array, ""]) -> KVCache:
         ValueError: the cache is a ring, whose overwritten tokens cannot come back; more tokens than it
             has; or a number inside of a span, or of a block that stays whole.
     """
+    check_cache(cache)
     lay = cache.layout
     if lay.is_ring:
         raise ValueError(
             "truncate: with overflow='drop' and max_spans=0 newer tokens overwrote older ones, which "
             "do not come back; accepted: a cache with slots, or with overflow='error'"
         )
+    if tokens is None or isinstance(tokens, str):
+        raise wrong_kind("tokens", tokens, "a number >= 0")
     wanted, held = known(tokens), known(cache.tokens)
     if wanted is not None and wanted < 0:
         raise ValueError(f"tokens={wanted} is not accepted: give a number >= 0")
@@ -128,6 +138,9 @@ def take_rows(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
         ValueError: not one axis of integers, none at all, or an index out of range.
         NotImplementedError: a codec stores rows of the batch together.
     """
+    check_cache(cache)
+    if rows is None or isinstance(rows, str):
+        raise wrong_kind("rows", rows, "(R,) integers, R >= 1")
     lay = cache.layout
     found = jnp.asarray(rows)
     if found.ndim != 1 or not found.size or not jnp.issubdtype(found.dtype, jnp.integer):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.state import KVCache
 from qvg_jax.codecs.accounting import packed_bytes
 
@@ -23,7 +24,7 @@ __all__ = [
 
 
 class NonFiniteError(ValueError):
-    """K or V with NaN or Inf was appended to a cache."""
+    """K, V or positions with NaN or Inf were appended to a cache."""
 
 
 class CacheFullError(ValueError):
@@ -50,7 +51,7 @@ def raise_if_bad(tree: Any) -> None:
         lay = cache.layout
         if nonfinite:
             raise NonFiniteError(
-                f"K or V of block {bad_block} is not finite: {nonfinite} NaN or Inf values in {seen} "
+                f"K, V or a position of block {bad_block} is not finite: {nonfinite} NaN or Inf values in {seen} "
                 f"blocks{_layer_of_bad(cache)}; accepted: {_accepted(cache.dense_k.dtype)}"
             )
         if rejected:
@@ -98,12 +99,18 @@ def _bad_layers(dense: Any) -> jax.Array:
     return (~jnp.isfinite(layers)).any(tuple(range(1, layers.ndim)))
 
 
+@jax.jit
+def _bad_positions(positions: Any) -> jax.Array:
+    return (~jnp.isfinite(positions)).any()
+
+
 def _layer_of_bad(cache: KVCache) -> str:
     """Says where sink and window have the first bad value; nothing if it has been compressed."""
     bad = {name: np.asarray(_bad_layers(getattr(cache, f"dense_{name}"))) for name in ("k", "v")}
     layers = np.flatnonzero(bad["k"] | bad["v"])
     if not layers.size:
-        return ""
+        where = np.asarray(_bad_positions(cache.dense_pos))
+        return ", some of them positions" if where else ""
     names = " and ".join(name.upper() for name in ("k", "v") if bad[name][layers[0]])
     return f", first in {names} of layer {layers[0]}"
 
@@ -159,6 +166,7 @@ def cache_bytes(cache: KVCache) -> CacheBytes:
             shapes.
         `tokens`: valid tokens of one layer and batch row, added over stacked caches; None for shapes.
     """
+    check_cache(cache)
     lay = cache.layout
     stacked = cache.dense_blocks.shape
     count = math.prod(stacked)

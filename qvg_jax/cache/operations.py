@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.backends import divided_automatically, row_major
+from qvg_jax.cache.arguments import check_array, check_cache
 from qvg_jax.cache.devices import on_each_device
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.oldest_span import all_slots, encode_oldest
@@ -55,8 +56,12 @@ def append(
         `rejected_blocks`, or overwrites its oldest window block (`overflow="drop"` without slots).
 
     Raises:
+        TypeError: the cache is none, or k or v is no array.
         ValueError: a shape or dtype that does not fit the cache, or lengths beyond the block.
     """
+    check_cache(cache)
+    check_array(k, "k", "(L, B, T, H, D)")
+    check_array(v, "v", "(L, B, T, H, D)")
     lay = cache.layout
     write = divided_automatically(_append, cache)
     if lengths is None:
@@ -106,7 +111,9 @@ def _append_here(
         new = row_major(jnp.where(place.store, new, old))
         return lax.dynamic_update_slice_in_dim(buffer, new, place.at, axis)
 
-    bad = sum((~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in (k, v))
+    # Padding may have any position: no query sees it.
+    counted_pos = pos if valid is None else jnp.where(valid[..., None], pos, 0)
+    bad = sum((~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in (k, v, counted_pos))
     if lay.part is not None and lay.part.splits_blocks:
         bad = lax.psum(bad, lay.part.axis)
     first = jnp.where((cache.first_bad_block < 0) & (bad > 0), cache.seen_blocks, -1)
@@ -214,6 +221,7 @@ def compress(cache: KVCache, key: PRNGKeyArray | None = None) -> KVCache:
     Returns:
         The cache, with the same valid tokens (but for a dropped span) in other places.
     """
+    check_cache(cache)
     if not cache.layout.max_spans:
         return cache
     key = jax.random.key(0) if key is None else key
@@ -248,6 +256,7 @@ def evict(cache: KVCache, spans: int | Int[Array, ""] = 1) -> KVCache:
     Raises:
         ValueError: the cache has no slots, or a Python `spans` is negative.
     """
+    check_cache(cache)
     lay = cache.layout
     if not lay.max_spans:
         raise ValueError("evict: the cache has max_spans=0 and so no spans; use overflow='drop'")

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PRNGKeyArray
 
+from qvg_jax.cache.arguments import check_cache, check_codec
+from qvg_jax.cache.layer_codecs import LayerCodecs
 from qvg_jax.cache.slots import empty_slots, read_slot, write_slot
 from qvg_jax.cache.state import KVCache
 from qvg_jax.codecs.base import Codec
@@ -39,13 +41,22 @@ def recode(
 
     Raises:
         ValueError: a codec refuses the span's shape.
-        NotImplementedError: codecs that differ by layer, before or after, or a cache on several devices.
+        NotImplementedError: codecs that differ by layer, before or after, heads without a history, or a
+            cache on several devices.
     """
+    check_cache(cache)
+    for name, codec in (("key_codec", key_codec), ("value_codec", value_codec)):
+        if not isinstance(codec, list | LayerCodecs):  # which are refused below
+            check_codec(codec, name)
     lay = cache.layout
     if lay.plan is not None:
         raise NotImplementedError(
             f"recode: the cache has plan {lay.plan.axis}={lay.plan.devices}; accepted: a cache on one "
             "device, as spread(cache, None) returns it"
+        )
+    if lay.history is not None:
+        raise NotImplementedError(
+            f"recode: the cache has a {lay.history}; accepted: a cache whose heads all have a history"
         )
     for codec in (lay.key_codec, lay.value_codec, key_codec, value_codec):
         if not isinstance(codec, Codec):

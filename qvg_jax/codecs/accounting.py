@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from qvg_jax.codecs.base import Codec, Packed, Shape
+from qvg_jax.errors import wrong_kind
 
 __all__ = ["bits_per_element", "compression_ratio", "packed_bytes", "pair_bits"]
 
@@ -34,8 +35,11 @@ def bits_per_element(codec: Codec, shape: Shape) -> float:
         Bits per element.
 
     Raises:
+        TypeError: the codec is none.
         ValueError: the codec does not accept the shape.
     """
+    if not isinstance(codec, Codec):
+        raise wrong_kind("codec", codec, "a Codec, as qvg.presets.get(NAME) returns it")
     return codec.bits_per_element(_span(shape))
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.pocket_world import camera, job, pipeline, world
+from models.pocket_world import camera, pipeline, route, world
 from qvg_jax.app import cli
+from qvg_jax.app.film import REAL_SHOWN
+from qvg_jax.app.jax_setup import set_up_jax
 from qvg_jax.app.panels import Sheet
 from qvg_jax.codecs.presets import PAIRS, PRESETS
 from tests.support.tiny_world import FRAMES, TOUR, as_in_its_own_process, random_weights
@@ -56,16 +58,16 @@ def decoded(path):
         return np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
 
 
-def test_the_three_files_are_there_and_nothing_else(done):
+def test_the_four_files_are_there_and_nothing_else(done):
     for out in done:
         left = {p.name for p in out.iterdir()}
-        assert left == {".lock", "video.mp4", "report.json", "report.png"}
+        assert left == {".lock", "video.mp4", "report.json", "report.png", "report.html"}
 
 
 def test_the_video_has_every_frame_of_every_arm(done):
     frames = decoded(done[0] / "video.mp4")
-    sheet = Sheet(4, world.HEIGHT, world.WIDTH, tour=TOUR, frames=FRAMES)
-    assert frames.shape == (TOUR + FRAMES, sheet.height, sheet.width, 3)
+    sheet = Sheet(8, world.HEIGHT, world.WIDTH, tour=TOUR, frames=FRAMES)  # differences below
+    assert frames.shape == (REAL_SHOWN + FRAMES, sheet.height, sheet.width, 3)
 
     def panel(frame, i):
         left, top, right, bottom = sheet.box(i)
@@ -73,8 +75,10 @@ def test_the_video_has_every_frame_of_every_arm(done):
         return frame[top + half : bottom : sheet.scale, left + half : right : sheet.scale]
 
     key = jax.random.fold_in(jax.random.key(5), 0)
-    tour = camera.wander(key, jnp.zeros(3), TOUR, job.HALF_WIDTH)
-    real = np.asarray(pipeline.render_path(jnp.array([5]), tour[None, :4]))[0]
+    tour = camera.wander(key, jnp.zeros(3), TOUR, route.HALF_WIDTH)
+    first = TOUR - REAL_SHOWN  # of the tour the video has the end
+    part = tour[None, first : first + 4]
+    real = np.asarray(pipeline.render_path(jnp.array([5]), part, first_time=first))[0]
     for i in range(4):  # during the tour all panels show the world
         error = (panel(frames[3], i) / 127.5 - 1) - real[3]
         assert np.abs(error).mean() < 0.02
@@ -119,7 +123,7 @@ def test_actions_set_the_path_and_the_length(run, tmp_path):
     assert report["config"]["actions"] == "d-3,up-2" and list(report["arms"]) == ["bf16"]
     with av.open(str(tmp_path / "out" / "video.mp4")) as file:
         stream = file.streams.video[0]
-        assert (stream.frames, stream.average_rate) == (TOUR + 8, 5)
+        assert (stream.frames, stream.average_rate) == (REAL_SHOWN + 8, 5)
 
 
 def test_progress_shows_speed_and_memory(run, monkeypatch):
@@ -141,6 +145,29 @@ def test_the_list_of_codecs(capsys):
     assert "qvg-asym" in capsys.readouterr().out
     assert cli.main(["codecs", "--shape", "1,24,29640,128"]) == 0
     assert "6.88x" in capsys.readouterr().out
+
+
+def test_the_folder_of_compiled_programs_is_named_and_bounded(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "qvg_jax" / "programs"
+    folder.mkdir(parents=True)
+    (folder / "jit_step-cache").write_bytes(bytes(2_500_000))
+    assert cli.main(["--version", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert f"  jax {jax.__version__}" in out
+    assert f"compiled programs: {folder}, 2.5 MB, of at most 4 GB" in out
+    # What `set_up_jax` tells JAX, without telling this process.
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__, raising=False)
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
+    set_up_jax()
+    assert told == {
+        "jax_enable_x64": False,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 4 * 10**9,
+    }
 
 
 def test_the_version(capsys):

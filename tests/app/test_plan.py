@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from models.runs.shared_needs import needs_on_devices
 from models.self_forcing import job
 from models.self_forcing.entry import Options
-from models.self_forcing.plan import _on_devices, _step, make_plan
-from models.self_forcing.settings import released_sizes, settle
+from models.self_forcing.plan import _step, make_plan
+from models.self_forcing.predicted import block_seconds
+from models.self_forcing.settings import PLANS, released_sizes, settle
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app import cli
 from qvg_jax.app.memory_plan import (
@@ -21,6 +23,7 @@ from qvg_jax.app.memory_plan import (
 )
 from qvg_jax.app.option_types import parse_bytes
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.loop import run_chunk
 from tests.support import tiny_self_forcing as tiny
 from tests.support.tiny_world import as_in_its_own_process
@@ -52,6 +55,7 @@ def test_sizes_in_words():
     assert parse_bytes("512M") == 512 * 10**6 and parse_bytes("100B") == 100
     assert parse_bytes("24") == 24 * 10**9 == parse_bytes("24000000000")
     assert parse_bytes("22.4") == int(22.4 * 10**9)
+    assert parse_bytes("2.4e1") == 24 * 10**9 and parse_bytes("1e9") == 10**9  # by value alone
     for bad in ("", "GB", "24XB", "-1GB", "0GB", "1.2.3GB", "0.1"):
         with pytest.raises(ValueError, match="24GB"):
             parse_bytes(bad)
@@ -92,21 +96,47 @@ def test_a_plan_counts_the_arrays_that_a_run_makes(plan):
 
 
 def test_a_plan_for_two_devices_has_a_line_for_each_way_of_sharing():
-    asked, count = options(compare=(), span=12), 2
+    asked = options(compare=(), span=12)
     settings = settle(asked, tiny.sizes())
     cache = settings.cache(tiny.CODEC)
     assert cache.layout.max_spans == 3
     held = {"cache": shape_bytes(cache), "VAE": 7}
     alone = Need(name=tiny.CODEC, held=held, temporaries={"a block": 5})
-    needs = _on_devices(settings, alone, 10**9, count)
+
+    def on(count):
+        parts = dict(axes=PLANS, tokens=settings.block_tokens(), longest=lambda share: 3)
+        return needs_on_devices(alone, cache, count, **parts)
+
+    needs = on(2)
     names = [need.name.removeprefix(tiny.CODEC) for need in needs]
     assert names == [", spans over 2", ", heads over 2", ", ring over 2"]
     one, spans, heads, ring = (need.held["cache"] for need in (alone, *needs))
     assert one / 2 < heads < spans < 0.75 * one  # two slots of four, and one of them stays empty
     assert spans < ring < one
     assert all(need.held["VAE"] == 7 for need in needs)
-    (eight,) = _on_devices(settings, alone, 10**9, 8)  # of 6 tokens of a frame and 2 heads
-    assert eight.name == f"{tiny.CODEC}, ring over 8"
+    assert not on(8)  # of a block of 3 frames of 6 tokens, and 2 heads: `attend` refuses them too
+    (nine,) = on(9)
+    assert nine.name == f"{tiny.CODEC}, ring over 9"
+
+
+def test_seconds_of_a_block_are_those_of_the_benchmark_and_fall_with_devices():
+    asked = Options(frames=63, codec="qvg", compare=("bf16",))
+    settings = settle(asked, released_sizes())
+
+    def seconds(arm, **plan):
+        return block_seconds(settings, arm, settings.cache(arm), CachePlan(**plan))
+
+    assert seconds("bf16") == pytest.approx(0.955, rel=0.03)  # block 21, measured
+    one, spans, heads = seconds("qvg"), seconds("qvg", spans=2), seconds("qvg", heads=2)
+    assert 0.4 * one < heads < spans < 0.8 * one  # cuDNN, and not the kernels, merges spans
+    assert seconds("qvg", heads=4) < heads
+    other = dataclasses.replace(settings, sizes=tiny.sizes())
+    assert block_seconds(other, "qvg", settings.cache("qvg"), CachePlan()) is None
+    need = dataclasses.replace(needs(5)[0], seconds=0.5)
+    of = dict(what="run", before={}, backend="cpu", seconds=1.0, advice="", notes=("from an H100",))
+    said = Plan(needs=(need, *needs(6)), **of)
+    table = plan_table(said, 10)
+    assert "s a block" in table and "0.500" in table and "From an H100." in table
 
 
 @pytest.mark.slow

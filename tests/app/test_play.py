@@ -18,8 +18,10 @@ import pytest
 from PIL import Image
 
 from qvg_jax.app import cli
-from tests.support.tab import Tab
+from tests.support.tab import Tab, real_time
 from tests.support.tiny_world import as_in_its_own_process, random_weights
+
+pytestmark = real_time
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -95,10 +97,10 @@ def megabytes(text):
 
 
 def test_small_frames_are_lossless_and_large_ones_small():
-    page = pytest.importorskip("qvg_jax.app.play.page", reason="NiceGUI is not installed")
+    screen = pytest.importorskip("qvg_jax.app.play.screen", reason="NiceGUI is not installed")
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for image, kind in ((frame, "png"), (frame.repeat(10, 0).repeat(10, 1), "jpeg")):
-        head, data = page.picture(image).split(",")
+        head, data = screen.picture(image).split(",")
         assert head == f"data:image/{kind};base64"
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         assert np.abs(shown.astype(int) - image).mean() <= (0 if kind == "png" else 10)
@@ -127,20 +129,24 @@ def test_a_key_is_a_block_and_the_meter_counts_it(tab):
     me = tab()
     begin = me.settled()
     before = megabytes(me.text("bf16"))
-    picture = me.page.locator(".frame img").get_attribute("src")
+    picture = me.page.locator(".frame > img").get_attribute("src")
     for i, (key, action) in enumerate(
         [("w", "w"), ("ArrowRight", "d"), (" ", "stay"), ("E", "up")]
     ):
-        me.page.keyboard.press(key)
+        me.tap(key)
         me.wait_for_turn(f"{begin + i}-{action}")
     assert me.settled() == begin + 4
-    assert me.page.locator(".frame img").get_attribute("src") != picture
+    assert me.page.locator(".frame > img").get_attribute("src") != picture
     assert megabytes(me.text("bf16")) > before >= 0.1
     assert re.match(r"[\d.]+×", me.text("times")) and "bits per element" in me.text("bits")
     assert {url.split("/")[2] for url in me.asked if url.startswith("http")} == {
         me.page.url.split("/")[2]
     }
-    assert me.page.evaluate("scrollY") == 0  # arrows and space do not scroll
+    # Keys that a script presses never scroll; a person's would.
+    for key in ("ArrowDown", " "):
+        me.page.keyboard.press(key)
+    me.wait_for_block(begin + 5)
+    assert me.page.evaluate("scrollY") == 0
 
 
 @pytest.mark.slow
@@ -163,7 +169,9 @@ def test_a_held_key_goes_on_until_it_is_let_go(tab):
     me.page.keyboard.up("s")
     end = me.settled()
     assert end >= begin + 3
-    me.page.get_by_test_id("pad-a").click()  # a click on a pad is a press
+    me.page.get_by_test_id("pad-a").evaluate(  # a click on a pad is a press
+        "pad => ['pointerdown', 'pointerup'].forEach(type => pad.dispatchEvent(new Event(type)))"
+    )
     me.wait_for_turn(f"{end}-a")
     assert me.settled() == end + 1
 
@@ -176,6 +184,7 @@ def test_many_presses_at_once_leave_the_newest(tab):
         """() => { for (let i = 0; i < 60; i++) for (const type of ['keydown', 'keyup'])
         document.dispatchEvent(new KeyboardEvent(type, {key: 'wasd'[i % 4], bubbles: true})) }"""
     )
+    me.wait_for_block(begin + 1)
     end = me.settled()
     assert begin < end < begin + 30  # 60 presses; the newest won, and nothing piled up
     assert me.turn() == f"{end - 1}-d"
@@ -186,14 +195,14 @@ def test_two_tabs_see_one_walk_and_a_closed_one_lets_go(tab):
     me, you = tab(), tab()
     begin = me.settled()
     assert "2 tabs" in me.page.locator(".push").first.inner_text()
-    you.page.keyboard.press("d")
+    you.tap("d")
     me.wait_for_turn(f"{begin}-d")
     you.wait_for_turn(f"{begin}-d")
     you.page.keyboard.down("w")
     me.wait_for_block(begin + 3)
     you.page.close()  # with the key down
     end = me.settled()
-    me.page.keyboard.press("a")
+    me.tap("a")
     me.wait_for_turn(f"{end}-a")
     me.page.reload()
     me.wait_for("ready")
@@ -228,13 +237,13 @@ def test_the_codec_changes_mid_walk_for_every_tab(tab):
     me.wait_for("ready")
     assert megabytes(me.text("is")) > 1.5 * before and me.blocks() == blocks
     assert "bf16" in you.page.locator(".q-select").inner_text()
-    you.page.keyboard.press("a")
+    you.tap("a")
     me.wait_for_turn(f"{blocks}-a")
     me.choose("midrise-k1v3")
     me.page.wait_for_function(
         "() => document.querySelector('[data-testid=bits]').innerText.startsWith('2.31')"
     )
-    me.page.keyboard.press("s")  # the select has given the keyboard back
+    me.tap("s")  # the select has given the keyboard back
     me.wait_for_turn(f"{blocks + 1}-s")
 
 
@@ -253,8 +262,53 @@ def test_a_new_world_and_a_seed_that_is_none(tab):
     )
     me.wait_for("ready")
     assert me.settled() == TOUR // 4
-    me.page.keyboard.press("w")
+    me.tap("w")
     me.wait_for_turn(f"{TOUR // 4}-w")
+
+
+@pytest.mark.slow
+def test_the_page_says_what_is_remembered_walks_back_and_compares_with_bf16(tab):
+    me = tab()
+    page, named = me.page, me.page.get_by_test_id
+    begin = me.settled()
+    for i, key in enumerate("dd"):
+        me.tap(key)
+        me.wait_for_turn(f"{begin + i}-{key}")
+    named("back").click()
+    me.wait_for_block(begin + 3)
+    named("back").filter(has_text="walk back").wait_for()
+    assert "remembered" in named("place").get_attribute("class")
+    assert me.text("place").startswith("remembered")
+    assert "× in the long run" in me.text("longrun")
+
+    named("compare").click()
+    named("follows").filter(has_text="the same block in both").wait_for()
+    page.wait_for_selector(f'.twin[data-turn="{me.turn()}"]')
+    page.locator("#wipe").fill("20")
+    assert page.evaluate("document.documentElement.style.getPropertyValue('--wipe')") == "20%"
+    assert page.locator(".twin").evaluate("e => getComputedStyle(e).clipPath").startswith("inset(0")
+    named("compare").click()
+    page.locator(".twin").wait_for(state="hidden")
+
+
+@pytest.mark.slow
+def test_the_page_can_be_used_without_a_mouse_and_fits(tab):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
+    me = tab()
+    begin = me.settled()
+    pad = me.page.get_by_role("button", name="wait (space)")
+    pad.focus()
+    for i, key in enumerate(("Enter", " ")):  # either presses the button, and walks no second time
+        me.page.keyboard.press(key)
+        me.wait_for_turn(f"{begin + i}-stay")
+    assert me.settled() == begin + 2
+    assert pad.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"  # where the keys go
+    for width in (390, 768, 1024, 1140, 1440):
+        me.page.set_viewport_size({"width": width, "height": 860})
+        assert me.page.evaluate("document.documentElement.scrollWidth") == width
+    faults = axe.Axe().run(me.page).response["violations"]
+    serious = [f for f in faults if f["impact"] in ("serious", "critical")]
+    assert [(f["id"], [node["html"] for node in f["nodes"]]) for f in serious] == []
 
 
 @pytest.mark.slow

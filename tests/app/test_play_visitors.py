@@ -11,7 +11,9 @@ import urllib.parse
 import pytest
 
 from tests.support.fake_world import fake_page
-from tests.support.tab import Tab
+from tests.support.tab import Tab, real_time
+
+pytestmark = real_time
 
 slow = pytest.mark.slow
 TABS = 200
@@ -97,7 +99,7 @@ def test_a_broken_socket_recovers_and_the_walk_is_where_it_was(browser, server, 
     with contextlib.closing(Cable(server[0])) as cable:
         tab, other = Tab(browser, cable.address), Tab(browser, server[0])
         begin = tab.settled()
-        tab.page.keyboard.press("w")
+        tab.tap("w")
         tab.wait_for_turn(f"{begin}-w")
         tab.page.keyboard.down("d")  # held while the line breaks: it must not walk on for ever
         tab.wait_for_block(begin + 3)
@@ -109,7 +111,7 @@ def test_a_broken_socket_recovers_and_the_walk_is_where_it_was(browser, server, 
         cable.mend()
         tab.reconnected()
         tab.wait_for_turn(f"{end - 1}-d")
-        tab.page.keyboard.press("a")
+        tab.tap("a")
         tab.wait_for_turn(f"{end}-a")
         assert tab.settled() == other.blocks() == end + 1
         assert tab.complaints == other.complaints == []
@@ -173,7 +175,7 @@ def test_a_page_for_others_opens_by_its_token_and_keeps_it_to_itself(browser, tm
         assert len(token) == 32 and token not in tab.page.content()
         assert token not in tab.page.evaluate("document.cookie")
         begin = tab.settled()
-        tab.page.keyboard.press("w")
+        tab.tap("w")
         tab.wait_for_turn(f"{begin}-w")
         tab.page.reload()
         tab.wait_for("ready")

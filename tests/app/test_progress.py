@@ -1,11 +1,14 @@
 """Progress of a run: words at once, no long silence, and what they say."""
 
+import contextlib
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from qvg_jax.app import progress
+from qvg_jax.app.compile_watch import COMPILING, watching_compiler
 from qvg_jax.app.progress import Progress, saying, ticking
 
 SIZE = SimpleNamespace(bf16=8e6, in_use=SimpleNamespace(total=2e6))
@@ -110,3 +113,35 @@ def test_on_a_terminal_the_bars_count_the_seconds(capsys, monkeypatch):
         now.update(made(0))
     text = "".join(text) + capsys.readouterr().err
     assert "qvg " in text and "4/24" in text and "8.0 frames/s" in text
+
+
+def test_compilation_is_said_while_it_lasts():
+    with watching_compiler() as compiling:
+        assert compiling() is None
+        progress, seen = Progress(job(play=True), compiling), []
+        progress.begins("qvg")
+        jax.monitoring.record_scalar(COMPILING, 0.0, fun_name="step")
+        seen.append(progress.line())
+        jax.monitoring.record_event_duration_secs(COMPILING, 1.0, fun_name="step")
+        seen.append(progress.line())
+        assert seen[0] == "compiling the step of qvg, 0 s" and "loading and compiling" in seen[1]
+
+        def traced(x):  # runs while nothing is compiled; the callback, once it is
+            return x + len(seen)
+
+        with monitored(lambda event: seen.append(compiling()) if event == COMPILING else None):
+            jax.jit(traced)(1.0)
+    assert len(seen) > 2 and all(s is not None and s >= 0 for s in seen[2:])  # JAX says so itself
+    assert compiling() is None
+
+
+@contextlib.contextmanager
+def monitored(look):
+    def listener(event, value, **_):
+        look(event)
+
+    jax.monitoring.register_scalar_listener(listener)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_scalar_listener(listener)

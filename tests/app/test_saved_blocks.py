@@ -129,6 +129,7 @@ def test_a_request_that_cannot_be_read_is_said(tmp_path, text):
 def test_nothing_to_go_on_from_is_the_beginning(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         blocks = saved(tmp_path / "new", resume=True)
-    assert "from the beginning" in caplog.text and len(blocks.read("a:b=1")) == 0
+        assert len(blocks.read("a:b=1")) == 0
+    assert "from the beginning" in caplog.text
     blocks.add("a:b=1", 0, BLOCKS[0])
     assert len(saved(tmp_path / "new", resume=True).read("a:b=1")) == 1

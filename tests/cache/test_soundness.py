@@ -108,6 +108,19 @@ def test_vmapped_and_sharded_caches_name_the_layer():
         raise_if_bad(jax.jit(append)(cache, bad, v, pos))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_positions_gone_bad_are_found_even_in_a_span(value):
+    cache, n = make(), 6
+    for i in range(n):
+        k, v, pos = block(i, cache.layout)
+        cache = append(cache, k, v, pos.at[0, 1, 2].set(value) if i == 4 else pos)
+    with pytest.raises(NonFiniteError, match="block 4 is not.*: 1 NaN.* in 6 .*them positions;"):
+        raise_if_bad(cache)
+    padded, (k, v, pos) = make(blocks="padded"), block(0, cache.layout)
+    behind = append(padded, k, v, pos.at[0, -1].set(value), lengths=jnp.full(k.shape[1], 1))
+    raise_if_bad(behind)  # a position of padding is nobody's
+
+
 def test_queries_latents_and_weights_are_named_by_their_paths():
     weights = {"blocks": [{"w": jnp.ones((2, 3))}, {"w": jnp.ones((2, 3)).at[0, 1].set(jnp.inf)}]}
     raise_if_not_finite("weights", weights["blocks"][0] | {"step": jnp.int32(1)})
@@ -170,6 +183,30 @@ def test_another_layout_and_other_arrays_are_refused():
         from_saved(saved | {".dense_k": saved[".dense_k"].astype(jnp.float16)}, make())
     with pytest.raises(ValueError, match="layout"):
         from_saved({}, make())
+
+
+LIES = {
+    "dense_blocks": (9, "dense_blocks=9 is not accepted: give 0 to 5"),
+    "num_spans": (3, "num_spans=3 is not accepted: give 0 to 2"),
+    "first_span": (2, "first_span=2 is not accepted: give 0 to 1"),
+    "dropped_blocks": (-1, "dropped_blocks=-1 is not accepted"),
+    "seen_blocks": (4, "seen_blocks=4, but blocks in sink.* are 5"),
+    "nonfinite": (1, "first_bad_block=-1 with nonfinite=1"),
+    "first_bad_block": (2, "first_bad_block=2 with nonfinite=0"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_counters_that_cannot_be_true_are_refused(name):
+    saved, (value, message) = to_saved(used()), LIES[name]
+    with pytest.raises(ValueError, match=message):
+        from_saved(saved | {f".{name}": np.int32(value)}, make())
+    partial = append(make(blocks="partial"), *block(0, make().layout))
+    lie = to_saved(partial) | {".filled": np.int32(99)}
+    with pytest.raises(ValueError, match="filled=99 is not accepted: give 0 to"):
+        from_saved(lie, make(blocks="partial"))
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 2), used())
+    same(from_saved(to_saved(stacked), stacked), stacked)
 
 
 @pytest.mark.parametrize("sizes", [dict(), dict(max_spans=0, window_blocks=4, overflow="drop")])
@@ -267,3 +304,16 @@ def test_gradients_through_compression_say_why_not():
         jax.grad(loss)(k)
     slope = jax.jvp(loss, (k,), (k,))[1]  # forward derivatives pass
     assert np.isfinite(slope)
+
+
+def test_gradients_through_attention_say_why_not():
+    cache = used(pos_dims=0)
+    q = jnp.ones((SIZES.get("batch", 1), 3, cache.layout.heads, 8))
+
+    def loss(q):
+        out, lse = attend(q, cache, None, None, layer=1, return_lse=True)
+        return out.sum() + lse.sum()
+
+    with pytest.raises(ValueError, match="attend has no gradient: how much of the cache is read"):
+        jax.grad(loss)(q)
+    assert np.isfinite(jax.jvp(loss, (q,), (q,))[1])

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from benchmarks import longcat as benchmark
 from models.longcat import job
 from models.longcat.condition import build_condition
-from models.longcat.entry import Options
+from models.longcat.entry import Options, PlanOptions
 from models.longcat.params import random_dit
 from models.longcat.pipeline import LongCat
 from models.longcat.schedule import continuation
@@ -254,6 +254,14 @@ def test_what_fits(capsys):
     out = capsys.readouterr().out
     assert "73 given frames of 16 x 32" in out and "any number" in out
     assert "building the cache" in out and f"Fits: bf16, {tiny.CODEC}." in out
+    plan = job.plan(PlanOptions(memory=10**9, codec=("bf16",), height=16, width=32, devices=2))
+    alone, two = plan.needs
+    assert (two.name, two.longest) == ("bf16, heads over 2", None)
+    for part in ("transformer", "cache"):
+        assert 0.5 * alone.held[part] <= two.held[part] < 0.9 * alone.held[part]
+    assert two.held["VAE"] == alone.held["VAE"]
+    assert cli.main([*argv, "--memory", "1GB", "--devices", "3"]) == 2
+    assert "3 devices do not divide heads=2" in capsys.readouterr().err
     assert cli.main([*argv, "--memory", "10KB"]) == 1
     assert "Nothing fits: accepted: fewer --cond-frames" in capsys.readouterr().out
 

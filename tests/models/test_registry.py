@@ -1,5 +1,6 @@
 """Models by name: those of this repository, one from outside, one that is broken."""
 
+import dataclasses
 import json
 import sys
 import textwrap
@@ -8,6 +9,7 @@ import pytest
 
 from models import registry
 from qvg_jax.app import cli
+from qvg_jax.app.early_checks import check_early
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, deferred
 from qvg_jax.errors import UserError
 from tests.support.tiny_world import as_in_its_own_process
@@ -166,3 +168,19 @@ def test_a_deferred_function_is_imported_when_it_is_called():
     assert deferred("math:sqrt")(9) == 3
     with pytest.raises(ModuleNotFoundError):
         deferred("no_such_module:f")()
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_codecs_and_walks_are_checked_before_a_model_is_imported(name, tmp_path, monkeypatch):
+    entry, late = registry.named(name), f"{registry.named(name).options.__module__}"
+    monkeypatch.delitem(sys.modules, late.replace(".entry", ".job"), raising=False)
+    bad = [dict(codec="zip"), dict(compare=("rtn", "rtn:mood=1"))]
+    if "actions" in {f.name for f in dataclasses.fields(entry.options)}:
+        bad.append(dict(actions="w-8,jump-2"))
+    for given in bad:
+        options = entry.options(out=tmp_path / "new" / "out", **given)
+        with pytest.raises(UserError, match="zip|mood|jump-2"):
+            check_early(entry, options)
+    entry.check(entry.options(compare=("rtn", "bf16")))
+    assert late.replace(".entry", ".job") not in sys.modules
+    assert not (tmp_path / "new").exists()

@@ -228,6 +228,18 @@ def test_bad_input(argv, parts, tmp_path, capsys, monkeypatch):
     assert all(part in line for part in parts), line
 
 
+def test_a_walk_that_is_cut_is_said_and_one_that_nobody_gave_is_not(caplog):
+    size = dict(height=tiny.HEIGHT, width=tiny.WIDTH, codec="bf16")
+    with caplog.at_level("INFO"):
+        job.settle(Options(**size, frames=8), tiny.sizes())
+        assert not caplog.records
+        job.settle(Options(**size, actions="w-8", frames=4), tiny.sizes())
+        job.settle(Options(**size, actions="w-8"), tiny.sizes())
+    cut, whole = caplog.records
+    assert (cut.levelname, whole.levelname) == ("WARNING", "INFO")
+    assert "last 5 cameras" in cut.message and "last 1 cameras" in whole.message
+
+
 def test_other_steps_lie_on_the_released_curve():
     asked = Options(actions=WALK, height=tiny.HEIGHT, width=tiny.WIDTH, steps=4, codec="bf16")
     settings = job.settle(asked, tiny.sizes())

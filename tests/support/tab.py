@@ -2,6 +2,10 @@
 
 import re
 
+import pytest
+
+# Frames pass by and keys are let go of in real time, which a busy machine stretches.
+real_time = pytest.mark.flaky(reruns=2, reruns_delay=2)
 MS = 30_000  # that anything may take on a busy machine
 
 
@@ -67,9 +71,19 @@ class Tab:
         """The number of blocks after all presses have been played."""
         while True:
             before = self.blocks()
-            self.page.wait_for_timeout(600)
+            last = re.search(r"([\d.]+) s", self.text("speed"))  # of the last block
+            self.page.wait_for_timeout(1000 + 2000 * float(last[1] if last else 0))
+            self.wait_for("ready")
             if self.blocks() == before:
                 return before
+
+    def tap(self, key):
+        """Press and let go of a key within one task of the browser: one block, however busy it is."""
+        self.page.evaluate(
+            """key => ['keydown', 'keyup'].forEach(type =>
+            document.dispatchEvent(new KeyboardEvent(type, {key, bubbles: true})))""",
+            key,
+        )
 
     def choose(self, codec):
         self.page.locator(".q-select").click()

@@ -1,0 +1,83 @@
+"""Seconds of a block on several GPUs, predicted from what one H100 took; `qvg plan --devices N` shows them.
+
+The model of exchanges is `qvg_jax.study.scale`. What goes in was measured at the true size, on one H100 80GB
+with jax 0.11.2 (docs/benchmarks/self-forcing.md and attention.md, pallas_kernels/README.md, 2026-11-26 and
+2026-11-28). Times of attention grow with queries and keys, those of the network with the block's tokens.
+"""
+
+from models.self_forcing.config import SelfForcingConfig
+from models.self_forcing.settings import Settings
+from qvg_jax.app.memory_plan import shape_bytes
+from qvg_jax.attention.formats import scheme_of
+from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan
+from qvg_jax.study.scale import Measured, Workload, predict
+
+__all__ = ["SOURCE", "block_seconds"]
+
+SOURCE = (
+    "seconds of the last block: predicted by qvg_jax.study.scale from times of one H100 "
+    "(docs/benchmarks/self-forcing.md, attention.md), with links of 300 GB/s and 10 us, which were not measured"
+)
+
+# Seconds of attention of 4,680 queries and 12 heads to 117,000 keys, by what reads the cache.
+ATTENTION = {"bf16": 6.33e-3, "kernels": 6.09e-3, "cudnn": 7.57e-3}
+QUERIES, KEYS, HEADS = 4_680, 117_000, 12
+# Block 2 of 63 frames took 0.223 s in bf16, of which 150 calls of attention to 9,360 keys are 0.076 s.
+NETWORK = 0.223 - 150 * ATTENTION["bf16"] * 9_360 / KEYS
+# Two k-means iterations and packing of one span of 24 frames, K or V of one layer.
+ENCODE, SPAN_TOKENS = 2 * 0.116e-3 + 0.146e-3, 37_440
+
+
+def block_seconds(settings: Settings, arm: str, cache: KVCache, plan: Plan) -> float | None:
+    """Seconds of the last block of a video under a plan, which may be of one device.
+
+    None where nothing was measured: networks of another width, and codecs that no kernel reads.
+
+    Args:
+        settings: of the run.
+        arm: which cache.
+        cache: its shapes.
+        plan: how it is spread.
+    """
+    dit, released = settings.sizes.dit, SelfForcingConfig.wan_1_3b()
+    lay, history = cache.layout, settings.histories[arm]
+    if (dit.width, dit.heads, dit.ffn_width) != (
+        released.width,
+        released.heads,
+        released.ffn_width,
+    ):
+        return None
+    if history.compressed and isinstance(scheme_of(history.key_codec, dit.head_dim), str):
+        return None
+    # Attention is merged by log-sum-exps where spans are apart, and the kernels give none.
+    apart = plan.devices > 1 and plan.axis != "heads"
+    way = ("cudnn" if apart else "kernels") if lay.max_spans else "bf16"
+    tokens, frame = max(settings.block_tokens()), lay.block_tokens
+    seen = settings.frames
+    if history.window_frames is not None:
+        seen = min(seen, history.window_frames)
+    spans = min(lay.max_spans, max(0, seen * frame - tokens) // max(lay.span_tokens, 1))
+    passes = len(settings.sampler.steps) + 1
+    keys, calls = seen * frame, dit.layers * passes
+    one_span = shape_bytes((cache.span_k, cache.span_v)) / dit.layers / max(lay.max_spans, 1)
+    share = tokens / QUERIES * calls / 150  # of the block and the layers that were measured
+    measured = Measured(
+        network=NETWORK * share,
+        attention=ATTENTION[way] * calls * tokens / QUERIES * keys / KEYS * dit.heads / HEADS,
+        encode=2 * dit.layers * ENCODE * lay.span_tokens / SPAN_TOKENS if spans else 0.0,
+    )
+    work = Workload(
+        layers=dit.layers,
+        passes=passes,
+        tokens=tokens,
+        heads=dit.heads,
+        head_dim=dit.head_dim,
+        kv_heads=dit.heads,
+        spans=spans,
+        span_tokens=lay.span_tokens,
+        span_bytes=round(one_span),
+        other_tokens=keys - spans * lay.span_tokens,
+        span_blocks=max(1, lay.span_tokens // tokens),
+    )
+    return predict(plan, work, measured).seconds

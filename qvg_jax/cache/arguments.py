@@ -1,0 +1,40 @@
+"""Checks of the kinds of arguments: what is no cache, no array or no codec is named with what is accepted."""
+
+from typing import Any
+
+from qvg_jax.cache.state import KVCache
+from qvg_jax.cache.view import CacheView
+from qvg_jax.codecs.base import Codec
+from qvg_jax.errors import wrong_kind
+
+__all__ = ["check_array", "check_cache", "check_codec"]
+
+
+def check_cache(value: Any, name: str = "cache", *, or_view: bool = False) -> None:
+    """Raises TypeError unless a value is a `KVCache`, or, with `or_view`, a view of one."""
+    if isinstance(value, (KVCache, CacheView) if or_view else KVCache):
+        return
+    accepted = "a KVCache, as KVCache.create makes it"
+    if or_view:
+        accepted += ", or cache.view(...)"
+    elif isinstance(value, CacheView):
+        accepted += "; this is a view, whose cache is view.cache"
+    raise wrong_kind(name, value, accepted)
+
+
+def check_array(value: Any, name: str, axes: str) -> None:
+    """Raises TypeError unless a value has a shape and a dtype, as arrays, tracers and `ShapeDtypeStruct` do.
+
+    Args:
+        value: the argument.
+        name: of the argument.
+        axes: for the message, such as "(B, T, Hq, D)".
+    """
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise wrong_kind(name, value, f"an array {axes}")
+
+
+def check_codec(value: Any, name: str) -> None:
+    """Raises TypeError unless a value is a codec."""
+    if not isinstance(value, Codec):
+        raise wrong_kind(name, value, "a Codec, such as those of qvg.presets.pair(NAME)")

@@ -1,0 +1,64 @@
+"""Arguments of another kind are named with what is accepted, in place of an AttributeError of our own code."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qvg_jax as qvg
+
+CODEC = qvg.presets.get("rtn", group=8)
+Q = jnp.zeros((1, 4, 2, 8))
+
+
+@pytest.fixture(scope="module")
+def cache():
+    return qvg.KVCache.create(heads=2, head_dim=8, block_tokens=4, pos_dims=0, max_spans=0)
+
+
+WRONG = {
+    "cache=None": lambda c: qvg.attend(Q, None, Q, Q),
+    "q=None": lambda c: qvg.attend(None, c, Q, Q),
+    "k=a list": lambda c: qvg.attend(Q, c, [1.0], Q),
+    "v='values'": lambda c: qvg.attend(Q, c, Q, "values"),
+    "rope='axial'": lambda c: qvg.attend(Q, c, Q, Q, rope="axial"),
+    "cache=a Layout": lambda c: qvg.explain(c.layout, Q),
+    "q=3.0": lambda c: qvg.explain(c, 3.0),
+    "cache=7": lambda c: qvg.append(7, Q, Q),
+    "k=None": lambda c: qvg.append(c, None, Q),
+    "v=a list": lambda c: qvg.append(c, Q, [1.0]),
+    "cache=a CacheView.*cache is view.cache": lambda c: qvg.compress(c.view(rope=False)),
+    "cache=a dict": lambda c: qvg.evict({}),
+    "cache=a tuple": lambda c: qvg.reset(()),
+    "cache='cache'": lambda c: qvg.truncate("cache", 1),
+    "tokens=None": lambda c: qvg.truncate(c, None),
+    "cache=1": lambda c: qvg.take_rows(1, jnp.array([0])),
+    "rows=None": lambda c: qvg.take_rows(c, None),
+    "cache=2": lambda c: qvg.summary(2),
+    "cache=a list": lambda c: qvg.cache_bytes([c]),
+    "cache=3": lambda c: qvg.to_saved(3),
+    "like=None": lambda c: qvg.from_saved(qvg.to_saved(c), None),
+    "cache=4": lambda c: qvg.spread(4, None),
+    "plan='spans'": lambda c: qvg.spread(c, "spans"),
+    "sharding='heads'": lambda c: qvg.KVCache.create(
+        heads=1, head_dim=8, block_tokens=1, sharding="heads"
+    ),
+    "cache=5": lambda c: qvg.recode(5, CODEC, CODEC),
+    "value_codec='qvg'": lambda c: qvg.recode(c, CODEC, "qvg"),
+    "codec='rtn'": lambda c: qvg.bits_per_element("rtn", (1, 2, 8, 8)),
+    "codec=None": lambda c: qvg.compression_ratio(None, (8, 8)),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_another_kind_is_named(message, cache):
+    with pytest.raises(TypeError, match=f"^{message}") as caught:
+        WRONG[message](cache)
+    assert " is not accepted: give " in str(caught.value)
+
+
+def test_shapes_and_tracers_are_arrays(cache):
+    shape = jax.ShapeDtypeStruct(Q.shape, Q.dtype)
+    assert qvg.explain(cache, shape).implementation == "xla"
+    assert jax.eval_shape(qvg.attend, shape, cache, shape, shape).shape == Q.shape
+    with pytest.raises(ValueError, match="to_saved"):
+        qvg.from_saved(None, cache)
