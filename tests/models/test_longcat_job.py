@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from benchmarks import longcat as benchmark
+from benchmarks.model_tables import longcat_table
 from models.longcat import job
 from models.longcat.condition import build_condition
 from models.longcat.entry import Options, PlanOptions
@@ -276,4 +277,4 @@ def test_the_benchmark_runs_and_its_arms_agree(tmp_path, monkeypatch):
     assert set(result["arms"]) == {"bf16", "merge"}
     for arm in result["arms"].values():
         assert arm["relative_l2_to_opponent"] < 2e-2 and arm["milliseconds"] > 0
-    assert "1.000x of the fastest opponent" in benchmark._table(result)
+    assert "1.000x of the fastest opponent" in longcat_table(result, benchmark.OPPONENTS)
