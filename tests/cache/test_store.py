@@ -10,6 +10,7 @@ import pytest
 
 import qvg_jax as qvg
 from qvg_jax.cache import store as store_module
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs.base import identity
 from tests.support.cache_model import SIZES, ListCache, block, coarse, query
@@ -132,6 +133,27 @@ def test_the_nearest_spans_are_those_whose_blocks_are_near():
     assert store.nearest(at(9), 2) == (0, 1)
     assert store.nearest(at(0), 3, components=[0]) == (6, 7, 8)  # by time alone
     assert qvg.SpanStore.create(small(), spans=20).nearest(at(0), 3) == ()
+
+
+def test_heads_without_a_history_and_times_that_count_back_change_nothing_of_it():
+    history = HeadHistory(np.array([[True, False], [False, True]]), local_blocks=1)
+    cache = small(history=history)
+    for i in range(8):
+        cache = step(cache, block(i, cache.layout))
+    store = qvg.SpanStore.create(cache, spans=9).keep(cache)
+    new = query(8, cache.layout)
+    relative = qvg.RelativeTime(horizon=10**4)
+    back = jax.jit(
+        lambda cache, q, k, v, at: qvg.attend(
+            q, cache.view(at, ROPE, relative=relative), k, v, layer=1
+        )
+    )
+    want = read(cache, new)
+    np.testing.assert_array_equal(back(cache, *new), want)
+    cache, store = qvg.recall(cache, store, [])
+    assert np.abs(np.asarray(read(cache, new) - want)).max() > 1e-3
+    cache, store = qvg.recall(cache, store, [2, 0, 1])
+    np.testing.assert_array_equal(back(cache, *new), want)
 
 
 def test_a_store_for_a_cache_under_way_begins_with_what_is_in_sight():
