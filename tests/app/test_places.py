@@ -26,7 +26,8 @@ def test_a_view_is_what_real_frames_made_frames_and_nobody_has_shown():
     [
         (Share(0, 0, 1), True, "real", "real frames"),
         (Share(0, 0.05, 0.95), False, "invented", "not in the memory"),
-        (Share(0.5, 0.25, 0.25), False, "mixed", "75% remembered, 25% invented"),
+        (Share(0.5, 0.25, 0.25), False, "mixed", "50% remembered from real frames, the rest"),
+        (Share(0, 0.7, 0.3), False, "invented", "invented: 30% just now, the rest before"),
         (Share(0.97, 0, 0.03), False, "remembered", "remembered from real frames"),
         (Share(0.4, 0.6, 0), False, "remembered", "40% from real frames"),
         (Share(0, 1, 0), False, "remembered", "as the model invented it before"),

@@ -58,10 +58,12 @@ def said(part: Share, real: bool) -> tuple[str, str]:
         return "real", "real frames, shown to the model"
     if part.new > 0.9:
         return "invented", "invented: this place is not in the memory"
-    if part.new > 0.05:
-        return "mixed", f"{1 - part.new:.0%} remembered, {part.new:.0%} invented"
     if part.real > 0.9:
         return "remembered", "remembered from real frames"
+    if part.new > 0.05 and part.real < 0.1:  # a step further through what is invented anyway
+        return "invented", f"invented: {part.new:.0%} just now, the rest before"
+    if part.new > 0.05:
+        return "mixed", f"{part.real:.0%} remembered from real frames, the rest invented"
     if part.real > 0.1:
         return (
             "remembered",
