@@ -51,7 +51,7 @@ def raise_if_bad(tree: Any) -> None:
         lay = cache.layout
         if nonfinite:
             raise NonFiniteError(
-                f"K, V or a position of block {bad_block} is not finite: {nonfinite} NaN or Inf values in {seen} "
+                f"{_what_is_bad(cache)} of block {bad_block} is not finite: {nonfinite} NaN or Inf values in {seen} "
                 f"blocks{_layer_of_bad(cache)}; accepted: {_accepted(cache.dense_k.dtype)}"
             )
         if rejected:
@@ -99,9 +99,10 @@ def _bad_layers(dense: Any) -> jax.Array:
     return (~jnp.isfinite(layers)).any(tuple(range(1, layers.ndim)))
 
 
-@jax.jit
-def _bad_positions(positions: Any) -> jax.Array:
-    return (~jnp.isfinite(positions)).any()
+def _what_is_bad(cache: KVCache) -> str:
+    """Says among what the bad values are: positions are kept as they came, K and V may be compressed."""
+    bad = [np.asarray(_bad_values(x)).any() for x in (cache.dense_pos, cache.span_pos)]
+    return "K, V or a position" if any(bad) else "K or V"
 
 
 def _layer_of_bad(cache: KVCache) -> str:
@@ -109,8 +110,7 @@ def _layer_of_bad(cache: KVCache) -> str:
     bad = {name: np.asarray(_bad_layers(getattr(cache, f"dense_{name}"))) for name in ("k", "v")}
     layers = np.flatnonzero(bad["k"] | bad["v"])
     if not layers.size:
-        where = np.asarray(_bad_positions(cache.dense_pos))
-        return ", some of them positions" if where else ""
+        return ""
     names = " and ".join(name.upper() for name in ("k", "v") if bad[name][layers[0]])
     return f", first in {names} of layer {layers[0]}"
 

@@ -114,7 +114,7 @@ def test_positions_gone_bad_are_found_even_in_a_span(value):
     for i in range(n):
         k, v, pos = block(i, cache.layout)
         cache = append(cache, k, v, pos.at[0, 1, 2].set(value) if i == 4 else pos)
-    with pytest.raises(NonFiniteError, match="block 4 is not.*: 1 NaN.* in 6 .*them positions;"):
+    with pytest.raises(NonFiniteError, match="^K, V or a position of block 4 is not finite: 1 NaN"):
         raise_if_bad(cache)
     padded, (k, v, pos) = make(blocks="padded"), block(0, cache.layout)
     behind = append(padded, k, v, pos.at[0, -1].set(value), lengths=jnp.full(k.shape[1], 1))
