@@ -110,7 +110,7 @@ def test_lockstep_gives_every_arm_the_same_blocks_and_no_frame_too_many():
 
 def test_lockstep_ends_before_the_bad_block_and_names_the_arm():
     made = []
-    with pytest.raises(NonFiniteError, match="^bf16: K, V or a position of block 4 is not finite"):
+    with pytest.raises(NonFiniteError, match="^bf16: K or V of block 4 is not finite"):
         for block in lockstep(job(bad_block=4)):
             made.append(block)
     assert [m.first for m in made] == [0, 2, 4, 6]
