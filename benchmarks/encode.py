@@ -40,6 +40,7 @@ CODECS = {
         kmeans_smoothing(256, 2, warm_start=False, centroid_dtype="int8"), grid_quantize(2)
     ),
     "qvg as preset": lambda: presets.get("qvg"),
+    "dither as preset, keys": lambda: presets.pair("dither")[0],
 }
 ON_XLA = {
     "trellis, keys": lambda: presets.pair("trellis")[0],

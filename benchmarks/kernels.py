@@ -42,6 +42,11 @@ from pallas_kernels.dequantize import (
 from pallas_kernels.dequantize.types import Tuning
 
 E4M3 = jnp.float8_e4m3fn
+DECODE_FORMS = {
+    "group 64": Scheme(bits=2, group=64, offset=1.0, stages=1),
+    "group 128": Scheme(bits=2, group=128, offset=1.5, stages=1),
+    "dithered": Scheme(2, 128, 2 - 1 / 128, 1, dithered=True, deviations=True),
+}
 DECODE_SIZES = {
     f", {heads} heads, {tokens} tokens": Tuning(heads=heads, tokens=tokens)
     for heads, tokens in ((1, 64), (4, 64), (1, 128), (2, 32), (4, 32))
@@ -165,13 +170,16 @@ def decode_table(
         x = noise((heads, tokens, 128), 3)
         jobs["copy bf16"] = (lambda x: -x, (x,))
         traffic["copy bf16"] = 2 * x.nbytes
-        for group, offset in ((64, 1.0), (128, 1.5)):
-            scheme = Scheme(bits=2, group=group, offset=offset, stages=1)
+        for form, scheme in DECODE_FORMS.items():
+            group, deviations = scheme.group, None
+            if scheme.deviations:
+                deviations = noise((heads, 128), 8)
             source = Encoded(
                 codes_RTC=_bytes((heads, tokens, 32), 4),
                 scales_RTG=_bytes((heads, tokens, 128 // group), 5) // 4,
                 ids_RST=_bytes((heads, 1, tokens), 6),
                 centroids_RSKD=noise((heads, 1, 256, 128), 7),
+                deviations_RD=deviations,
             )
             here = dict(valid=tokens, scale_n=jnp.ones((heads,), jnp.float32))
             for dtype, name in ((jnp.bfloat16, "bf16"), (E4M3, "e4m3")):
@@ -179,7 +187,7 @@ def decode_table(
                     ("values", decode_values, {}),
                     ("keys, rotated", decode_keys, dict(rotation=rotation)),
                 ):
-                    label = f"{what} to {name}, group {group}"
+                    label = f"{what} to {name}, {form}"
                     for size, tuning in (sizes if how else {"": None}).items():
                         more = how | dict(tuning=tuning) if tuning else how
                         jobs[label + size] = (

@@ -11,7 +11,8 @@ shares the machine's processors with the model.
 - tap: the walk stands still; a key is pressed at a random moment after the last block.
 - turn: another key is held, so a block is under way; it ends before the new one can begin.
 
-With --json the numbers go to a file.
+With --compare the page makes every block from a bf16 memory, too, after the one that was asked for: a
+press may have to wait for that one. With --json the numbers go to a file.
 """
 
 import argparse
@@ -54,6 +55,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (4)")
     parser.add_argument("--memory", type=int, default=256, help="frames to remember (256)")
     parser.add_argument("--tours", default="64,320", help="real frames before (64,320)")
+    parser.add_argument("--compare", action="store_true", help="with a bf16 memory beside it")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     args = parser.parse_args()
     rows = [row for tour in map(int, args.tours.split(",")) for row in measure(tour, args)]
@@ -93,6 +95,10 @@ def measure(tour, args):
                 page.goto(address)
                 page.wait_for_selector(".chip.ready", timeout=300_000)
                 page.wait_for_timeout(1500)
+                if args.compare:
+                    page.get_by_test_id("compare").click()
+                    same = page.get_by_test_id("follows").filter(has_text="the same block")
+                    same.wait_for(timeout=300_000)
                 page.evaluate(WATCH)
                 rows = [press(page, what, args.presses, tour) for what in ("tap", "turn")]
                 chromium.close()
@@ -124,7 +130,7 @@ def press(page, what, presses, tour):
     delays = sorted(page.evaluate("delays"))
     return {
         "tour": tour,
-        "remembered": page.locator(".line .number.push").nth(2).inner_text(),
+        "remembered": seen(page, "room"),
         "what": what,
         "presses": presses,
         "median_ms": statistics.median(delays),

@@ -2,12 +2,13 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.sanitize
 
-Partial tiles, formats of 1 to 4 bits, spans behind each other, new tokens behind those, windows, empty
+Partial tiles, formats of 1 to 4 bits, dithered codes, spans behind each other, new tokens behind those, windows, empty
 segments, heads of 64, 128 and 256 channels. Prints a line for each call, and fails if one does. `--tool
 racecheck` and `--tool synccheck` take it too.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -80,6 +81,18 @@ def _reading(head_dim: int, dtype: jnp.dtype) -> Iterator[tuple[str, Callable, t
         yield (
             f"values of {bits} bits to {name}",
             lambda s, c=scheme: decode_values(Spans(s, c, 4, 2), **here),
+            (source,),
+        )
+    source, scheme = _packed(6, 2, head_dim, 1, head_dim)
+    source = dataclasses.replace(
+        source, zeros_RTG=source.scales_RTG, deviations_RD=_noise(6, head_dim)
+    )
+    shifts = dict(dithered=True, zero_points=True, deviations=True)
+    scheme = dataclasses.replace(scheme, offset=2 - 1 / 128, **shifts)
+    for decode in (decode_keys, decode_values):
+        yield (
+            f"{decode.__name__} of dithered codes with zero points to {name}",
+            lambda s, f=decode, c=scheme: f(Spans(s, c, 4, 2), **here),
             (source,),
         )
     source, scheme = _packed(6, 2, 64, 1, head_dim)

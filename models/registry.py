@@ -22,7 +22,16 @@ BUILT_IN = {
     "longcat": "models.longcat.entry",
     "lingbot": "models.lingbot.entry",
     **dict.fromkeys(
-        ("causal-forcing", "causal-forcing-framewise", "raven", "longlive", "krea-realtime"),
+        (
+            "causal-forcing",
+            "causal-forcing-framewise",
+            "causal-forcing-2-step",
+            "causal-forcing-1-step",
+            "raven",
+            "longlive",
+            "reward-forcing",
+            "krea-realtime",
+        ),
         "models.self_forcing.entry",
     ),
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qvg_jax.attention.choice import explain
     from qvg_jax.cache.devices import spread
     from qvg_jax.cache.edits import reset, take_rows, truncate
+    from qvg_jax.cache.head_history import HeadHistory
     from qvg_jax.cache.health import (
         CacheFullError,
         NonFiniteError,
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from qvg_jax.cache.key_bias import KeyBias
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.plan import Plan
+    from qvg_jax.cache.recall import recall
     from qvg_jax.cache.recode import recode
+    from qvg_jax.cache.relative import RelativeTime
     from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
     from qvg_jax.cache.saved import from_saved, to_saved
+    from qvg_jax.cache.store import SpanStore
     from qvg_jax.cache.summary import summary
     from qvg_jax.codecs import presets
     from qvg_jax.codecs.accounting import bits_per_element, compression_ratio, packed_bytes
@@ -50,6 +54,7 @@ _MODULES = {
     "reset": "cache.edits",
     "take_rows": "cache.edits",
     "truncate": "cache.edits",
+    "HeadHistory": "cache.head_history",
     "CacheFullError": "cache.health",
     "NonFiniteError": "cache.health",
     "cache_bytes": "cache.health",
@@ -63,11 +68,14 @@ _MODULES = {
     "compress": "cache.operations",
     "evict": "cache.operations",
     "Plan": "cache.plan",
+    "recall": "cache.recall",
     "recode": "cache.recode",
     "spread": "cache.devices",
+    "RelativeTime": "cache.relative",
     "Rope": "cache.rope",
     "axial_rope": "cache.rope",
     "frequency_ladder": "cache.rope",
+    "SpanStore": "cache.store",
     "summary": "cache.summary",
     "sharding": "sharding",
     "presets": "codecs.presets",
@@ -89,11 +97,14 @@ _WHOLE_MODULES = ("presets", "sharding")  # modules that are public names themse
 __all__ = [
     "CacheFullError",
     "Codec",
+    "HeadHistory",
     "KVCache",
     "KeyBias",
     "NonFiniteError",
     "Plan",
+    "RelativeTime",
     "Rope",
+    "SpanStore",
     "append",
     "attend",
     "axial_rope",
@@ -114,6 +125,7 @@ __all__ = [
     "presets",
     "raise_if_bad",
     "raise_if_not_finite",
+    "recall",
     "recode",
     "reset",
     "residual_quantize",

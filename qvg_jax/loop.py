@@ -28,6 +28,7 @@ from qvg_jax.cache.health import raise_if_bad
 __all__ = ["Stream", "rollout", "run_chunk", "stream"]
 
 type Step = Callable[[Any, Any], tuple[Any, Any]]  # step(state, x) -> (state, y)
+type Before = Callable[[Any, Any], Any]  # before(state, x) -> state
 type Progress = Callable[[int, int | None, Any], None]  # progress(done, total, state)
 
 
@@ -128,13 +129,21 @@ def _host_rows(x: Any) -> Callable[[np.ndarray], Any]:
 class Stream(Iterator):
     """Blocks one by one, and between them `state`, which the next block consumes."""
 
-    def __init__(self, step: Step, state: Any, xs: Iterable, progress: Progress | None):
+    def __init__(
+        self,
+        step: Step,
+        state: Any,
+        xs: Iterable,
+        progress: Progress | None,
+        before: Before | None = None,
+    ):
         self.state = _settled(state)
         self.blocks_done = 0
         self._step = step if isinstance(step, Partial) else Partial(step)
         self._xs = iter(xs)
         self._total = len(xs) if hasattr(xs, "__len__") else None
         self._progress = progress
+        self._before = before
 
     def warm(self, x: Any) -> None:
         """Compiles the step for blocks like `x` and runs it on none, so that the next one is fast."""
@@ -142,7 +151,10 @@ class Stream(Iterator):
         self.state, _ = run_chunk(self._step, self.state, x, np.int32(0))
 
     def __next__(self) -> Any:
-        x = jax.tree.map(lambda x: jnp.asarray(x)[None], next(self._xs))
+        x = next(self._xs)
+        if self._before is not None:
+            self.state = self._before(self.state, x)
+        x = jax.tree.map(lambda x: jnp.asarray(x)[None], x)
         self.state, ys = run_chunk(self._step, self.state, x, np.int32(1))
         raise_if_bad(self.state)
         self.blocks_done += 1
@@ -151,7 +163,14 @@ class Stream(Iterator):
         return jax.tree.map(lambda y: y[0], jax.device_get(ys))
 
 
-def stream(step: Step, state: Any, xs: Iterable, *, progress: Progress | None = None) -> Stream:
+def stream(
+    step: Step,
+    state: Any,
+    xs: Iterable,
+    *,
+    progress: Progress | None = None,
+    before: Before | None = None,
+) -> Stream:
     """The same loop, one block at a time, for whoever wants to see or steer each block.
 
         blocks = stream(step, state, actions())
@@ -165,6 +184,8 @@ def stream(step: Step, state: Any, xs: Iterable, *, progress: Progress | None = 
             block is wanted, so it may depend on the blocks before.
         progress: called after each block as `progress(blocks_done, blocks, state)`; `blocks` is
             None if `xs` has no length.
+        before: called on the host before each block as `before(state, x) -> state`, for what a program
+            on the device cannot do, such as bringing spans back from host memory (`recall`).
 
     Returns:
         An iterator of y, as numpy arrays on the host. Its `state` is the state after the last
@@ -173,4 +194,4 @@ def stream(step: Step, state: Any, xs: Iterable, *, progress: Progress | None = 
     Raises:
         NonFiniteError, CacheFullError: in place of the block in which a cache went bad.
     """
-    return Stream(step, state, xs, progress)
+    return Stream(step, state, xs, progress, before)

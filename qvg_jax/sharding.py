@@ -105,6 +105,8 @@ def attend_by_heads(
         ValueError, NotImplementedError: as `attend` and `head_shardings`.
     """
     lay = view.cache.layout
+    mesh = jax.sharding.get_abstract_mesh()
+    cut = jax.tree.map(lambda s: s.spec, head_shardings(view.cache, mesh, axis))
     for name, spans in (("key", view.cache.span_k), ("value", view.cache.span_v)):
         together = [x.shape for x in jax.tree.leaves(spans) if x.shape[3] != lay.heads]
         if together:
@@ -113,10 +115,8 @@ def attend_by_heads(
                 f"{name} codec {codec} keeps heads together, so none can be read alone; accepted: a "
                 "codec that keeps them apart, such as trellis:across_heads=0"
             )
-    mesh = jax.sharding.get_abstract_mesh()
     apart, everywhere = jax.P(None, None, axis), jax.P()
     specs = jax.tree.map(lambda x: everywhere, view)
-    cut = jax.tree.map(lambda s: s.spec, head_shardings(view.cache, mesh, axis))
     specs = dataclasses.replace(specs, cache=cut)
 
     def local(q, view, k, v, layer):

@@ -114,6 +114,18 @@ def test_stream_asks_for_a_block_only_when_it_is_wanted():
     assert len(asked) == 2 and int(blocks.state.cache.seen_blocks) == 2
 
 
+def test_a_hook_changes_the_state_before_each_block():
+    seen = []
+
+    def before(state, x):
+        seen.append((int(state), x))
+        return state + 10
+
+    blocks = stream(lambda state, x: (state + x, state), jnp.int32(0), [1, 2, 3], before=before)
+    assert [int(y) for y in blocks] == [10, 21, 33]
+    assert seen == [(0, 1), (11, 2), (23, 3)] and int(blocks.state) == 36
+
+
 def test_a_longer_generation_does_not_recompile():
     rollout(STEP, start(), inputs(3), chunk=4)
     list(stream(STEP, start(), inputs(2)))

@@ -128,14 +128,19 @@ def frame_features(
 
 
 def token_positions(
-    pose_F3: Float[Array, "F 3"], time_F: Int[Array, "F"], patch: int
+    pose_F3: Float[Array, "F 3"],
+    time_F: Int[Array, "F"],
+    patch: int,
+    height: int = HEIGHT,
+    width: int = WIDTH,
 ) -> Float[Array, "T 4"]:
     """Where each token is: (frame number, y, x, altitude) with y and x of the patch centre.
 
     y and x are world coordinates divided by `patch`, so tokens of different frames that show the
-    same place have the same position. T = F * (HEIGHT // patch) * (WIDTH // patch).
+    same place have the same position. T = F * (height // patch) * (width // patch), for patches of
+    the middle `height` x `width` pixels of a frame.
     """
-    rows, columns = HEIGHT // patch, WIDTH // patch
+    rows, columns = height // patch, width // patch
     scale = units_per_pixel(pose_F3[:, 2])[:, None, None]
     y = (
         pose_F3[:, 1, None, None] / patch

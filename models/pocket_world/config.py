@@ -9,7 +9,12 @@ from msgspec import Meta
 
 from models.pocket_world.camera import FEATURES
 from models.pocket_world.world import CLOCK, HEIGHT, WIDTH
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.cache.rope import Rope, axial_rope
+
+# Of walks without an end: as far back as training looked, and nearer by whole turns of the world's clock,
+# so that what is older than that keeps the phase of its boats and beacons.
+ENDLESS = RelativeTime(horizon=1024, period=CLOCK)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Real frames of a tour fill the cache, then the model renders its oldest places again, so every generated
 frame has a ground truth however long the history. Beside it, free running through places never
-seen, where the frames' mean and standard deviation are compared with those of the world.
+seen, where the frames' mean, standard deviation and seams are compared with those of the world.
 
 Each arm writes DIR/<arm>.npz as soon as it is done; the table is made of all that is there, so arms can run as
 separate processes. Arms: any codec preset; `window`, a bf16 sliding window that holds as many bytes as the
@@ -43,6 +43,20 @@ def psnr(a, b):
     return -10 * np.log10(np.maximum(mse, 1e-10))
 
 
+def seams(frames, patch: int) -> float:
+    """How visible the borders of patches are: the mean step between pixels across them, over that inside.
+
+    Near 1 for frames that were not made in patches.
+    """
+    steps = {True: [], False: []}
+    for axis in (-3, -2):
+        step = np.moveaxis(np.abs(np.diff(np.asarray(frames, np.float32), axis=axis)), axis, 0)
+        border = np.arange(len(step)) % patch == patch - 1
+        steps[True].append(step[border].mean())
+        steps[False].append(step[~border].mean())
+    return float(np.mean(steps[True]) / np.mean(steps[False]))
+
+
 def window_frames(model: PocketWorld, codec, frames: int) -> int:
     """Frames of bf16 history that fit the bytes allocated for `frames` frames with `codec`."""
     full = cache_bytes(pipeline.make_cache(model.cfg, codec, frames)).allocated.total
@@ -72,7 +86,8 @@ def replay(model, arm: str, args) -> dict:
     else:
         cache = pipeline.make_cache(model.cfg, pipeline.world_codec(arm), total, batch=args.worlds)
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.tour)
-    frames, seconds, state = run_arm(model, cache, xs, args.seed, Sampler(args.steps, args.shift))
+    sampler = Sampler(args.steps, args.shift, overlap=args.overlap)
+    frames, seconds, state = run_arm(model, cache, xs, args.seed, sampler)
     truth = pipeline.render_path(worlds, path[:, args.tour :], first_time=args.tour)
     out, size = frames[:, args.tour :], cache_bytes(state.cache)
     return dict(
@@ -93,7 +108,9 @@ def free_run(model, codec: str, args) -> dict:
     worlds = FIRST_WORLD + 1000 + jnp.arange(args.worlds)
     cache = pipeline.make_cache(model.cfg, pipeline.world_codec(codec), total, batch=args.worlds)
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.free_tour)
-    sampler = Sampler(args.free_steps, args.shift, sharpness=args.free_sharpness)
+    sampler = Sampler(
+        args.free_steps, args.shift, sharpness=args.free_sharpness, overlap=args.overlap
+    )
     frames, seconds, state = run_arm(model, cache, xs, args.seed, sampler)
     out, size = frames[:, args.free_tour :], cache_bytes(state.cache)
     truth = np.asarray(
@@ -108,6 +125,8 @@ def free_run(model, codec: str, args) -> dict:
         std=out.std(axes),
         truth_mean=truth.mean(axes),
         truth_std=truth.std(axes),
+        seams=seams(out, model.cfg.patch),
+        truth_seams=seams(truth, model.cfg.patch),
         seconds=seconds,
         allocated=size.allocated.total,
         in_use=size.in_use.total,
@@ -145,13 +164,14 @@ def summary(out: pathlib.Path) -> str:
                 # Range over worlds and windows of 100 frames that the world itself shows.
                 row[f"truth_{key}_range"] = _window_range(truth)
                 row[f"{key}_range"] = _window_range(ours)
+            row |= {key: float(a[key]) for key in ("seams", "truth_seams") if key in a}
             lines.append(
                 f"{name}: "
                 + json.dumps(
                     {
                         k: np.round(v, 3).tolist()
                         for k, v in row.items()
-                        if "mean" in k or "std" in k
+                        if "mean" in k or "std" in k or "seams" in k
                     }
                 )
             )
@@ -187,6 +207,7 @@ def main(argv=None):
     parser.add_argument("--free-half-width", type=float, default=600.0)
     parser.add_argument("--free-steps", type=int, default=8)
     parser.add_argument("--free-sharpness", type=float, default=FREE_SHARPNESS)
+    parser.add_argument("--overlap", type=float, default=0.0, help="see `Sampler`; qvg play: 0.7")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

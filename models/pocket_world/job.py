@@ -13,32 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
-from models.pocket_world.config import PocketWorldConfig
+from models.pocket_world.config import ENDLESS, PocketWorldConfig
 from models.pocket_world.entry import NAME, Options
-from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.pocket_world.recalling import Recaller
+from models.pocket_world.route import path_blocks, path_of
+from models.pocket_world.sampling import FREE_OVERLAP, FREE_SHARPNESS, Sampler
+from models.runs.head_lists import history_of
 from models.runs.request_checks import check_seed
-from qvg_jax.app.job import BASELINE, Arm, Block, Job, Played
+from qvg_jax.app.job import BASELINE, Arm, Job, Played
 from qvg_jax.app.metrics import to_uint8
 from qvg_jax.app.model_entry import CaptureOptions
 from qvg_jax.app.saved_blocks import SavedBlocks
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.health import cache_bytes
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.state import KVCache
 from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import UserError, told_to_user
 from qvg_jax.loop import Step, stream
 from qvg_jax.study.capture import Captured
 
 FRAMES, STEPS = 240, 4
+MEMORY = 256  # frames of a bounded memory; a block over twice as many takes twice as long
 SAVED = "unfinished"  # folder in --out with the frames so far
-HALF_WIDTH = 240.0  # world units; a tour within it meets some places twice
+HEADS = Path(__file__).with_name("heads.json")  # the list of `--heads auto`
 SPARE_SPANS = 16  # capacity comes in steps of so many spans: one program for many lengths
 
 log = logging.getLogger(__name__)
@@ -58,11 +63,15 @@ def prepare(options: Options) -> Job:
         UserError: a value that is not accepted, named with what would be.
     """
     check_seed(options.seed)
+    memory = _memory(options)
     actions = None if options.actions is None else camera.parse_actions(options.actions)
+    free = actions is not None or options.endless
     with told_to_user():
         sampler = Sampler(
             steps=STEPS if options.steps is None else options.steps,
-            sharpness=0.0 if actions is None else FREE_SHARPNESS,  # the default path is all replay
+            # The default path is all replay.
+            sharpness=FREE_SHARPNESS if free else 0.0,
+            overlap=FREE_OVERLAP if free else 0.0,
         )
         recipes = dict.fromkeys((BASELINE, *options.codecs))
         codecs = {name: pipeline.world_recipe(name) for name in recipes}
@@ -90,24 +99,46 @@ def prepare(options: Options) -> Job:
     if BASELINE in options.compare:
         log.info(f"--compare {BASELINE} changes nothing: {NAME} always runs it, to compare with")
 
-    path_F3 = _path(options.seed, tour, frames + -frames % n, actions)
+    history = history_of(
+        options.heads, layers=cfg.layers, count=cfg.heads, local=None, usual=2, own=HEADS
+    )
+    path_F3 = path_of(options.seed, tour, frames + -frames % n, actions, options.endless)
     arms = []
     for name, codec in codecs.items():
+        heads = None if name == BASELINE else history
         with told_to_user():  # a codec may refuse the span
-            capacity = _capacity(cfg, codec, len(path_F3))
-        cache = pipeline.make_cache(cfg, codec, capacity)
+            if memory is None:
+                capacity = _capacity(cfg, codec, len(path_F3))
+                cache = pipeline.make_cache(cfg, codec, capacity, history=heads)
+            else:
+                cache = bounded_cache(cfg, codec, memory, heads)
         arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(options.seed))))
     config = _config(options, tour, frames, sampler, cfg, weights, arms[0].state.cache.layout)
+    if history is not None:
+        config["heads_with_history"] = str(history)
     block = (1, n, world.HEIGHT, world.WIDTH, 3)
     which = dict(resume=options.resume, restart=options.restart)
     saved = SavedBlocks(Path(options.out) / SAVED, config, block, np.float32, **which)
-    step = pipeline.make_step(model, sampler)
+    step = pipeline.make_step(model, sampler, ENDLESS if options.endless else None)
+
+    def before(arm: Arm) -> Recaller | None:
+        """What brings spans into sight before each block of an arm."""
+        if not options.recall:
+            return None
+        cache, slots = arm.state.cache, arm.state.cache.layout.max_spans
+        spans = max(slots, len(path_F3) // (n * cache.layout.span_blocks))
+        return Recaller(cfg, cache, sight=slots, spans=spans)
+
+    with told_to_user():  # a store may not fit the memory
+        hooks = {arm.name: before(arm) for arm in arms}
     return Job(
         model=NAME,
         step=step,
-        play=lambda arm, xs: _play(step, arm, xs, first=tour // n, saved=saved),
+        play=lambda arm, xs: _play(
+            step, arm, xs, first=tour // n, saved=saved, before=hooks[arm.name]
+        ),
         arms=tuple(arms),
-        blocks=_blocks(options.seed, path_F3, tour, n),
+        blocks=path_blocks(options.seed, path_F3, tour, n),
         cache=lambda state: state.cache,
         tour=tour,
         frames=frames,
@@ -134,6 +165,8 @@ def _config(
         "frames": frames,
         "actions": options.actions,
         "seed": options.seed,
+        **({"endless": dataclasses.asdict(ENDLESS)} if options.endless else {}),
+        **({"recall": True} if options.recall else {}),
         "sampler": dataclasses.asdict(sampler),
         "model": dataclasses.asdict(cfg),
         "weights": {
@@ -153,7 +186,13 @@ def _config(
 
 
 def _play(
-    step: Step, arm: Arm, xs: Iterator[pipeline.BlockInput], *, first: int, saved: SavedBlocks
+    step: Step,
+    arm: Arm,
+    xs: Iterator[pipeline.BlockInput],
+    *,
+    first: int,
+    saved: SavedBlocks,
+    before: Recaller | None,
 ) -> Iterator[Played]:
     """Yields the frames of one arm, block by block; generated ones are on disk before they are yielded.
 
@@ -163,6 +202,7 @@ def _play(
         xs: the path.
         first: number of the first block that is generated.
         saved: blocks of an earlier run, which are shown to the model and not generated again.
+        before: what brings spans into sight before each block; None for nothing.
     """
     stored = saved.read(arm.name)
 
@@ -172,7 +212,7 @@ def _play(
                 x = dataclasses.replace(x, frames=stored[number], made=np.bool_(True))
             yield x
 
-    blocks = stream(step, arm.state, known())
+    blocks = stream(step, arm.state, known(), before=before)
     for number, frames in enumerate(blocks, -first):
         kept = 0 <= number < len(stored)
         if number >= 0 and not kept:
@@ -202,6 +242,34 @@ def check_finite(model: nnx.Module, weights: Path) -> None:
             )
 
 
+def _memory(options: Options) -> int | None:
+    """Frames of a bounded memory, or None for one that holds all.
+
+    Raises:
+        UserError: an option that needs --endless.
+    """
+    if options.endless:
+        return MEMORY if options.memory is None else options.memory
+    for name, given in (("memory", options.memory is not None), ("recall", options.recall)):
+        if given:
+            raise UserError(
+                f"{name}={getattr(options, name)} needs --endless: without it all is kept"
+            )
+    return None
+
+
+def bounded_cache(
+    cfg: PocketWorldConfig,
+    codec: tuple[Codec, Codec],
+    frames: int,
+    history: HeadHistory | None = None,
+) -> KVCache:
+    """A cache that remembers at least so many frames, in whole spans; then its oldest span makes room."""
+    # Of the capacity, one block is the sink and the newest ones are the window's.
+    capacity = frames + 3 * cfg.block_frames
+    return pipeline.make_cache(cfg, codec, capacity, overflow="drop", history=history)
+
+
 def _capacity(cfg, codec: tuple[Codec, Codec], frames: int) -> int:
     """At least `frames`: what a cache holds whose spans are a multiple of SPARE_SPANS."""
     lay = jax.eval_shape(lambda: pipeline.make_cache(cfg, codec, frames)).layout
@@ -210,68 +278,6 @@ def _capacity(cfg, codec: tuple[Codec, Codec], frames: int) -> int:
     return blocks * cfg.block_frames
 
 
-def tour_path(seed: int, frames: int) -> Float[np.ndarray, "F 3"]:
-    """Poses of the real frames that a run of this seed starts with."""
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    return np.asarray(camera.wander(key, jnp.zeros(3), frames, HALF_WIDTH))
-
-
 def noise_key(seed: int) -> Array:
     """The key of all noise in a run of this seed; a new array on every call, as states are donated."""
     return jax.random.fold_in(jax.random.key(seed), 1)
-
-
-def _path(
-    seed: int, tour: int, frames: int, actions: np.ndarray | None
-) -> Float[np.ndarray, "F 3"]:
-    """Poses of the tour and of the frames to generate, without a cut between them."""
-    tour_F3 = tour_path(seed, tour)
-    if actions is None:
-        # Back from the last pose to the first, forward to the last, and so on.
-        last = tour - 1
-        made_F3 = tour_F3[np.abs(last - (np.arange(frames) + 1) % (2 * last))]
-    else:
-        made_F3 = np.asarray(camera.follow(tour_F3[-1], np.resize(actions, frames)))
-    return np.concatenate([tour_F3, made_F3])
-
-
-def _blocks(seed: int, path_F3: np.ndarray, tour: int, n: int) -> Iterator[Block]:
-    """Renders the truth block by block, so that the length costs no memory."""
-    seed_B = jnp.array([seed])
-    before_F3 = np.concatenate([path_F3[:1], path_F3[:-1]])
-    seen_F = seen_in_tour(path_F3, tour)
-    for first in range(0, len(path_F3), n):
-        part = slice(first, first + n)
-        truth = pipeline.render_path(seed_B, path_F3[None, part], chunk=n, first_time=first)
-        x = pipeline.BlockInput(
-            number=np.int32(first // n),
-            pose=path_F3[None, part],
-            before=before_F3[None, part],
-            time=np.arange(first, first + n, dtype=np.int32),
-            frames=truth,
-            given=np.bool_(first < tour),
-            made=np.bool_(False),
-        )
-        yield Block(x, to_uint8(truth[0]), seen_F[part])
-
-
-def seen_in_tour(
-    path_F3: Float[np.ndarray, "F 3"], tour: int, *, cell: float = 4.0
-) -> Float[np.ndarray, "F"]:
-    """For each frame, the share of the ground in view that frames of the tour have shown.
-
-    Ground truth is a fair judge of a frame only where this is near 1: nobody can remember what
-    was never shown. Counted on a grid of squares of `cell` world units.
-    """
-    scale_F = np.asarray(world.units_per_pixel(path_F3[:, 2]))
-    half_F2 = np.stack([world.WIDTH / 2 * scale_F, world.HEIGHT / 2 * scale_F], 1)
-    low_F2 = np.floor((path_F3[:, :2] - half_F2) / cell).astype(int)
-    high_F2 = np.ceil((path_F3[:, :2] + half_F2) / cell).astype(int)
-    origin = low_F2.min(0)
-    shown = np.zeros(high_F2.max(0) - origin, bool)
-    views = [
-        np.s_[a:c, b:d] for (a, b), (c, d) in zip(low_F2 - origin, high_F2 - origin, strict=True)
-    ]
-    for view in views[:tour]:
-        shown[view] = True
-    return np.array([shown[view].mean() for view in views])

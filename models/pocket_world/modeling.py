@@ -21,20 +21,22 @@ Attend = Callable[
 ]  # (layer's extra input, q, k, v) -> attention output, all [B, T, H, D]
 
 
-def to_tokens(frames: Float[Array, "B F 64 96 3"], patch: int) -> Float[Array, "B T C"]:
+def to_tokens(frames: Float[Array, "B F Y X 3"], patch: int) -> Float[Array, "B T C"]:
     """Cuts frames into patches, row by row: T = F * rows * columns, C = patch * patch * 3."""
-    b, f = frames.shape[:2]
-    rows, columns = HEIGHT // patch, WIDTH // patch
+    b, f, height, width = frames.shape[:4]
+    rows, columns = height // patch, width // patch
     x = frames.reshape(b, f, rows, patch, columns, patch, 3).swapaxes(3, 4)
     return x.reshape(b, f * rows * columns, patch * patch * 3)
 
 
-def to_frames(tokens: Float[Array, "B T C"], patch: int) -> Float[Array, "B F 64 96 3"]:
+def to_frames(
+    tokens: Float[Array, "B T C"], patch: int, height: int = HEIGHT, width: int = WIDTH
+) -> Float[Array, "B F Y X 3"]:
     """The inverse of `to_tokens`."""
     b = tokens.shape[0]
-    rows, columns = HEIGHT // patch, WIDTH // patch
+    rows, columns = height // patch, width // patch
     x = tokens.reshape(b, -1, rows, columns, patch, patch, 3).swapaxes(3, 4)
-    return x.reshape(b, -1, HEIGHT, WIDTH, 3)
+    return x.reshape(b, -1, height, width, 3)
 
 
 def rms_norm(x, scale=None):

@@ -15,10 +15,13 @@ from jaxtyping import Array, Float, Int
 from models.pocket_world import camera, world
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld, to_frames, to_tokens
+from models.pocket_world.overlap import Overlap
 from models.pocket_world.sampling import Sampler, second_order_step
 from qvg_jax.attention.api import attend
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.recipes import parse_recipe
@@ -99,6 +102,8 @@ def make_cache(
     keep_recent: int = 2,
     key_bias: KeyBias | None = None,
     overflow: str = "error",
+    history: HeadHistory | None = None,
+    max_spans: int | None = None,
     dtype=jnp.bfloat16,
 ) -> KVCache:
     """A cache for `frames` frames of history; the first block is the sink.
@@ -106,21 +111,24 @@ def make_cache(
     Args:
         codec: for K and V, or one for each.
         frames: tour and generated frames together.
-        span_blocks, keep_recent, key_bias, overflow: as in `KVCache.create`.
+        span_blocks, keep_recent, key_bias, overflow, history: as in `KVCache.create`.
+        max_spans: slots; None is as many as the frames need.
     """
     key_codec, value_codec = codec if not isinstance(codec, Codec) else (codec, codec)
     blocks = -(-frames // cfg.block_frames)
-    spans = max(1, -(-(blocks - 1 - keep_recent) // span_blocks))
+    if max_spans is None:
+        max_spans = max(1, -(-(blocks - 1 - keep_recent) // span_blocks))
     return KVCache.create(
         **_sizes(cfg, batch),
         sink_blocks=1,
         span_blocks=span_blocks,
-        max_spans=spans,
+        max_spans=max_spans,
         keep_recent=keep_recent,
         key_codec=key_codec,
         value_codec=value_codec,
         key_bias=key_bias,
         overflow=overflow,
+        history=history,
         dtype=dtype,
     )
 
@@ -215,14 +223,20 @@ def render_path(
     return jnp.concatenate(parts, 1) if parts else jnp.zeros((b, 0, world.HEIGHT, world.WIDTH, 3))
 
 
-def make_step(model: PocketWorld, sampler: Sampler):
+def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | None = None):
     """The step `(state, BlockInput) -> (state, frames [B, n, 64, 96, 3])` for `qvg_jax.loop`.
 
     A `Partial`: the weights travel as arrays and are not baked into the program.
+
+    Args:
+        model: the network.
+        sampler: how a block comes out of noise.
+        relative: how frame numbers count back from each block; None for absolute ones.
     """
     graph, params = nnx.split(model)
     cfg, levels = model.cfg, sampler.levels()
     rope, n = cfg.rope(), cfg.block_frames
+    grid = Overlap(cfg.patch)
 
     def step(params, state: WorldState, x: BlockInput):
         model = nnx.merge(graph, params)
@@ -230,12 +244,15 @@ def make_step(model: PocketWorld, sampler: Sampler):
         positions = jax.vmap(camera.token_positions, (0, None, None))(x.pose, x.time, cfg.patch)
         batch = x.pose.shape[0]
 
-        view = state.cache.view(positions, rope)
+        view = state.cache.view(positions, rope, relative=relative)
+        # Outside of `denoise`, where the compiler merges the tables of stored tokens of both views.
+        shifted = grid.positions(x.pose, x.time)
+        between = state.cache.view(shifted, rope, relative=relative)
         cache = state.cache
         blocks = cache.seen_blocks - cache.dropped_blocks - cache.rejected_blocks
         scale = sampler.logit_scale(blocks, cfg.head_dim)
 
-        def evaluate(tokens, level):
+        def evaluate(tokens, level, view=view):
             return model(
                 tokens,
                 jnp.full((batch, n), level),
@@ -252,14 +269,18 @@ def make_step(model: PocketWorld, sampler: Sampler):
                 tokens, last, s_last = carry
                 now, then = pair
                 clean, _ = evaluate(tokens, now)
-                # The first step has no slope to go by, and the last one ends at the prediction.
+                # The first step has no slope to go by, and one to level 0 ends at the prediction.
                 use = (s_last > now) & (then > 0)
                 slope = jnp.where(use, (last - clean) / jnp.where(use, s_last - now, 1.0), 0.0)
                 return (second_order_step(tokens, clean, slope, now, then), clean, now), None
 
             pairs = (jnp.array(levels[:-1]), jnp.array(levels[1:]))
             start = (tokens, tokens, jnp.float32(0))
-            return jnp.clip(jax.lax.scan(one, start, pairs)[0][0], -1.0, 1.0)
+            (tokens, clean, _), _ = jax.lax.scan(one, start, pairs)
+            if sampler.overlapping:
+                other, _ = evaluate(grid.cut(tokens), levels[-1], between)
+                tokens = grid.blend(clean, other)
+            return jnp.clip(tokens, -1.0, 1.0)
 
         tokens = jax.lax.cond(x.given | x.made, lambda: to_tokens(x.frames, cfg.patch), denoise)
         _, (k, v) = evaluate(tokens, jnp.where(x.given, 0.0, sampler.context_noise))

@@ -26,6 +26,7 @@ from models.pocket_world.evaluate import FIRST_WORLD, run_arm, tours
 from models.pocket_world.params import DEFAULT_WEIGHTS, load_weights
 from models.pocket_world.sampling import Sampler
 from qvg_jax.app.metrics import PSNR_CAP, ssim, to_uint8
+from qvg_jax.cache.health import cache_bytes
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
@@ -33,8 +34,15 @@ from qvg_jax.files import replacing
 EARLY = 8  # frames of the early window: before the arm's own frames have become its history
 
 
-def run(model, recipe: str, args) -> dict:
-    """The replayed frames of one codec, uint8 [worlds * seeds, F, 64, 96, 3], and what they cost."""
+def run(model, recipe: str, args, **changes) -> dict:
+    """The replayed frames of one codec, uint8 [worlds * seeds, F, 64, 96, 3], and what they cost.
+
+    Args:
+        model: the network.
+        recipe: the codec, see the module.
+        args: sizes, see `main`.
+        **changes: more settings of `make_cache`.
+    """
     count, total = args.worlds * args.seeds, args.tour + args.frames
     walk = tours(jax.random.key(args.key), count, args.tour, args.half_width)
     path = jnp.concatenate([walk, walk[:, : args.frames]], 1)
@@ -47,6 +55,7 @@ def run(model, recipe: str, args) -> dict:
         batch=count,
         span_blocks=args.span_blocks,
         key_bias=KeyBias(*map(float, bias)) if bias else None,
+        **changes,
     )
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.tour)
     start = time.monotonic()
@@ -62,6 +71,7 @@ def run(model, recipe: str, args) -> dict:
         span_tokens=cache.layout.span_tokens,
         spans=spans,
         seconds=seconds,
+        span_bytes=cache_bytes(state.cache).in_use.spans,
     )
 
 

@@ -16,20 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from models.pocket_world import camera, job, params, pipeline, world
+from models.pocket_world import camera, job, params, pipeline, route, world
+from models.pocket_world.config import ENDLESS
 from models.pocket_world.entry import NAME, WalkOptions
-from models.pocket_world.sampling import FREE_SHARPNESS, Sampler
+from models.pocket_world.recalling import Recaller
+from models.pocket_world.sampling import FREE_OVERLAP, FREE_SHARPNESS, Sampler
 from models.runs.request_checks import check_seed
 from qvg_jax.app.metrics import to_uint8
+from qvg_jax.app.play.places import Box
 from qvg_jax.app.play.walk import World
 from qvg_jax.errors import told_to_user
 
-MEMORY = 256  # frames; a block over twice as many takes twice as long
+KEPT_SPANS = 256  # of what is out of sight: two million tokens of each layer
 KEYS = {
     "w": "w", "a": "a", "s": "s", "d": "d",
     "arrowup": "w", "arrowleft": "a", "arrowdown": "s", "arrowright": "d",
     "e": "up", "q": "down", " ": "stay",
 }  # fmt: skip
+
+REACH = (
+    2.5 * camera.SPEED
+)  # world units: a block goes 4 * SPEED, so no step leads past a goal by more
 
 _follow = jax.jit(camera.follow)
 
@@ -50,23 +57,26 @@ def walk(options: WalkOptions) -> World:
     check_seed(options.seed)
     steps = job.STEPS if options.steps is None else options.steps
     with told_to_user():
-        sampler = Sampler(steps, sharpness=FREE_SHARPNESS)
+        sampler = Sampler(steps, sharpness=FREE_SHARPNESS, overlap=FREE_OVERLAP)
     weights = pathlib.Path(options.weights or params.DEFAULT_WEIGHTS)
     model = params.load_weights(weights)
     job.check_finite(model, weights)
     cfg, n = model.cfg, model.cfg.block_frames
     tour = options.tour + -options.tour % n
-    frames = MEMORY if options.memory is None else options.memory
+    frames = job.MEMORY if options.memory is None else options.memory
 
     def begin(seed, codec):
         check_seed(seed)
-        # Of the capacity asked for, one block is the sink and the newest ones are the window's.
-        cache = pipeline.make_cache(cfg, codec, frames + 3 * n, overflow="drop")
+        cache = job.bounded_cache(cfg, codec, frames)
         return pipeline.WorldState(cache, job.noise_key(seed))
+
+    def before(state):
+        slots = state.cache.layout.max_spans
+        return Recaller(cfg, state.cache, sight=slots, spans=max(slots, KEPT_SPANS))
 
     return World(
         model=NAME,
-        step=pipeline.make_step(model, sampler),
+        step=pipeline.make_step(model, sampler, ENDLESS if options.endless else None),
         actions=camera.ACTIONS,
         keys=KEYS,
         begin=begin,
@@ -80,13 +90,16 @@ def walk(options: WalkOptions) -> World:
         width=world.WIDTH,
         fps=8,
         place=lambda x: (float(x.pose[0, -1, 0]), float(x.pose[0, -1, 1])),
+        views=_views,
+        toward=_toward,
         truth=_truth,
+        before=before if options.recall else None,
     )
 
 
 def _inputs(tour: int, n: int, seed: int, actions: Iterator[str]) -> Iterator[pipeline.BlockInput]:
     """Blocks of the tour with their frames, then a block for each action."""
-    tour_F3 = job.tour_path(seed, tour)
+    tour_F3 = route.tour_path(seed, tour)
     last_3 = tour_F3[0]
     _follow(last_3, np.zeros(n, np.int32))  # compiled here, and not when the first key is waiting
     nothing = np.zeros((1, n, world.HEIGHT, world.WIDTH, 3), np.float32)
@@ -113,6 +126,31 @@ def _inputs(tour: int, n: int, seed: int, actions: Iterator[str]) -> Iterator[pi
 def _render(seed: int, x: pipeline.BlockInput) -> Any:
     n = x.pose.shape[1]
     return pipeline.render_path(jnp.array([seed]), x.pose, chunk=n, first_time=int(x.time[0]))
+
+
+def _views(x: pipeline.BlockInput) -> list[Box]:
+    """What each frame shows of the ground, in world units."""
+    boxes = []
+    for east, south, altitude in np.asarray(x.pose[0]).tolist():
+        scale = float(world.units_per_pixel(altitude))
+        half_width, half_height = world.WIDTH / 2 * scale, world.HEIGHT / 2 * scale
+        boxes.append(
+            (east - half_width, south - half_height, east + half_width, south + half_height)
+        )
+    return boxes
+
+
+def _toward(view: Box, goal: Box) -> str | None:
+    """The action of a block that brings a view nearer to another one, or None where it is near."""
+    (a, b, c, d), (left, top, right, bottom) = view, goal
+    if (c - a) > (right - left) + 1:
+        return "down"  # from there less is in view, all of which was seen from above
+    east, south = (left + right - a - c) / 2, (top + bottom - b - d) / 2
+    if max(abs(east), abs(south)) <= REACH:
+        return None
+    if abs(east) > abs(south):
+        return "d" if east > 0 else "a"
+    return "s" if south > 0 else "w"
 
 
 def _truth(seed: int, x: pipeline.BlockInput) -> UInt8[np.ndarray, "F H W 3"]:

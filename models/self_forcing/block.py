@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from models.common.wan_text import TextKV
 from models.runs.devices import whole_on_all
+from models.self_forcing.averaged_sink import before_the_window
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.history import append_frames, block_positions
 from models.self_forcing.modeling import Output, SelfForcingDiT
@@ -28,10 +29,17 @@ from qvg_jax.cache.view import CacheView
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """All that a generation carries from block to block."""
+    """All that a generation carries from block to block.
+
+    Attributes:
+        cache: K and V of what was made.
+        text_kv: K and V of the prompt.
+        sink_average: of the `History`.
+    """
 
     cache: KVCache
     text_kv: TextKV
+    sink_average: float | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 class BlockNoise(NamedTuple):
@@ -125,18 +133,21 @@ def denoise_block(
     return jax.lax.scan(one_pass, noise.start_BFZYX, passes)
 
 
-def _look(model: SelfForcingDiT, cache: KVCache, shape: tuple[int, ...]):
+def _look(model: SelfForcingDiT, state: State, shape: tuple[int, ...]):
     """Compresses what is due; then the block's positions, and the view its passes share."""
-    cache = compress(cache)
+    cache = compress(state.cache)
+    if state.sink_average is not None:
+        cache = before_the_window(cache)
     positions_BTP = block_positions(model.config, cache, shape)
-    return positions_BTP, cache.view(positions_BTP, model_rope(model.config))
+    config = model.config
+    return positions_BTP, cache.view(positions_BTP, model_rope(config), relative=config.relative)
 
 
 def _remember(model, state, view, positions_BTP, x0_BFZYX, timestep) -> State:
     """The clean pass: its K and V go into the cache that `view` shows."""
     t = jnp.full((1, 1), timestep, jnp.float32)
     out = cached_forward(model, x0_BFZYX, t, state.text_kv, view, keep_kv=True)
-    cache = append_frames(view.cache, out.k_LBTHD, out.v_LBTHD, positions_BTP)
+    cache = append_frames(view.cache, out.k_LBTHD, out.v_LBTHD, positions_BTP, state.sink_average)
     return dataclasses.replace(state, cache=cache)
 
 
@@ -152,7 +163,7 @@ def read_block(
         timestep: what the pass is told; given frames are clean whatever the sampler's context is.
     """
     x0_BFZYX = x0_BFZYX.astype(model.config.dtype)
-    positions_BTP, view = _look(model, state.cache, x0_BFZYX.shape)
+    positions_BTP, view = _look(model, state, x0_BFZYX.shape)
     return _remember(model, state, view, positions_BTP, x0_BFZYX, timestep)
 
 
@@ -187,7 +198,7 @@ def generate_block(
         The state for the next block, and the block's clean latents.
     """
     noise = jax.tree.map(lambda x: x.astype(model.config.dtype), noise)
-    positions_BTP, view = _look(model, state.cache, noise.start_BFZYX.shape)
+    positions_BTP, view = _look(model, state, noise.start_BFZYX.shape)
 
     def denoised():
         return denoise_block(model, state.text_kv, view, noise, Ladder(sampler))[0]

@@ -1,5 +1,6 @@
 """Sizes of the causal Wan2.1 transformer and the constants of its few-step sampler."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from msgspec import Meta, Struct
 
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.reading.schema import Size, checked
 
 
@@ -44,9 +46,11 @@ class SelfForcingConfig:
         time_width: width of the sinusoid of the timestep.
         text_width, text_slots: width of the text embedding; length it is zero-padded to.
         eps: added to the variance in every norm.
-        rope_frames: rows of the RoPE table, hence the longest video in latent frames.
+        rope_frames: rows of the RoPE table, hence the longest video in latent frames without a horizon.
         rope_theta: base of the RoPE frequencies.
         frames_per_block: latent frames that are denoised together.
+        horizon: with a number, positions count back from each block, older history is read as so many
+            latent frames old, and a video may be longer than the RoPE table. None is absolute positions.
         dtype: dtype of the weights and of the activations between the float32 islands.
         attention: implementation of attention to the cache, see `qvg_jax.attend`.
         cross_attention: implementation of attention to the prompt, see `fused_attention`.
@@ -68,6 +72,7 @@ class SelfForcingConfig:
     rope_frames: int = 1024
     rope_theta: float = 10000.0
     frames_per_block: int = 3
+    horizon: int | None = None
     dtype: DTypeLike = jnp.bfloat16
     attention: str | None = None
     cross_attention: str | None = None
@@ -79,6 +84,24 @@ class SelfForcingConfig:
             )
         if self.time_width % 2:
             raise ValueError(f"time_width={self.time_width} must be even: cosines and sines")
+        if self.relative is not None:
+            self.relative.check(self.frames_per_block)
+            if self.horizon > self.last_horizon:
+                raise ValueError(
+                    f"horizon={self.horizon} is not accepted: with blocks of {self.frames_per_block} "
+                    f"frames the {self.rope_frames} rows of the RoPE table serve at most "
+                    f"{self.last_horizon}"
+                )
+
+    @property
+    def last_horizon(self) -> int:
+        """The longest horizon: what the RoPE table leaves beside a block."""
+        return self.rope_frames - self.frames_per_block
+
+    @property
+    def relative(self) -> RelativeTime | None:
+        """How positions count back from a block; None for absolute positions."""
+        return None if self.horizon is None else RelativeTime(self.horizon)
 
     @property
     def head_dim(self) -> int:
@@ -166,6 +189,8 @@ class SamplerConfig:
         whole_timesteps: whether the network is told whole numbers, fractions cut off.
         warped: whether `steps` are warped onto the ladder; if not, they are timesteps themselves.
         context_timestep: timestep of the last pass, which writes the clean block to the cache.
+        first_steps: noise levels of the first block of the video, where nothing is remembered yet; None
+            is `steps`.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -175,9 +200,21 @@ class SamplerConfig:
     whole_timesteps: bool = False
     warped: bool = True
     context_timestep: float = 0.0
+    first_steps: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if not self.steps or any(not 0 < s <= self.train_steps for s in self.steps):
-            raise ValueError(f"steps={self.steps} must lie in 1..train_steps={self.train_steps}")
-        if any(a <= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
-            raise ValueError(f"steps={self.steps} must fall from noisy to clean")
+        for name in ("steps", "first_steps"):
+            steps = getattr(self, name)
+            if steps is None:
+                continue
+            if not steps or any(not 0 < s <= self.train_steps for s in steps):
+                raise ValueError(f"{name}={steps} must lie in 1..train_steps={self.train_steps}")
+            if any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+                raise ValueError(f"{name}={steps} must fall from noisy to clean")
+
+    def of_block(self, first_frame: int) -> "SamplerConfig":
+        """The schedule of the block that begins at a frame, the same for all of its passes."""
+        if self.first_steps is None:
+            return self
+        steps = self.steps if first_frame else self.first_steps
+        return dataclasses.replace(self, steps=steps, first_steps=None)

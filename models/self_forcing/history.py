@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from models.common.tokens import token_positions
+from models.self_forcing.averaged_sink import absorb_oldest
 from models.self_forcing.config import SelfForcingConfig
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import KVCache, append
 from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.rope import Rope
@@ -33,18 +35,23 @@ class History:
         window_frames: latent frames in sight, those of the block itself and the sink included;
             None for all. With codecs it is rounded down to whole spans.
         sink_frames: first frames of the video, always in sight and never compressed.
+        sink_average: share of the sink that stays when a frame leaves the window and is averaged into
+            it (`averaged_sink`); None keeps the first frames as they are.
         key_codec, value_codec: compressors of old K and V; both None for none.
         span_frames: frames compressed together.
         keep_recent: newest frames before the block that are never compressed.
+        heads: which heads have compressed spans, and how many newest frames the others read; None for all.
         plan: by which the cache is spread over devices; None for one.
     """
 
     window_frames: int | None = None
     sink_frames: int = 0
+    sink_average: float | None = None
     key_codec: Codec | None = None
     value_codec: Codec | None = None
     span_frames: int = 24
     keep_recent: int = 0
+    heads: HeadHistory | None = None
     plan: Plan | None = None
 
     def __post_init__(self):
@@ -53,6 +60,15 @@ class History:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
         if (self.key_codec is None) != (self.value_codec is None):
             raise ValueError("give both key_codec and value_codec, or neither")
+        if self.sink_average is None:
+            return
+        if not 0 <= self.sink_average <= 1:
+            raise ValueError(f"sink_average={self.sink_average} is not accepted: give 0 to 1")
+        if not self.sink_frames or self.window_frames is None or self.compressed or self.plan:
+            raise ValueError(
+                f"sink_average={self.sink_average} needs a sink and a window, without codecs and on "
+                "one device"
+            )
 
     @classmethod
     def qvg(cls, codec: Codec, **changes) -> "History":
@@ -126,6 +142,7 @@ def make_cache(
             window_blocks=waiting,
             key_codec=history.key_codec,
             value_codec=history.value_codec,
+            history=history.heads,
         )
     else:
         # The block itself is not stored while it runs, so a sliding window keeps n frames less.
@@ -169,11 +186,14 @@ def append_frames(
     k_LBTHD: Float[Array, "L B T H D"],
     v_LBTHD: Float[Array, "L B T H D"],
     positions_BTP: Float[Array, "B T 3"],
+    sink_average: float | None = None,
 ) -> KVCache:
-    """Appends the clean K and V of a block, frame by frame."""
+    """Appends the clean K and V of a block, frame by frame; the sink averages what leaves if it does that."""
     size = cache.layout.block_tokens
     for start in range(0, k_LBTHD.shape[2], size):
         frame = slice(start, start + size)
+        if sink_average is not None and cache.layout.is_ring:
+            cache = absorb_oldest(cache, sink_average)
         cache = append(cache, k_LBTHD[:, :, frame], v_LBTHD[:, :, frame], positions_BTP[:, frame])
     return cache
 
@@ -191,8 +211,15 @@ def recall(
 
     Returns:
         The latent frame of each token, K and V, on the host, in the dtype of the dense buffer.
+
+    Raises:
+        NotImplementedError: a cache that has not all heads of a span.
     """
     lay = cache.layout
+    if lay.history is not None:
+        raise NotImplementedError(
+            f"recall: the cache has a {lay.history}; accepted: a cache whose heads all have a history"
+        )
     dense = _seen(cache.dense_k, cache.dense_v, cache.dense_pos, rope)
     valid = int(cache.dense_blocks) * lay.block_tokens
     regions = [tuple(x[..., :valid, :] for x in dense)]

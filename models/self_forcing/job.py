@@ -15,6 +15,7 @@ from models.runs.checkpoint_folder import Parts
 from models.runs.devices import on_all_devices, weight_placement
 from models.runs.latent_job import Run
 from models.runs.request_checks import file_digest
+from models.self_forcing.config import SamplerConfig
 from models.self_forcing.entry import NAME, Options, PlanOptions
 from models.self_forcing.initial import initial_latents
 from models.self_forcing.params import RULES, WEIGHTS
@@ -58,12 +59,14 @@ class _SelfForcing(BlockModel[Options, Settings]):
     def identity(self, options: Options, settings: Settings) -> dict[str, Any]:
         given = options.image or options.video
         return {
-            "steps": list(settings.sampler.steps),
+            **_steps(settings.sampler),
             "window": options.window,
             "sink": options.sink,
             "span": options.span,
             "recent": options.recent,
             "given": given and file_digest(given),
+            **({"horizon": settings.sizes.dit.horizon} if options.endless else {}),
+            **_said_of_heads(settings),
             **({"loras": {f.name: f.stat().st_size for f in self.loras}} if self.loras else {}),
         }
 
@@ -138,8 +141,20 @@ class _SelfForcing(BlockModel[Options, Settings]):
         sampler = run.settings.sampler
         return {
             "blocks": len(self.blocks(run)),
-            "sampler": {"steps": list(sampler.steps), "shift": sampler.shift},
+            "sampler": {**_steps(sampler), "shift": sampler.shift},
         }
+
+
+def _steps(sampler: SamplerConfig) -> dict[str, list[int]]:
+    """The noise levels of the blocks, and those of the first one if it has others."""
+    first = {} if sampler.first_steps is None else {"first_steps": list(sampler.first_steps)}
+    return {"steps": list(sampler.steps), **first}
+
+
+def _said_of_heads(settings: Settings) -> dict[str, str]:
+    """Which heads have a history, in words that differ if the tables do; nothing if all have one."""
+    found = {str(h.heads) for h in settings.histories.values() if h.heads is not None}
+    return {"heads": found.pop()} if found else {}
 
 
 def _plan(settings: Settings) -> Plan | None:

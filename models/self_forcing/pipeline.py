@@ -70,7 +70,7 @@ class Generation:
 
 
 class _Run(NamedTuple):
-    """Consecutive blocks of one kind and size: a step, and its inputs stacked along axis 0."""
+    """Consecutive blocks of one kind, size and schedule: a step, and its inputs stacked along axis 0."""
 
     step: Partial
     xs: Any
@@ -150,7 +150,7 @@ class SelfForcing:
             latent_width=request.latent_width,
             batch=text_BUE.shape[0],
         )
-        return State(cache=cache, text_kv=text_kv)
+        return State(cache=cache, text_kv=text_kv, sink_average=self.history.sink_average)
 
     def _prepare(self, request: Generation) -> tuple[State, list[_Run]]:
         """Checks the request and turns it into a first state and the runs that follow."""
@@ -194,10 +194,13 @@ class SelfForcing:
                 xs = jax.vmap(jax.random.fold_in, (None, 0))(request.noise, first_frames)
             if known_of:
                 xs = xs, jax.tree.map(lambda *x: np.stack(x), *(known_of[b] for b in group))
-            step = generating_step(self.sampler, shape, bool(known_of))
+            sampler = self.sampler.of_block(group[0].first_frame)
+            step = generating_step(sampler, shape, bool(known_of))
             return _Run(Partial(step, self.model), xs, group)
 
-        kinds = itertools.groupby(blocks, key=lambda b: (b.given, b.frames))
+        kinds = itertools.groupby(
+            blocks, key=lambda b: (b.given, b.frames, self.sampler.of_block(b.first_frame))
+        )
         runs = [run(tuple(group)) for _, group in kinds]
         return self.start(request), runs
 

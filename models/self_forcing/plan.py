@@ -118,11 +118,13 @@ def _text_kv(settings: Settings) -> TextKV:
 def _step(settings: Settings, model, cache):
     """Arguments of the program that makes a block, as the command runs it."""
     latents = _latents(settings, settings.sizes.dit.frames_per_block)
-    step = generating_step(settings.sampler, (1, latents.shape[1], *settings.latent), True)
+    sampler = settings.sampler.of_block(latents.shape[1])
+    step = generating_step(sampler, (1, latents.shape[1], *settings.latent), True)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     stacked = jax.ShapeDtypeStruct((1, *latents.shape), latents.dtype)
     known = Known(jax.ShapeDtypeStruct((1,), jnp.bool_), stacked)
-    state = State(cache=cache, text_kv=_text_kv(settings))
+    average = next(iter(settings.histories.values())).sink_average
+    state = State(cache=cache, text_kv=_text_kv(settings), sink_average=average)
     return Partial(step, model), state, (key, known), jax.ShapeDtypeStruct((), jnp.int32)
 
 
@@ -130,7 +132,10 @@ def _longest(
     settings: Settings, arm: str, need: Need, memory: int, size: Callable[[KVCache], int]
 ) -> int:
     """The most latent frames that fit, if only the cache changes with them."""
-    n, top = settings.sizes.dit.frames_per_block, settings.sizes.dit.rope_frames
+    dit = settings.sizes.dit
+    n, top = dit.frames_per_block, dit.rope_frames
+    if dit.horizon is not None:
+        top = max(top, settings.frames)
 
     def fits(blocks: int) -> bool:
         cache = size(settings.cache(arm, blocks * n))

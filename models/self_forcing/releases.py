@@ -35,6 +35,7 @@ class Release:
         frames_per_block: latent frames that are denoised together.
         sampler: changes of `SamplerConfig`.
         window_frames, sink_frames, span_frames: defaults of `History`; None is its own.
+        sink_average: of `History`; with it nothing is compressed.
         lora: pattern of the file of a LoRA that is merged into the weights; None for none.
         dit_names: patterns of the transformer's name in a folder of weights, the best first.
     """
@@ -50,6 +51,7 @@ class Release:
     window_frames: int | None = None
     sink_frames: int | None = None
     span_frames: int | None = None
+    sink_average: float | None = None
     lora: str | None = None
     dit_names: tuple[str, ...] = ("*dmd*", "*generator*", "transformer", "diffusion_pytorch_model*")
 
@@ -118,6 +120,28 @@ _RELEASES = (
         frames_per_block=1,
         dit_names=("causal_forcing*", "*dmd*", "*generator*"),
     ),
+    *(
+        Release(
+            name=f"causal-forcing-{steps}-step",
+            title=f"Causal-Forcing++, {steps} step{'s' * (steps > 1)}",
+            summary=f"Causal-Forcing++ (Wan2.1 1.3B), blocks of one latent frame, {what}.",
+            source="arXiv 2605.15141, github.com/thu-ml/Causal-Forcing",
+            transformer=(
+                Download(
+                    what="the transformer",
+                    repo="zhuhz22/Causal-Forcing",
+                    subfolder="causal-forcing++",
+                    files=(f"framewise-{steps}step.pt",),
+                    entry="generator_ema",
+                    licence=_AS_STATED,
+                ),
+            ),
+            frames_per_block=1,
+            sampler=(("steps", (1000, 500)[:steps]), ("first_steps", (1000, 750, 500, 250))),
+            dit_names=(f"framewise-{steps}step*", "*dmd*", "*generator*"),
+        )
+        for steps, what in ((2, "two steps each"), (1, "one step each"))
+    ),
     Release(
         name="raven",
         title="RAVEN with CM-GRPO",
@@ -167,6 +191,25 @@ _RELEASES = (
         span_frames=3,
         lora="*lora*.safetensors",
         dit_names=("longlive*", "*generator*"),
+    ),
+    Release(
+        name="reward-forcing",
+        title="Reward-Forcing",
+        summary="Reward-Forcing (Wan2.1 1.3B), 9 latent frames in sight, a sink that averages the past.",
+        source="github.com/JaydenLyh/Reward-Forcing",
+        transformer=(
+            Download(
+                what="the transformer",
+                repo="JaydenLu666/Reward-Forcing-T2V-1.3B",
+                files=("rewardforcing.pt",),
+                entry="generator_ema",
+                licence=_AS_STATED,
+            ),
+        ),
+        window_frames=9,
+        sink_frames=3,
+        sink_average=0.999,
+        dit_names=("rewardforcing*", "*dmd*", "*generator*"),
     ),
     Release(
         name="krea-realtime",

@@ -61,7 +61,7 @@ def plan_blocks(
 
     Raises:
         ValueError: a number of frames that blocks cannot make up, or a video longer than the RoPE
-            table.
+            table without a horizon.
     """
     n = config.frames_per_block
     if first_frame_alone is None:
@@ -80,7 +80,7 @@ def plan_blocks(
             f"frames={frames} must be {sizes}: blocks are {n} frames; "
             f"the nearest are {below} and {below + n}"
         )
-    if frames > config.rope_frames:
+    if frames > config.rope_frames and config.horizon is None:
         raise ValueError(
             f"frames={frames} is more than rope_frames={config.rope_frames}, the rows of the "
             "model's RoPE table: positions beyond it were never defined"
@@ -95,12 +95,14 @@ def network_calls(blocks: Sequence[Block], sampler: SamplerConfig) -> tuple[Call
 
     A generated block has its denoising steps and a clean pass, a given block the clean pass alone.
     """
-    steps = Ladder(sampler).steps.tolist()
-    return tuple(
-        Call(block, t)
-        for block in blocks
-        for t in ([0.0] if block.given else [*steps, sampler.context_timestep])
-    )
+
+    def told(block: Block) -> list[float]:
+        if block.given:
+            return [0.0]
+        steps = Ladder(sampler.of_block(block.first_frame)).steps.tolist()
+        return [*steps, sampler.context_timestep]
+
+    return tuple(Call(block, t) for block in blocks for t in told(block))
 
 
 def compressions(

@@ -6,6 +6,7 @@ import logging
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
 from models.runs.devices import check_blocks, plan_of
+from models.runs.head_lists import history_of
 from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.entry import FRAMES, NAME, Options
@@ -14,9 +15,11 @@ from models.self_forcing.releases import RELEASES, Release
 from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.errors import UserError, told_to_user
 
 PLANS = ("spans", "heads", "ring")
+LOCAL_FRAMES = 4  # newest latent frames that a local head reads where no list says it
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ def settle(
         UserError: a value that is not accepted, named with what would be.
     """
     frames = FRAMES + first_frame_alone if options.frames is None else options.frames
+    sizes = _with_horizon(options, sizes)
     plan_blocks(sizes.dit, frames, first_frame_alone=first_frame_alone)
     height = options.height
     width = options.width
@@ -80,13 +84,22 @@ def settle(
     check_seed(options.seed)
     names = arm_names(options)
     plan = plan_of(options, PLANS)
+    heads = history_of(
+        options.heads,
+        layers=sizes.dit.layers,
+        count=sizes.dit.heads,
+        local=options.local,
+        usual=LOCAL_FRAMES,
+    )
+    _check_heads(options, heads)
     if options.share_weights and plan is None:
         raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps, release),
         histories={
-            name: dataclasses.replace(_history(name, options, release), plan=plan) for name in names
+            name: dataclasses.replace(_history(name, options, release, heads, sizes), plan=plan)
+            for name in names
         },
         frames=frames,
         height=height,
@@ -102,6 +115,33 @@ def settle(
                 f"{history.span_frames} frames, and the newest block waits outside"
             )
     return settings
+
+
+def _with_horizon(options: Options, sizes: Sizes) -> Sizes:
+    """The sizes with the horizon that a user asked for, and a word on what it does to a long video."""
+    dit, frames = sizes.dit, options.frames or 0
+    if not options.endless:
+        if options.horizon is not None:
+            raise UserError(
+                f"horizon={options.horizon} needs --endless: nothing counts back without"
+            )
+        if frames > dit.rope_frames:
+            raise UserError(
+                f"frames={frames} is more than rope_frames={dit.rope_frames}, the rows of the model's "
+                "RoPE table; accepted: at most that, or --endless, which counts positions back from "
+                "each block"
+            )
+        return sizes
+    horizon = dit.last_horizon if options.horizon is None else options.horizon
+    if frames > horizon:
+        flat = (
+            "" if options.window else "; the memory grows with them, and a --window keeps it flat"
+        )
+        log.warning(
+            f"{frames} latent frames: positions count back from each block, and history older than "
+            f"{horizon} latent frames is read as {horizon} old{flat}"
+        )
+    return dataclasses.replace(sizes, dit=dataclasses.replace(dit, horizon=horizon))
 
 
 @told_to_user()
@@ -131,12 +171,33 @@ def _sampler(steps: int | None, release: Release) -> SamplerConfig:
     return SamplerConfig(steps=tuple(top - i * top // steps for i in range(steps)))
 
 
-def _history(recipe: str, options: Options, release: Release) -> History:
+def _check_heads(options: Options, heads: HeadHistory | None) -> None:
+    """Raises UserError if what reads the cache cannot read one without some heads."""
+    if heads is None:
+        if options.local is not None:
+            raise UserError(
+                f"local={options.local} with --heads all: no head is local; leave it out"
+            )
+        return
+    named = options.attention or ("mosaic" if options.precision == "fp8" else None)
+    if named not in (None, "xla", "cudnn"):
+        raise UserError(f"--heads and attention {named!r} do not go together; accepted: xla, cudnn")
+    if options.recent is not None and options.recent < heads.local_blocks:
+        raise UserError(
+            f"recent={options.recent} is less than the {heads.local_blocks} newest frames that local heads "
+            "read; accepted: at least that, or --local"
+        )
+
+
+def _history(
+    recipe: str, options: Options, release: Release, heads: HeadHistory | None, sizes: Sizes
+) -> History:
     key_codec, value_codec = codec_pair(recipe)
     own = dict(
         window_frames=release.window_frames,
         sink_frames=release.sink_frames,
         span_frames=release.span_frames,
+        sink_average=release.sink_average,
     )
     asked = dict(
         window_frames=options.window,
@@ -144,6 +205,12 @@ def _history(recipe: str, options: Options, release: Release) -> History:
         span_frames=options.span,
         keep_recent=options.recent,
     )
+    if heads is not None and key_codec is not None:
+        least = dict(
+            sink_frames=release.sink_frames or sizes.dit.frames_per_block,
+            keep_recent=heads.local_blocks,
+        )
+        own |= least | dict(heads=heads)
     bounds = {
         name: value for given in (own, asked) for name, value in given.items() if value is not None
     }

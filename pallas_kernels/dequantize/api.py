@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequantize import reference
+from pallas_kernels.dequantize.dither import FINE
 from pallas_kernels.dequantize.types import (
     HEAD_DIMS,
     Encoded,
@@ -40,7 +41,9 @@ def supported(stored: Encoded | Array, scheme: Scheme | None) -> str | None:
         return f"bits={scheme.bits}; the kernel reads 1, 2, 3, 4 or 8"
     if scheme.group % 8 or width % scheme.group:
         return f"group={scheme.group}; it must be a multiple of 8 that divides {width}"
-    if (2 * scheme.offset) % 1:
+    if scheme.dithered and (scheme.bits not in (2, 3, 4) or (2 * FINE * scheme.offset) % 1):
+        return f"bits={scheme.bits}, offset={scheme.offset} with a dither; the kernel reads 2, 3, 4"
+    if not scheme.dithered and (2 * scheme.offset) % 1:
         return f"offset={scheme.offset}; it must be a multiple of a half"
     if scheme.stages and stored.ids_RST.dtype != jnp.uint8:
         return f"ids of {stored.ids_RST.dtype}; the kernel reads uint8 (at most 256 centroids)"

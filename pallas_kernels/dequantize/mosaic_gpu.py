@@ -17,6 +17,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.dequantize.affine import AffineRow
 from pallas_kernels.dequantize.readers import DenseRow, EncodedRow
 from pallas_kernels.dequantize.swizzle import QUADS, Swizzle
 from pallas_kernels.dequantize.types import (
@@ -62,7 +63,8 @@ def _prepared(
 
     The few centroids of the decoded rows are cut out. For e4m3 they become float16 times `factor_n`,
     which takes half the instructions; eleven bits are plenty under e4m3's four. The factor of a row
-    multiplies its scales; rows whose exponents differ from span to span have one for every span.
+    multiplies its scales; rows whose exponents differ from span to span have one for every span. Where
+    channels have deviations, those take the place of scales in all of this.
     """
     stored, scheme, rows = source.stored, source.scheme, source.rows
     factor = jnp.ones((rows,), jnp.float32) if factor_n is None else factor_n
@@ -73,6 +75,13 @@ def _prepared(
     if stored.exponents_R is not None:
         exponents = picked(stored.exponents_R, first_row, rows)
         factor = jnp.tile(factor, spans) * jnp.exp2(exponents.astype(jnp.float32))
+    if scheme.zero_points:
+        arrays.append(stored.zeros_RTG)
+    if scheme.deviations:
+        deviations = picked(stored.deviations_RD, first_row, rows).astype(jnp.float32)
+        deviations *= jnp.tile(factor, deviations.shape[0] // factor.size)[:, None]
+        arrays.append(deviations.astype(jnp.float32 if factor_n is None else jnp.float16))
+        factor = jnp.ones((rows,), jnp.float32)
     if scheme.stages:
         centroids = stored.centroids(first_row, rows)
         if factor_n is None:
@@ -81,7 +90,7 @@ def _prepared(
             centroids *= jnp.tile(factor_n, spans)[:, None, None, None]
             centroids = centroids.astype(jnp.float16)
         arrays += [stored.ids_RST, centroids]
-    return tuple(arrays), factor, EncodedRow
+    return tuple(arrays), factor, AffineRow if scheme.affine else EncodedRow
 
 
 def decode_keys(

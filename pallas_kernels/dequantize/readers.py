@@ -21,7 +21,7 @@ from pallas_kernels.gpu.lanes import (
     permute_bytes,
 )
 
-__all__ = ["DenseRow", "EncodedRow"]
+__all__ = ["DenseRow", "EncodedRow", "level_pairs", "levels"]
 
 
 def _scale(byte: Lane) -> Lane:
@@ -29,7 +29,7 @@ def _scale(byte: Lane) -> Lane:
     return (byte << 20).as_float()
 
 
-def _levels(words: tuple[Lane, ...], scheme: Scheme) -> list[Lane]:
+def levels(words: tuple[Lane, ...], scheme: Scheme) -> list[Lane]:
     """2 (code - offset) of eight channels as floats, which are exact for half-integer offsets."""
     out = []
     for i in range(8):
@@ -59,7 +59,7 @@ def _both(x: float) -> Halves:
     return Halves(integer((bits << 16 | bits) - (1 << 32 if bits >> 15 else 0)))
 
 
-def _level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, int]]:
+def level_pairs(words: tuple[Lane, ...], scheme: Scheme) -> list[tuple[Halves, int]]:
     """weight (code - offset) of eight channels in pairs, and the weight of each pair."""
     bits, out = scheme.bits, []
     if bits == 8:
@@ -143,7 +143,7 @@ class EncodedRow:
             for row in rows:
                 row = bf16_floats(row)
                 base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
-            for i, x in enumerate(_levels(words, self.scheme)):
+            for i, x in enumerate(levels(words, self.scheme)):
                 out.append(x * scale if base is None else x.fma(scale, base[i]))
         return out
 
@@ -155,7 +155,7 @@ class EncodedRow:
             for row in rows:
                 row = [Halves(w) for w in row]
                 base = row if base is None else [a + b for a, b in zip(base, row, strict=True)]
-            for i, (x, weight) in enumerate(_level_pairs(words, self.scheme)):
+            for i, (x, weight) in enumerate(level_pairs(words, self.scheme)):
                 if weight not in scales:
                     s = scale * (factor * (2.0**120 / weight))
                     scales[weight] = halves(s, s)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.dequantize.dither import FINE, dither
 from pallas_kernels.dequantize.types import PAD, Encoded, Rotation, Source, Spans, padded
 
 __all__ = [
@@ -67,11 +68,21 @@ def decoded(source: Source) -> Array:
     wide = codes_nTC.astype(jnp.uint16)
     word = (wide[..., byte] << 8) | wide[..., np.minimum(byte + 1, c - 1)]
     codes = (word >> (16 - scheme.bits - inside)) & (2**scheme.bits - 1)
-    scales = lax.bitcast_convert_type(scales_nTG, jnp.float8_e4m3fn).astype(jnp.float32)
+    numbers = lambda x: lax.bitcast_convert_type(x, jnp.float8_e4m3fn).astype(jnp.float32)  # noqa: E731
+    scales, zeros = numbers(scales_nTG), None
+    if scheme.zero_points:
+        zeros = numbers(pick(stored.zeros_RTG))
     if stored.exponents_R is not None:
-        scales *= jnp.exp2(pick(stored.exponents_R).astype(jnp.float32))[:, None, None]
-    levels = codes.reshape(n, t, -1, scheme.group).astype(jnp.float32) - scheme.offset
-    x_nTD = (levels * scales[..., None]).reshape(n, t, -1)
+        power = jnp.exp2(pick(stored.exponents_R).astype(jnp.float32))[:, None, None]
+        scales, zeros = scales * power, None if zeros is None else zeros * power
+    levels = codes.astype(jnp.float32)
+    if scheme.dithered:
+        levels += dither(t, levels.shape[2]).astype(jnp.float32)[None] / FINE
+    levels = levels.reshape(n, t, -1, scheme.group) - scheme.offset
+    x_nTGg = levels * scales[..., None]
+    x_nTD = (x_nTGg if zeros is None else x_nTGg + zeros[..., None]).reshape(n, t, -1)
+    if scheme.deviations:
+        x_nTD *= pick(stored.deviations_RD).astype(jnp.float32)[:, None]
     if scheme.stages:
         ids, centroids = pick(stored.ids_RST).astype(jnp.int32), stored.centroids(first_row, rows)
         for s in range(scheme.stages):

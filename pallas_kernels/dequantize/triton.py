@@ -14,22 +14,26 @@ import triton.language as tl
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.dequantize.dither import CHANNEL_STEP, FINE, TOKEN_SHIFT, TOKEN_STEP
 from pallas_kernels.dequantize.types import PAD, Encoded, Rotation, Spans, Tokens, padded
 from pallas_kernels.gpu.triton_launch import Launch
-from pallas_kernels.gpu.triton_words import e4m3_float, rotate
+from pallas_kernels.gpu.triton_words import e4m3_float, e4m3_signed, rotate
 
 __all__ = ["decode_keys", "decode_values", "launch_for"]
 
 _TILE = 32  # tokens of a program
 _PAD = tl.constexpr(PAD)
+_FINE, _CHANNEL_STEP = tl.constexpr(FINE), tl.constexpr(CHANNEL_STEP)
+_TOKEN_STEP, _TOKEN_SHIFT = tl.constexpr(TOKEN_STEP), tl.constexpr(TOKEN_SHIFT)
 
 
 @triton.jit
 def _packed(
-    codes, scales, ids, centroids, factors, row, head, token,
+    codes, scales, zeros, ids, centroids, factors, row, head, token,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
     TOKENS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-    STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
+    STAGES: tl.constexpr, CENTROIDS: tl.constexpr, DITHERED: tl.constexpr, ZEROS: tl.constexpr,
+    DEVIATIONS: tl.constexpr,
 ):  # fmt: skip
     """Channels FIRST .. FIRST + WIDTH of some tokens of a packed row, float32 [TILE, WIDTH]."""
     BYTES: tl.constexpr = D * BITS // 8
@@ -43,11 +47,17 @@ def _packed(
         code = (word >> (16 - BITS - bit % 8)[None, :]) & (2**BITS - 1)
     else:
         code = (tl.load(at).to(tl.int32) >> (8 - BITS - bit % 8)[None, :]) & (2**BITS - 1)
+    if DITHERED:
+        shift = (token.to(tl.uint32) * _TOKEN_STEP) >> _TOKEN_SHIFT
+        shift = shift.to(tl.int32)[:, None] + channel[None, :] * _CHANNEL_STEP
+        code = code * _FINE | (shift & (_FINE - 1))
     # 2^22 + code as float32, where a step is a half: no conversion, which runs at a low rate.
     x = ((code << 1) | 0x4A800000).to(tl.float32, bitcast=True) - (4194304.0 + OFFSET)
 
     start = scales + row * (TOKENS * GROUPS)
-    factor = tl.load(factors + head)
+    factor = 1.0 if DEVIATIONS else tl.load(factors + head)
+    if DITHERED:
+        factor *= 1.0 / _FINE
     if GROUP >= WIDTH:
         scale = e4m3_float(tl.load(start + token * GROUPS + FIRST // GROUP)) * factor
         x *= scale[:, None]
@@ -56,6 +66,12 @@ def _packed(
         scale = e4m3_float(tl.load(start + token[:, None] * GROUPS + group[None, :])) * factor
         x = tl.reshape(x, (TILE, WIDTH // GROUP, GROUP)) * scale[:, :, None]
         x = tl.reshape(x, (TILE, WIDTH))
+    if ZEROS:
+        factor = 1.0 if DEVIATIONS else tl.load(factors + head)
+        at = zeros + row * (TOKENS * GROUPS) + token[:, None] * GROUPS + (channel // GROUP)[None, :]
+        x += e4m3_signed(tl.load(at)) * factor
+    if DEVIATIONS:
+        x *= tl.load(factors + head * D + channel)[None, :]
 
     for s in tl.static_range(STAGES):
         chosen = tl.load(ids + (row * STAGES + s) * TOKENS + token).to(tl.int32)
@@ -66,10 +82,11 @@ def _packed(
 
 @triton.jit
 def _channels(
-    codes, scales, ids, centroids, factors, row, head, token,
+    codes, scales, zeros, ids, centroids, factors, row, head, token,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
     TOKENS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-    STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
+    STAGES: tl.constexpr, CENTROIDS: tl.constexpr, DITHERED: tl.constexpr, ZEROS: tl.constexpr,
+    DEVIATIONS: tl.constexpr,
 ):  # fmt: skip
     """The channels of some tokens of a packed row or, if BITS is 16, of a bf16 row, which is `codes`."""
     if BITS == 16:
@@ -78,18 +95,20 @@ def _channels(
         x = x.to(tl.float32)
     else:
         x = _packed(
-            codes, scales, ids, centroids, factors, row, head, token,
+            codes, scales, zeros, ids, centroids, factors, row, head, token,
             FIRST, WIDTH, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
+            DITHERED, ZEROS, DEVIATIONS,
         )  # fmt: skip
     return x
 
 
 @triton.jit
 def _decode(
-    control, factors, codes, scales, ids, centroids, cos, sin, out,
+    control, factors, codes, scales, ids, centroids, cos, sin, zeros, out,
     D: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
     HEADS: tl.constexpr, TOGETHER: tl.constexpr, PAIRING: tl.constexpr, TILE: tl.constexpr,
+    DITHERED: tl.constexpr, ZEROS: tl.constexpr, DEVIATIONS: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens of TOGETHER rows; HEADS of them share cosines and sines."""
     first_row = tl.load(control).to(tl.int64)
@@ -115,12 +134,14 @@ def _decode(
             to = out + head.to(tl.int64) * (PADDED * D) + token[:, None] * D
             if PAIRING == "half":
                 a = _channels(
-                    codes, scales, ids, centroids, factors, row, head, safe,
+                    codes, scales, zeros, ids, centroids, factors, row, head, safe,
                     0, HALF, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
+                    DITHERED, ZEROS, DEVIATIONS,
                 )  # fmt: skip
                 b = _channels(
-                    codes, scales, ids, centroids, factors, row, head, safe,
+                    codes, scales, zeros, ids, centroids, factors, row, head, safe,
                     HALF, HALF, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
+                    DITHERED, ZEROS, DEVIATIONS,
                 )  # fmt: skip
                 a, b = rotate(a, b, c, s)
                 y, z = tl.where(in_span[:, None], a, 0), tl.where(in_span[:, None], b, 0)
@@ -128,8 +149,9 @@ def _decode(
                 tl.store(to + (HALF + low)[None, :], z.to(out.dtype.element_ty))
             else:
                 x = _channels(
-                    codes, scales, ids, centroids, factors, row, head, safe,
+                    codes, scales, zeros, ids, centroids, factors, row, head, safe,
                     0, D, TILE, D, TOKENS, BITS, GROUP, OFFSET, STAGES, CENTROIDS,
+                    DITHERED, ZEROS, DEVIATIONS,
                 )  # fmt: skip
                 if PAIRING == "interleaved":
                     a, b = tl.split(tl.reshape(x, (TILE, HALF, 2)))
@@ -153,19 +175,29 @@ def launch_for(
         if stored.exponents_R is not None:
             exponents = lax.dynamic_slice_in_dim(stored.exponents_R, first_row, rows, 0)
             factor_n = jnp.exp2(exponents.astype(jnp.float32))
-        ids = centroids = codes  # not read
+        ids = centroids = zeros = codes  # not read
+        if scheme.zero_points:
+            zeros = stored.zeros_RTG
+        if scheme.deviations:
+            deviations = lax.dynamic_slice_in_dim(stored.deviations_RD, first_row, rows, 0)
+            factor_n = factor_n[:, None] * deviations.astype(jnp.float32)
         if scheme.stages:
             ids = stored.ids_RST
             centroids = stored.centroids(first_row, rows).astype(jnp.bfloat16)
         d = codes.shape[2] * 8 // scheme.bits
         form = dict(
-            BITS=scheme.bits, GROUP=scheme.group, OFFSET=float(scheme.offset),
-            STAGES=scheme.stages, CENTROIDS=centroids.shape[2],
+            BITS=scheme.bits, GROUP=scheme.group, STAGES=scheme.stages,
+            CENTROIDS=centroids.shape[2], DITHERED=scheme.dithered, ZEROS=scheme.zero_points,
+            OFFSET=scheme.offset * (FINE if scheme.dithered else 1.0),
+            DEVIATIONS=scheme.deviations,
         )  # fmt: skip
     else:
-        codes = scales = ids = centroids = stored
+        codes = scales = ids = centroids = zeros = stored
         d = stored.shape[2]
-        form = dict(BITS=16, GROUP=d, OFFSET=0.0, STAGES=0, CENTROIDS=1)
+        form = dict(
+            BITS=16, GROUP=d, OFFSET=0.0, STAGES=0, CENTROIDS=1, DITHERED=False, ZEROS=False,
+            DEVIATIONS=False,
+        )  # fmt: skip
     tokens, heads = source.tokens, rows if rotation is None else rows // rotation.batch
     together = 1 if rotation is None else next(n for n in (4, 2, 1) if heads % n == 0)
     launch = Launch(
@@ -177,7 +209,7 @@ def launch_for(
         ),
     )  # fmt: skip
     cos, sin = (factor_n, factor_n) if rotation is None else rotation.cos_sin
-    operands = (control, factor_n, codes, scales, ids, centroids, cos, sin)
+    operands = (control, factor_n, codes, scales, ids, centroids, cos, sin, zeros)
     return launch, operands, jax.ShapeDtypeStruct((rows, padded(tokens), d), jnp.bfloat16)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
+from pallas_kernels.dequantize.dither import FINE
+
 __all__ = [
     "HEAD_DIMS",
     "PAD",
@@ -51,7 +53,9 @@ def picked(x: Array, first_row: Array, rows: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How codes become numbers: x = (code - offset) scale 2^exponent + sum of the centroids.
+    """How codes become numbers.
+
+    x = w ((code + dither - offset) scale + zero point) 2^exponent + sum of the centroids
 
     Attributes:
         bits: 1, 2, 3, 4 or 8 bits of a code; codes of consecutive channels are packed together, the
@@ -59,12 +63,29 @@ class Scheme:
         group: channels that share a scale.
         offset: code of zero; half integers are the grids without a zero (mid-rise).
         stages: centroids per token; 0 for none.
+        dithered: whether the dither of token and channel is added to the code, see `dither`.
+        zero_points: whether every group has a zero point.
+        deviations: whether every channel of a row has a factor w.
     """
 
     bits: int
     group: int
     offset: float
     stages: int
+    dithered: bool = False
+    zero_points: bool = False
+    deviations: bool = False
+
+    @property
+    def affine(self) -> bool:
+        """Whether more than a scale and centroids makes numbers of codes."""
+        return self.dithered or self.zero_points or self.deviations
+
+    @property
+    def reach(self) -> float:
+        """The largest magnitude of a level, in steps."""
+        top = 2**self.bits - 1 + (1 - 1 / FINE if self.dithered else 0)
+        return max(self.offset, top - self.offset)
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +93,7 @@ class Scheme:
 class Encoded:
     """Packed rows of keys or values; numbers in e4m3 are stored as bytes.
 
-    Scales may have a power of two for each row. Centroids are bf16 or float32 numbers, int8 with a
+    Scales and zero points may have a power of two for each row. Centroids are bf16 or float32 numbers, int8 with a
     step per channel, or e4m3 with a power of two per row and stage.
     """
 
@@ -84,6 +105,8 @@ class Encoded:
     )
     exponents_R: Int8[Array, "R"] | None = None
     steps_RS: Float[Array, "R S D"] | Int8[Array, "R S"] | None = None
+    zeros_RTG: UInt8[Array, "R T G"] | None = None
+    deviations_RD: Float[Array, "R D"] | None = None
 
     def centroids(self, first_row: Array, rows: int) -> Float[Array, "n S K D"]:
         """Centroids of the rows from `first_row` on in float32, or from each of several first rows."""

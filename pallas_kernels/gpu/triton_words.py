@@ -9,7 +9,7 @@ one; mantissas of 3 bits; numbers below 2^-6 are multiples of 2^-9.
 import triton
 import triton.language as tl
 
-__all__ = ["e4m3_byte", "e4m3_float", "rotate"]
+__all__ = ["e4m3_byte", "e4m3_float", "e4m3_signed", "rotate"]
 
 
 @triton.jit
@@ -18,6 +18,14 @@ def e4m3_float(byte):
     bits = byte.to(tl.int32)
     normal = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     return tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, normal)
+
+
+@triton.jit
+def e4m3_signed(byte):
+    """e4m3 numbers of either sign as float32."""
+    bits = byte.to(tl.int32)
+    size = e4m3_float(bits & 127)
+    return tl.where(bits > 127, -size, size)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """One iteration of k-means: sums of the tokens nearest to each centroid."""
 
-from pallas_kernels.kmeans.api import kmeans_sums, supported
-from pallas_kernels.kmeans.types import Sums, Tuning
+from pallas_kernels.kmeans.api import assign, kmeans_sums, supported
+from pallas_kernels.kmeans.types import Metric, Sums, Tuning
 
-__all__ = ["Sums", "Tuning", "kmeans_sums", "supported"]
+__all__ = ["Metric", "Sums", "Tuning", "assign", "kmeans_sums", "supported"]

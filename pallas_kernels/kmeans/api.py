@@ -4,13 +4,21 @@ Axes: R rows (batch and heads), T tokens, D head dim, K centroids.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.gpu.triton_launch import missing
 from pallas_kernels.kmeans import reference
-from pallas_kernels.kmeans.types import HEAD_DIM, TILE, Sums, Tuning
+from pallas_kernels.kmeans.types import HEAD_DIM, TILE, Metric, Sums, Tuning
 
-__all__ = ["check", "kmeans_sums", "padded_centroids", "parts_for", "supported", "whole_eights"]
+__all__ = [
+    "assign",
+    "check",
+    "kmeans_sums",
+    "padded_centroids",
+    "parts_for",
+    "supported",
+    "whole_eights",
+]
 
 _NUM_SMS = 132  # of an H100 SXM; other GPUs get another balance, not another meaning
 _NEVER = -3e38  # bias of a centroid that is not to be chosen
@@ -47,14 +55,14 @@ def check(x_RTD: Array, c_RKD: Array, implementation: str) -> None:
         raise NotImplementedError(f"implementation={implementation!r}: {why}; 'xla' serves it")
 
 
-def padded_centroids(c_RKD: Array) -> tuple[Array, Array]:
-    """Centroids in bf16, 128 or 256 of them, and the biases of their scores."""
+def padded_centroids(c_RKD: Array, metric: Metric | None = None) -> tuple[Array, Array]:
+    """A table in bf16 for 128 or 256 centroids, and the biases of its scores (`reference.table_of`)."""
     clusters = c_RKD.shape[1]
     more = (128 if clusters <= 128 else 256) - clusters
-    c_RKD = c_RKD.astype(jnp.bfloat16)
+    c_RKD, bias_RK = reference.table_of(c_RKD, metric)
     # Above zero: the smallest float32 numbers, which have no room for a centroid's number, are
     # then never a score.
-    bias_RK = reference.bias_of(c_RKD) + 1e-30
+    bias_RK = bias_RK + 1e-30
     pad = lambda x, value: jnp.pad(  # noqa: E731
         x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2), constant_values=value
     )
@@ -86,13 +94,15 @@ def kmeans_sums(
     c_RKD: Float[Array, "R K D"],
     *,
     scores: bool = False,
+    metric: Metric | None = None,
     implementation: str = "mosaic",
     parts: int | None = None,
     tuning: Tuning | None = None,
 ) -> Sums:
     """Assigns every token to its nearest centroid and sums the tokens of each cluster.
 
-    id_t = argmax_k x_t . c_k - |c_k|^2 / 2, with c in bfloat16 and products in float32;
+    id_t = argmax_k x_t . c_k - |c_k|^2 / 2, with c in bfloat16 and products in float32, or with a
+    metric what is nearest by that (`reference.table_of`);
     total_k = sum of x_t with id_t = k, in float32. Tokens must be finite: one that is not makes
     sums of its row NaN. The same input gives the same bytes.
 
@@ -102,7 +112,9 @@ def kmeans_sums(
     Args:
         x_RTD: tokens.
         c_RKD: centroids, finite.
-        scores: whether ids and scores of the tokens are returned.
+        scores: whether ids and scores of the tokens are returned. The squared distance of a token is
+            |x|^2 - 2 score, or |(x - centre) / size|^2 - 2 score.
+        metric: by which distances are measured; None is |x - c|.
         implementation: "mosaic" (Hopper; bfloat16, D = 128, K <= 256), "triton" (Ampere and later;
             D 64, 128 or 256 besides) or "xla".
         parts: CTAs per row; None chooses.
@@ -115,13 +127,14 @@ def kmeans_sums(
     """
     check(x_RTD, c_RKD, implementation)
     if implementation == "xla":
-        total_RKD, number_RK, *more = reference.kmeans_sums(x_RTD, c_RKD.astype(jnp.bfloat16))
+        rounded = c_RKD if metric is not None else c_RKD.astype(jnp.bfloat16)
+        total_RKD, number_RK, *more = reference.kmeans_sums(x_RTD, rounded, metric)
         return Sums(total_RKD, number_RK, *(more if scores else (None, None)))
     (rows, tokens, _), clusters = x_RTD.shape, c_RKD.shape[1]
     if implementation == "triton":
         from pallas_kernels.kmeans import triton
 
-        c_RKD, bias_RK = padded_centroids(c_RKD)
+        c_RKD, bias_RK = padded_centroids(c_RKD, metric)
         ids_RT, score_RT = triton.assign(x_RTD, c_RKD, bias_RK, jnp.int32)
         sums = triton.sums(x_RTD, ids_RT, c_RKD.shape[1], parts_for(rows, tokens, parts))
         total_RKD, number_RK = (x.sum(axis=1)[:, :clusters] for x in sums)
@@ -130,7 +143,7 @@ def kmeans_sums(
 
     total_RPKD, number_RPK, *more = mosaic_gpu.sums(
         whole_eights(x_RTD),
-        *padded_centroids(c_RKD),
+        *padded_centroids(c_RKD, metric),
         tokens=tokens,
         parts=parts_for(rows, tokens, parts),
         scores=scores,
@@ -138,3 +151,26 @@ def kmeans_sums(
     )
     total_RKD, number_RK = (x.sum(axis=1)[:, :clusters] for x in (total_RPKD, number_RPK))
     return Sums(total_RKD, number_RK, *([m[:, :tokens] for m in more] or (None, None)))
+
+
+def assign(
+    x_RTD: Float[Array, "R T D"],
+    c_RKD: Float[Array, "R K D"],
+    *,
+    metric: Metric | None = None,
+    implementation: str = "mosaic",
+) -> UInt8[Array, "R T"]:
+    """The nearest centroid of every token; "mosaic" finds it on the way to the sums of `kmeans_sums`.
+
+    Arguments and errors are those of `kmeans_sums`.
+    """
+    how = dict(metric=metric, implementation=implementation)
+    if implementation == "triton":
+        check(x_RTD, c_RKD, implementation)
+        from pallas_kernels.kmeans import triton
+
+        ids_RT, _ = triton.assign(x_RTD, *padded_centroids(c_RKD, metric), jnp.uint8)
+        return ids_RT
+    ids_RT = kmeans_sums(x_RTD, c_RKD, scores=True, **how).ids_RT
+    assert ids_RT is not None  # they were asked for
+    return ids_RT.astype(jnp.uint8)

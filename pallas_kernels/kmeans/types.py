@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-__all__ = ["HEAD_DIM", "TILE", "Sums", "Tuning"]
+__all__ = ["HEAD_DIM", "TILE", "Metric", "Sums", "Tuning"]
 
 HEAD_DIM = 128  # the head dim that the Hopper kernels read
 TILE = 128  # tokens that a CTA assigns at once
@@ -21,6 +21,17 @@ class Sums(NamedTuple):
     number_RK: Float[Array, "R K"]
     ids_RT: Int[Array, "R T"] | None
     score_RT: Float[Array, "R T"] | None
+
+
+class Metric(NamedTuple):
+    """Distances |(x - c) / size|, with channels divided by their sizes.
+
+    The kernels compute them with another table and other biases, and read tokens as they are. A centre of
+    the tokens keeps the numbers of that table small; distances do not depend on it.
+    """
+
+    centre_RD: Float[Array, "R D"]
+    size_RD: Float[Array, "R D"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from qvg_jax.app.model_entry import ModelEntry
-from qvg_jax.app.option_types import Bits, Count, File, Names, Shape
+from qvg_jax.app.option_types import Bits, Count, File, Names, Shape, Share, Whole
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.app.versions import own_version
 from qvg_jax.errors import UserError, printable
@@ -36,10 +36,7 @@ LONGEST_LINE = 600  # characters of an error; a checkpoint can be wrong in a hun
 # Commands that work on a model: the model without a name, and what they do.
 TASKS = {
     "generate": ("pocket-world", "Make a video with compressed and with bf16 caches."),
-    "verify": (
-        "pocket-world",
-        "Compare codecs with bf16 by a fixed protocol, beside published numbers.",
-    ),
+    "verify": ("pocket-world", "Compare codecs with bf16 by a protocol, and published numbers."),
     "play": ("pocket-world", "Walk through a generated world in a browser."),
     "plan": ("self-forcing", "Say what of a video fits into a GPU's memory."),
     "capture": ("pocket-world", "Write K, V and Q of a model, to try codecs on."),
@@ -257,14 +254,10 @@ def _accepting(task: str, option: str) -> list[str]:
     """Models whose options for a command include one."""
     import dataclasses
 
-    registry, field, found = _registry(), option.lstrip("-").replace("-", "_"), []
-    for name in registry.names():
-        if not _knows(registry, name, task):
-            continue
-        options = registry.named(name).task_options(task)
-        if field in {f.name for f in dataclasses.fields(options)}:
-            found.append(name)
-    return found
+    registry, field = _registry(), option.lstrip("-").replace("-", "_")
+    known = [name for name in registry.names() if _knows(registry, name, task)]
+    options = {name: registry.named(name).task_options(task) for name in known}
+    return [name for name in known if field in {f.name for f in dataclasses.fields(options[name])}]
 
 
 def _tune(
@@ -275,9 +268,15 @@ def _tune(
     span_tokens: Count | None = None,
     codec: Names = (),
     model: str | None = None,
+    heads: bool = False,
+    also: Names = (),
+    share: Share = 0.3,
+    block_tokens: Count | None = None,
+    sink: Whole = 1,
+    newest: Whole = 2,
     out: File = Path("tuned"),
 ) -> int:
-    """Measure codecs on captured K, V and Q.
+    """Measure codecs, or heads, on captured K, V and Q.
 
     Args:
         file: captured tensors, from `qvg capture`.
@@ -285,10 +284,18 @@ def _tune(
         span_tokens: tokens that are compressed together; all captured ones, at most 4096, if left out.
         codec: only these codecs; all if left out.
         model: model in whose loop the best ones are tried, too.
+        heads: measure which heads look back, and write a list for `qvg generate --heads`; no codecs.
+        also: more captured files of the same layers, for --heads.
+        share: share of the heads that the list makes local.
+        block_tokens: tokens of a block of the model's cache, for --heads.
+        sink: first blocks that a local head reads.
+        newest: newest blocks that a local head reads.
         out: folder for the files.
     """
     from qvg_jax.app import commands
 
+    if heads:
+        return commands.tune_heads([file, *also], out, share, block_tokens, sink, newest)
     entry = None if model is None else _registry().named(model)
     return commands.tune(file, entry, budget, span_tokens, codec, out)
 

@@ -8,19 +8,31 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qvg_jax.app.command_line import command_line
 from qvg_jax.app.jax_setup import set_up_jax
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry, PlanOptions, PlayOptions
 from qvg_jax.app.protocol import VerifyOptions
 from qvg_jax.errors import MissingExtraError, UserError, printable, told_to_user
 
-__all__ = ["capture", "codecs", "convert", "fetch", "generate", "plan", "play", "tune", "verify"]
+__all__ = [
+    "capture",
+    "codecs",
+    "convert",
+    "fetch",
+    "generate",
+    "plan",
+    "play",
+    "tune",
+    "tune_heads",
+    "verify",
+]
 
 # `prepare` of a model writes no files, so that an OSError in it is a mistake of ours.
 WRITING = "accepted: a folder that can be written, on a disk with room"
 
 
 def generate(entry: ModelEntry, options: GenerateOptions) -> int:
-    """Runs a model's job: video.mp4, report.json and report.png in `options.out`."""
+    """Runs a model's job: video.mp4 and report.json, .png and .html in `options.out`."""
     outcome = _generated(entry, options, leave_finished=True)
     if outcome is None:
         return 0
@@ -30,7 +42,7 @@ def generate(entry: ModelEntry, options: GenerateOptions) -> int:
 
     print(f"\n{table(outcome.report)}\n")
     seconds = outcome.report["timings"]["total_seconds"]
-    print(f"{seconds:.0f} s; wrote video.mp4, report.json and report.png to {options.out}")
+    print(f"{seconds:.0f} s; wrote video.mp4 and report.json, .png, .html to {options.out}")
     return 0
 
 
@@ -109,6 +121,7 @@ def _generated(
                 growing=options.stream,
                 begins=progress.begins,
                 progress=progress.update,
+                command=command_line("generate", entry.name, options),
                 **more,
             )
     if outcome.report is None:
@@ -188,6 +201,25 @@ def tune(
     with _written():
         print(run_tune(file, out, recipes=recipes or None, **options))  # type: ignore[arg-type]
     print(f"wrote tune.json and tune.png to {out}")
+    return 0
+
+
+def tune_heads(
+    files: Sequence[str | Path],
+    out: Path,
+    share: float,
+    block_tokens: int | None,
+    sink_blocks: int,
+    local_blocks: int,
+) -> int:
+    """Measures heads on captured tensors; see `heads_command.run_heads`."""
+    set_up_jax()
+    from qvg_jax.app.heads_command import run_heads
+
+    sizes = dict(sink_blocks=sink_blocks, local_blocks=local_blocks)
+    with _written():
+        print(run_heads([*map(Path, files)], out, share=share, block_tokens=block_tokens, **sizes))
+    print(f"wrote heads.json and heads.png to {out}")
     return 0
 
 

@@ -9,7 +9,7 @@ from qvg_jax.files import writable_folder
 
 __all__ = ["FILES", "REPORTS", "check_early", "check_out"]
 
-REPORTS = ("report.json", "report.png")
+REPORTS = ("report.json", "report.png", "report.html")
 FILES = ("video.mp4", *REPORTS)  # what a run writes into its folder
 
 log = logging.getLogger(__name__)

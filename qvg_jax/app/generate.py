@@ -1,4 +1,4 @@
-"""The main job, whatever the model: run all arms, write video.mp4, report.json and report.png."""
+"""The main job, whatever the model: run all arms, write video.mp4 and the reports."""
 
 import json
 import signal
@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import UInt8
-
 from qvg_jax.app.background import Background
 from qvg_jax.app.early_checks import FILES, REPORTS, check_out
 from qvg_jax.app.figure import write_figure
+from qvg_jax.app.film import Film
 from qvg_jax.app.interruption import Interruption
 from qvg_jax.app.job import Job, Made, lockstep
 from qvg_jax.app.metrics import METRICS, Metric
-from qvg_jax.app.panels import Panel, Sheet
-from qvg_jax.app.report import SEEN, Record, configuration, write_json
+from qvg_jax.app.report import Record, configuration, write_json
+from qvg_jax.app.report_page import write_report_page
 from qvg_jax.app.run_lock import alone_in
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import CacheFullError, NonFiniteError
@@ -44,11 +42,12 @@ def generate(
     begins: Callable[[str], None] | None = None,
     progress: Callable[[Made], None] | None = None,
     metrics: Sequence[Metric] = METRICS,
+    command: str = "",
 ) -> Outcome:
     """Makes the frames of all arms and writes what came of it.
 
-    `out` gets video.mp4 (the frames of a single arm as they are, several and the truth side by
-    side), report.json and report.png; the last two appear whole or not at all. The video grows
+    `out` gets video.mp4 (as `Film` draws it: of a long tour the end, then all generated frames),
+    report.json, report.png and report.html; the reports appear whole or not at all. The video grows
     with the run: errors, Ctrl-C and the signals of schedulers (SIGTERM, SIGHUP) leave it with the
     frames so far. Frames are drawn, scored and written in a thread of their own while the device
     makes the next block. No other process writes into `out` meanwhile.
@@ -61,6 +60,7 @@ def generate(
         begins: called with an arm's name before it makes its next block.
         progress: called with each block after all arms have made it.
         metrics: what compares the frames of an arm with those of bf16 and with the truth.
+        command: the command that asked for the run, for report.html.
 
     Returns:
         The outcome; one without a report if a signal came first, and without a video if there was no frame.
@@ -76,7 +76,7 @@ def generate(
     check_out(Path(out))
     out = writable_folder(out)
     with alone_in(out):
-        return _generate(job, Record(job, metrics), out, video, fps, begins, progress)
+        return _generate(job, Record(job, metrics), out, video, fps, begins, progress, command)
 
 
 def finished_report(job: Job, out: str | Path, fps: int | None = None) -> dict[str, Any] | None:
@@ -107,13 +107,14 @@ def _generate(
     fps: int,
     begins: Callable[[str], None] | None,
     progress: Callable[[Made], None] | None,
+    command: str,
 ) -> Outcome:
     begin = time.perf_counter()
-    draw = _drawing(job)
+    film = Film(job)
 
     def write(made: Made) -> None:
-        for i in range(made.count):
-            video.add(draw(made, i))
+        for i in range(max(0, film.first - made.first), made.count):
+            video.add(film.draw(made, i))
         record.add(made)
 
     stop = Interruption()
@@ -135,6 +136,7 @@ def _generate(
         report = record.report(fps=fps)
         write_figure(out / "report.png", report, record.strip)
         report["timings"]["total_seconds"] = round(time.perf_counter() - begin, 3)
+        write_report_page(out / "report.html", report, record.strip, film, video.path, command)
         write_json(out / "report.json", report)
         job.finished()
     except (NonFiniteError, CacheFullError) as error:
@@ -143,29 +145,3 @@ def _generate(
     except KeyboardInterrupt:
         return Outcome(video.path, video.frames, None, stop.signal or signal.SIGINT)
     return Outcome(video.path, video.frames, report)
-
-
-def _drawing(job: Job) -> Callable[[Made, int], UInt8[np.ndarray, "H W 3"]]:
-    """The function `draw(made, i)` that draws picture i of a block as the video shows it."""
-    if len(job.arms) == 1 and not job.truth:
-        return lambda made, i: made.frames[job.arms[0].name][i]
-    count = len(job.arms) + job.truth
-    sheet = Sheet(count, job.height, job.width, tour=job.tour, frames=job.frames)
-    return lambda made, i: sheet.draw(_panels(job, made, i), made.first + i)
-
-
-def _panels(job: Job, made: Made, i: int) -> list[Panel]:
-    panels = []
-    if made.truth_FHW3 is not None:
-        real = made.first + i < job.tour
-        known = made.seen_F[i] >= SEEN
-        note = "given to all arms" if real else "seen in the tour" if known else "not in the tour"
-        panels.append(Panel(made.truth_FHW3[i], "real frames" if real else "ground truth", note))
-    for arm in job.arms:
-        layout = job.cache(arm.state).layout
-        size = made.bytes[arm.name].in_use.total
-        note = f"{layout.span_bits:.4g} bits per element, {size / 1e6:.1f} MB"
-        if job.baseline not in (None, arm.name) and size:  # there may be no cache yet
-            note += f" ({made.bytes[job.baseline].in_use.total / size:.1f}x smaller)"
-        panels.append(Panel(made.frames[arm.name][i], f"{arm.name} cache", note))
-    return panels

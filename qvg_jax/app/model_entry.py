@@ -28,6 +28,7 @@ from qvg_jax.app.option_types import (
     Whole,
 )
 from qvg_jax.app.protocol import Protocol
+from qvg_jax.codecs.recommended import CAUTIOUS
 
 if TYPE_CHECKING:
     from qvg_jax.app.job import Job
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qvg_jax.study.capture import Captured
 
 __all__ = [
+    "DEFAULT",
     "CaptureOptions",
     "GenerateOptions",
     "ModelEntry",
@@ -64,7 +66,7 @@ class GenerateOptions:
         weights: other weights than the model's own.
     """
 
-    codec: str = "midrise"
+    codec: str = CAUTIOUS
     compare: Names = ()
     frames: Frames | None = None
     steps: Steps | None = None
@@ -123,7 +125,7 @@ class PlayOptions:
         no_browser: do not open a browser.
     """
 
-    codec: str = "midrise"
+    codec: str = CAUTIOUS
     seed: Whole = 0
     steps: Steps | None = None
     memory: Frames | None = None

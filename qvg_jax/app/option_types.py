@@ -26,6 +26,7 @@ __all__ = [
     "Port",
     "Rate",
     "Shape",
+    "Share",
     "Side",
     "SomeFrames",
     "Steps",
@@ -99,6 +100,16 @@ def _bits(text: str) -> float:
     if not 0 < bits <= 16:
         raise ValueError(f"{_quoted(text)} is not accepted: give bits, such as 2.33")
     return bits
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{_quoted(text)} is not accepted: give a share, such as 0.3")
+    return share
 
 
 def parse_bytes(text: str) -> int:
@@ -184,6 +195,9 @@ type Port = Annotated[int, _option(_port, "N")]
 
 type Bits = Annotated[float, _option(_bits, "BITS")]
 """Bits per element, above 0 and at most 16."""
+
+type Share = Annotated[float, _option(_share, "SHARE")]
+"""A share, from 0 to 1."""
 
 type ByteSize = Annotated[int, _option(parse_bytes, "SIZE")]
 """A number of bytes, such as 24GB or 22.4GiB on the command line; 24 alone is 24GB, 24e9 alone are bytes."""

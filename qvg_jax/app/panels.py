@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Panel", "Sheet"]
+__all__ = ["COLUMNS", "Panel", "Sheet", "difference"]
 
 BACKGROUND, INK, DIM = (17, 19, 23), (240, 241, 243), (158, 164, 174)
 TOUR, GENERATED, EMPTY = (122, 129, 141), (92, 180, 255), (44, 48, 56)
 GAP, TITLE, FOOT = 12, 58, 44  # pixels: between panels, above them, below them
 COLUMNS, WIDEST = 4, 1600  # panels and pixels that a row may take
+ENLARGED = 10  # times, of differences
 
 
 class Panel(NamedTuple):
@@ -24,6 +25,14 @@ class Panel(NamedTuple):
     frame_HW3: UInt8[np.ndarray, "H W 3"]
     title: str
     note: str = ""
+
+
+def difference(
+    frame_HW3: UInt8[np.ndarray, "H W 3"], reference_HW3: UInt8[np.ndarray, "H W 3"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """What a frame has more (brighter) or less (darker) than another one, ten times enlarged around grey."""
+    change = frame_HW3.astype(np.int32) - reference_HW3
+    return np.clip(128 + ENLARGED * change, 0, 255).astype(np.uint8)
 
 
 @functools.cache
@@ -41,16 +50,26 @@ class Sheet:
     More than four panels take more than one row.
     """
 
-    def __init__(self, panels: int, height: int, width: int, *, tour: int, frames: int):
+    def __init__(
+        self,
+        panels: int,
+        height: int,
+        width: int,
+        *,
+        tour: int,
+        frames: int,
+        columns: int | None = None,
+    ):
         """Lays out a sheet.
 
         Args:
             panels: number of panels.
             height, width: size of a frame in pixels.
             tour, frames: real frames at the start, and generated frames after them.
+            columns: panels of a row; None for rows of about the same length.
         """
-        rows = -(-panels // COLUMNS)
-        self._columns = -(-panels // rows)
+        rows = -(-panels // (columns or COLUMNS))
+        self._columns = columns or -(-panels // rows)
         self.scale = max(1, min(4, ((WIDEST - GAP) // self._columns - GAP) // width))
         self._panels, self._tour, self._frames = panels, tour, frames
         self._frame = height * self.scale, width * self.scale
@@ -65,13 +84,15 @@ class Sheet:
         top = TITLE + row * (TITLE + self._frame[0])
         return left, top, left + self._frame[1], top + self._frame[0]
 
-    def draw(self, panels: Sequence[Panel], number: int) -> UInt8[np.ndarray, "H2 W2 3"]:
-        """The sheet of frame `number` (from 0, tour first)."""
+    def draw(self, panels: Sequence[Panel | None], number: int) -> UInt8[np.ndarray, "H2 W2 3"]:
+        """The sheet of frame `number` (from 0, tour first); the place of a None stays empty."""
         if len(panels) != self._panels:
             raise ValueError(f"{len(panels)} panels for a sheet of {self._panels}")
         sheet = Image.new("RGB", (self.width, self.height), BACKGROUND)
         pen = ImageDraw.Draw(sheet)
         for i, panel in enumerate(panels):
+            if panel is None:
+                continue
             left, top, right, bottom = self.box(i)
             picture = Image.fromarray(panel.frame_HW3)
             picture = picture.resize((right - left, bottom - top), Image.Resampling.NEAREST)

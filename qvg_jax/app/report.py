@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from qvg_jax.app.job import BASELINE, Job, Made
 from qvg_jax.app.metrics import METRICS, Metric
 from qvg_jax.app.versions import versions
+from qvg_jax.cache.layout import Layout
 from qvg_jax.files import replacing
 
 __all__ = ["SEEN", "Record", "aligned", "configuration", "table", "write_json"]
@@ -38,6 +39,7 @@ class Record:
         self._parts = {name: [] for name in self._names}
         self._kept = {name: [] for name in self._names}
         self._ends, self._seen, self._last = [], [], {}
+        self._first: dict[str, int] = {}  # frame, tour included, from which spans are read
         count = min(STRIP, job.frames)
         self._wanted = np.linspace(0, job.frames - 1, count).round().astype(int).tolist()
         self.strip: list[tuple[int, dict[str, UInt8[np.ndarray, "H W 3"]]]] = []
@@ -49,6 +51,8 @@ class Record:
             self._seconds[name].append(made.seconds[name])
             self._parts[name].append(made.parts[name])
             self._kept[name].append(made.kept[name])
+            if made.bytes[name].in_use.spans:  # a block reads what the blocks before it have left
+                self._first.setdefault(name, made.first + made.count)
         self._ends.append(made.first + made.count)
         self._last = made.bytes
         for i in range(made.count):
@@ -82,7 +86,9 @@ class Record:
         device = jax.devices()[0]
         units = {
             "psnr": "dB, 8-bit RGB, at most 100",
-            "means_vs_truth": f"over frames with seen_in_tour >= {SEEN}",
+            "first_compressed_frame": "of the lists in frames, from 0; null: no span was encoded",
+            "means": "over frames from first_compressed_frame on, which read compressed spans",
+            "means_vs_truth": f"of these, the frames with seen_in_tour >= {SEEN}",
             "bytes": "of the device's buffers; bf16_would_be: K and V of the same tokens alone",
             "times_smaller": f"in_use.total of the {BASELINE} arm / in_use.total of this one",
             "block_seconds": "of each block; parts and all kept blocks (read again) included",
@@ -98,6 +104,7 @@ class Record:
             "arms": {name: self._arm(name) for name in self._names},
             **({"seen_in_tour": [round(x, 4) for x in self._seen]} if job.truth else {}),
             "block_end_frames": self._ends,
+            "warnings": self._warnings(),
             "timings": {
                 "processors": len(os.sched_getaffinity(0)),
                 "arms": {name: self._timing(name) for name in self._names},
@@ -107,7 +114,7 @@ class Record:
     def _arm(self, name: str) -> dict[str, Any]:
         lay, last = self._layouts[name], self._last[name]
         kept = last.allocated.spans
-        elements = 2 * lay.layers * lay.max_spans * int(np.prod(lay.span_shape))
+        elements = lay.max_spans * lay.span_elements
         if not lay.max_spans:  # all is in the window, or the history is too short for a span
             kept = last.allocated.sink + last.allocated.window
             dense = lay.batch * lay.heads * lay.dense_blocks * lay.block_tokens * lay.head_dim
@@ -118,8 +125,9 @@ class Record:
             "codec": lay.key_codec.name,
             "bits_per_element": {
                 "from_formats": lay.span_bits,
-                "from_buffers": 8 * kept / elements,
+                "from_buffers": 8 * kept / elements if elements else 0.0,
             },
+            **_history(lay),
             "bytes": {
                 "tokens": last.tokens,
                 "in_use": in_use,
@@ -128,18 +136,49 @@ class Record:
                 "times_smaller": round(base / in_use["total"], 4) if base else None,
                 "in_use_after_block": self._sizes[name],
             },
+            "first_compressed_frame": self._first_compressed(name),
             "means": self._means(name),
             "frames": self._scores[name],
         }
 
+    def _first_compressed(self, name: str) -> int | None:
+        """The first generated frame that an arm made from compressed spans; None without one.
+
+        An arm without spans, such as a bf16 window, is judged over the frames of the arms that have some.
+        """
+        own = self._first.get(name, min(self._first.values(), default=None))
+        if own is None or own >= self._job.tour + self._job.frames:
+            return None
+        return max(0, own - self._job.tour)
+
     def _means(self, name: str) -> dict[str, float | None]:
+        """Means of an arm's scores over the frames in which compression can be seen.
+
+        Frames before the first encoded span equal those of bf16: they would count at the cap of
+        100 dB and make short videos look close. If no span was read at all, there is no mean to
+        bf16, and the one to the truth is over all frames.
+        """
+        first = self._first_compressed(name)
+
         def mean(key: str, values: list[float]) -> float | None:
-            values = np.array(values)
+            judged = np.arange(len(values)) >= (first or 0)
             if key.endswith("truth"):
-                values = values[np.array(self._seen) >= SEEN]
-            return round(float(values.mean()), 4) if values.size else None
+                judged &= np.array(self._seen) >= SEEN
+            elif first is None:
+                return None
+            return round(float(np.array(values)[judged].mean()), 4) if judged.any() else None
 
         return {key: mean(key, values) for key, values in self._scores[name].items()}
+
+    def _warnings(self) -> list[str]:
+        names = [n for n in self._names if n != BASELINE and self._first_compressed(n) is None]
+        if not names:
+            return []
+        return [
+            f"{', '.join(names)}: no frame was made from a compressed span, so nothing here tells of "
+            f"compression; all {self._job.tour + self._job.frames} frames fit in the sink and the "
+            "window: give more --frames"
+        ]
 
     def _timing(self, name: str) -> dict[str, Any]:
         seconds, job = self._seconds[name], self._job
@@ -182,7 +221,7 @@ def write_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The main numbers of a report as text, a line for each arm."""
+    """The main numbers of a report as text: a line for each arm, and the report's warnings."""
 
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -208,7 +247,7 @@ def table(report: Mapping[str, Any]) -> str:
                 show(speed, ".2f"),
             )
         )
-    return aligned(rows)
+    return "\n".join([aligned(rows), *(f"warning: {said}" for said in report["warnings"])])
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
@@ -224,3 +263,18 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _history(lay: Layout) -> dict[str, Any]:
+    """What the report of an arm says about heads without a history; nothing where all have one."""
+    found = lay.history
+    if found is None:
+        return {}
+    return {
+        "heads_with_history": {
+            "count": found.full,
+            "of": found.layers * found.heads,
+            "by_layer": list(found.counts),
+            "local_blocks": found.local_blocks,
+        }
+    }

@@ -1,6 +1,5 @@
 """verify.html: one page without other files, to be attached to an issue."""
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,20 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from qvg_jax.app.html_parts import COLOURS, data_url, document, line_plot, number, table
 from qvg_jax.files import replacing
 
 __all__ = ["write_page"]
 
-COLOURS = ("#1f77d0", "#e0812a", "#2a9d6f", "#a454c4", "#c2407a", "#5b6270")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1d2129; background: #fff; }
-table { border-collapse: collapse; margin: .6rem 0 1.4rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #dfe3e8; text-align: left; }
-.pass { color: #1b7f4d; } .fail { color: #b3261e; } small { color: #6a7280; }
-img, svg { max-width: 100%; }
-"""
-WIDTH, HEIGHT, LEFT, BOTTOM = 900, 260, 46, 28  # of the plot, in pixels
 TOP_DB = 60.0  # curves are cut off above
 
 
@@ -52,25 +42,9 @@ def write_page(path: str | os.PathLike, result: Mapping[str, Any], picture: Path
         _videos(result["videos"]),
         _image(picture),
     ]
-    html = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>qvg verify {model}</title><style>{STYLE}</style></head><body>"
-        + "\n".join(filter(None, parts))
-        + "</body></html>\n"
-    )
+    html = document(f"qvg verify {result['model']}", parts)
     with replacing(path) as partial:
         Path(partial).write_text(html, encoding="utf-8")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; the cells are HTML already."""
-    top = "".join(f"<th>{h}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
-
-
-def _number(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _measured(result: Mapping[str, Any]) -> str:
@@ -87,11 +61,11 @@ def _measured(result: Mapping[str, Any]) -> str:
             spread = f"{value['least']:{forms[m]}} to {value['most']:{forms[m]}}"
             cells.append(f"{value['mean']:{forms[m]}} <small>({spread})</small>")
         bits, smaller = (
-            _number(row["bits_per_element"], ".3f"),
-            _number(row["times_smaller"], ".2f"),
+            number(row["bits_per_element"], ".3f"),
+            number(row["times_smaller"], ".2f"),
         )
         rows.append((escape(row["codec"]), bits, smaller, escape(row["window"]), *cells))
-    return _table(("codec", "bits", "times smaller", "frames", *map(str.upper, metrics)), rows)
+    return table(("codec", "bits", "times smaller", "frames", *map(str.upper, metrics)), rows)
 
 
 def _bands(bands: Sequence[Mapping[str, Any]]) -> str:
@@ -99,10 +73,10 @@ def _bands(bands: Sequence[Mapping[str, Any]]) -> str:
     for b in bands:
         verdict = f"<span class='{b['verdict']}'>{b['verdict']}</span>"
         because = f" <small>({escape(b['because'])})</small>" if b["because"] else ""
-        got = _number(b["measured"], ".2f")
+        got = number(b["measured"], ".2f")
         who, why = (escape(b["recipe"]), escape(b["window"])), escape(b["why"])
         rows.append((verdict + because, *who, got, f"{b['least']:g}", why))
-    return _table(("verdict", "codec", "frames", "PSNR", "least", "why"), rows)
+    return table(("verdict", "codec", "frames", "PSNR", "least", "why"), rows)
 
 
 def _published(result: Mapping[str, Any]) -> str:
@@ -112,51 +86,37 @@ def _published(result: Mapping[str, Any]) -> str:
     for p in result["published"]:
         here = ours.get((p["ours"], p["window"]))
         where = escape(p["window"] or "not stated")
-        theirs = (f"{p['psnr']:.2f}", _number(p["ssim"], ".3f"), _number(p["lpips"], ".3f"))
+        theirs = (f"{p['psnr']:.2f}", number(p["ssim"], ".3f"), number(p["lpips"], ".3f"))
         mine = "-" if here is None else f"{here['mean']:.2f}"
         rows.append((escape(p["recipe"]), where, *theirs, mine, escape(p["source"])))
     head = ("codec", "frames", "PSNR", "SSIM", "LPIPS", "PSNR here", "source")
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _videos(videos: Sequence[Mapping[str, Any]]) -> str:
     rows = [(v["name"], str(v["seed"]), escape(v["prompt"] or "-")) for v in videos]
-    return _table(("folder", "seed", "prompt"), rows)
+    return table(("folder", "seed", "prompt"), rows)
 
 
 def _plot(videos: Sequence[Mapping[str, Any]]) -> str:
     """PSNR over frames as SVG, a line for each codec."""
     arms = list(videos[0]["frames"])
     count = min(len(v["frames"][arm]["psnr"]) for v in videos for arm in arms)
-    right, floor = WIDTH - 10, HEIGHT - BOTTOM
-    lines = []
-    for db in range(0, int(TOP_DB) + 1, 10):
-        y = floor - db / TOP_DB * (floor - 10)
-        lines.append(
-            f"<line x1='{LEFT}' x2='{right}' y1='{y:.1f}' y2='{y:.1f}' stroke='#dfe3e8'/>"
-            f"<text x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end' font-size='11'>{db}</text>"
+    curves = {
+        arm: (
+            COLOURS[i % len(COLOURS)],
+            np.mean([v["frames"][arm]["psnr"][:count] for v in videos], 0).tolist(),
         )
-    for i, arm in enumerate(arms):
-        mean = np.mean([v["frames"][arm]["psnr"][:count] for v in videos], 0)
-        x = LEFT + np.arange(count) / max(count - 1, 1) * (right - LEFT)
-        y = floor - np.clip(mean, 0, TOP_DB) / TOP_DB * (floor - 10)
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        colour = COLOURS[i % len(COLOURS)]
-        lines.append(
-            f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='1.5'/>"
-            f"<text x='{right - 8}' y='{24 + 15 * i}' text-anchor='end' font-size='12' "
-            f"fill='{colour}'>{escape(arm)}</text>"
-        )
-    lines.append(
-        f"<text x='{LEFT}' y='{HEIGHT - 8}' font-size='11'>frame 0</text>"
-        f"<text x='{right}' y='{HEIGHT - 8}' font-size='11' text-anchor='end'>{count - 1}</text>"
-    )
-    return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img'>{''.join(lines)}</svg>"
+        for i, arm in enumerate(arms)
+    }
+    title = "PSNR of each frame to the bf16 run, mean of the videos"
+    return line_plot(curves, range(count), title=title, top=TOP_DB, step=10.0, unit="dB")
 
 
 def _image(picture: Path) -> str:
-    data = base64.b64encode(picture.read_bytes()).decode("ascii")
-    return f"<img alt='report of the first video' src='data:image/png;base64,{data}'>"
+    return (
+        f"<img alt='report of the first video' src='{data_url(picture.read_bytes(), 'image/png')}'>"
+    )
 
 
 def _versions(result: Mapping[str, Any]) -> str:

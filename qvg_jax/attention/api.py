@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qvg_jax.attention.by_head import attend_by_head
 from qvg_jax.attention.choice import choose
 from qvg_jax.attention.features import Features, features_of
 from qvg_jax.attention.spread import attend_on_devices
@@ -165,12 +166,13 @@ def _attend(
     chosen: Candidate,
 ) -> tuple[Array, Array | None]:
     call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
-    if chosen.implementation == "xla":
-        return attend_xla(*call, features)
-    if chosen.implementation == "cudnn":
-        from qvg_jax.attention.cudnn import attend_cudnn
-
-        return attend_cudnn(*call, features)
+    if chosen.implementation in ("xla", "cudnn"):
+        attend_some = attend_xla
+        if chosen.implementation == "cudnn":
+            from qvg_jax.attention.cudnn import attend_cudnn as attend_some
+        if view.cache.layout.history is not None:
+            return attend_by_head(attend_some, *call, features)
+        return attend_some(*call, features)
     from qvg_jax.attention.kernels import attend_kernels
 
     fp8, implementation = chosen.precision == "fp8", chosen.implementation

@@ -41,6 +41,8 @@ def _no_kernels(
         return f"{', '.join(asked)}: the kernels attend plainly, and to all of a new block"
     if call.view.cache.layout.key_bias is not None:
         return "the cache has a key_bias, which the kernels do not add"
+    if call.view.cache.layout.history is not None:
+        return "heads of the cache differ in their history, which the kernels do not read"
     if (why := no_device()) is not None:
         return why
     from qvg_jax.attention import kernels

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from qvg_jax.attention.features import PLAIN, Features
 from qvg_jax.attention.flash import BACKENDS, Softmax, no_keys, split, visit
+from qvg_jax.attention.stored import decoded_span, near_keys, read_dense
 from qvg_jax.attention.xla import attend_new_block
 from qvg_jax.backends import capability, on_several_devices
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings, Rope
-from qvg_jax.cache.slots import decode_slot
 from qvg_jax.cache.view import CacheView
 
 __all__ = ["Workspaces", "attend_cudnn", "unsupported"]
@@ -144,7 +144,7 @@ def attend_cudnn(
         run = Softmax(*(_behind(x.reshape(branches, rows, *x.shape[1:]), 1) for x in run))
     # Loops, also where there is at most one step: a loop that looks at a counter, and no condition, which
     # would become a node of a CUDA graph.
-    if lay.max_spans:
+    if view.reads_spans:
         some = lambda i, run: visit_keys(run, reader.spans(i), offset)  # noqa: E731
         run = lax.fori_loop(0, reader.valid_groups(), some, run)
     part = lambda i, run: visit_keys(run, reader.dense(i))  # noqa: E731
@@ -190,8 +190,13 @@ class _Reader:
         self.view, self.layer, self.q_nQD, self.parts = view, layer, q_nQD, sizes.parts
         self.new, self.new_tokens = new, 0 if new is None else new[0].shape[2]
         token = 2 * lay.batch * view.heads * lay.head_dim * q_nQD.dtype.itemsize
-        self.dense_tokens = lay.dense_blocks * lay.block_tokens
-        self.dense_parts = -(-self.dense_tokens * token // sizes.dense_bytes)
+        self.near = view.only is not None and not view.only.history
+        self.num_spans = view.cache.num_spans if view.reads_spans else jnp.zeros((), jnp.int32)
+        blocks = lay.sink_blocks + lay.history.local_blocks if self.near else lay.dense_blocks
+        self.dense_tokens = blocks * lay.block_tokens
+        # Near keys are few, and all of them are one part.
+        bytes_of_all = 0 if self.near else self.dense_tokens * token
+        self.dense_parts = max(1, -(-bytes_of_all // sizes.dense_bytes))
         self.part_tokens = -(-self.dense_tokens // self.dense_parts)
         self.at_once = 1
         if lay.max_spans:
@@ -202,18 +207,26 @@ class _Reader:
     def valid_parts(self) -> Array:
         """Parts of sink and window to visit: those that hold a token, or the first for the new block."""
         cache, size = self.view.cache, self.part_tokens
-        parts = (cache.dense_tokens + size - 1) // size
+        parts = (cache.dense_tokens + size - 1) // size if size else jnp.zeros_like(self.num_spans)
+        if self.near:
+            parts = jnp.minimum(parts, 1)
         if self.new is None:
             return parts
-        return jnp.where(cache.num_spans > 0, parts, jnp.maximum(parts, 1))
+        return jnp.where(self.num_spans > 0, parts, jnp.maximum(parts, 1))
 
     def valid_groups(self) -> Array:
         """The number of groups that hold a valid span."""
-        return (self.view.cache.num_spans + self.at_once - 1) // self.at_once
+        return (self.num_spans + self.at_once - 1) // self.at_once
 
     def dense(self, i: Array) -> _Keys:
         """Part i of sink and window; the first with the new block if there are no spans."""
-        view, lay = self.view, self.view.cache.layout
+        view = self.view
+        if self.near:
+            k_BHTD, v_BHTD, table, counts_BT = near_keys(view, self.layer, self.q_nQD.dtype)
+            stored, valid = (k_BHTD, v_BHTD, table), counts_BT[0].sum(dtype=jnp.int32)
+            if view.cache.dense_valid is not None:
+                stored, valid = _real_first(stored, counts_BT)
+            return self._keys(*stored, valid, i == 0)
         size, total = self.part_tokens, self.dense_tokens
         # The last part is moved back to stay inside the buffer, and what it repeats is moved out of it.
         wanted = i * size
@@ -229,16 +242,11 @@ class _Reader:
             return jnp.where((jnp.arange(size) < valid).reshape(form), x, 0)
 
         def read(buffer: Array) -> Array:
-            corner, form = (
-                (self.layer, 0, 0, start, 0),
-                (1, lay.batch, lay.heads, size, lay.head_dim),
-            )
-            return valid_first(lax.dynamic_slice(buffer, corner, form)[0], 2).astype(
-                self.q_nQD.dtype
-            )
+            x_BHTD = read_dense(view, buffer, self.layer, start, size)
+            return valid_first(x_BHTD, 2).astype(self.q_nQD.dtype)
 
         table = jax.tree.map(lambda t: valid_first(t, 1), view.dense_table(start, size))
-        joins = (i == 0) & (view.cache.num_spans == 0)
+        joins = (i == 0) & (self.num_spans == 0)
         stored = read(view.cache.dense_k), read(view.cache.dense_v), table
         if view.cache.dense_valid is not None:
             counts_BT = lax.dynamic_slice_in_dim(view.cache.dense_valid, start, size, 1)
@@ -248,7 +256,7 @@ class _Reader:
     def spans(self, i: Array) -> _Keys:
         """Group i of the spans, the oldest first; the first with the new block."""
         cache, lay, first = self.view.cache, self.view.cache.layout, i * self.at_once
-        count = jnp.clip(cache.num_spans - first, 0, self.at_once)
+        count = jnp.clip(self.num_spans - first, 0, self.at_once)
         # In place of spans that do not exist the last one is read again, and does not count.
         span_N = first + jnp.minimum(jnp.arange(self.at_once), jnp.maximum(count - 1, 0))
         slot_N = (cache.first_span + span_N) % lay.max_spans
@@ -287,13 +295,10 @@ class _Reader:
 
     def _stored(self, slot_N: Array) -> tuple[Array, Array, Any]:
         """Keys and values of spans behind each other as their codecs give them, and their rope table."""
-        view, cache, lay = self.view, self.view.cache, self.view.cache.layout
+        view = self.view
 
         def one(slot: Array) -> tuple[Array, Array, Any]:
-            k, v = (
-                decode_slot(slots, codec, self.layer, slot, self.q_nQD.dtype)
-                for slots, codec in ((cache.span_k, lay.key_codec), (cache.span_v, lay.value_codec))
-            )
+            k, v = decoded_span(view, self.layer, slot, self.q_nQD.dtype)
             return k, v, None if view.rope is None else view.span_table(slot)
 
         if self.at_once == 1:  # a vectorized slice is a gather, for which XLA may copy

@@ -108,6 +108,16 @@ class Features:
         )
         return parts, axes
 
+    def of_heads(self, head_h: Array) -> "Features":
+        """These features for some of the query heads."""
+        mask, sinks = self.mask, self.sink_logits_H
+        apart = mask is not None and mask.shape[1] > 1
+        return dataclasses.replace(
+            self,
+            mask=mask.take(head_h, 1) if apart else mask,
+            sink_logits_H=None if sinks is None else sinks.take(head_h),
+        )
+
     def finished(self, out_BTHD: Array, lse_BTH: Array | None) -> tuple[Array, Array | None]:
         """Output and log-sum-exp (both float32) with the logits of the learned sinks among the others."""
         if self.sink_logits_H is None:

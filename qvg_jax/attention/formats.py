@@ -4,6 +4,7 @@ A codec says what its bytes stand for (`qvg_jax.codecs.storage`). Here that beco
 arrays of an `Encoded`, or the name of the part that the kernels do not read.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -48,7 +49,15 @@ def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | s
     if joined > 1 and groups > 1 and groups % joined:
         return f"{groups} scales for two heads"
     stages = 0 if centroids is None else centroids.stages
-    scheme = Scheme(bits=codes.bits, group=min(group, head_dim), offset=codes.offset, stages=stages)
+    scheme = Scheme(
+        bits=codes.bits,
+        group=min(group, head_dim),
+        offset=codes.offset,
+        stages=stages,
+        dithered=codes.dithered,
+        zero_points=codes.zero_points,
+        deviations=codes.deviations,
+    )
     return supported(_forms(scheme, head_dim, centroids), scheme) or scheme
 
 
@@ -67,8 +76,6 @@ def _known_parts(storage: Storage) -> tuple[Centroids | None, Levels | Values] |
     if isinstance(codes, Values):
         behind = f"plain values in {codes.dtype} behind k-means"
         return (None, codes) if centroids is None else behind
-    if codes.zero_points:
-        return "zero points; the kernels read a scale per group, without"
     if codes.scale_dtype != "e4m3":
         return f"{codes.scale_dtype} scales; the kernels read e4m3"
     return centroids, codes
@@ -96,15 +103,19 @@ def encoded(packed: Any) -> Encoded | Array:
     flat = lambda x, keep: x.reshape(-1, *x.shape[x.ndim - keep :])  # noqa: E731
     if isinstance(last, IdentityPacked):
         return flat(last.values_BHTD, 2)
-    exponents = getattr(last, "exponents_BH", None)
+    scales, zeros, exponents, deviations = (
+        _array(last, name) for name in ("scales", "zeros", "exponents", "deviations")
+    )
     steps = None if kmeans is None else kmeans.steps_BHS
     return Encoded(
         codes_RTC=flat(last.codes_BHTC, 2),
-        scales_RTG=flat(_bytes(last.scales_BHTG), 2),
+        scales_RTG=flat(_bytes(scales), 2),
         ids_RST=None if kmeans is None else flat(kmeans.ids_BHST, 2),
         centroids_RSKD=None if kmeans is None else flat(_bytes(kmeans.centroids_BHSKD), 3),
         exponents_R=None if exponents is None else exponents.reshape(-1),
         steps_RS=None if steps is None else flat(steps, 1 if steps.dtype == jnp.int8 else 2),
+        zeros_RTG=None if zeros is None else flat(_bytes(zeros), 2),
+        deviations_RD=None if deviations is None else flat(deviations, 1),
     )
 
 
@@ -126,15 +137,28 @@ def halves(packed: Any) -> Encoded:
     def both(x):
         return None if x is None else jnp.repeat(x, 2, axis=0)
 
-    scales, steps, tables = rows.scales_RTG, rows.steps_RS, rows.centroids_RSKD
+    def of_groups(x):
+        return split(x, 2) if x is not None and x.shape[2] > 1 else both(x)
+
+    steps, tables, deviations = rows.steps_RS, rows.centroids_RSKD, rows.deviations_RD
     return Encoded(
         codes_RTC=split(rows.codes_RTC, 2),
-        scales_RTG=split(scales, 2) if scales.shape[2] > 1 else both(scales),
+        scales_RTG=of_groups(rows.scales_RTG),
         ids_RST=both(rows.ids_RST),
         centroids_RSKD=None if tables is None else split(tables, 3),
         exponents_R=both(rows.exponents_R),
         steps_RS=split(steps, 2) if steps is not None and steps.ndim == 3 else both(steps),
+        zeros_RTG=of_groups(rows.zeros_RTG),
+        deviations_RD=None if deviations is None else split(deviations, 1),
     )
+
+
+def _array(packed: Any, name: str) -> Any:
+    """The array of a packed form whose name, without its axes, is `name`; None if there is none."""
+    is_record = dataclasses.is_dataclass(packed)
+    fields = [f.name for f in dataclasses.fields(packed)] if is_record else packed._fields
+    fields = [field for field in fields if field.rpartition("_")[0] == name]
+    return getattr(packed, fields[0]) if fields else None
 
 
 def _bytes(x: Any) -> Array:

@@ -62,8 +62,19 @@ def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, fp8: bool) -> _S
     bound = lax.bitcast_convert_type(largest, E4M3).astype(jnp.float32)
     if source.exponents_R is not None:
         bound *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
-    bound *= max(scheme.offset, 2**scheme.bits - 1 - scheme.offset)
-    if scheme.stages:
+    bound *= scheme.reach
+    if scheme.zero_points:
+        largest = (pick(source.zeros_RTG) & 127).max(axis=(1, 2))
+        zero = lax.bitcast_convert_type(largest, E4M3).astype(jnp.float32)
+        if source.exponents_R is not None:
+            zero *= jnp.exp2(pick(source.exponents_R).astype(jnp.float32))
+        bound += zero
+    if scheme.deviations:
+        bound = bound[:, None] * pick(source.deviations_RD).astype(jnp.float32)
+        if scheme.stages:
+            bound += jnp.abs(source.centroids(layer * rows, rows)).max(axis=2).sum(1)
+        bound = bound.max(axis=1)
+    elif scheme.stages:
         bound += jnp.abs(source.centroids(layer * rows, rows)).max(axis=(2, 3)).sum(1)
     return _Spans(source, scheme, bound)
 
@@ -171,7 +182,7 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
         elif not slot.ndim:
             cos_sin = view.span_table(slot)
         else:
-            cos_sin = jax.tree.map(flat, view.rope.table(cache.span_pos[slot]))
+            cos_sin = jax.tree.map(flat, view.table_of(cache.span_pos[slot]))
             first = jnp.arange(slot.shape[0]) * lay.batch
         return Rotation(cos_sin, pairing_in(view), lay.batch, first)
 

@@ -19,10 +19,10 @@ from jax import lax
 from jaxtyping import Array
 
 from qvg_jax.attention.features import PLAIN, Features
+from qvg_jax.attention.stored import decoded_span, near_keys, packed_keys, read_dense
 from qvg_jax.cache.key_bias import LogitBias, logit_bias
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.rope import Encodings
-from qvg_jax.cache.slots import decode_slot, read_slot
 from qvg_jax.cache.view import CacheView
 
 __all__ = ["attend_new_block", "attend_xla", "unsupported"]
@@ -126,7 +126,7 @@ def _attend_branch(
     rules = _Rules(scale, features.softcap, guarded)
     run = _visit_new(_nothing(q_BHQD), q_BHQD, k_BHTD, v_BHTD, rules, features)
     run = _visit_dense(run, view, q_BHQD, layer, rules)
-    if lay.max_spans:
+    if view.reads_spans:
         run = _visit_spans(run, view, q_BHQD, layer, rules)
     out_BHQD, lse_BHQ = _result(run, rules, features.needs_lse)
     out_BHTD = out_BHQD.reshape(q_BHGTD.shape).reshape(q_BHTD.shape)
@@ -224,6 +224,8 @@ def _visit_dense(
     run: _Running, view: CacheView, q_BHQD: Array, layer: Array, rules: _Rules
 ) -> _Running:
     """Visits sink and window, in chunks of their valid prefix, so that an empty window costs nothing."""
+    if view.only is not None and not view.only.history:
+        return _visit_near(run, view, q_BHQD, layer, rules)
     cache, lay = view.cache, view.cache.layout
     total, valid = lay.dense_blocks * lay.block_tokens, cache.dense_tokens
     size = min(total, DENSE_CHUNK_TOKENS)
@@ -239,9 +241,7 @@ def _visit_dense(
             counts, visible = visible[:, None, :, None], visible[:, None, None, :]
 
         def read(buffer):
-            corner = [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, start, 0)]  # with x64, too
-            form = (1, lay.batch, lay.heads, size, lay.head_dim)
-            return lax.dynamic_slice(buffer, corner, form)[0].astype(q_BHQD.dtype)
+            return read_dense(view, buffer, layer, start, size).astype(q_BHQD.dtype)
 
         # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
         v_BHTD = jnp.where(counts, read(cache.dense_v), 0)
@@ -250,6 +250,22 @@ def _visit_dense(
         return _visit(run, q_BHQD, k_BHTD, v_BHTD, rules, visible)
 
     return lax.fori_loop(0, (valid + size - 1) // size, chunk, run)
+
+
+def _visit_near(
+    run: _Running, view: CacheView, q_BHQD: Array, layer: Array, rules: _Rules
+) -> _Running:
+    """Visits what local heads read of sink and window."""
+    k_BHTD, v_BHTD, table, counts_BT = near_keys(view, layer, q_BHQD.dtype)
+    if not k_BHTD.shape[2]:
+        return run
+    if view.rope is not None:
+        k_BHTD, v_BHTD = view.keys(k_BHTD, table), view.values(v_BHTD, table)
+
+    def see(start, size):
+        return lax.dynamic_slice_in_dim(counts_BT, start, size, 1)[:, None, None, :]
+
+    return _visit_long(run, q_BHQD, k_BHTD, v_BHTD, rules, see=see)
 
 
 def _visit_spans(
@@ -261,15 +277,14 @@ def _visit_spans(
     def span(i, run):
         slot = (cache.first_span + i) % lay.max_spans
 
-        k_BHTD = decode_slot(cache.span_k, lay.key_codec, layer, slot, q_BHQD.dtype)
-        v_BHTD = decode_slot(cache.span_v, lay.value_codec, layer, slot, q_BHQD.dtype)
+        k_BHTD, v_BHTD = decoded_span(view, layer, slot, q_BHQD.dtype)
         if view.rope is not None:
             table = view.span_table(slot)
             # Rotation reads each channel twice; without the barrier XLA decodes it twice.
             k_BHTD = view.keys(lax.optimization_barrier(k_BHTD), table)
-            if view.heads > lay.heads:
+            if view.copies > 1:
                 v_BHTD = view.values(lax.optimization_barrier(v_BHTD), table)
-        read_packed = lambda: read_slot(cache.span_k, layer, slot)  # noqa: E731
+        read_packed = lambda: packed_keys(view, layer, slot)  # noqa: E731
         bias = logit_bias(lay.key_bias, lay.key_codec, read_packed, q_BHQD, rules.scale)
         see = None
         if cache.span_valid is not None:

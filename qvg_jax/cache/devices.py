@@ -52,9 +52,15 @@ def axis_specs(
         batch, heads: names of the mesh axes that divide them; None leaves them together.
 
     Raises:
-        NotImplementedError: rows are divided, and a codec stores them together.
+        NotImplementedError: rows are divided, and a codec stores them together; or heads are, and not all
+            of them have a history.
     """
     lay = cache.layout
+    if heads is not None and lay.history is not None:
+        raise NotImplementedError(
+            f"axis {heads!r} of heads: the cache has a {lay.history}, so layers differ in the heads "
+            "that they store; accepted: heads=None, or a cache whose heads all have a history"
+        )
 
     def placed(*spec: str | None) -> Any:
         return jax.P(*spec) if any(spec) else jax.P()

@@ -1,18 +1,21 @@
-"""Codecs that differ by layer: which layers share one, and where a layer's spans lie.
+"""Layers of a cache in groups: which of them share slots, and where a layer's spans lie.
 
-Layers with equal codecs are a group, whose spans lie in slots of their own. Where the layer is known only
-when the program runs, one of the groups' decoders is taken then.
+Layers with equal codecs, and as many heads with a history, are a group, whose spans lie in slots of their
+own. Where the layer is known only when the program runs, one of the groups' decoders is taken then.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvg_jax.codecs.accounting import bits_per_element
 from qvg_jax.codecs.base import Codec, Shape
 
-__all__ = ["LayerCodecs", "groups_of", "joined", "of_layers", "parts_of"]
+if TYPE_CHECKING:
+    from qvg_jax.cache.layout import Layout
+
+__all__ = ["LayerCodecs", "LayerGroup", "codec_of", "groups_of", "joined", "of_layers", "parts_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +69,50 @@ def of_layers(name: str, codec: Any, layers: int) -> Codec | LayerCodecs:
     return codec[0] if len(dict.fromkeys(codec)) == 1 else LayerCodecs(tuple(codec))
 
 
-def groups_of(codec: Codec | LayerCodecs, layers: int) -> Sequence[tuple[Codec, Sequence[int]]]:
-    """The codecs of a cache, each with its layers."""
-    return codec.groups if isinstance(codec, LayerCodecs) else ((codec, range(layers)),)
+def codec_of(codec: Codec | LayerCodecs, layer: int) -> Codec:
+    """The codec of one layer."""
+    return codec.codecs[layer] if isinstance(codec, LayerCodecs) else codec
 
 
-def parts_of(codec: Codec | LayerCodecs, tree: Any) -> list[Any]:
+class LayerGroup(NamedTuple):
+    """Layers whose spans lie in the same slots.
+
+    Attributes:
+        codec: of all of them.
+        layers: in the order in which they lie.
+        shape: (B, H, T, D) of a span of one of them; H counts its heads with a history.
+    """
+
+    codec: Codec
+    layers: tuple[int, ...]
+    shape: Shape
+
+
+def groups_of(codec: Codec | LayerCodecs, lay: "Layout") -> list[LayerGroup]:
+    """The groups of layers of a codec of the cache. A layer without a head that has a history is in none."""
+    alike = codec.groups if isinstance(codec, LayerCodecs) else ((codec, range(lay.layers)),)
+    groups = []
+    for one, layers in alike:
+        if lay.history is None:
+            groups.append(LayerGroup(one, tuple(layers), lay.span_shape))
+            continue
+        counts = [lay.history.counts[l] for l in layers]
+        for count in filter(None, dict.fromkeys(counts)):
+            alike_too = tuple(l for l, c in zip(layers, counts, strict=True) if c == count)
+            shape = (lay.batch, count, *lay.span_shape[2:])
+            groups.append(LayerGroup(one, alike_too, shape))
+    return groups
+
+
+def parts_of(codec: Codec | LayerCodecs, lay: "Layout", tree: Any) -> list[Any]:
     """The slots or states of each group."""
-    return list(tree) if isinstance(codec, LayerCodecs) else [tree]
+    return list(tree) if _is_apart(codec, lay) else [tree]
 
 
-def joined(codec: Codec | LayerCodecs, parts: Sequence[Any]) -> Any:
+def joined(codec: Codec | LayerCodecs, lay: "Layout", parts: Sequence[Any]) -> Any:
     """The slots or states of all groups, as a cache holds them."""
-    return tuple(parts) if isinstance(codec, LayerCodecs) else parts[0]
+    return tuple(parts) if _is_apart(codec, lay) else parts[0]
+
+
+def _is_apart(codec: Codec | LayerCodecs, lay: "Layout") -> bool:
+    return isinstance(codec, LayerCodecs) or lay.history is not None

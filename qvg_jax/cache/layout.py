@@ -3,8 +3,9 @@
 import dataclasses
 from numbers import Integral
 
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.key_bias import KeyBias
-from qvg_jax.cache.layer_codecs import LayerCodecs, of_layers
+from qvg_jax.cache.layer_codecs import LayerCodecs, codec_of, of_layers
 from qvg_jax.cache.plan import Part, Plan
 from qvg_jax.cache.rope import Rope
 from qvg_jax.codecs.accounting import pair_bits
@@ -46,6 +47,7 @@ class Layout:
     key_bias: KeyBias | None = None
     blocks: str = "whole"
     rope: Rope | None = None
+    history: HeadHistory | None = None  # None: every head has one
     plan: Plan | None = None  # of a cache on several devices
     part: Part | None = None  # of the arrays that one of them has
 
@@ -72,6 +74,8 @@ class Layout:
             if not isinstance(self.key_bias, KeyBias):
                 raise ValueError(f"key_bias={self.key_bias!r} is not accepted: give a KeyBias")
             self.key_bias.check(self.key_codec)
+        if self.history is not None:
+            self.history.check(self)
         if self.max_spans and self.window_blocks < self.span_blocks + self.keep_recent:
             raise ValueError(
                 f"window_blocks={self.window_blocks} is not accepted: a span is compressed when "
@@ -92,13 +96,35 @@ class Layout:
 
     @property
     def span_shape(self) -> tuple[int, int, int, int]:
-        """(B, H, T, D) of one span of one layer, as codecs see it."""
+        """(B, H, T, D) of one span of a layer whose heads all have a history, as codecs see it."""
         return self.batch, self.heads, self.span_tokens, self.head_dim
 
     @property
+    def span_elements(self) -> int:
+        """Elements that one slot holds of all layers, K and V together."""
+        batch, heads, tokens, dim = self.span_shape
+        rows = self.layers * heads if self.history is None else self.history.full
+        return 2 * batch * rows * tokens * dim
+
+    @property
     def span_bits(self) -> float:
-        """Bits per element of a compressed span, K and V together, from the codecs' formats."""
-        return pair_bits((self.key_codec, self.value_codec), self.span_shape)
+        """Bits per element of a compressed span, K and V together, from the codecs' formats.
+
+        The mean over elements where heads differ in their history; 0 where none has one.
+        """
+        if self.history is None:
+            return pair_bits((self.key_codec, self.value_codec), self.span_shape)
+        heads = self.history.counts
+        bits = (n * self.layer_bits(l) for l, n in enumerate(heads) if n)
+        return sum(bits) / max(1, self.history.full)
+
+    def layer_bits(self, layer: int) -> float:
+        """Bits per element of a compressed span of one layer, K and V together; 0 if it has none."""
+        pair = tuple(codec_of(codec, layer) for codec in (self.key_codec, self.value_codec))
+        batch, heads, tokens, dim = self.span_shape
+        if self.history is not None:
+            heads = self.history.counts[layer]
+        return pair_bits(pair, (batch, heads, tokens, dim)) if heads else 0.0
 
     @property
     def capacity_blocks(self) -> int:

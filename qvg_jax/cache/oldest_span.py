@@ -37,17 +37,19 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
         slot //= lay.part.devices
     key = jax.random.fold_in(key, cache.encoded_blocks // lay.span_blocks)
 
-    def one_layer(l, carry, codecs, places):
-        def one(codec, place, dense, spans, states, key):
-            def read(start, length):
-                form = (1, lay.batch, lay.heads, length, lay.head_dim)
-                return lax.dynamic_slice(dense, _at(l, start), form)
+    def read(dense, l, start, length):
+        form = (1, lay.batch, lay.heads, length, lay.head_dim)
+        return lax.dynamic_slice(dense, _at(l, start), form)
 
+    def one_layer(l, carry, codecs, places, head_h):
+        def one(codec, place, dense, spans, states, key):
             state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
-            span = no_gradient(whole_span(lay, read(begin, size)[0], 2), "compress")
+            span = read(dense, l, begin, size)[0]
+            span = span if head_h is None else span.take(head_h, 1)
+            span = no_gradient(whole_span(lay, span, 2), "compress")
             packed, state = codec.encode(span, state, key=key)
             # All reading before all writing, or XLA copies the whole buffer to be safe.
-            moved = read(begin + size, tail)
+            moved = read(dense, l, begin + size, tail)
             packed, state, moved = lax.optimization_barrier((packed, state, moved))
             spans = write_slot(spans, place, slot, packed, store)
             states = jax.tree.map(lambda s, new: s.at[place].set(new), states, state)
@@ -57,7 +59,12 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
         sides = zip(codecs, places, carry, keys, strict=True)
         return tuple(one(codec, place, *x, key) for codec, place, x, key in sides)
 
-    (dense_k, span_k, state_k), (dense_v, span_v, state_v) = _for_each_layer(cache, one_layer)
+    def no_head(l, dense):
+        moved = lax.optimization_barrier(read(dense, l, begin + size, tail))
+        return lax.dynamic_update_slice(dense, moved, _at(l, begin))
+
+    sides = _for_each_layer(cache, one_layer, no_head)
+    (dense_k, span_k, state_k), (dense_v, span_v, state_v) = sides
 
     def moved(x: Array) -> Array:
         return x.at[:, begin : begin + tail].set(x[:, begin + size : begin + size + tail])
@@ -104,39 +111,67 @@ def _at(layer: Array, token: int) -> list[Array]:
     return [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, token, 0)]
 
 
-def _for_each_layer(cache: KVCache, one_layer: Callable[..., Any]) -> tuple[Any, Any]:
-    """K and V after `one_layer(l, (k, v), codecs, places)` for each layer l: dense buffer, slots, states.
+def _for_each_layer(
+    cache: KVCache, one_layer: Callable[..., Any], no_head: Callable[[Array, Array], Array]
+) -> tuple[Any, Any]:
+    """K and V after `one_layer` for each layer, and `no_head` for those none of whose heads has a history.
 
-    `places` are where the layer lies in the slots of its codecs. Layers that share both codecs are a loop.
+    Layers that share slots of both K and V are a loop.
+
+    Args:
+        cache: the cache.
+        one_layer: `one_layer(l, (k, v), codecs, places, head_h)` returns (k, v), each the dense buffer, slots
+            and states. `places` are where layer l lies in the slots; `head_h` are its heads with a
+            history, None for all.
+        no_head: `no_head(l, dense)` returns the dense buffer of K or V.
     """
     lay = cache.layout
     codecs = lay.key_codec, lay.value_codec
     dense = [cache.dense_k, cache.dense_v]
-    slots = [parts_of(c, x) for c, x in zip(codecs, (cache.span_k, cache.span_v), strict=True)]
-    states = [parts_of(c, x) for c, x in zip(codecs, (cache.state_k, cache.state_v), strict=True)]
-    groups = [groups_of(codec, lay.layers) for codec in codecs]
-    for i, (key_codec, key_layers) in enumerate(groups[0]):
-        for j, (value_codec, value_layers) in enumerate(groups[1]):
-            layers = [l for l in key_layers if l in value_layers]
+    slots = [parts_of(c, lay, x) for c, x in zip(codecs, (cache.span_k, cache.span_v), strict=True)]
+    states = (cache.state_k, cache.state_v)
+    states = [parts_of(c, lay, x) for c, x in zip(codecs, states, strict=True)]
+    groups = [groups_of(codec, lay) for codec in codecs]
+    for i, keys in enumerate(groups[0]):
+        for j, values in enumerate(groups[1]):
+            layers = [l for l in keys.layers if l in values.layers]
             if not layers:
                 continue
-            places = [[of.index(l) for l in layers] for of in (key_layers, value_layers)]
-            plain = layers == list(range(lay.layers))
+            places = [[of.layers.index(l) for l in layers] for of in (keys, values)]
+            plain = layers == list(range(lay.layers)) and all(place == layers for place in places)
+            heads = None if lay.history is None else lay.history.indices(keys.shape[1], True)
 
             def step(
-                n, carry, layers=layers, places=places, plain=plain, pair=(key_codec, value_codec)
+                n,
+                carry,
+                layers=layers,
+                places=places,
+                plain=plain,
+                heads=heads,
+                pair=(keys.codec, values.codec),
             ):
-                if plain and all(place == layers for place in places):
-                    return one_layer(n, carry, pair, (n, n))
-                l, *at = (jnp.asarray(x, jnp.int32)[n] for x in (layers, *places))
-                return one_layer(l, carry, pair, at)
+                l, at = n, (n, n)
+                if not plain:
+                    l, *at = (jnp.asarray(x, jnp.int32)[n] for x in (layers, *places))
+                return one_layer(
+                    l, carry, pair, at, None if heads is None else jnp.asarray(heads)[l]
+                )
 
             carry = tuple((dense[s], slots[s][g], states[s][g]) for s, g in enumerate((i, j)))
-            # int32 whatever `jax_enable_x64` says: the counters are, and indices of one slice agree.
-            carry = lax.fori_loop(np.int32(0), np.int32(len(layers)), step, carry)
+            carry = _loop(len(layers), step, carry)
             for s, g in enumerate((i, j)):
                 dense[s], slots[s][g], states[s][g] = carry[s]
+    if lay.history is not None and 0 in lay.history.counts:
+        alone = np.flatnonzero(np.asarray(lay.history.counts) == 0).astype(np.int32)
+        for s in range(2):
+            move = lambda n, x: no_head(jnp.asarray(alone)[n], x)  # noqa: E731
+            dense[s] = _loop(len(alone), move, dense[s])
     return tuple(
-        (dense[s], joined(codec, slots[s]), joined(codec, states[s]))
+        (dense[s], joined(codec, lay, slots[s]), joined(codec, lay, states[s]))
         for s, codec in enumerate(codecs)
     )
+
+
+def _loop(count: int, step: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """A loop whose index is int32 whatever `jax_enable_x64` says: the counters are, and indices of a slice agree."""
+    return lax.fori_loop(np.int32(0), np.int32(count), step, carry)

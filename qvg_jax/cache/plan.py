@@ -111,6 +111,11 @@ class Plan:
     def check(self, lay: "Layout") -> None:
         """Raises ValueError or NotImplementedError if a cache of this layout cannot be spread so."""
         n, where = self.devices, f"plan {self.axis}={self.devices}"
+        if lay.history is not None and self.axis != "spans":
+            raise NotImplementedError(
+                f"{where}: heads of the cache differ in their history, so layers do in what they "
+                "store; accepted: plan spans, or history=None"
+            )
         if self.axis == "heads":
             if lay.heads % n:
                 raise ValueError(f"{where} does not divide heads={lay.heads}: give a divisor of it")

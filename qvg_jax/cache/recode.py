@@ -41,7 +41,8 @@ def recode(
 
     Raises:
         ValueError: a codec refuses the span's shape.
-        NotImplementedError: codecs that differ by layer, before or after, or a cache on several devices.
+        NotImplementedError: codecs that differ by layer, before or after, heads without a history, or a
+            cache on several devices.
     """
     check_cache(cache)
     for name, codec in (("key_codec", key_codec), ("value_codec", value_codec)):
@@ -52,6 +53,10 @@ def recode(
         raise NotImplementedError(
             f"recode: the cache has plan {lay.plan.axis}={lay.plan.devices}; accepted: a cache on one "
             "device, as spread(cache, None) returns it"
+        )
+    if lay.history is not None:
+        raise NotImplementedError(
+            f"recode: the cache has a {lay.history}; accepted: a cache whose heads all have a history"
         )
     for codec in (lay.key_codec, lay.value_codec, key_codec, value_codec):
         if not isinstance(codec, Codec):

@@ -135,4 +135,6 @@ def _named(cache: KVCache) -> dict[str, Any]:
 
 def _lines(layout: Layout) -> list[str]:
     fields = [f for f in dataclasses.fields(layout) if f.name not in ("plan", "part")]
+    # Caches that were saved before there were histories have no line about them.
+    fields = [f for f in fields if f.name != "history" or layout.history is not None]
     return [f"{f.name}={getattr(layout, f.name)}".replace("\n", " ") for f in fields]

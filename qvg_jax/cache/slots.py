@@ -1,4 +1,6 @@
-"""Slots: packed spans of all layers behind each other, leaves [L, N, ...], read and written singly.
+"""Slots: packed spans of layers behind each other, leaves [L, N, ...], read and written singly.
+
+Layers of one group (see `layer_codecs`) lie behind each other, in most caches all of them.
 
 float8 leaves lie in their slots as bytes. XLA for CPU knows no float8 slices: it would convert a
 whole buffer to float16, all layers and slots, to read or write one span of it.
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from qvg_jax.cache.layer_codecs import LayerCodecs, groups_of, joined
+from qvg_jax.cache.layer_codecs import LayerCodecs, LayerGroup, groups_of, joined, parts_of
 from qvg_jax.cache.layout import Layout
 from qvg_jax.codecs.base import Codec
 
@@ -57,7 +59,7 @@ def _from_bytes(stored: Any) -> Any:
 def empty_slots(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> tuple[Any, Any]:
     """Zeroed slots [L, N, ...] of a codec, and its initial state for each layer [L, ...].
 
-    Of codecs that differ by layer, a tuple of both for each group of layers.
+    Where layers are in several groups, a tuple of both for each group.
 
     Raises:
         ValueError: the codec refuses the span's shape, or does not keep the form of its state.
@@ -65,14 +67,14 @@ def empty_slots(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> tuple[An
     if not lay.max_spans:
         return None, None
     slots = []
-    for one, layers in groups_of(codec, lay.layers):
-        packed, before, after = _forms(one, lay.span_shape, dtype)
+    for one, layers, shape in groups_of(codec, lay):
+        packed, before, after = _forms(one, shape, dtype)
         form = lambda x: (x.shape, x.dtype)  # noqa: E731
         if jax.tree.map(form, before) != jax.tree.map(form, after):
             raise ValueError(f"codec {one.name}: encode changes the shape or dtype of its state")
         room = (len(layers), lay.max_spans)
         slots.append(jax.tree.map(lambda p, r=room: jnp.zeros((*r, *p.shape), p.dtype), packed))
-    return joined(codec, slots), initial_states(lay, codec, dtype)
+    return joined(codec, lay, slots), initial_states(lay, codec, dtype)
 
 
 def initial_states(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> Any:
@@ -80,15 +82,15 @@ def initial_states(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> Any:
     if not lay.max_spans:
         return None
     states = []
-    for one, layers in groups_of(codec, lay.layers):
-        state = one.init(lay.span_shape, dtype)
+    for one, layers, shape in groups_of(codec, lay):
+        state = one.init(shape, dtype)
         copies = range(len(layers))
         states.append(
             jax.tree.map(
                 lambda s, copies=copies: jnp.stack([jnp.asarray(s) for _ in copies]), state
             )
         )
-    return joined(codec, states)
+    return joined(codec, lay, states)
 
 
 def _forms(codec: Codec, shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any, Any]:
@@ -109,7 +111,6 @@ def batch_leaves(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> tuple[A
     Raises:
         NotImplementedError: a codec that stores rows of the batch together.
     """
-    more = (lay.batch + 1, *lay.span_shape[1:])
 
     def apart(one: Codec, shape: tuple[int, ...], longer: tuple[int, ...]) -> bool:
         if shape == longer:
@@ -121,12 +122,13 @@ def batch_leaves(lay: Layout, codec: Codec | LayerCodecs, dtype: Any) -> tuple[A
         )
 
     packed, states = [], []
-    for one, _ in groups_of(codec, lay.layers):
-        forms = _forms(one, lay.span_shape, dtype)[:2], _forms(one, more, dtype)[:2]
+    for one, _, shape in groups_of(codec, lay):
+        more = (lay.batch + 1, *shape[1:])
+        forms = _forms(one, shape, dtype)[:2], _forms(one, more, dtype)[:2]
         found = jax.tree.map(lambda a, b, one=one: apart(one, a.shape, b.shape), *forms)
         packed.append(found[0])
         states.append(found[1])
-    return joined(codec, packed), joined(codec, states)
+    return joined(codec, lay, packed), joined(codec, lay, states)
 
 
 def read_slot(slots: Any, layer: Array, slot: Array) -> Any:
@@ -139,21 +141,39 @@ def read_slot(slots: Any, layer: Array, slot: Array) -> Any:
 
 
 def decode_slot(
-    slots: Any, codec: Codec | LayerCodecs, layer: Array, slot: Array, dtype: Any
+    slots: Any,
+    codec: Codec | LayerCodecs,
+    lay: Layout,
+    layer: Array,
+    slot: Array,
+    dtype: Any,
+    heads: int | None = None,
 ) -> Array:
-    """The span of one layer in one slot, decoded: (B, H, T, D)."""
-    if isinstance(codec, Codec):
-        return codec.decode(read_slot(slots, layer, slot), dtype)
-    group, index = ([0] * len(codec.codecs) for _ in range(2))
-    for g, (_, layers) in enumerate(codec.groups):
-        for i, l in enumerate(layers):
+    """The span of one layer in one slot, decoded: (B, H, T, D).
+
+    Args:
+        slots: of the cache, all groups.
+        codec, lay: of the cache; `codec` is that of keys or of values.
+        layer, slot: which span.
+        dtype: of the result.
+        heads: the number of the layer's heads with a history, in a cache where that differs.
+    """
+    pairs = zip(groups_of(codec, lay), parts_of(codec, lay, slots), strict=True)
+    pairs = [(g, part) for g, part in pairs if heads is None or g.shape[1] == heads]
+
+    def decoder(group: LayerGroup, part: Any) -> Callable[[Array, Array], Array]:
+        return lambda i, slot: group.codec.decode(read_slot(part, i, slot), dtype)
+
+    if len(pairs) == 1 and pairs[0][0].layers == tuple(range(lay.layers)):
+        return decoder(*pairs[0])(layer, slot)
+    group, index = ([0] * lay.layers for _ in range(2))
+    for g, (one, _) in enumerate(pairs):
+        for i, l in enumerate(one.layers):
             group[l], index[l] = g, i
-
-    def decoder(one: Codec, part: Any) -> Callable[[Array, Array], Array]:
-        return lambda i, slot: one.decode(read_slot(part, i, slot), dtype)
-
-    decoders = [decoder(one, part) for (one, _), part in zip(codec.groups, slots, strict=True)]
     group_L, index_L = jnp.asarray(group, jnp.int32), jnp.asarray(index, jnp.int32)
+    decoders = [decoder(*pair) for pair in pairs]
+    if len(decoders) == 1:
+        return decoders[0](index_L[layer], slot)
     return lax.switch(group_L[layer], decoders, index_L[layer], slot)
 
 

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qvg_jax.cache.devices import create_on
+from qvg_jax.cache.head_history import HeadHistory, history_of
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.layer_codecs import of_layers
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.plan import Plan
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.slots import empty_slots
 from qvg_jax.cache.view import CacheView, view_of
@@ -81,6 +83,7 @@ class KVCache:
         overflow: str = "error",
         blocks: str = "whole",
         rope: Rope | None = None,
+        history: HeadHistory | None = None,
         sharding: Plan | None = None,
         dtype: Any = jnp.bfloat16,
     ) -> "KVCache":
@@ -109,6 +112,8 @@ class KVCache:
                 each row of the batch says how many of them count.
             rope: rotation whose tables of all stored tokens the cache keeps, so that a view makes
                 those of new tokens only. None makes all of them for each view.
+            history: which heads have a history; the others read the sink and the newest blocks
+                only, and no span of them is stored. None is all heads.
             sharding: the plan by which the cache is spread over devices; None is one device.
             dtype: floating dtype of sink and window.
 
@@ -148,6 +153,7 @@ class KVCache:
             key_bias=key_bias,
             blocks=blocks,
             rope=rope,
+            history=history_of(history, layers, heads),
             plan=None if sharding is None or sharding.devices == 1 else sharding,
         )
         make = lambda: cls._empty(lay, dtype)  # noqa: E731
@@ -197,6 +203,7 @@ class KVCache:
         rope: Rope | Encodings | Literal[False] | None = None,
         *,
         precompute: bool = True,
+        relative: RelativeTime | None = None,
     ) -> CacheView:
         """What `attend` reads; with the rope tables of all tokens, made once for all layers.
 
@@ -216,15 +223,18 @@ class KVCache:
             precompute: whether to make the tables of all stored tokens now. They cost memory in
                 proportion to the capacity; False makes one span's table at a time, in each layer.
                 Tables that the cache keeps (`create(rope=...)`) are taken as they are.
+            relative: how times count back from the new tokens, with a horizon, for videos without end.
+                None reads the times that are stored. With it, tables that the cache keeps are made anew.
 
         Returns:
             A pytree that refers to this cache's buffers and copies none.
 
         Raises:
-            ValueError: `rope` without positions, positions without `rope` or of another shape, or no
-                rope for a cache with positions.
+            ValueError: `rope` without positions, positions without `rope` or of another shape, no
+                rope for a cache with positions, `relative` without a Rope, or a horizon shorter than the
+                block where positions are known.
         """
-        return view_of(self, positions_BTP, rope, precompute)
+        return view_of(self, positions_BTP, rope, precompute, relative)
 
     def __repr__(self) -> str:
         lay = self.layout

@@ -4,20 +4,20 @@ import dataclasses
 from typing import NamedTuple
 
 from qvg_jax.cache.arguments import check_cache
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.health import CacheBytes, cache_bytes
-from qvg_jax.cache.layer_codecs import LayerCodecs
+from qvg_jax.cache.layer_codecs import codec_of
 from qvg_jax.cache.state import KVCache
-from qvg_jax.codecs.accounting import pair_bits
-from qvg_jax.codecs.base import Codec
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
 
 class LayerSummary(NamedTuple):
-    """One layer, or neighbouring layers with the same codecs.
+    """One layer, or neighbouring layers with the same codecs and as many heads with a history.
 
     `bits` are those of an element of a compressed span, K and V together, everything stored counted;
-    `ratio` is 16 bits over them.
+    `ratio` is 16 bits over them. `heads` counts the heads that have a history, None for all. Without any
+    the layer has no span, and no codecs, bits or ratio: they are "none" and 0.
     """
 
     first: int
@@ -25,11 +25,12 @@ class LayerSummary(NamedTuple):
     key_codec: str
     value_codec: str
     bits: float
+    heads: int | None = None
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than bf16 a span of the layer is."""
-        return 16 / self.bits
+        """How many times smaller than bf16 a span of the layer is; 0 if it has none."""
+        return 16 / self.bits if self.bits else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +40,33 @@ class Summary:
     Attributes:
         layers: in their order.
         size: bytes of the whole cache, as `cache_bytes` counts them.
+        history: what it says about heads without a history; None where all have one.
     """
 
     layers: tuple[LayerSummary, ...]
     size: CacheBytes
+    history: HeadHistory | None = None
 
     def __str__(self) -> str:
         rows = [("layers", "keys", "values", "bits", "of bf16")]
+        if self.history is not None:
+            rows = [(*rows[0], "heads with a history")]
         for x in self.layers:
             number = str(x.first) if x.first == x.last else f"{x.first}-{x.last}"
-            ratio = f"1 / {x.ratio:.2f}"
-            rows.append((number, x.key_codec, x.value_codec, f"{x.bits:.2f}", ratio))
+            ratio = f"1 / {x.ratio:.2f}" if x.bits else "none"
+            row = (number, x.key_codec, x.value_codec, f"{x.bits:.2f}", ratio)
+            heads = () if self.history is None else (f"{x.heads} of {self.history.heads}",)
+            rows.append((*row, *heads))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
         ]
+        if self.history is not None:
+            table = self.history
+            others = f"the others read the sink and the newest {table.local_blocks} blocks"
+            lines.append(f"history: {table.full} of {table.layers * table.heads} heads; {others}")
+            if not table.full:
+                lines.append("no head has a history, so there are no compressed spans")
         size, now = self.size, self.size.in_use
         lines.append(f"buffers: {size.allocated.total / 1e6:.2f} MB")
         if now is not None:
@@ -75,19 +88,18 @@ def summary(cache: KVCache) -> Summary:
     """
     check_cache(cache)
     lay, found = cache.layout, []
-
-    def of_layer(codec: Codec | LayerCodecs, layer: int) -> Codec:
-        return codec.codecs[layer] if isinstance(codec, LayerCodecs) else codec
-
     for layer in range(lay.layers):
-        if lay.max_spans:
-            pair = of_layer(lay.key_codec, layer), of_layer(lay.value_codec, layer)
-            row = (*(codec.name for codec in pair), pair_bits(pair, lay.span_shape))
+        heads = None if lay.history is None else lay.history.counts[layer]
+        if heads == 0:
+            row = ("none", "none", 0.0, heads)
+        elif lay.max_spans:
+            pair = codec_of(lay.key_codec, layer), codec_of(lay.value_codec, layer)
+            row = (*(codec.name for codec in pair), lay.layer_bits(layer), heads)
         else:
             dtype = cache.dense_k.dtype
-            row = (dtype.name, dtype.name, 8.0 * dtype.itemsize)
+            row = (dtype.name, dtype.name, 8.0 * dtype.itemsize, heads)
         if found and found[-1][2:] == row:
             found[-1] = found[-1]._replace(last=layer)
         else:
             found.append(LayerSummary(layer, layer, *row))
-    return Summary(tuple(found), cache_bytes(cache))
+    return Summary(tuple(found), cache_bytes(cache), lay.history)

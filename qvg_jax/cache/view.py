@@ -10,7 +10,9 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from qvg_jax.cache.devices import span_tables_of
+from qvg_jax.cache.head_history import HeadSet
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.relative import Moves, RelativeTime
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.errors import wrong_kind
 
@@ -32,12 +34,30 @@ class CacheView:
     table_dense: Any  # of sink and window, leaves [B, T, ...]; None if not precomputed
     table_spans: Any  # of all slots, leaves [N, B, T, ...]; None if not precomputed
     rope: Rope | Encodings | None = dataclasses.field(metadata=dict(static=True))
+    moves: Moves | None = None  # how far times move; None if they are the stored ones
+    relative: RelativeTime | None = dataclasses.field(default=None, metadata=dict(static=True))
+    only: HeadSet | None = None  # heads of one layer that it is narrowed to; None for all
+
+    @property
+    def stored_heads(self) -> int:
+        """Key-value heads of the cache that the view reads."""
+        return self.cache.layout.heads if self.only is None else self.only.count
+
+    @property
+    def copies(self) -> int:
+        """Heads that attention sees for each one that is stored."""
+        return self.rope.copies if isinstance(self.rope, Encodings) else 1
 
     @property
     def heads(self) -> int:
         """Key-value heads that attention sees."""
-        copies = self.rope.copies if isinstance(self.rope, Encodings) else 1
-        return copies * self.cache.layout.heads
+        return self.copies * self.stored_heads
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether there are spans for these heads."""
+        some = self.only is None or self.only.history
+        return self.cache.layout.max_spans > 0 and some
 
     def new(self, x_BHTD: Array) -> Array:
         """Queries or keys of the new tokens as attention multiplies them."""
@@ -64,20 +84,40 @@ class CacheView:
             return v_BHTD
         return self.rope.values(v_BHTD, table)
 
-    def dense_table(self, start: Array, size: int) -> Any:
+    def dense_table(self, start: Array | int, size: int) -> Any:
         """Rope table of `size` tokens of the dense buffer; None without rope."""
-        return self._table(self.table_dense, self.cache.dense_pos, start, size, axis=1)
+        if self.rope is None:
+            return None
+        pick = lambda x: lax.dynamic_slice_in_dim(x, start, size, 1)  # noqa: E731
+        if self.table_dense is not None:
+            return jax.tree.map(pick, self.table_dense)
+        return self.table_of(pick(self.cache.dense_pos), self._in_sink(start + jnp.arange(size)))
 
     def span_table(self, slot: Array) -> Any:
         """Rope table of the span in `slot`; None without rope."""
-        table = self._table(self.table_spans, self.cache.span_pos, slot, 1, axis=0)
-        return jax.tree.map(lambda t: t[0], table)
-
-    def _table(self, table: Any, pos: Array, start: Array, size: int, axis: int) -> Any:
         if self.rope is None:
             return None
-        pick = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis)  # noqa: E731
-        return self.rope.table(pick(pos)) if table is None else jax.tree.map(pick, table)
+        pick = lambda x: lax.dynamic_slice_in_dim(x, slot, 1, 0)  # noqa: E731
+        table = self.table_spans
+        if table is not None:
+            table = jax.tree.map(pick, table)
+        else:
+            table = self.table_of(pick(self.cache.span_pos))
+        return jax.tree.map(lambda t: t[0], table)
+
+    def table_of(self, pos_xBTP: Array, in_sink_T: Array | None = None) -> Any:
+        """Rope table of stored positions, `in_sink_T` of which are the sink's."""
+        if self.relative is not None:
+            pos_xBTP = self.relative.stored(pos_xBTP, self.moves, in_sink_T)
+        return self.rope.table(pos_xBTP)
+
+    def _in_sink(self, token_T: Array) -> Array:
+        """Whether tokens of the dense buffer are the sink's, also where devices have parts of blocks."""
+        lay = self.cache.layout
+        part = None if lay.plan is None else lay.plan.part
+        shares = part.devices if part is not None and part.splits_blocks else 1
+        own = token_T % (lay.dense_blocks * lay.block_tokens // shares)
+        return own < lay.sink_blocks * lay.block_tokens // shares
 
 
 def checked_positions(lay: Layout, positions_BTP: Array | None, tokens: int) -> Array:
@@ -118,6 +158,7 @@ def view_of(
     positions_BTP: Array | None,
     rope: Rope | Encodings | Literal[False] | None,
     precompute: bool,
+    relative: RelativeTime | None = None,
 ) -> CacheView:
     """The view behind `KVCache.view`, which documents the arguments."""
     lay = cache.layout
@@ -134,12 +175,17 @@ def view_of(
         )
     if not rope and positions_BTP is not None:
         raise ValueError(f"positions with rope={rope}: nothing is rotated by them; leave them out")
+    if relative is not None and not isinstance(rope, Rope):
+        raise ValueError(
+            f"relative={relative} with rope={rope}: times move in the positions that a Rope turns by; "
+            "accepted: a Rope, or relative=None"
+        )
     if not rope:
         rope = None
         return CacheView(cache=cache, table_new=None, table_dense=None, table_spans=None, rope=None)
     if not lay.pos_dims:
         raise ValueError("pos_dims=0: the cache stores no positions, so nothing can be rotated")
-    table_new = None
+    table_new = moves = None
     if isinstance(rope, Rope):
         if positions_BTP is None:
             raise ValueError(
@@ -147,31 +193,59 @@ def view_of(
             )
         positions_BTP = jnp.asarray(positions_BTP)
         tokens = positions_BTP.shape[1] if positions_BTP.ndim == 3 else lay.block_tokens
-        table_new = rope.table(checked_positions(lay, positions_BTP, tokens))
+        positions_BTP = checked_positions(lay, positions_BTP, tokens)
+        if relative is not None:
+            moves = _moves(cache, relative, positions_BTP)
+            positions_BTP = relative.new(positions_BTP, moves)
+        table_new = rope.table(positions_BTP)
     elif positions_BTP is not None:
         raise ValueError("positions with Encodings: new tokens come encoded; leave them out")
-    if rope == lay.rope:
-        dense, spans = cache.dense_table, cache.span_table if lay.max_spans else None
-    else:
-        dense = rope.table(cache.dense_pos) if precompute else None
-        made = precompute and lay.max_spans
-        spans = span_tables_of(cache, lambda c: _span_tables(c, rope)) if made else None
-    return CacheView(
-        cache=cache, table_new=table_new, table_dense=dense, table_spans=spans, rope=rope
+    view = CacheView(
+        cache=cache,
+        table_new=table_new,
+        table_dense=None,
+        table_spans=None,
+        rope=rope,
+        moves=moves,
+        relative=relative,
     )
+    if rope == lay.rope and relative is None:
+        dense, spans = cache.dense_table, cache.span_table if lay.max_spans else None
+    elif not precompute:
+        return view
+    else:
+        dense = view.dense_table(0, cache.dense_pos.shape[1])
+        spans = span_tables_of(cache, lambda c: _span_tables(c, view)) if lay.max_spans else None
+    return dataclasses.replace(view, table_dense=dense, table_spans=spans)
 
 
-def _span_tables(cache: "KVCache", rope: Rope | Encodings) -> Any:
+def _moves(cache: "KVCache", relative: RelativeTime, new_BTP: Array) -> Moves:
+    """How far times move for new tokens, or a ValueError that says why they cannot."""
+    lay = cache.layout
+    if not 0 <= relative.component < lay.pos_dims:
+        raise ValueError(
+            f"relative component={relative.component} is not accepted: the cache has "
+            f"pos_dims={lay.pos_dims}"
+        )
+    if not new_BTP.shape[1]:
+        raise ValueError("relative with no new tokens: time counts back from the first of them")
+    if (numbers := known(new_BTP)) is not None:
+        time_BT = numbers[..., relative.component]
+        relative.check(float((time_BT.max(1) - time_BT.min(1)).max()))
+    return relative.moves(new_BTP, cache.dense_pos[:, 0] if lay.sink_blocks else None)
+
+
+def _span_tables(cache: "KVCache", view: CacheView) -> Any:
     """Tables of the valid spans, leaves [N, B, T, ...].
 
     A loop over the valid ones: sine and cosine of empty slots would cost as much as full ones.
     """
-    form = jax.eval_shape(rope.table, cache.span_pos)
+    form = jax.eval_shape(view.table_of, cache.span_pos)
     slots = cache.layout.max_spans
 
     def one(i, tables):
         slot = (cache.first_span + i) % slots
-        new = rope.table(lax.dynamic_slice_in_dim(cache.span_pos, slot, 1, 0))
+        new = view.table_of(lax.dynamic_slice_in_dim(cache.span_pos, slot, 1, 0))
         return jax.tree.map(
             lambda t, x: lax.dynamic_update_slice_in_dim(t, x, slot, 0), tables, new
         )

@@ -43,8 +43,8 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
         *transforms: any number of `Smoothing`s followed by exactly one `Codec` (which may itself
             be a chain).
         encoder: what encodes: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
-            those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before integers or a
-            mid-rise grid; None is "mosaic" where that serves, else "xla".
+            those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before any codec (XLA
+            encodes residuals for which there is no kernel); None is "mosaic" where that serves, else "xla".
 
     Returns:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
@@ -91,13 +91,13 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
                 f"state has {len(state) if isinstance(state, tuple) else type(state).__name__}"
                 f" entries for {len(transforms)} transforms; call init(x_BHTD.shape, x_BHTD.dtype)"
             )
-        kernels = _kernels(implementation or encoder, storage, x_BHTD)
+        kernels = _kernels(implementation or encoder, storage, last, x_BHTD)
         if kernels is None:
             return by_xla(x_BHTD, state, key)
         first = kernels.first_sums(x_BHTD, state)
         return lax.cond(
             kernels.usual(first),
-            lambda: kernels.encode(x_BHTD, state, first),
+            lambda: kernels.encode(x_BHTD, state, first, key),
             lambda: by_xla(x_BHTD, state, key),
         )
 
@@ -186,11 +186,12 @@ class _Encoding(NamedTuple):
     """What decides who encodes a span."""
 
     storage: Storage | None
+    quantizer: Codec
     x_BHTD: Array
 
     def without(self, kernels: str) -> str | None:
         """The reason why kernels of this kind cannot encode the span, or None if they can."""
-        found = kernel_encoding(self.storage, self.x_BHTD, kernels)
+        found = kernel_encoding(*self, kernels)
         return found if isinstance(found, str) else None
 
 
@@ -202,11 +203,14 @@ CANDIDATES = (
 )
 
 
-def _kernels(name: str | None, storage: Storage | None, x_BHTD: Array) -> KernelEncoding | None:
+def _kernels(
+    name: str | None, storage: Storage | None, quantizer: Codec, x_BHTD: Array
+) -> KernelEncoding | None:
     """Returns the kernels that encode x, None for XLA; a named implementation is never replaced."""
-    chosen = resolve(CANDIDATES, _Encoding(storage, x_BHTD), implementation=name).chosen
+    call = _Encoding(storage, quantizer, x_BHTD)
+    chosen = resolve(CANDIDATES, call, implementation=name).chosen
     if chosen.implementation == "xla":
         return None
-    found = kernel_encoding(storage, x_BHTD, chosen.implementation)
+    found = kernel_encoding(*call, chosen.implementation)
     assert not isinstance(found, str)
     return found

@@ -1,31 +1,39 @@
 """Encoding of a span by GPU kernels: k-means and the quantizer behind it, as `Storage` declares them.
 
 Every Lloyd iteration is one kernel, which reads x once; the last assignment, the residual, its scales and
-codes are another. Between them XLA handles what is as small as the table of centroids.
+codes are another, if kernels write such codes. If not, the last assignment is one more iteration, and XLA
+encodes the residual with the codec's own `encode`. Between them XLA handles what is as small as the table
+of centroids, and where channels are made equal for distances, their means and sizes.
 
 The result differs from that of XLA: nearest centroids are found with centroids rounded to bfloat16 and scores
 compared to 16 bits, so a token nearly as near to two of them may go to the other; the residual is
-relative to the stored centroids rounded to bfloat16 (as decoding kernels read them), and between
-stages it is bfloat16. The objective agrees to a part in a thousand.
+relative to the stored centroids rounded to bfloat16 (as decoding kernels read them; XLA subtracts them as
+they are), and between stages it is bfloat16. The objective agrees to a part in a thousand.
 
 Axes: B batch, H heads, R both flattened, T tokens, D head dim, K centroids, S stages.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.backends import on_several_devices
-from qvg_jax.codecs.base import Packed, State
+from qvg_jax.codecs.base import Codec, Packed, State
 from qvg_jax.codecs.quantize.grid import GridPacked
 from qvg_jax.codecs.quantize.integer import IntegerPacked
 from qvg_jax.codecs.quantize.scales import span_exponent, store_scale, times_power_of_two
-from qvg_jax.codecs.smoothing.kmeans import LARGEST, KMeansPacked, KMeansState, start_tokens
-from qvg_jax.codecs.smoothing.lloyd import restarted
+from qvg_jax.codecs.smoothing.kmeans import (
+    LARGEST,
+    KMeansPacked,
+    KMeansState,
+    deviations,
+    start_tokens,
+)
+from qvg_jax.codecs.smoothing.lloyd import restarted, rows
 from qvg_jax.codecs.smoothing.tables import store_table
 from qvg_jax.codecs.storage import (
     Centroids,
@@ -33,7 +41,6 @@ from qvg_jax.codecs.storage import (
     Levels,
     Lloyd,
     Storage,
-    Values,
 )
 
 __all__ = ["KernelEncoding", "kernel_encoding"]
@@ -41,47 +48,51 @@ __all__ = ["KernelEncoding", "kernel_encoding"]
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
 
-def kernel_encoding(storage: Storage | None, x_BHTD: Array, kernels: str) -> "KernelEncoding | str":
-    """Returns what encodes x in this form by kernels, or why they, "mosaic" or "triton", cannot."""
-    from pallas_kernels import kmeans, quantize_pack
+def kernel_encoding(
+    storage: Storage | None, quantizer: Codec, x_BHTD: Array, kernels: str
+) -> "KernelEncoding | str":
+    """Returns what encodes x in this form by kernels, or why they cannot.
 
-    parts = _known_parts(storage)
-    if isinstance(parts, str):
-        return parts
-    encoding = KernelEncoding(*parts, kernels)
-    why = (
-        kmeans.supported(x_BHTD, encoding.centroids.num_centroids, kernels)
-        or quantize_pack.supported(encoding.form, x_BHTD.shape[3])
-        or on_several_devices(x_BHTD)
-    )
-    return encoding if why is None else why
+    Args:
+        storage: what the chain declares.
+        quantizer: the chain's last codec, which encodes residuals that kernels do not pack.
+        x_BHTD: the span.
+        kernels: "mosaic" or "triton".
+    """
+    from pallas_kernels import kmeans
+
+    centroids = _centroids(storage)
+    if isinstance(centroids, str):
+        return centroids
+    why = kmeans.supported(x_BHTD, centroids.num_centroids, kernels) or on_several_devices(x_BHTD)
+    if why is not None:
+        return why
+    assert storage is not None  # it has centroids
+    levels = storage.codes if isinstance(storage.codes, Levels) else None
+    return KernelEncoding(centroids, levels, kernels, quantizer, x_BHTD.shape[3])
 
 
-def _known_parts(storage: Storage | None) -> tuple[Centroids, Levels] | str:
-    """Returns the centroids and levels of a form that kernels write, or which part they do not know."""
-    known = "the kernels know one kmeans_smoothing before symmetric integers or a mid-rise grid"
+def _centroids(storage: Storage | None) -> Centroids | str:
+    """Returns the centroids of a form whose k-means is the kernels', or why it is not."""
+    known = "the kernels know one kmeans_smoothing before a codec"
     if storage is None or not storage.chained:
         return f"the codec is not a chain; {known}"
     if len(storage.smoothings) != 1:
         return f"{len(storage.smoothings)} smoothings before the codes; {known}"
-    centroids, codes = storage.smoothings[0], storage.codes
+    centroids = storage.smoothings[0]
     if isinstance(centroids, str):
         return f"{centroids} before the codes; {known}"
-    if isinstance(codes, str):
-        return f"{codes}; {known}"
-    if centroids.fit.equalize:
-        return f"channels made equal for distances; {known}"
-    if isinstance(codes, Values):
-        return f"plain values in {codes.dtype}; {known}"
-    if codes.zero_points:
-        return f"zero points; {known}"
-    if codes.scale_dtype != "e4m3":
-        return f"{codes.scale_dtype} scales; the kernels write e4m3"
-    if codes.fit is None:
-        return f"the way in which scales and codes are chosen; {known}"
     if centroids.dtype in ("f16", "f32"):
         return f"centroid_dtype={centroids.dtype}; the kernels read bf16, int8 or e4m3"
-    return centroids, codes
+    return centroids
+
+
+class First(NamedTuple):
+    """The first iteration of the first stage: its first centroids, its sums, and by what it measured."""
+
+    c_BHKD: Array
+    sums: Any
+    metric: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,61 +103,80 @@ class KernelEncoding:
     `encode` does the rest.
 
     Attributes:
-        centroids, levels: what is stored, and how it is chosen.
+        centroids, levels: what is stored, and how it is chosen; no levels if it is not `Levels`.
         kernels: "mosaic" or "triton".
+        quantizer: the codec of the residual.
+        head_dim: channels of a head.
     """
 
     centroids: Centroids
-    levels: Levels
+    levels: Levels | None
     kernels: str
+    quantizer: Codec
+    head_dim: int
 
     @property
     def form(self) -> Any:
-        """The kernels' own description of levels and their fit."""
-        from pallas_kernels.quantize_pack import Integers, Midrise
+        """The kernels' own description of levels and their fit; None if they do not pack such codes."""
+        from pallas_kernels.quantize_pack import Integers, Midrise, supported
 
+        if self.levels is None or self.levels.fit is None or self.fit.equalize:
+            return None
         bits, fit = self.levels.bits, self.levels.fit
         if isinstance(fit, LeastSquaresFit):
-            return Midrise(bits, fit.ratio, fit.refine, recode=not fit.gain)
-        assert self.levels.group is not None  # integers have a scale per group
-        return Integers(bits, self.levels.group)
+            form = Midrise(bits, fit.ratio, fit.refine, recode=not fit.gain)
+        else:
+            assert self.levels.group is not None  # integers have a scale per group
+            form = Integers(bits, self.levels.group)
+        return form if supported(form, self.head_dim) is None else None
 
     @property
     def fit(self) -> Lloyd:
         return self.centroids.fit
 
-    def first_sums(self, x_BHTD: Array, state: State) -> tuple[Array, Any]:
+    def first_sums(self, x_BHTD: Array, state: State) -> First:
         """Returns the first stage's first centroids, and the sums of the tokens nearest to each of them."""
-        c_BHKD = self._start(x_BHTD, state, 0)
-        return c_BHKD, self._sums(x_BHTD, c_BHKD, self.fit.reseed)
+        c_BHKD, metric = self._start(x_BHTD, state, 0), self._metric(x_BHTD)
+        return First(c_BHKD, self._sums(x_BHTD, c_BHKD, metric, self.fit.reseed), metric)
 
     @staticmethod
-    def usual(first: tuple[Array, Any]) -> Array:
-        """Whether all tokens are finite and not too large to take part.
+    def usual(first: First) -> Array:
+        """Whether all tokens are finite and not too large to take part, and no channel too quiet.
 
         It shows in the sums of the first iteration, so that no pass looks for it.
         """
-        return jnp.all(jnp.abs(first[1].total_RKD) <= LARGEST)
+        usual = jnp.all(jnp.abs(first.sums.total_RKD) <= LARGEST)
+        if first.metric is not None:
+            usual &= jnp.all(first.metric.size_RD >= 1 / LARGEST)
+        return usual
 
-    def encode(self, x_BHTD: Array, state: State, first: tuple[Array, Any]) -> tuple[Packed, State]:
+    def encode(
+        self, x_BHTD: Array, state: State, first: First, key: PRNGKeyArray | None = None
+    ) -> tuple[Packed, State]:
         """Returns the packed form and the state of the chain, from the result of `first_sums`."""
-        from pallas_kernels import quantize_pack
+        from pallas_kernels import kmeans, quantize_pack
 
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
-        (c_BHKD, sums), r_BHTD, codes = first, x_BHTD, []
+        r_BHTD, codes, form = x_BHTD, [], self.form
         ids, tables, learned = [], [], []
         for stage in range(self.centroids.stages):
             if stage:
-                c_BHKD = self._start(r_BHTD, state, stage)
-                sums = self._sums(r_BHTD, c_BHKD, self.fit.reseed)
-            c_BHKD = self._clustered(r_BHTD, sums, c_BHKD, state)
+                c_BHKD, metric = self._start(r_BHTD, state, stage), self._metric(r_BHTD)
+                first = First(c_BHKD, self._sums(r_BHTD, c_BHKD, metric, self.fit.reseed), metric)
+            c_BHKD = self._clustered(r_BHTD, first, state)
             codes_BHKD, steps, c_BHKD = store_table(c_BHKD, self.centroids.dtype)
             args, by = (_rows(r_BHTD), _rows(c_BHKD)), self.kernels
-            if stage < self.centroids.stages - 1:
+            last = stage == self.centroids.stages - 1
+            if self.fit.equalize or (last and form is None):
+                ids_RT = kmeans.assign(*args, metric=first.metric, implementation=by)
+                picked_BHTD = rows(c_BHKD, heads(ids_RT)).astype(jnp.float32)
+                r_BHTD = r_BHTD.astype(jnp.float32) - picked_BHTD
+                r_BHTD = r_BHTD if last else r_BHTD.astype(jnp.bfloat16)
+            elif not last:
                 ids_RT, r_RTD = quantize_pack.assign_and_subtract(*args, implementation=by)
                 r_BHTD = heads(r_RTD)
             else:
-                ids_RT, *codes = quantize_pack.assign_and_pack(*args, self.form, implementation=by)
+                ids_RT, *codes = quantize_pack.assign_and_pack(*args, form, implementation=by)
             ids.append(heads(ids_RT))
             tables.append((codes_BHKD, steps))
             learned.append(c_BHKD)
@@ -155,7 +185,11 @@ class KernelEncoding:
         if self.fit.warm_start:
             warm = jnp.ones_like(state[0].warm)
             state = (KMeansState(of_stages(*learned), warm), state[1])
-        return (kmeans_packed, self._collected(*map(heads, codes))), state
+        if form is not None:
+            return (kmeans_packed, self._collected(*map(heads, codes))), state
+        key = None if key is None else jax.random.fold_in(key, 1)
+        packed, after = self.quantizer.encode(r_BHTD, state[1], key=key)
+        return (kmeans_packed, packed), (state[0], after)
 
     def _start(self, x_BHTD: Array, state: State, stage: int) -> Array:
         """Returns the first centroids of a stage: some of the tokens, or the previous span's centroids."""
@@ -166,23 +200,34 @@ class KernelEncoding:
         previous_BHSKD, warm = state[0]
         return jnp.where(warm, previous_BHSKD[:, :, stage].astype(jnp.float32), c_BHKD)
 
-    def _sums(self, x_BHTD: Array, c_BHKD: Array, scores: bool) -> Any:
+    def _metric(self, x_BHTD: Array) -> Any:
+        """Returns means and sizes of the channels of all rows, or None if they are not made equal."""
+        from pallas_kernels.kmeans import Metric
+
+        if not self.fit.equalize:
+            return None
+        used_BHT = jnp.ones(x_BHTD.shape[:3], bool)
+        return Metric(*(_rows(x)[:, 0] for x in deviations(x_BHTD, used_BHT)))
+
+    def _sums(self, x_BHTD: Array, c_BHKD: Array, metric: Any, scores: bool) -> Any:
         from pallas_kernels import kmeans
 
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
         args = (_rows(x_BHTD), _rows(c_BHKD))
-        out = kmeans.kmeans_sums(*args, scores=scores, implementation=self.kernels)
+        how = dict(implementation=self.kernels) | ({} if metric is None else dict(metric=metric))
+        out = kmeans.kmeans_sums(*args, scores=scores, **how)
         return jax.tree.map(heads, out)
 
-    def _clustered(self, x_BHTD: Array, sums: Any, c_BHKD: Array, state: State) -> Array:
-        """Returns the centroids after all iterations, of which `sums` was the first."""
+    def _clustered(self, x_BHTD: Array, first: First, state: State) -> Array:
+        """Returns the centroids after all iterations, of which `first` was the first."""
+        c_BHKD, sums, metric = first
         n = self.fit.cold_iters
         if self.fit.warm_start and self.fit.iters != n:
             n = jnp.where(state[0].warm, self.fit.iters, n)
         c_BHKD = _moved(sums, c_BHKD)
         if self.fit.reseed:
-            c_BHKD = _respread(x_BHTD, sums, c_BHKD, n)
-        step = lambda _, c: _moved(self._sums(x_BHTD, c, False), c)  # noqa: E731
+            c_BHKD = _respread(x_BHTD, sums, c_BHKD, n, metric)
+        step = lambda _, c: _moved(self._sums(x_BHTD, c, metric, False), c)  # noqa: E731
         if isinstance(n, int):  # a loop whose length is data waits for the host in every step
             for i in range(1, n):
                 c_BHKD = step(i, c_BHKD)
@@ -213,12 +258,16 @@ def _moved(sums: Any, c_BHKD: Array) -> Array:
     return jnp.where(sums.number_RK[..., None] > 0, mean_BHKD, c_BHKD)
 
 
-def _respread(x_BHTD: Array, sums: Any, c_BHKD: Array, n: int | Array) -> Array:
+def _respread(x_BHTD: Array, sums: Any, c_BHKD: Array, n: int | Array, metric: Any = None) -> Array:
     """Moves centroids that attract at most one token to badly served tokens, if iterations follow."""
     spare_BHK = (sums.number_RK <= 1) & (jnp.asarray(n) > 1)
 
     def some() -> Array:
-        square_BHT = jnp.sum(jnp.square(x_BHTD.astype(jnp.float32)), axis=-1)
+        away_BHTD = x_BHTD.astype(jnp.float32)
+        if metric is not None:
+            centre, size = (x.reshape(*x_BHTD.shape[:2], 1, -1) for x in metric)
+            away_BHTD = (away_BHTD - centre) / size
+        square_BHT = jnp.sum(jnp.square(away_BHTD), axis=-1)
         distance_BHT = jnp.maximum(square_BHT - 2 * sums.score_RT, 0)
         return restarted(x_BHTD, c_BHKD, spare_BHK, distance_BHT)
 

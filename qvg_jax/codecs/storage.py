@@ -1,6 +1,6 @@
 """Storage: what the bytes of a codec stand for, declared once for the kernels that read and write them.
 
-    x = (code - offset) scale 2^exponent + zero point + sum of the token's centroids
+    x = w ((code + dither - offset) scale + zero point) 2^exponent + sum of the token's centroids
 
 A codec declares the terms of this that it has, and how it chooses them. Kernels that decode read the
 terms; kernels that encode also read the `fit`s. What has another form is declared by a phrase that
@@ -50,8 +50,11 @@ class Levels:
         group: channels that share a scale; None is the whole vector.
         offset: the code of zero; half integers are the grids without a zero (mid-rise).
         scale_dtype: "e4m3", "bf16" or "f32".
-        zero_points: whether every group also stores what code 0 stands for.
-        exponents: whether scales have a power of two per head and span.
+        zero_points: whether every group also stores a zero point, in the dtype of the scales.
+        exponents: whether scales and zero points have a power of two per head and span.
+        dithered: whether a dither that is known from token and channel is added to the codes
+            (`pallas_kernels.dequantize.dither`).
+        deviations: whether every channel has a factor w, its deviation, per head and span.
         fit: how scales and codes are chosen, if kernels can do it.
     """
 
@@ -61,6 +64,8 @@ class Levels:
     scale_dtype: str
     zero_points: bool = False
     exponents: bool = False
+    dithered: bool = False
+    deviations: bool = False
     fit: LargestFit | LeastSquaresFit | None = None
 
 

@@ -27,7 +27,8 @@ class Captured:
 
     K and Q are before RoPE. Where the model rotates, `turn_k` and `turn_q` hold cosine and sine of
     every token's angles, and channel j turns together with channel j + D/2 (`pairing` "half") or
-    channel 2 j with 2 j + 1 ("interleaved"); (2, B, T, 0) is no rotation.
+    channel 2 j with 2 j + 1 ("interleaved"); (2, B, T, 0) is no rotation. `own_k` and `own_v` are those of the
+    block that asks, of as many tokens as there are queries; None in files that do not have them.
     """
 
     k_LBHTD: Float[np.ndarray, "L B H T D"]
@@ -37,9 +38,17 @@ class Captured:
     turn_q: Float[np.ndarray, "2 B Q R"]
     layers: Int[np.ndarray, "L"]
     pairing: str = "half"
+    own_k_LBHQD: Float[np.ndarray, "L B H Q D"] | None = None
+    own_v_LBHQD: Float[np.ndarray, "L B H Q D"] | None = None
 
     def __post_init__(self):
         k, q = self.k_LBHTD.shape, self.q_LBHQD.shape
+        for own in (self.own_k_LBHQD, self.own_v_LBHQD):
+            want = (*k[:3], q[-2], *k[4:])
+            if own is not None and (own.shape != want or not np.isfinite(own).all()):
+                raise ValueError(f"own K or V has shape {own.shape}; accepted: {want}, all finite")
+        if (self.own_k_LBHQD is None) != (self.own_v_LBHQD is None):
+            raise ValueError("own K without own V, or the other way round; accepted: both or none")
         if len(k) != 5 or self.v_LBHTD.shape != k:
             raise ValueError(f"K {k} and V {self.v_LBHTD.shape} must be the same (L, B, H, T, D)")
         if len(q) != 5 or (q[:2], q[4]) != (k[:2], k[4]) or q[2] % k[2]:
@@ -75,7 +84,7 @@ def _check_values(name: str, x: np.ndarray) -> None:
 
 
 class Recorder:
-    """Notes the queries that a model's attention sees, from inside jit and scan.
+    """Notes the queries, and the block's keys and values, that a model's attention sees, from inside jit and scan.
 
         recorder = Recorder()
         model(..., attend=recorder.listening(attend))     # attend(layer, q, k, v, ...)
@@ -85,22 +94,26 @@ class Recorder:
     """
 
     def __init__(self):
-        self._seen: dict[int, np.ndarray] = {}
+        self._seen: dict[int, tuple[np.ndarray, ...]] = {}
 
     def listening(self, attend: Callable[..., Any]) -> Callable[..., Any]:
-        """`attend` with its second argument noted under its first, the layer's number."""
+        """`attend` with q, k and v noted under its first argument, the layer's number."""
 
         def noted(layer, q, *args, **kwargs):
-            io_callback(self._keep, None, layer, q, ordered=True)
+            io_callback(self._keep, None, layer, q, *args[:2], ordered=True)
             return attend(layer, q, *args, **kwargs)
 
         return noted
 
-    def _keep(self, layer, q) -> None:
-        self._seen[int(layer)] = np.asarray(q)
+    def _keep(self, layer, *qkv) -> None:
+        self._seen[int(layer)] = tuple(np.asarray(x) for x in qkv)
 
     def queries(self) -> dict[int, np.ndarray]:
         """The last query of every layer; waits for what is still running."""
+        return {layer: qkv[0] for layer, qkv in self.blocks().items()}
+
+    def blocks(self) -> dict[int, tuple[np.ndarray, ...]]:
+        """The last q, k and v of every layer; waits for what is still running."""
         jax.effects_barrier()
         return dict(self._seen)
 
@@ -110,6 +123,7 @@ def save_captured(path: str | os.PathLike, captured: Captured) -> None:
     arrays = {
         field.name: np.asarray(getattr(captured, field.name))
         for field in dataclasses.fields(captured)
+        if getattr(captured, field.name) is not None
     }
     arrays = {k: v.astype(np.float32) if v.dtype.kind in "fV" else v for k, v in arrays.items()}
     with replacing(path) as partial, open(partial, "wb") as file:
@@ -140,7 +154,7 @@ def load_captured(path: str | os.PathLike) -> Captured:
     arrays.setdefault("layers", np.arange(len(k)))
     arrays["pairing"] = str(arrays.get("pairing", "half"))
     try:
-        return Captured(**{name: arrays[name] for name in names})
+        return Captured(**{name: arrays.get(name) for name in names})  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"{os.fspath(path)}: {error}") from error
 

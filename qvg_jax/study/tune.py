@@ -307,8 +307,13 @@ def tune(
 
 
 def draw(path: str | os.PathLike, scores: Iterable[Score]) -> None:
-    """Attention error over bits per element, the Pareto front joined by a line, as PNG."""
+    """Attention error over bits per element, the Pareto front joined by a line, as PNG.
+
+    Names of the front stand beside their points, on the side where the axes have room.
+    """
     scores = list(scores)
+    bits = [s.bits for s in scores]
+    middle = (min(bits) + max(bits)) / 2
     figure = Figure((9, 5.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -317,9 +322,17 @@ def draw(path: str | os.PathLike, scores: Iterable[Score]) -> None:
     for s in scores:
         axes.plot(s.bits, s.attention_error, "o", ms=5, color="#1f77d0" if s.best else "#9aa2ae")
         if s.best:
-            at, where = (s.bits, s.attention_error), (4, 4)
-            axes.annotate(s.recipe, at, where, textcoords="offset points", fontsize=7)
+            left = s.bits > middle
+            axes.annotate(
+                s.recipe, (s.bits, s.attention_error), (-6, -5) if left else (6, 5),
+                textcoords="offset points", fontsize=8, ha="right" if left else "left",
+                va="top" if left else "bottom",
+            )  # fmt: skip
     axes.set(xlabel="bits per element", ylabel="relative error of attention", yscale="log")
+    axes.set_title(
+        "Recipes on the captured K, V and Q; the line joins the best of each size", loc="left"
+    )
+    axes.margins(0.06, 0.1)
     axes.grid(alpha=0.3)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": None})

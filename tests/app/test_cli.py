@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.pocket_world import camera, job, pipeline, world
+from models.pocket_world import camera, pipeline, route, world
 from qvg_jax.app import cli
+from qvg_jax.app.film import REAL_SHOWN
 from qvg_jax.app.jax_setup import set_up_jax
 from qvg_jax.app.panels import Sheet
 from qvg_jax.codecs.presets import PAIRS, PRESETS
@@ -57,16 +58,16 @@ def decoded(path):
         return np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
 
 
-def test_the_three_files_are_there_and_nothing_else(done):
+def test_the_four_files_are_there_and_nothing_else(done):
     for out in done:
         left = {p.name for p in out.iterdir()}
-        assert left == {".lock", "video.mp4", "report.json", "report.png"}
+        assert left == {".lock", "video.mp4", "report.json", "report.png", "report.html"}
 
 
 def test_the_video_has_every_frame_of_every_arm(done):
     frames = decoded(done[0] / "video.mp4")
-    sheet = Sheet(4, world.HEIGHT, world.WIDTH, tour=TOUR, frames=FRAMES)
-    assert frames.shape == (TOUR + FRAMES, sheet.height, sheet.width, 3)
+    sheet = Sheet(8, world.HEIGHT, world.WIDTH, tour=TOUR, frames=FRAMES)  # differences below
+    assert frames.shape == (REAL_SHOWN + FRAMES, sheet.height, sheet.width, 3)
 
     def panel(frame, i):
         left, top, right, bottom = sheet.box(i)
@@ -74,8 +75,10 @@ def test_the_video_has_every_frame_of_every_arm(done):
         return frame[top + half : bottom : sheet.scale, left + half : right : sheet.scale]
 
     key = jax.random.fold_in(jax.random.key(5), 0)
-    tour = camera.wander(key, jnp.zeros(3), TOUR, job.HALF_WIDTH)
-    real = np.asarray(pipeline.render_path(jnp.array([5]), tour[None, :4]))[0]
+    tour = camera.wander(key, jnp.zeros(3), TOUR, route.HALF_WIDTH)
+    first = TOUR - REAL_SHOWN  # of the tour the video has the end
+    part = tour[None, first : first + 4]
+    real = np.asarray(pipeline.render_path(jnp.array([5]), part, first_time=first))[0]
     for i in range(4):  # during the tour all panels show the world
         error = (panel(frames[3], i) / 127.5 - 1) - real[3]
         assert np.abs(error).mean() < 0.02
@@ -120,7 +123,7 @@ def test_actions_set_the_path_and_the_length(run, tmp_path):
     assert report["config"]["actions"] == "d-3,up-2" and list(report["arms"]) == ["bf16"]
     with av.open(str(tmp_path / "out" / "video.mp4")) as file:
         stream = file.streams.video[0]
-        assert (stream.frames, stream.average_rate) == (TOUR + 8, 5)
+        assert (stream.frames, stream.average_rate) == (REAL_SHOWN + 8, 5)
 
 
 def test_progress_shows_speed_and_memory(run, monkeypatch):

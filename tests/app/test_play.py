@@ -97,10 +97,10 @@ def megabytes(text):
 
 
 def test_small_frames_are_lossless_and_large_ones_small():
-    page = pytest.importorskip("qvg_jax.app.play.page", reason="NiceGUI is not installed")
+    screen = pytest.importorskip("qvg_jax.app.play.screen", reason="NiceGUI is not installed")
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for image, kind in ((frame, "png"), (frame.repeat(10, 0).repeat(10, 1), "jpeg")):
-        head, data = page.picture(image).split(",")
+        head, data = screen.picture(image).split(",")
         assert head == f"data:image/{kind};base64"
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         assert np.abs(shown.astype(int) - image).mean() <= (0 if kind == "png" else 10)
@@ -129,14 +129,14 @@ def test_a_key_is_a_block_and_the_meter_counts_it(tab):
     me = tab()
     begin = me.settled()
     before = megabytes(me.text("bf16"))
-    picture = me.page.locator(".frame img").get_attribute("src")
+    picture = me.page.locator(".frame > img").get_attribute("src")
     for i, (key, action) in enumerate(
         [("w", "w"), ("ArrowRight", "d"), (" ", "stay"), ("E", "up")]
     ):
         me.tap(key)
         me.wait_for_turn(f"{begin + i}-{action}")
     assert me.settled() == begin + 4
-    assert me.page.locator(".frame img").get_attribute("src") != picture
+    assert me.page.locator(".frame > img").get_attribute("src") != picture
     assert megabytes(me.text("bf16")) > before >= 0.1
     assert re.match(r"[\d.]+×", me.text("times")) and "bits per element" in me.text("bits")
     assert {url.split("/")[2] for url in me.asked if url.startswith("http")} == {
@@ -264,6 +264,51 @@ def test_a_new_world_and_a_seed_that_is_none(tab):
     assert me.settled() == TOUR // 4
     me.tap("w")
     me.wait_for_turn(f"{TOUR // 4}-w")
+
+
+@pytest.mark.slow
+def test_the_page_says_what_is_remembered_walks_back_and_compares_with_bf16(tab):
+    me = tab()
+    page, named = me.page, me.page.get_by_test_id
+    begin = me.settled()
+    for i, key in enumerate("dd"):
+        me.tap(key)
+        me.wait_for_turn(f"{begin + i}-{key}")
+    named("back").click()
+    me.wait_for_block(begin + 3)
+    named("back").filter(has_text="walk back").wait_for()
+    assert "remembered" in named("place").get_attribute("class")
+    assert me.text("place").startswith("remembered")
+    assert "× in the long run" in me.text("longrun")
+
+    named("compare").click()
+    named("follows").filter(has_text="the same block in both").wait_for()
+    page.wait_for_selector(f'.twin[data-turn="{me.turn()}"]')
+    page.locator("#wipe").fill("20")
+    assert page.evaluate("document.documentElement.style.getPropertyValue('--wipe')") == "20%"
+    assert page.locator(".twin").evaluate("e => getComputedStyle(e).clipPath").startswith("inset(0")
+    named("compare").click()
+    page.locator(".twin").wait_for(state="hidden")
+
+
+@pytest.mark.slow
+def test_the_page_can_be_used_without_a_mouse_and_fits(tab):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
+    me = tab()
+    begin = me.settled()
+    pad = me.page.get_by_role("button", name="wait (space)")
+    pad.focus()
+    for i, key in enumerate(("Enter", " ")):  # either presses the button, and walks no second time
+        me.page.keyboard.press(key)
+        me.wait_for_turn(f"{begin + i}-stay")
+    assert me.settled() == begin + 2
+    assert pad.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"  # where the keys go
+    for width in (390, 768, 1024, 1140, 1440):
+        me.page.set_viewport_size({"width": width, "height": 860})
+        assert me.page.evaluate("document.documentElement.scrollWidth") == width
+    faults = axe.Axe().run(me.page).response["violations"]
+    serious = [f for f in faults if f["impact"] in ("serious", "critical")]
+    assert [(f["id"], [node["html"] for node in f["nodes"]]) for f in serious] == []
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qvg_jax.app.play.drawings import chart, svg_map
-from qvg_jax.app.play.player import Keys, Player
+from qvg_jax.app.play.keys import Keys
+from qvg_jax.app.play.player import Player
 from qvg_jax.app.play.walk import Meter, Seen
 
 
@@ -39,7 +40,9 @@ class SlowWalk:
 
     def __init__(self, tour_blocks=2):
         truth = lambda seed, x: np.full((1, 2, 2, 3), seed, np.uint8)  # noqa: E731
-        self.world = types.SimpleNamespace(tour_blocks=tour_blocks, truth=truth)
+        self.world = types.SimpleNamespace(
+            tour_blocks=tour_blocks, truth=truth, block_frames=4, views=None, toward=None
+        )
         self.go = threading.Semaphore(tour_blocks)
         self.taken, self.codec, self.broken, self.error = [], "bf16", None, None
         self.restart(0)

@@ -110,7 +110,7 @@ def test_lockstep_gives_every_arm_the_same_blocks_and_no_frame_too_many():
 
 def test_lockstep_ends_before_the_bad_block_and_names_the_arm():
     made = []
-    with pytest.raises(NonFiniteError, match="^bf16: K or V of block 4 is not finite"):
+    with pytest.raises(NonFiniteError, match="^bf16: K, V or a position of block 4 is not finite"):
         for block in lockstep(job(bad_block=4)):
             made.append(block)
     assert [m.first for m in made] == [0, 2, 4, 6]
@@ -189,13 +189,39 @@ def test_frames_that_the_tour_did_not_show_do_not_count_against_the_truth():
     _, report = recorded(seen=0.5)  # from block 5 on: generated frames 5 to 9
     arm = report["arms"]["coarse"]
     assert report["seen_in_tour"] == [1.0] * 4 + [0.5] * 5
-    known = np.mean(arm["frames"]["psnr_vs_truth"][:4])
+    first = arm["first_compressed_frame"]
+    known = np.mean(arm["frames"]["psnr_vs_truth"][first:4])
     assert arm["means"]["psnr_vs_truth"] == pytest.approx(known, abs=1e-4)
-    everywhere = np.mean(arm["frames"]["psnr_vs_bf16"])
+    everywhere = np.mean(arm["frames"]["psnr_vs_bf16"][first:])
     assert arm["means"]["psnr_vs_bf16"] == pytest.approx(everywhere, abs=1e-4)
     _, report = recorded(seen=0.0, tour=10, frames=4)
     assert report["arms"]["coarse"]["means"]["psnr_vs_truth"] is None
     assert " -  " in table(report)
+
+
+def test_means_are_over_frames_that_read_compressed_spans():
+    """Sink, two blocks of a span and one recent: the span is encoded at the end of block 3."""
+    _, report = recorded(tour=0, frames=20)
+    for name in ("bf16", "coarse"):
+        arm = report["arms"][name]
+        assert arm["first_compressed_frame"] == 4 * FRAMES
+        scores = arm["frames"]["psnr_vs_truth"]
+        assert arm["means"]["psnr_vs_truth"] == pytest.approx(np.mean(scores[8:]), abs=1e-4)
+    equal, after = np.split(np.array(arm["frames"]["psnr_vs_bf16"]), [6])
+    assert (equal == PSNR_CAP).all() and after.max() < 40
+    assert arm["means"]["psnr_vs_bf16"] == pytest.approx(np.mean(after[2:]), abs=1e-4)
+    assert report["warnings"] == [] and "warning" not in table(report)
+
+
+def test_a_run_that_compressed_nothing_says_so():
+    _, report = recorded(tour=0, frames=8)  # the span is encoded behind the last block
+    for arm in report["arms"].values():
+        assert arm["first_compressed_frame"] is None and arm["means"]["psnr_vs_truth"] > 20
+    assert report["arms"]["coarse"]["means"]["psnr_vs_bf16"] is None
+    last = table(report).splitlines()[-1]
+    assert last.startswith("warning: coarse: no frame was made from a compressed span")
+    assert "all 8 frames" in last and "--frames" in last
+    assert recorded(tour=0, frames=8, names=("bf16",))[1]["warnings"] == []
 
 
 def test_timings_are_the_only_thing_that_varies(finished):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.pocket_world import job
+from models.pocket_world import job, pipeline
 from models.pocket_world import walk as pocket_walk
 from models.pocket_world.entry import Options, WalkOptions
 from qvg_jax.app.job import lockstep
@@ -58,6 +58,25 @@ def test_the_frames_are_those_of_generate(weights, world, tmp_path):
     meter, size = walk.meter(), made[-1].bytes[CODEC]
     assert (meter.bf16_bytes, meter.bytes) == (size.bf16, size.in_use.total)
     assert meter.frames == TOUR + 4 * 7 and meter.forgotten == 0
+
+
+@pytest.mark.slow
+def test_an_endless_walk_recalls_what_made_room(weights, tmp_path, monkeypatch):
+    """One span in sight of two: the frames are those of generate, and not those of a walk that forgets."""
+    tour, seed = 100, 8  # at the end of this tour its first span is nearer than its second
+    options = WalkOptions(weights=weights, tour=tour, memory=32, endless=True, recall=True)
+    world = pocket_walk.walk(options)
+    walk = Walk(world, seed=seed, codec=CODEC)
+    got = walked(walk, "w")
+    assert walk.meter().frames == len(got) - 32  # a span is out of sight
+    request = Options(weights=weights, tour=tour, seed=seed, actions="w-4", codec=CODEC, memory=32)
+    request = dataclasses.replace(request, endless=True, recall=True, out=str(tmp_path))
+    monkeypatch.setattr(pipeline, "make_step", lambda *settings: world.step)  # compiled already
+    run = job.prepare(request)
+    made = list(lockstep(dataclasses.replace(run, arms=run.arms[1:])))
+    np.testing.assert_array_equal(got, np.concatenate([m.frames[CODEC] for m in made]))
+    forgetful = Walk(dataclasses.replace(world, before=None), seed=seed, codec=CODEC)
+    assert np.any(walked(forgetful, "w")[-4:] != got[-4:])
 
 
 def test_the_same_keys_and_switches_give_the_same_frames(world, caplog):

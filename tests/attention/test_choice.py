@@ -85,7 +85,7 @@ def test_names_that_do_not_exist(hopper, names, error, message):
 @pytest.mark.parametrize(
     ("codec", "parts"),
     [
-        ("qvg-asym:num_centroids=8", ["the key codec qvg-asym", "zero points"]),
+        ("kivi", ["the key codec kivi", "zero points of a channel"]),
         ("quarot", ["the key codec quarot", "hadamard"]),
         ("qvg:num_centroids=8:scale_dtype=bf16", ["key codec", "bf16 scales"]),
         ("klt", ["the key codec klt"]),
@@ -97,6 +97,13 @@ def test_a_named_kernel_never_leaves_the_decoding_to_xla(hopper, codec, parts, n
         choice.explain(cache_of(codec), queries(), implementation=name)
     assert all(part in str(error.value) for part in (*parts, "do not decode")), error.value
     assert "serves it" in str(error.value)
+
+
+@pytest.mark.parametrize("codec", ["dither", "dither-asym", "qvg-asym"])
+def test_kernels_decode_a_dither_and_zero_points(hopper, codec):
+    """Among them is the default of models that nobody has measured."""
+    cache = cache_of(f"{codec}:num_centroids=8")
+    assert choice.explain(cache, queries(), implementation="mosaic").decoding == "kernels"
 
 
 def test_an_explanation_has_a_line_for_each_way(hopper):

@@ -1,7 +1,9 @@
 """The path of `implementation="cudnn"` with XLA's flash attention in cuDNN's place."""
 
+import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -341,3 +343,22 @@ def test_an_unknown_backend_is_an_error():
     q, k, v, _ = query(3, cache.layout)
     with pytest.raises(ValueError, match=r"backend='triton' is not accepted: give one of"):
         ours(q, cache.view(rope=False), k, v, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["dither", "dither-asym"])
+def test_a_dither_adds_only_elementwise_operations_to_decoding(name):
+    """So XLA can decode it in one fusion, as it does mid-rise levels: one gather, of centroids, each."""
+    shape = (1, 2, 96, 64)
+    texts = []
+    for recipe in (name, "midrise"):
+        codec = presets.pair(recipe, num_centroids=8)[0]
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        form = jax.eval_shape(lambda x, c=codec: c.encode(x, c.init(x.shape, x.dtype))[0], x)
+        traced = jax.jit(codec.decode).trace(form)
+        texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
+    ours, midrise = (collections.Counter(re.findall(r"stablehlo\.(\w+)", t)) for t in texts)
+    assert ours["gather"] == midrise["gather"] and not re.search(r"tensor<[^>]*[iu]64>", texts[0])
+    elementwise = {"iota", "broadcast_in_dim", "reshape", "convert", "bitcast_convert", "constant"}
+    elementwise |= {"add", "subtract", "multiply", "divide", "shift_left"}
+    elementwise |= {"shift_right_logical", "and", "or"}
+    assert set(ours - midrise) <= elementwise

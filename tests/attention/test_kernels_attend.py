@@ -18,6 +18,7 @@ from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.kernel_plan import Plan
 from qvg_jax.cache.operations import evict
+from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.quantize.grid import grid_quantize
@@ -93,6 +94,9 @@ def references(monkeypatch):
         ("midrise-k1v3", True, "half", True, 128),
         ("midrise-1bit", True, "interleaved", False, 128),
         ("qvg", True, "interleaved", True, 64),
+        ("dither", True, "half", True, 128),
+        ("dither-asym", False, "interleaved", False, 128),
+        ("qvg-asym", True, "half", False, 64),
         ("midrise-k1v3", False, "half", True, 64),
         ("midrise, int8 tables", True, "half", True, 256),
         ("qvg", False, "interleaved", False, 256),
@@ -109,7 +113,8 @@ def test_the_way_from_cache_to_kernels_is_right(references, name, fp8, pairing, 
     q = jnp.asarray(rng.standard_normal((1, 64, 4, d)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, d)), jnp.bfloat16) for _ in range(2))
     at, turn = (positions(9, 64), rope) if rope else (None, False)
-    view = cache.view(at, turn, precompute=precompute)
+    relative = RelativeTime(9) if rope and name in ("qvg", "bf16") else None
+    view = cache.view(at, turn, precompute=precompute, relative=relative)
     assert mosaic.unsupported(view, q, fp8) is None
     _agrees_with_xla(view, q, k, v, fp8)
 
@@ -198,7 +203,8 @@ def test_plans_change_nothing_but_rounding(references, monkeypatch, name, fp8, p
     cache = filled_cache(codecs()[name], blocks=9, block=64, max_spans=4)
     cache = with_window_garbage(evict(cache, spans=1))
     assert int(cache.first_span) == 1 and int(cache.num_spans) == 2
-    view = cache.view(positions(9, 64), HALF, precompute=precompute)
+    relative = None if precompute else RelativeTime(9)
+    view = cache.view(positions(9, 64), HALF, precompute=precompute, relative=relative)
     rng = np.random.default_rng(3)
     q = jnp.asarray(rng.standard_normal((1, 64, 4, 128)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(2))

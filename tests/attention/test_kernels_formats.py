@@ -28,7 +28,13 @@ from qvg_jax.cache.rope import Rope
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
 from qvg_jax.codecs.compose import chain
-from qvg_jax.codecs.quantize import grid_quantize, heads_as_tokens, residual_quantize
+from qvg_jax.codecs.quantize import (
+    dithered_quantize,
+    grid_quantize,
+    heads_as_tokens,
+    minmax_quantize,
+    residual_quantize,
+)
 from qvg_jax.codecs.smoothing import KMeansPacked, kmeans_smoothing
 from tests.support.kernel_cases import (
     E4M3,
@@ -59,8 +65,14 @@ def test_declared_storage_becomes_a_scheme():
     bits = {n: [scheme_of(c, 128) for c in codecs()[n]] for n in ("midrise-k1v3", "midrise-1bit")}
     assert [(s.bits, s.offset) for s in bits["midrise-k1v3"]] == [(1, 0.5), (3, 3.5)]
     assert [(s.bits, s.stages) for s in bits["midrise-1bit"]] == [(1, 2)] * 2
-    for codec in (grid_quantize(grid="lloyd_max"), presets.get("rtn", mode="asymmetric")):
-        assert isinstance(scheme_of(codec, 128), str)
+    dithered = Scheme(2, 128, 2 - 1 / 128, 1, dithered=True, deviations=True)
+    for name, scheme in (
+        ("dither", dithered),
+        ("dither-asym", dataclasses.replace(dithered, zero_points=True)),
+        ("qvg-asym", Scheme(2, 128, 0, 1, zero_points=True)),
+    ):
+        assert [scheme_of(codec, 128) for codec in presets.pair(name)] == [scheme] * 2
+    assert isinstance(scheme_of(grid_quantize(grid="lloyd_max"), 128), str)
     assert "kmeans" not in scheme_of(presets.get("rtn", scale_dtype="bf16"), 128)
 
 
@@ -150,11 +162,16 @@ DECLARED = {
     "f32 centroids": chain(kmeans_smoothing(24, centroid_dtype="f32"), residual_quantize(8, 128)),
     "side by side": side_by_side(presets.qvg(num_centroids=24)),
     "side by side, one scale": side_by_side(presets.pair("midrise", num_centroids=24)[0]),
+    "side by side, dithered": side_by_side(presets.pair("dither-asym", num_centroids=24)[0]),
+    "from the smallest to the largest": minmax_quantize(4, 32, "token", scale_dtype="e4m3"),
+    "dithered, 4 bits": dithered_quantize(4),
 }
 READ = {
     "qvg", "qvg-4bit", "qvg-pro", "qvg-pro-4bit", "rtn", "rtn-4bit", "auto", "midrise",
     "midrise-k1v3", "midrise2", "midrise-1bit", "normalized", "seven levels",
     "nine levels, groups", "8 bits", "f32 centroids", "side by side", "side by side, one scale",
+    "qvg-asym", "dither", "dither-asym", "side by side, dithered", "dithered, 4 bits",
+    "from the smallest to the largest",
 }  # fmt: skip
 
 
@@ -181,9 +198,8 @@ def test_the_declared_storage_decodes_as_the_codec_does(name):
     ("codec", "part"),
     [
         (presets.get("quarot"), "the smoothing 'hadamard' in front of the codes"),
-        (presets.get("rtn", mode="asymmetric"), "zero points"),
         (presets.pair("kivi")[0], "zero points of a channel"),
-        (presets.pair("kivi")[1], "zero points"),
+        (presets.pair("kivi")[1], "bf16 scales"),
         (presets.get("rtn", scale_dtype="f32"), "f32 scales"),
         (grid_quantize(scale_dtype="bf16"), "bf16 scales"),
         (grid_quantize(grid="lloyd_max"), "lloyd_max levels, which are not equally spaced"),

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.dequantize.dither import dither
 from qvg_jax.codecs import presets
-from qvg_jax.codecs.quantize.dithered import dither, dithered_quantize
+from qvg_jax.codecs.quantize.dithered import dithered_quantize
 from qvg_jax.codecs.quantize.packing import unpack
 from tests.support.spans import normal_tokens, round_trip
 

@@ -97,15 +97,15 @@ def test_a_recipe_can_say_what_encodes_it():
 
 
 def test_auto_is_the_cautious_recipe_unless_a_models_loop_says_otherwise():
-    assert presets.recommended() == presets.recommended("worldplay") == "midrise"
+    assert presets.recommended() == presets.recommended("worldplay") == "dither"
     assert presets.recommended("pocket-world") == "midrise-k2v4"
     shape = (1, 1, 1024, 128)
-    for asked, name in ((dict(), "midrise"), (dict(model="pocket-world"), "midrise-k2v4")):
+    for asked, name in ((dict(), "dither"), (dict(model="pocket-world"), "midrise-k2v4")):
         ours, theirs = presets.pair("auto", **asked), presets.pair(name)
         assert [c.nbytes(shape) for c in ours] == [c.nbytes(shape) for c in theirs]
         assert {c.name for c in ours} == {"auto"}
     assert presets.auto(num_centroids=8)[1].nbytes(shape) < presets.auto()[1].nbytes(shape)
-    with pytest.raises(ValueError, match="codec='midrise' does not accept"):
+    with pytest.raises(ValueError, match="codec='dither' does not accept"):
         presets.auto(mood=1)
 
 

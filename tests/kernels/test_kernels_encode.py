@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels import kmeans, quantize_pack
-from pallas_kernels.kmeans import Tuning, kmeans_sums
+from pallas_kernels.kmeans import Metric, Tuning, kmeans_sums
 from pallas_kernels.kmeans.api import parts_for
 from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
 from pallas_kernels.quantize_pack import mosaic_gpu as pack_mosaic_gpu
 from qvg_jax.codecs import compose, presets
 from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize.dithered import dithered_quantize
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
-from qvg_jax.codecs.smoothing import kmeans_smoothing
+from qvg_jax.codecs.smoothing import kmeans_smoothing, rotation
 from tests.support.kernel_cases import ENCODERS, clustered, encoded_twice, lowered, round_trip_error
 from tests.support.pallas_interpreter import interpreted_encoding
 
@@ -34,18 +35,44 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "tokens, clusters, parts, late", [(300, 256, 2, True), (100, 40, 1, False)]
+    "tokens, clusters, parts, late, equal",
+    [(300, 256, 2, True, False), (100, 40, 1, False, True)],
 )
-def test_sums_equal_the_reference(interpreted, tokens, clusters, parts, late):
-    """A partial last tile, fewer centroids than the table holds, several CTAs per row."""
+def test_sums_equal_the_reference(interpreted, tokens, clusters, parts, late, equal):
+    """A partial last tile, fewer centroids than the table holds, several CTAs per row; by a metric."""
     x, c = clustered(2, tokens, clusters)
-    right = kmeans_sums(x, c, scores=True, implementation="xla")
-    ours = kmeans_sums(x, c, scores=True, parts=parts, tuning=Tuning(late=late))
+    here = dict(scores=True, metric=metric_of(x) if equal else None)
+    right = kmeans_sums(x, c, implementation="xla", **here)
+    ours = kmeans_sums(x, c, parts=parts, tuning=Tuning(late=late), **here)
     np.testing.assert_array_equal(ours.ids_RT, right.ids_RT)
     np.testing.assert_array_equal(ours.number_RK, right.number_RK)
     np.testing.assert_allclose(ours.total_RKD, right.total_RKD, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ours.score_RT, right.score_RT, rtol=2**-14, atol=1e-6)
     assert int(right.number_RK.sum()) == 2 * tokens
+
+
+def metric_of(x):
+    """The mean of every channel, and a size near its deviation."""
+    x = x.astype(jnp.float32)
+    centre = jnp.mean(x, axis=1)
+    share = np.random.default_rng(0).uniform(0.5, 2, centre.shape).astype(np.float32)
+    return Metric(centre, jnp.mean(jnp.abs(x - centre[:, None]), axis=1) * share)
+
+
+def test_a_metric_measures_channels_by_their_sizes():
+    """The nearest by numpy, with a loud channel that is far from zero; distances come from the scores."""
+    loud = lambda a: a.astype(jnp.float32).at[..., 3].multiply(50).at[..., 3].add(900)  # noqa: E731
+    x, c = map(loud, clustered(1, 90, 30))
+    x = x.astype(jnp.bfloat16)
+    metric = metric_of(x)
+    sums = kmeans_sums(x, c, scores=True, metric=metric, implementation="xla")
+    size, centre = (np.asarray(a, np.float64)[0] for a in (metric.size_RD, metric.centre_RD))
+    x, c = np.asarray(x, np.float64)[0], np.asarray(c, np.float64)[0]
+    distance_TK = np.square((x[:, None] - c) / size).sum(-1)
+    got_T = distance_TK[np.arange(90), np.asarray(sums.ids_RT)[0]]
+    np.testing.assert_allclose(got_T, distance_TK.min(1), rtol=2e-2)
+    told_T = np.square((x - centre) / size).sum(-1) - 2 * np.asarray(sums.score_RT)[0]
+    np.testing.assert_allclose(told_T, got_T, rtol=2e-2)
 
 
 def test_a_token_of_zeros_finds_the_centroid_at_zero(interpreted):
@@ -152,6 +179,7 @@ def references(monkeypatch):
     monkeypatch.setattr(compose, "no_hopper", lambda: None)
     for module, name in (
         (kmeans, "kmeans_sums"),
+        (kmeans, "assign"),
         (quantize_pack, "assign_and_pack"),
         (quantize_pack, "assign_and_subtract"),
     ):
@@ -172,6 +200,23 @@ def test_codecs_encode_as_well_on_the_kernels(references, name):
         forms = [jax.tree.map(lambda y: (y.shape, y.dtype), x) for x in (a[1:], b[1:])]
         assert forms[0] == forms[1] and jax.tree.structure(a) == jax.tree.structure(b)
         assert round_trip_error(codec, a) < most * round_trip_error(codec, b)
+
+
+@pytest.mark.parametrize(
+    "quantizer, equalize",
+    [(residual_quantize(group=128, mode="asymmetric"), False), (dithered_quantize(), True)],
+    ids=["zero points", "a dither"],
+)
+def test_residuals_without_a_kernel_are_encoded_by_their_codec(references, quantizer, equalize):
+    """Kernels find centroids and the nearest of them; the bytes of the rest are those of the codec."""
+    codec = chain(kmeans_smoothing(32, iters=1, equalize=equalize), quantizer)
+    x = clustered(2, 200, 32)[0][None]
+    encode = jax.jit(functools.partial(codec.encode, implementation="mosaic"))
+    (nodes, packed), state = encode(x, codec.init(x.shape, x.dtype))
+    table_BHKD = nodes.centroids_BHSKD[:, :, 0].astype(jnp.float32)
+    picked = jnp.take_along_axis(table_BHKD, nodes.ids_BHST[:, :, 0, :, None].astype(int), axis=2)
+    want, _ = quantizer.encode(x.astype(jnp.float32) - picked, state[1])
+    jax.tree.map(np.testing.assert_array_equal, packed, want)
 
 
 def test_a_bad_token_is_encoded_without_kernels(references):
@@ -211,11 +256,7 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     monkeypatch.setattr(compose, "no_hopper", lambda: None)
     smoothing = kmeans_smoothing(8)
     for codec, message in (
-        (chain(smoothing, grid_quantize(grid="lloyd_max")), "lloyd_max levels"),
-        (chain(smoothing, residual_quantize(mode="asymmetric")), "zero points"),
-        (chain(kmeans_smoothing(16, equalize=True), grid_quantize()), "channels made equal"),
-        (presets.pair("dither", num_centroids=16)[0], "dithered levels"),
-        (chain(smoothing, residual_quantize(bits=3)), "bits=3"),
+        (chain(rotation(), grid_quantize()), "hadamard"),
         (chain(kmeans_smoothing(8, centroid_dtype="float32"), residual_quantize()), "f32"),
         (chain(smoothing, smoothing, residual_quantize()), "one kmeans_smoothing"),
         (chain(residual_quantize()), "one kmeans_smoothing"),

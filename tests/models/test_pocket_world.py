@@ -23,6 +23,7 @@ from models.pocket_world import (
     world,
 )
 from models.pocket_world.config import PocketWorldConfig
+from models.pocket_world.overlap import Overlap
 from qvg_jax.loop import rollout
 
 render = jax.jit(world.render)
@@ -202,10 +203,15 @@ def test_the_shipped_weights_are_the_base_model():
 def test_sampler_levels_and_limits():
     levels = sampling.Sampler(steps=3, shift=2.0).levels()
     np.testing.assert_allclose(levels, [1, 0.8, 0.5, 0])
+    overlapping = sampling.Sampler(steps=4, shift=2.0, overlap=0.5)
+    np.testing.assert_allclose(overlapping.levels(), [1, 0.8, 0.5, 0.25])
+    assert sampling.Sampler(steps=1, overlap=0.5).levels() == (1, 0)
     with pytest.raises(ValueError, match="steps=0"):
         sampling.Sampler(steps=0)
     with pytest.raises(ValueError, match="sharpness=-1"):
         sampling.Sampler(sharpness=-1)
+    with pytest.raises(ValueError, match="overlap=1"):
+        sampling.Sampler(overlap=1)
 
 
 def test_logits_grow_with_a_history_longer_than_those_of_training():
@@ -232,6 +238,39 @@ def test_a_second_order_step_is_exact_where_the_prediction_is_linear_in_the_nois
     euler = sampling.second_order_step(exact(0.7), a + b * 0.7, 0.0, 0.7, 0.35)
     np.testing.assert_allclose(euler, (exact(0.7) + a + b * 0.7) / 2, rtol=1e-5)
     np.testing.assert_allclose(sampling.second_order_step(exact(0.7), a, 0.0, 0.7, 0.0), a)
+
+
+def test_overlapping_patches_lie_on_the_corners_of_the_others():
+    grid, key = Overlap(16), jax.random.key(0)
+    pose = jnp.array([[[8.0, 0, 0], [0, 16, 2]]])
+    own = camera.token_positions(pose[0], jnp.arange(2), 16).reshape(2, 4, 6, 4)
+    between = (own[:, :-1, :-1] + own[:, 1:, 1:]) / 2
+    np.testing.assert_allclose(grid.positions(pose, jnp.arange(2))[0], between.reshape(-1, 4))
+
+    tokens = jax.random.normal(key, (1, 2 * 24, 768))
+    np.testing.assert_allclose(grid.blend(tokens, grid.cut(tokens)), tokens, atol=1e-6)
+    weight = grid.weight()  # nothing at its own borders, nearly all in the middle of a patch
+    assert weight[0, 0] < 0.01 and weight[:, 16].max() < 0.51 and weight[8, 8] > 0.98
+    np.testing.assert_allclose(weight, weight[::-1, ::-1])
+    frames = modeling.to_frames(grid.blend(jnp.zeros_like(tokens), jnp.ones((1, 30, 768))), 16)
+    np.testing.assert_allclose(frames[0, 0, 8:-8, 8:-8, 0], weight, atol=1e-6)
+    assert not frames[:, :, :8].any() and not frames[:, :, :, -8:].any()
+
+
+@pytest.mark.slow
+def test_overlapping_patches_hide_the_seams_of_invented_places():
+    model = params.load_weights(params.DEFAULT_WEIGHTS)
+    path = camera.follow(jnp.zeros(3), camera.parse_actions("stay-4,w-8"))[None]
+    xs = pipeline.block_inputs(model.cfg, jnp.array([3]), path, 4)
+
+    def run(**settings):
+        cache = pipeline.make_cache(model.cfg, pipeline.world_codec("bf16"), 12)
+        step = pipeline.make_step(model, sampling.Sampler(**settings))
+        return rollout(step, pipeline.WorldState(cache, jax.random.key(0)), xs, chunk=3)[1][1:]
+
+    plain, overlapping = run(), run(overlap=sampling.FREE_OVERLAP)
+    assert evaluate.seams(overlapping, 16) < 0.8 * evaluate.seams(plain, 16)
+    assert abs(overlapping.std() / plain.std() - 1) < 0.1
 
 
 @pytest.mark.slow

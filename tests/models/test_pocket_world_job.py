@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.pocket_world import camera, job, world
+from models.pocket_world import camera, job, route, world
 from models.pocket_world.entry import Options
+from qvg_jax.errors import UserError
 from tests.support.tiny_world import as_in_its_own_process, random_weights
 
 
@@ -28,7 +29,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def test_the_default_path_goes_back_and_forth_without_a_cut():
-    tour, path = 8, job._path(3, 8, 30, None)
+    tour, path = 8, route.path_of(3, 8, 30, None)
     there = list(range(tour))
     back = there[-2::-1]
     want = [*there, *(back + there[1:]) * 3]
@@ -36,8 +37,27 @@ def test_the_default_path_goes_back_and_forth_without_a_cut():
     assert np.abs(np.diff(path, axis=0)[:, :2]).max() <= camera.SPEED
 
 
+def test_an_endless_path_wanders_on_from_the_tour_without_a_cut():
+    path = route.path_of(3, 8, 400, None, True)
+    np.testing.assert_array_equal(path[:8], route.path_of(3, 8, 30, None)[:8])
+    assert np.abs(np.diff(path, axis=0)[:, :2]).max() <= camera.SPEED
+    assert np.abs(path[:, :2]).max() <= route.HALF_WIDTH + camera.SPEED
+
+
+def test_a_bounded_memory_does_not_grow_with_the_frames(weights):
+    sizes = [
+        job.prepare(Options(weights=str(weights), tour=8, frames=f, endless=True, memory=64))
+        for f in (16, 4000)
+    ]
+    shapes = [jax.tree.map(jnp.shape, [arm.state for arm in j.arms]) for j in sizes]
+    assert shapes[0] == shapes[1]
+    for wrong in (dict(memory=64), dict(recall=True)):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}=.* needs --endless"):
+            job.prepare(Options(weights=str(weights), tour=8, **wrong))
+
+
 def test_actions_repeat_from_the_end_of_the_tour():
-    path = job._path(3, 8, 6, camera.parse_actions("d-1,s-1"))
+    path = route.path_of(3, 8, 6, camera.parse_actions("d-1,s-1"))
     want = np.array([[8, 0, 0], [0, 8, 0]] * 3, np.float32)
     np.testing.assert_array_equal(np.diff(path[7:], axis=0), want)
 
@@ -45,7 +65,7 @@ def test_actions_repeat_from_the_end_of_the_tour():
 def test_seen_is_the_share_of_the_view():
     far, half = [10_000.0, 0, 0], [world.WIDTH / 2, 0, 0]
     path = np.array([[0, 0, 0], [0, 0, 0], half, far, [0, 0, 2]], np.float32)
-    seen = job.seen_in_tour(path, 1)
+    seen = route.seen_in_tour(path, 1)
     np.testing.assert_allclose(seen, [1, 1, 0.5, 0, 0.25], atol=0.03)
 
 

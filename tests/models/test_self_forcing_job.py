@@ -89,11 +89,11 @@ def error_line(stderr):
 def test_two_arms_share_their_noise_and_stand_side_by_side(whole):
     assert {p.name for p in whole.iterdir()} == {
         ".lock",
-        "video.mp4", "report.json", "report.png", "latents",
+        "video.mp4", "report.json", "report.png", "report.html", "latents",
     }  # fmt: skip
     with av.open(str(whole / "video.mp4")) as file:
         stream = file.streams.video[0]
-        sheet = Sheet(2, tiny.HEIGHT, tiny.WIDTH, tour=0, frames=FRAMES)
+        sheet = Sheet(3, tiny.HEIGHT, tiny.WIDTH, tour=0, frames=FRAMES)
         assert (stream.frames, stream.average_rate) == (FRAMES, 16)
         assert (stream.height, stream.width) == (sheet.height, sheet.width)
     report = json.loads((whole / "report.json").read_text())
@@ -331,7 +331,10 @@ def test_a_folder_that_lacks_parts_says_which_and_how_to_get_them(run, tmp_path)
     "argv, parts",
     [
         (["--frames", "7"], ["frames=7", "blocks are 3 frames", "nearest are 6 and 9"]),
-        (["--frames", "66"], ["frames=66", "rope_frames=64", "RoPE table"]),
+        (["--frames", "66"], ["frames=66", "rope_frames=64", "RoPE table", "--endless"]),
+        (["--horizon", "9"], ["horizon=9 needs --endless"]),
+        (["--endless", "--horizon", "2"], ["horizon=2 is shorter than a block of 3"]),
+        (["--endless", "--horizon", "62"], ["horizon=62", "64 rows", "at most 61"]),
         (["--height", "40"], ["height=40", "multiple of 16"]),
         (["--width", "8"], ["width=8", "multiple of 16"]),
         (["--codec", "zip"], ["'zip'", "accepted: qvg"]),

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from models.common.wan_text import TextKV
+from models.self_forcing.averaged_sink import before_the_window
 from models.self_forcing.block import BlockNoise, State, draw_noise, generate_block
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
-from models.self_forcing.history import History, make_cache, recall
+from models.self_forcing.history import History, append_frames, make_cache, recall
 from models.self_forcing.params import random_dit, skeleton
 from models.self_forcing.pipeline import Generation, SelfForcing
 from models.self_forcing.schedule import compressions, network_calls, plan_blocks
@@ -67,6 +68,48 @@ def test_stream_and_longer_videos_repeat_the_same_frames_without_recompiling():
     np.testing.assert_allclose(np.concatenate(parts, axis=1), short, rtol=0, atol=1e-5)
 
 
+def test_the_first_block_may_take_other_steps():
+    """As in Causal-Forcing++: after it, a video goes on as with the other schedule from the same block."""
+    mixed = dataclasses.replace(SHORT, first_steps=(1000,))
+    made = SelfForcing(model(), sampler=mixed).generate(request(6), chunk=1)
+    assert np.abs(made[:, :3] - pipeline().generate(request(3), chunk=1)).max() > 1e-3
+    after = pipeline().generate(request(6, initial_BFZYX=made[:, :3]), chunk=1)
+    np.testing.assert_allclose(made, after, rtol=0, atol=1e-5)
+
+
+def test_a_sink_averages_what_leaves_the_window():
+    """As a list of frames does it; the sink lies before the window, whose last three frames are 12 to 14."""
+    history = History(window_frames=9, sink_frames=3, sink_average=0.75)
+    cache = make_cache(CONFIG, history, frames=18, latent_height=4, latent_width=4)
+    size = cache.layout.block_tokens
+    form = (CONFIG.layers, 1, 3 * size, CONFIG.heads, CONFIG.head_dim)
+    step = jax.jit(functools.partial(append_frames, sink_average=history.sink_average))
+    sink, window, left = [0.0, 1.0, 2.0], [], 0
+    for first in range(0, 15, 3):
+        frame_T = np.repeat(np.arange(first, first + 3), size)
+        kv = jnp.broadcast_to(frame_T[None, None, :, None, None], form).astype(jnp.float32)
+        pos = jnp.pad(frame_T.astype(np.float32)[None, :, None], ((0, 0), (0, 0), (0, 2)))
+        cache = step(cache, kv, -kv, pos)
+        for frame in range(max(first, 3), first + 3):
+            if len(window) == 3:
+                sink[left % 3] = 0.75 * sink[left % 3] + 0.25 * window.pop(0)
+                left += 1
+            window.append(frame)
+    got = np.asarray(cache.dense_k)[0, 0, 0, : 3 * size : size, 0]
+    np.testing.assert_allclose(got, sink, rtol=1e-6)
+    np.testing.assert_allclose(
+        cache.dense_v[..., : 3 * size, :], -cache.dense_k[..., : 3 * size, :]
+    )
+    moved = before_the_window(cache).dense_pos[0, ::size, 0]
+    np.testing.assert_array_equal(np.sort(moved), np.arange(9, 15))
+    np.testing.assert_array_equal(moved[:3], [9, 10, 11])
+    for wrong in (dict(sink_frames=0), dict(window_frames=None), dict(sink_average=2.0)):
+        with pytest.raises(ValueError, match="sink_average="):
+            dataclasses.replace(history, **wrong)
+    with pytest.raises(ValueError, match="sink_average=.* without codecs"):
+        dataclasses.replace(history, key_codec=PLAIN, value_codec=PLAIN)
+
+
 def test_another_key_and_another_prompt_make_another_video():
     pipe = pipeline()
     one = pipe.generate(request(3), chunk=1)
@@ -102,6 +145,16 @@ def test_spans_that_only_store_change_nothing_and_bounded_ones_forget():
     assert all(0 in seen and len(seen) <= 11 for seen in sights)
     assert np.abs(latents[:, :9] - whole[:, :9]).max() < 1e-5
     assert np.abs(latents[:, 9:12] - whole[:, 9:12]).max() > 1e-4
+
+
+def test_a_video_longer_than_the_table_of_positions_is_the_same_within_a_window():
+    history = History.qvg(PLAIN, span_frames=3, window_frames=8)
+    absolute = pipeline(history).generate(request(18), chunk=1)
+    few_rows = dataclasses.replace(CONFIG, rope_frames=11, horizon=8)
+    endless = SelfForcing(random_dit(few_rows, seed=0), sampler=SHORT, history=history)
+    counted_back = endless.generate(request(18), chunk=1)
+    np.testing.assert_array_equal(counted_back[:, :9], absolute[:, :9])  # up to the horizon
+    np.testing.assert_allclose(counted_back, absolute, rtol=0, atol=1e-5)
 
 
 def test_a_two_bit_history_stays_near_and_repeats_itself():
@@ -149,6 +202,10 @@ def test_plan_of_blocks_calls_and_compressions():
     assert [(b.frames, b.given) for b in image] == [(1, True), (3, False), (3, False)]
     calls = network_calls(image, SamplerConfig(context_timestep=7.0))
     assert [c.timestep for c in calls[:6]] == [0.0, 1000.0, 937.5, 833.3333129882812, 625.0, 7.0]
+    few = SamplerConfig(steps=(1000, 500), first_steps=(1000, 750, 500))
+    assert [len(network_calls(b, few)) for b in (blocks[:1], blocks[1:2], image[:2])] == [4, 3, 4]
+    with pytest.raises(ValueError, match="first_steps=.* must fall from noisy to clean"):
+        SamplerConfig(first_steps=(500, 750))
     kept = compressions(blocks[:12], span_frames=6, keep_recent=6, sink_frames=3)
     assert [(e.first, e.end, e.stored) for e in kept[:2]] == [(3, 9, 15), (9, 15, 21)]
 

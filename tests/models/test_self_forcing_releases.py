@@ -20,6 +20,7 @@ from models.self_forcing.sampler import Ladder
 from models.self_forcing.settings import released_sizes, settle, sizes_of
 from models.umt5 import Tokenizer
 from qvg_jax.app import cli
+from qvg_jax.errors import UserError
 from tests.support import tiny_self_forcing as tiny
 from tests.support.tiny_world import as_in_its_own_process
 from tests.support.tiny_worldplay import drawn
@@ -62,6 +63,16 @@ def test_krea_has_14b_of_parameters_and_its_own_timesteps():
 def test_blocks_windows_and_steps_of_the_others():
     assert settings_of("causal-forcing-framewise").sizes.dit.frames_per_block == 1
     assert settings_of("causal-forcing").sampler == settings_of("self-forcing").sampler
+    two, one = (settings_of(f"causal-forcing-{n}-step") for n in (2, 1))
+    assert two.sizes.dit.frames_per_block == one.sizes.dit.frames_per_block == 1
+    for ours, steps in ((two, (1000, 500)), (one, (1000,))):
+        first, later = (ours.sampler.of_block(frame).steps for frame in (0, 1))
+        assert (first, later) == ((1000, 750, 500, 250), steps)
+    assert settings_of("causal-forcing-2-step", steps=3).sampler.of_block(0).steps == (
+        1000,
+        667,
+        334,
+    )
     live = settings_of("longlive")
     lay = live.cache("midrise").layout
     assert (lay.sink_blocks, lay.span_blocks, lay.overflow) == (3, 3, "drop")
@@ -69,6 +80,13 @@ def test_blocks_windows_and_steps_of_the_others():
     assert plain.sink_blocks + plain.window_blocks + 3 == 12
     wide = settings_of("longlive", window=48, span=12).cache("midrise").layout
     assert wide.span_blocks == 12 and wide.max_spans > lay.max_spans
+    reward = settings_of("reward-forcing", codec="bf16")
+    assert reward.sampler == settings_of("self-forcing").sampler
+    assert reward.histories["bf16"].sink_average == 0.999
+    lay = reward.cache("bf16").layout
+    assert (lay.sink_blocks, lay.window_blocks, lay.is_ring) == (3, 3, True)
+    with pytest.raises(UserError, match="sink_average=0.999 needs .* without codecs"):
+        settings_of("reward-forcing", codec="qvg")
     assert settings_of("raven").histories == settings_of("self-forcing").histories
 
 
@@ -123,8 +141,9 @@ def test_a_lora_of_the_release_is_looked_for_before_anything_is_read(tmp_path, p
 @pytest.mark.parametrize(
     ("name", "argv"),
     [
-        ("causal-forcing-framewise", ["--frames", "4", "--codec", "bf16"]),
+        ("causal-forcing-2-step", ["--frames", "4", "--codec", "bf16"]),
         ("longlive", ["--frames", "15", "--codec", tiny.CODEC]),
+        ("reward-forcing", ["--frames", "12"]),
         ("krea-realtime", ["--frames", "6", "--codec", "bf16"]),
     ],
 )

@@ -108,4 +108,4 @@ def test_the_command_makes_a_video_beside_a_folder_named_models(site, tmp_path):
     said = run(sys.executable, *words, cwd=tmp_path, env=env)
     assert "pocket-world: 8 real frames" in said
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made >= {"video.mp4", "report.json", "report.png"}
+    assert made >= {"video.mp4", "report.json", "report.png", "report.html"}

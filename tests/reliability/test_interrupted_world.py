@@ -11,6 +11,7 @@ import pytest
 from models.pocket_world import job, params, pipeline
 from models.pocket_world.entry import Options
 from qvg_jax.app import cli
+from qvg_jax.app.film import REAL_SHOWN
 from qvg_jax.app.video import Mp4
 from tests.support.faulty_disk import ERRORS, FaultyDisk, Killed
 from tests.support.tiny_runs import stored
@@ -61,7 +62,7 @@ def products(out):
     report = json.loads((out / "report.json").read_text())
     assert report.pop("timings")["total_seconds"] > 0
     left = {p.name for p in out.iterdir()}
-    assert left == {".lock", "report.json", "report.png", "video.mp4"}
+    assert left == {".lock", "report.html", "report.json", "report.png", "video.mp4"}
     return (out / "video.mp4").read_bytes(), report
 
 
@@ -70,7 +71,7 @@ def test_sigterm_leaves_a_video_and_the_run_goes_on(run, whole, tmp_path, monkey
 
     def press(self, frame):
         add(self, frame)
-        if self.frames == TOUR + BLOCK + 2:
+        if self.frames == REAL_SHOWN + BLOCK + 2:
             signal.raise_signal(number)
 
     handler = signal.getsignal(number)
@@ -78,7 +79,7 @@ def test_sigterm_leaves_a_video_and_the_run_goes_on(run, whole, tmp_path, monkey
         patch.setattr(Mp4, "add", press)
         code, err = run(tmp_path)
     assert code == 128 + number
-    assert err.endswith(f"has the {TOUR + 2 * BLOCK} frames so far; --resume goes on\n")
+    assert err.endswith(f"has the {REAL_SHOWN + 2 * BLOCK} frames so far; --resume goes on\n")
     assert signal.getsignal(number) is handler
     code, err = run(tmp_path)
     assert code == 2 and re.search(r"first \d blocks of this run, interrupted.*--resume", err)

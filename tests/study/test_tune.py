@@ -210,9 +210,9 @@ def test_clustered_recipes_of_a_world_have_centroids_for_its_short_spans():
     """The sizes that the page lists; 256 centroids for 768 tokens would make "auto" twice as large."""
     sizes = {
         name: pair_bits(pipeline.world_codec(name), (1, 4, 768, 64))
-        for name in ("midrise", "auto", "kmeans-e8")
+        for name in ("dither", "auto", "kmeans-e8")
     }
-    assert sizes["auto"] == sizes["midrise"] and max(sizes.values()) < 2.5
+    assert sizes["auto"] == sizes["dither"] and max(sizes.values()) < 2.5
 
 
 def test_codecs_may_differ_for_k_and_v_in_a_world():

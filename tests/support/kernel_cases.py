@@ -39,6 +39,7 @@ ENCODERS = {
     "midrise keys": lambda: presets.pair("midrise", num_centroids=64)[0],
     "midrise values": lambda: presets.pair("midrise", num_centroids=64)[1],
     "1 bit keys": lambda: presets.pair("midrise-k1v3", num_centroids=64)[0],
+    "dither keys": lambda: presets.pair("dither", num_centroids=64)[0],
 }
 
 # name: scheme of 128 channels, and extra fields of the rows
@@ -55,6 +56,16 @@ FORMATS = {
     "3 bits, integers": (Scheme(bits=3, group=16, offset=3, stages=0), ()),
     "8 bits": (Scheme(bits=8, group=64, offset=127.5, stages=1), ()),
     "midrise, e4m3 tables": (Scheme(bits=4, group=128, offset=7.5, stages=2), ("e4m3",)),
+    "qvg-asym": (Scheme(bits=2, group=64, offset=0, stages=1, zero_points=True), ()),
+    "dither": (
+        Scheme(2, 128, 2 - 1 / 128, 1, dithered=True, deviations=True),
+        ("exponents", "int8"),
+    ),
+    "dither-asym, 3 bits, no stage": (
+        Scheme(3, 128, 4 - 1 / 128, 0, dithered=True, zero_points=True, deviations=True),
+        ("exponents",),
+    ),
+    "dither, 4 bits": (Scheme(4, 128, 8 - 1 / 128, 2, dithered=True), ()),
 }
 
 
@@ -79,6 +90,9 @@ def encoded(
         tables = jax.lax.bitcast_convert_type(tables.astype(E4M3), jnp.uint8)
         steps = integers(-2, 3, rows, s).astype(jnp.int8)
     exponents = integers(-3, 1, rows).astype(jnp.int8) if "exponents" in extra else None
+    form = (rows, tokens, head_dim // scheme.group)
+    zeros = integers(0, 2, *form) * 128 + integers(0, 0x40, *form)
+    deviations = jnp.asarray(rng.uniform(0.2, 2, (rows, head_dim)), jnp.bfloat16)
     return Encoded(
         codes_RTC=integers(0, 256, rows, tokens, head_dim * scheme.bits // 8).astype(jnp.uint8),
         scales_RTG=integers(0, 0x40, rows, tokens, head_dim // scheme.group).astype(jnp.uint8),
@@ -86,6 +100,8 @@ def encoded(
         centroids_RSKD=tables if s else None,
         exponents_R=exponents,
         steps_RS=steps,
+        zeros_RTG=zeros.astype(jnp.uint8) if scheme.zero_points else None,
+        deviations_RD=deviations if scheme.deviations else None,
     ), scheme
 
 
@@ -172,6 +188,8 @@ def _random_packed(slots, rng):
             return np.asarray(value, np.float32).astype(E4M3).view(np.uint8)
         if "steps" in name and x.dtype != jnp.int8:
             return rng.uniform(0.005, 0.01, x.shape)
+        if "deviations" in name:
+            return rng.uniform(0.3, 1.5, x.shape)
         if x.dtype == jnp.int8:
             low, high = (-127, 128) if "centroids" in name else (-2, 2)
             return rng.integers(low, high, x.shape)
@@ -216,6 +234,9 @@ def codecs() -> dict:
         "midrise, int8 tables": presets.pair("midrise", num_centroids=64),
         "midrise-k1v3": presets.pair("midrise-k1v3", num_centroids=64),
         "midrise-1bit": presets.pair("midrise-1bit", num_centroids=64),
+        "qvg-asym": presets.get("qvg-asym", num_centroids=64, group=64),
+        "dither": presets.pair("dither", num_centroids=64),
+        "dither-asym": presets.pair("dither-asym", num_centroids=64),
         "bf16": presets.get("bf16"),
     }
 

@@ -71,7 +71,8 @@ class Tab:
         """The number of blocks after all presses have been played."""
         while True:
             before = self.blocks()
-            self.page.wait_for_timeout(1000)
+            last = re.search(r"([\d.]+) s", self.text("speed"))  # of the last block
+            self.page.wait_for_timeout(1000 + 2000 * float(last[1] if last else 0))
             self.wait_for("ready")
             if self.blocks() == before:
                 return before

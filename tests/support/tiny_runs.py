@@ -39,7 +39,10 @@ class TinyRun:
 
     argv: Callable[[Path], Sequence[str]]  # of a folder for the input
     setup: Callable[[], None] = lambda: None
-    unlike: tuple[str, ...] = ("report.png",)  # files with timings: seconds of each block
+    unlike: tuple[str, ...] = (
+        "report.png",
+        "report.html",
+    )  # files with timings: seconds of each block
 
 
 def _shrink(job, sizes: Callable) -> None:

@@ -1,10 +1,11 @@
-"""Drawings for the page of `qvg play`: how the cache has grown, and the way that was walked."""
+"""Drawings for the page of `qvg play`: how the memory has grown, and where the walk has been."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from qvg_jax.app.play.player import Point
+from qvg_jax.app.play.places import Box, around
+from qvg_jax.app.play.player import Point, in_memory
 
 __all__ = ["chart", "svg_map"]
 
@@ -12,7 +13,7 @@ INK, DIM, LINE, REAL, MADE = "#f0f1f3", "#9ea4ae", "#2c3038", "#7a818d", "#5cb4f
 
 
 def chart(points: Sequence[Point]) -> dict[str, Any]:
-    """Options of an ECharts plot: megabytes over frames, bf16 and as it is, switches marked."""
+    """Options of an ECharts plot: megabytes over blocks, in bf16 and as they are, switches marked."""
     points = list(points)
 
     def curve(name, colour, value, **more):
@@ -39,39 +40,71 @@ def chart(points: Sequence[Point]) -> dict[str, Any]:
     }
     return {
         "animation": False,
-        "grid": {"left": 34, "right": 10, "top": 26, "bottom": 22},
+        "grid": {"left": 34, "right": 10, "top": 26, "bottom": 36},
         "legend": {"top": 0, "right": 0, "textStyle": {"color": DIM, "fontSize": 11}},
         "tooltip": {"trigger": "axis"},
-        "xAxis": axis | {"type": "value", "min": "dataMin", "max": "dataMax", "minInterval": 1},
+        "xAxis": axis
+        | {
+            "type": "value",
+            "min": "dataMin",
+            "max": "dataMax",
+            "minInterval": 1,
+            "name": "block",
+            "nameLocation": "middle",
+            "nameGap": 18,
+            "nameTextStyle": {"color": DIM, "fontSize": 10},
+        },
         "yAxis": axis | {"type": "value", "name": "MB", "nameTextStyle": {"color": DIM}},
         "series": [
-            curve("bf16", REAL, lambda meter: meter.bf16_bytes),
-            curve("is", MADE, lambda meter: meter.bytes, areaStyle={"opacity": 0.2}, markLine=mark),
+            curve("in bf16", REAL, lambda meter: meter.bf16_bytes),
+            curve(
+                "now", MADE, lambda meter: meter.bytes, areaStyle={"opacity": 0.2}, markLine=mark
+            ),
         ],
     }
 
 
-def svg_map(points: Sequence[Point], *, width: int = 176, height: int = 104) -> str:
-    """The way as SVG, north up: grey the tour, blue what was walked, a dot where it has come to."""
-    places = [p.place for p in points]
-    if not places:
-        return f'<svg viewBox="0 0 {width} {height}" width="100%"></svg>'
-    xs, ys = zip(*places, strict=True)
-    scale = min((width - 20) / max(max(xs) - min(xs), 1), (height - 20) / max(max(ys) - min(ys), 1))
-    scale = min(scale, 0.5)  # a short way stays small
-    middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
+def svg_map(points: Sequence[Point], *, width: int = 220, height: int = 130) -> str:
+    """Where the walk has been, as SVG, north up.
 
-    def at(place):
-        x, y = ((v - m) * scale for v, m in zip(place, middle, strict=True))
-        return f"{width / 2 + x:.1f},{height / 2 + y:.1f}"
+    Filled is the ground that the memory has seen: grey in real frames, blue in frames that the model
+    made, blank where it was forgotten. The lines are the path in the same colours, the frame is what the last
+    picture shows, and the dot its middle.
+    """
+    points = list(points)
+    if not points:
+        return f'<svg viewBox="0 0 {width} {height}" width="100%" aria-hidden="true"></svg>'
+    views = [p.view or (*p.place, *p.place) for p in points]
+    left, top, right, bottom = around([*views, *(p.ground for p in points if p.ground)])
+    scale = min((width - 12) / max(right - left, 1), (height - 12) / max(bottom - top, 1))
+    scale = min(scale, 0.5)  # a short path stays small
+    across, down = width / 2 - (left + right) / 2 * scale, height / 2 - (top + bottom) / 2 * scale
 
-    tour = [at(p.place) for p in points if p.real]
-    made = tour[-1:] + [at(p.place) for p in points if not p.real]
-    line = '<polyline points="{}" fill="none" stroke="{}" stroke-width="2" opacity="0.85"/>'
-    x, y = at(places[-1]).split(",")
+    def box(b: Box, look: str) -> str:
+        x, y = across + b[0] * scale, down + b[1] * scale
+        size = f'width="{(b[2] - b[0]) * scale:.1f}" height="{(b[3] - b[1]) * scale:.1f}"'
+        return f'<rect x="{x:.1f}" y="{y:.1f}" {size} {look}/>'
+
+    def at(point: Point) -> str:
+        return f"{across + point.place[0] * scale:.1f},{down + point.place[1] * scale:.1f}"
+
+    known = in_memory(points)
+    ground = [
+        f'<g opacity="{opacity}" fill="{colour}">'
+        + "".join(box(p.ground, "") for p in known if p.ground and p.real == real)
+        + "</g>"
+        for real, colour, opacity in ((False, MADE, 0.3), (True, REAL, 0.5))
+    ]
+    tour = [at(p) for p in points if p.real]
+    made = tour[-1:] + [at(p) for p in points if not p.real]
+    line = '<polyline points="{}" fill="none" stroke="{}" stroke-width="2"/>'
+    x, y = at(points[-1]).split(",")
+    now = box(points[-1].view, f'fill="none" stroke="{INK}"') if points[-1].view else ""
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="100%">'
+        f'<svg viewBox="0 0 {width} {height}" width="100%" aria-hidden="true">'
+        + "".join(ground)
         + line.format(" ".join(tour), REAL)
         + line.format(" ".join(made), MADE)
+        + now
         + f'<circle cx="{x}" cy="{y}" r="4" fill="{INK}"/></svg>'
     )

@@ -7,36 +7,33 @@ the time of a block, which is why nothing closer to the wire is needed.
 """
 
 import asyncio
-import base64
-import io
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 from nicegui import events, ui
-from PIL import Image
 
-from qvg_jax.app.play.drawings import chart, svg_map
+from qvg_jax.app.play.drawings import svg_map
+from qvg_jax.app.play.meter_card import MeterCard
 from qvg_jax.app.play.page_style import CSS, SCRIPT
+from qvg_jax.app.play.places import said
 from qvg_jax.app.play.player import Player
+from qvg_jax.app.play.screen import Screen, image, picture
 
-__all__ = ["Page", "picture"]
+__all__ = ["Page"]
 
-LOSSLESS_PIXELS = 200_000  # larger frames go to the browser as JPEG
 LARGEST_SEED = 2**31 - 1
 
-PADS = (("q", "Q"), ("w", "W"), ("e", "E"), ("a", "A"), ("s", "S"), ("d", "D"))
-NAMES = {"w": "north", "s": "south", "a": "west", "d": "east", "up": "up", "down": "down"}
-
-
-def picture(frame_HW3: UInt8[np.ndarray, "H W 3"]) -> str:
-    """A frame as a data URL: PNG, or JPEG if it is large."""
-    kind = "png" if frame_HW3[..., 0].size <= LOSSLESS_PIXELS else "jpeg"
-    file = io.BytesIO()
-    Image.fromarray(frame_HW3).save(file, kind, **({"quality": 92} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+# (key, arrow, letter) in three rows of three; None is a gap
+PADS = (
+    ("q", "⤓", "Q"), ("w", "↑", "W"), ("e", "⤒", "E"),
+    ("a", "←", "A"), ("s", "↓", "S"), ("d", "→", "D"),
+    (" ", "wait", "space"),
+)  # fmt: skip
+NAMES = {
+    "w": "north", "s": "south", "a": "west", "d": "east", "up": "up", "down": "down", "stay": "wait",
+}  # fmt: skip
 
 
 class Page:
@@ -60,95 +57,106 @@ class Page:
         self._pads: dict[str, ui.element] = {}
         self._codec_shown = player.walk.codec
         world = player.walk.world
+        ui.colors(primary="#5cb4ff")  # NiceGUI's own is too dark for the background
         ui.add_css(CSS)
         ui.add_css(f":root {{ --aspect: {world.width / world.height}; }}")
         ui.add_head_html(SCRIPT)
         ui.keyboard(self._on_key, repeating=False, ignore=["input", "select", "textarea"])
         ui.on("away", lambda: self._let_go())
-        blank = picture(np.full((world.height, world.width, 3), 24, np.uint8))
+        self._blank = picture(np.full((world.height, world.width, 3), 24, np.uint8))
         with ui.element("div").classes("board"):
             with ui.element("div").classes("stack"):
                 self._head(world.model)
-                self._frame = ui.interactive_image(blank).classes("frame")
-                self._controls(blank, world.truth is not None)
+                self._screen = Screen(self._blank)
+                self._controls()
+                self._places_card(world.truth is not None)
             with ui.element("div").classes("stack"):
-                self._meter_card()
+                self._meter = MeterCard(self._player.points)
                 self._codec_card(codecs)
                 self._world_card()
         self.refresh()
 
     def _head(self, model: str) -> None:
         with ui.element("div").classes("line"):
-            ui.label(model.replace("-", " ")).classes("title")
-            self._status = ui.label().classes("chip").props("data-testid=status")
+            with ui.element("h1").classes("title"):
+                ui.label(model.replace("-", " "))
+            self._status = ui.label().classes("chip").props("data-testid=status role=status")
+            self._place = (
+                ui.label().classes("place").props("data-testid=place role=status aria-live=polite")
+            )
             self._watching = ui.label().classes("dim push")
 
-    def _controls(self, blank: str, has_truth: bool) -> None:
+    def _controls(self) -> None:
         with ui.element("div").classes("card controls"):
-            with ui.element("div").classes("keys"):
-                for key, cap in PADS:
-                    self._pad(key, cap)
-            with ui.element("div").classes("stack").style("gap: 4px"):
+            with ui.element("div").classes("keys").props('role=group aria-label="walk"'):
+                for key, arrow, letter in PADS:
+                    self._pad(key, arrow, letter)
+            with ui.element("div").classes("stack").style("gap: 8px"):
+                with ui.element("div").classes("line").style("gap: 8px"):
+                    self._back = (
+                        ui.button("walk back", on_click=self._player.go_back, color=None)
+                        .props("no-caps unelevated data-testid=back")
+                        .classes("first")
+                    )
+                    self._back.set_visibility(self._player.walk.world.toward is not None)
+                    self._compare = ui.button("compare with bf16", on_click=self._on_compare).props(
+                        "no-caps outline data-testid=compare"
+                    )
                 self._hint = ui.label().classes("dim")
                 self._speed = ui.label().classes("dim number").props("data-testid=speed")
+
+    def _places_card(self, has_truth: bool) -> None:
+        with ui.element("div").classes("card places"):
             with ui.element("div"):
-                ui.label("the way").classes("name")
-                self._map = ui.html(svg_map([]), sanitize=False).classes("view")
+                ui.label("path").classes("name")
+                self._map = ui.html(svg_map([]), sanitize=False).classes("map")
+                self._map.props(
+                    'role=img aria-label="map of the path and of the ground it has shown"'
+                )
+            with ui.element("div").classes("legend dim"):
+                for kind, text in (
+                    ("real", "shown to the model in real frames"),
+                    ("made", "invented by the model, and remembered since"),
+                    ("none", "never seen, or forgotten: a view of it is invented"),
+                ):
+                    with ui.element("div"):
+                        ui.element("span").classes(f"swatch {kind}")
+                        ui.label(text)
             self._truth = None
             if has_truth:
                 with ui.element("div"):
-                    ui.label("the real world there").classes("name")
-                    self._truth = ui.interactive_image(blank).classes("view truth")
-                    ui.tooltip(
-                        "Where the walk has been before, the frame should be this one. Elsewhere "
-                        "the model invents."
-                    )
+                    ui.label("the real place").classes("name")
+                    with ui.element("div").classes("view truth"):
+                        self._truth = image("the real place of the newest frame", self._blank)
+                    ui.label(
+                        "Remembered frames should look like it, invented ones cannot. Seams in what is "
+                        "invented are the model's: bf16 has them too."
+                    ).classes("dim")
 
-    def _pad(self, key: str, cap: str) -> None:
+    def _pad(self, key: str, arrow: str, letter: str) -> None:
         action = self._player.walk.world.keys.get(key)
         if action is None:
             ui.element("div")
             return
-        with ui.element("div").classes("key").props(f"data-testid=pad-{key}") as pad:
-            ui.label(cap)
-            ui.tooltip(NAMES.get(action, action))
+        name = NAMES.get(action, action)
+        button = ui.element("button").classes("key wide" if key == " " else "key")
+        with button as pad:
+            ui.label(arrow).classes("arrow")
+            ui.label(letter).classes("letter")
+        pad.props["type"], pad.props["aria-label"] = "button", f"{name} ({letter})"
+        pad.props["title"] = name
+        pad.props["data-testid"] = f"pad-{key.strip() or 'space'}"
         self._pads[action] = pad
         pad.on("pointerdown", lambda: self._press(action), [])
         for event in ("pointerup", "pointerleave", "pointercancel"):
             pad.on(event, lambda: self._release(action), [])
-
-    def _meter_card(self) -> None:
-        def bar(name, kind):
-            with ui.element("div").classes("line").style("margin-top: 10px"):
-                ui.label(name).classes("dim")
-                value = ui.label().classes("number push")
-            with ui.element("div").classes("track"):
-                return value, ui.element("div").classes(f"fill {kind}")
-
-        with ui.element("div").classes("card"):
-            ui.label("the cache, its memory").classes("name")
-            with ui.element("div").classes("line").style("margin-top: 8px; align-items: baseline"):
-                self._times = ui.label().classes("big number").props("data-testid=times")
-                ui.label("smaller than in bf16").classes("dim")
-            self._bf16, self._bf16_bar = bar("bf16 would be", "plain")
-            self._is, self._is_bar = bar("is", "")
-            self._bf16.props("data-testid=bf16")
-            self._is.props("data-testid=is")
-            self._bits = (
-                ui.label().classes("dim number").style("margin-top: 8px").props("data-testid=bits")
-            )
-            self._room, self._room_bar = bar("frames remembered", "room")
-            self._forgotten = ui.label().classes("dim").style("margin-top: 6px")
-            self._chart = ui.echart(chart(self._player.points)).style(
-                "height: 150px; margin-top: 8px"
-            )
 
     def _codec_card(self, codecs: dict[str, str]) -> None:
         with ui.element("div").classes("card"):
             ui.label("codec").classes("name")
             self._codec = (
                 ui.select(codecs, value=self._codec_shown, on_change=self._on_codec)
-                .props("dense outlined options-dense dark")
+                .props('dense outlined options-dense dark aria-label="codec of the memory"')
                 .style("width: 100%; margin-top: 6px")
                 .props("data-testid=codec")
             )
@@ -174,8 +182,8 @@ class Page:
                 ui.button("new world", on_click=self._on_seed).props("outline no-caps").props(
                     "data-testid=go"
                 )
-                ui.button(icon="casino", on_click=self._on_any).props("outline").props(
-                    "data-testid=any"
+                ui.button(icon="casino", on_click=self._on_any).props(
+                    'outline data-testid=any aria-label="any world"'
                 )
             ui.button("save the walk as mp4", icon="download", on_click=self._on_save).props(
                 "outline no-caps"
@@ -187,9 +195,13 @@ class Page:
         Args:
             turn: which block it is of; in the document for those who measure.
         """
-        self._frame.props(f"data-turn={turn}").set_source(frame)
+        self._screen.show(turn, frame)
         if self._truth is not None and truth is not None:
-            self._truth.set_source(truth)
+            self._truth.props["src"] = truth
+
+    def show_twin(self, turn: str, frame: str) -> None:
+        """Puts up one frame from the bf16 memory."""
+        self._screen.show_twin(turn, frame)
 
     def refresh(self, watching: int = 1) -> None:
         """Brings everything but the frames up to the player's state."""
@@ -202,9 +214,14 @@ class Page:
         )
         n = walk.world.block_frames
         self._hint.set_text(
+            "Try this first: walk back over what the model was shown, and see it remember. Or steer: "
             f"W A S D or the arrow keys walk, E and Q go up and down, space waits. A press is {n} "
             "frames; hold the key to go on. The newest key wins."
         )
+        self._back.set_text("stop" if player.going_back else "walk back")
+        self._show_place(points)
+        self._screen.refresh(player)
+        self._compare.set_text("stop comparing" if player.comparing else "compare with bf16")
         if walk.codec != self._codec_shown:  # another tab, or this one's wish came true
             self._codec_shown = walk.codec
             self._codec.set_value(walk.codec)
@@ -214,28 +231,19 @@ class Page:
             self._speed.set_text(
                 f"block {seen.number + 1}: {seen.seconds:.2f} s for {n} frames, seed {walk.seed}"
             )
-            self._show_meter(points[-1].meter)
-        # Not through the element's options, which NiceGUI would watch point by point.
+            self._meter.show(points[-1].meter)
         if self.client.has_socket_connection:
-            self._chart.run_chart_method("setOption", chart(points))
+            self._meter.draw(points)
         self._map.set_content(svg_map(points))
 
-    def _show_meter(self, meter: Any) -> None:
-        self._times.set_text(f"{meter.times_smaller:.1f}×")
-        self._bf16.set_text(f"{meter.bf16_bytes / 1e6:.1f} MB")
-        self._is.set_text(f"{meter.bytes / 1e6:.1f} MB")
-        self._bf16_bar.style("width: 100%")
-        self._is_bar.style(f"width: {min(100, 100 / meter.times_smaller):.1f}%")
-        self._bits.set_text(
-            f"{meter.span_bits:.2f} bits per element where compressed, {meter.bits:.2f} over all"
-        )
-        self._room.set_text(f"{meter.frames} of {meter.capacity}")
-        self._room_bar.style(f"width: {100 * meter.frames / meter.capacity:.1f}%")
-        self._forgotten.set_text(
-            f"Full: the oldest {meter.forgotten} frames are forgotten."
-            if meter.forgotten
-            else "When it is full, the oldest frames will be forgotten."
-        )
+    def _show_place(self, points: Any) -> None:
+        """Says whether the newest frame is remembered or invented."""
+        point = points[-1] if points else None
+        if point is None or point.share is None:
+            self._place.classes(replace="place").set_text("")
+            return
+        kind, text = said(point.share, point.real)
+        self._place.classes(replace=f"place {kind}").set_text(text)
 
     def _on_key(self, e: events.KeyEventArguments) -> None:
         name = e.key.name
@@ -262,6 +270,10 @@ class Page:
         self._player.leave(self.client.id)
         for pad in self._pads.values():
             pad.classes(remove="down")
+
+    async def _on_compare(self) -> None:
+        player = self._player
+        await self._wish(asyncio.wrap_future(player.compare(not player.comparing)))
 
     async def _on_codec(self, e: events.ValueChangeEventArguments) -> None:
         self._codec.run_method("blur")  # or the keys would go to it

@@ -33,8 +33,9 @@ from starlette.middleware.gzip import GZipMiddleware
 from qvg_jax.app.play.gate import Gate
 from qvg_jax.app.play.limits import MESSAGE_BYTES
 from qvg_jax.app.play.messages import guard_messages
-from qvg_jax.app.play.page import Page, picture
+from qvg_jax.app.play.page import Page
 from qvg_jax.app.play.player import Player
+from qvg_jax.app.play.screen import picture
 from qvg_jax.app.play.walk import Seen, Walk, write_clip
 from qvg_jax.codecs.accounting import pair_bits
 from qvg_jax.codecs.presets import PAIRS, PRESETS
@@ -171,6 +172,9 @@ class _Hall:
         self._news = collections.deque(maxlen=1)  # the newest block that the loop has not seen
         self._told_already = False
         self._last: tuple[str, str, str | None] | None = None  # what is up
+        self._twin: Seen | None = None  # block of the bf16 memory that is up, and its last picture
+        self._last_twin: tuple[str, str] | None = None
+        self._showing_twin: asyncio.Task | None = None
         self._begun = time.perf_counter()
         self._announced = False
         self._files = tempfile.TemporaryDirectory(prefix="qvg-play-")
@@ -193,6 +197,8 @@ class _Hall:
         page = Page(self._player, self._codecs, self._save)
         if self._last is not None:
             page.show(*self._last)
+        if self._last_twin is not None:
+            page.show_twin(*self._last_twin)
         page.client.on_connect(lambda: self._came(page))
         page.client.on_disconnect(lambda: self._went(page))
 
@@ -201,6 +207,8 @@ class _Hall:
             self._pages.append(page)
         if self._last is not None:
             page.show(*self._last)
+        if self._last_twin is not None:
+            page.show_twin(*self._last_twin)
         self._refresh()
 
     def _went(self, page: Page) -> None:
@@ -229,7 +237,24 @@ class _Hall:
             if self._showing is not None:
                 self._showing.cancel()
             self._showing = self._loop.create_task(self._show(*self._news.popleft()))
+        twin = self._player.twin_seen
+        if twin is not None and twin is not self._twin:
+            self._twin = twin
+            if self._showing_twin is not None:
+                self._showing_twin.cancel()
+            self._showing_twin = self._loop.create_task(self._show_twin(twin))
         self._refresh()
+
+    async def _show_twin(self, seen: Seen) -> None:
+        """The frames of a block from the bf16 memory; only the last one while it is behind."""
+        frames = seen.frames_FHW3 if not self._player.behind else seen.frames_FHW3[-1:]
+        gap = min(1 / self._player.walk.world.fps, 0.9 * seen.seconds / len(frames))
+        for i, frame in enumerate(frames):
+            if i:
+                await asyncio.sleep(gap)
+            self._last_twin = f"{seen.number}-{seen.action}", picture(frame)
+            for page in self._pages:
+                page.show_twin(*self._last_twin)
 
     async def _show(self, seen: Seen, truth) -> None:
         """The frames of a block one after another: the first at once, all before the next block."""

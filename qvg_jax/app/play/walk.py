@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qvg_jax.app.metrics import to_uint8
+from qvg_jax.app.play.places import Box
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import (
     CacheFullError,
@@ -57,6 +58,12 @@ class World:
         block_frames, height, width: of a block and a frame.
         fps: at which frames should be seen.
         place: `place(x) -> (x, y)` where the block ends, in any unit, north at small y.
+        before: `before(state) -> hook`, made anew for each cache, and the hook is the `before` of `stream`;
+            None for nothing.
+        views: `views(x) -> boxes`, the ground that each frame of the block shows, in the unit of
+            `place`; None if that means nothing.
+        toward: `toward(view, goal) -> action` that brings one view nearer to another, None where
+            they are about the same; None if there is no way back.
         truth: `truth(seed, x) -> uint8 [F, H, W, 3]`, the frames a perfect memory would show;
             None if nobody knows.
     """
@@ -76,6 +83,9 @@ class World:
     width: int
     fps: int
     place: Callable[[Any], tuple[float, float]]
+    before: Callable[[Any], Callable[[Any, Any], Any]] | None = None
+    views: Callable[[Any], Sequence[Box]] | None = None
+    toward: Callable[[Box, Box], str | None] | None = None
     truth: Callable[[int, Any], UInt8[np.ndarray, "F H W 3"]] | None = None
 
 
@@ -88,6 +98,8 @@ class Meter(NamedTuple):
     frames: int  # that are remembered
     forgotten: int  # frames that were, and made room
     capacity: int  # frames that fit
+    sink: int = 0  # of them the first ones, which are never forgotten
+    full_times: float = 1.0  # `times_smaller` of the full memory
 
     @property
     def times_smaller(self) -> float:
@@ -187,6 +199,7 @@ class Walk:
         """How large the memory is now."""
         cache = self.world.cache(self._stream.state)
         size, lay, n = cache_bytes(cache), cache.layout, self.world.block_frames
+        of_block = 4 * lay.layers * lay.batch * lay.heads * lay.head_dim * lay.block_tokens
         return Meter(
             bytes=size.in_use.total,
             bf16_bytes=size.bf16,
@@ -194,6 +207,8 @@ class Walk:
             frames=size.tokens // lay.block_tokens * n,
             forgotten=int(cache.dropped_blocks) * n,
             capacity=lay.capacity_blocks * n,
+            sink=lay.sink_blocks * n,
+            full_times=of_block * lay.capacity_blocks / size.allocated.total,
         )
 
     def frames(self) -> list[UInt8[np.ndarray, "H W 3"]]:
@@ -239,7 +254,8 @@ class Walk:
             yield x
 
     def _streamed(self, state: Any) -> Stream:
-        return stream(self.world.step, state, self._inputs)
+        before = None if self.world.before is None else self.world.before(state)
+        return stream(self.world.step, state, self._inputs, before=before)
 
 
 def write_clip(

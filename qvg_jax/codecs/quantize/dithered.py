@@ -10,7 +10,7 @@ Axes: B batch, H heads, T tokens, D head dim, C code bytes of one token.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8, UInt32
+from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
 from qvg_jax.codecs.quantize.grid import power_of_gain
@@ -23,38 +23,21 @@ from qvg_jax.codecs.quantize.scales import (
     times_power_of_two,
 )
 from qvg_jax.codecs.spec import factory
-from qvg_jax.codecs.storage import Storage
+from qvg_jax.codecs.storage import Levels, Storage
 
-__all__ = ["DitheredPacked", "dither", "dithered_quantize"]
+__all__ = ["DitheredPacked", "dithered_quantize"]
 
 _BITS = (2, 3, 4)
-_FINE = 64  # shifts of a grid: a 2-bit code and its dither together are one byte
-_TOKEN_STEP = 0x63DE254D  # of 2^32: near 0.39, see `dither`
-_CHANNEL_STEP = 37
 
 
 class DitheredPacked(NamedTuple):
-    """The packed form of `dithered_quantize`; `middles_BHT1` is None unless it is asymmetric."""
+    """The packed form of `dithered_quantize`; `zeros_BHT1`, the middles, is None unless it is asymmetric."""
 
     codes_BHTC: UInt8[Array, "B H T C"]
     scales_BHT1: Float[Array, "B H T 1"]
-    middles_BHT1: Float[Array, "B H T 1"] | None
+    zeros_BHT1: Float[Array, "B H T 1"] | None
     exponents_BH: Int8[Array, "B H"]
     deviations_BHD: Float[Array, "B H D"]
-
-
-def dither(tokens: int, head_dim: int) -> UInt32[Array, "T D"]:
-    """Returns the dither j of every token t and channel c of a span, in 64ths of a step, 0 to 63.
-
-    j = ((t A mod 2^32) >> 26) + 37 c, modulo 64. Multiples of A / 2^32 modulo 1 fall evenly into the
-    unit interval, so that errors of like tokens do not only differ, but cancel sooner than independent
-    ones would. A was searched for: over 34 strides between such tokens (1, rows of 6 to 104
-    patches, frames of 24 to 6,240) and 2 to 48 of them, the energy of their mean error is 0.37 of that of
-    independent errors on average and 1.4 at most. (The golden ratio: 0.56 and 4.4.)
-    """
-    t_T = jnp.arange(tokens, dtype=jnp.uint32) * jnp.uint32(_TOKEN_STEP) >> jnp.uint32(26)
-    c_D = jnp.arange(head_dim, dtype=jnp.uint32) * jnp.uint32(_CHANNEL_STEP)
-    return (t_T[:, None] + c_D[None]) % jnp.uint32(_FINE)
 
 
 @factory
@@ -118,6 +101,9 @@ def dithered_quantize(
     Source: subtractive dither: L. Schuchman, "Dither signals and their effect on quantization noise"
     (IEEE Trans. Commun. 1964). Its sequence is this library's.
     """
+    # Here, for importing this library loads no kernel.
+    from pallas_kernels.dequantize.dither import FINE, dither
+
     if bits not in _BITS:
         raise ValueError(f"bits={bits} is not accepted: give 2, 3 or 4")
     n, power = 2**bits, power_of_gain(gain)
@@ -125,6 +111,8 @@ def dithered_quantize(
     if not n - 1 <= reach <= n + 1:
         raise ValueError(f"reach={reach} is not accepted: give {n - 1} to {n + 1} at bits={bits}")
     e4m3 = scale_format("e4m3")
+
+    # The kernels' own, which nobody needs who makes no such codec.
 
     def check(shape: Shape, dtype: Any = jnp.float32) -> None:
         check_span(shape, dtype)
@@ -137,7 +125,7 @@ def dithered_quantize(
     def lowest(shape: Shape) -> Float[Array, "1 1 T D"]:
         """Returns l_0, the level of code 0 of every token and channel."""
         j_11TD = dither(shape[2], shape[3])[None, None].astype(jnp.float32)
-        return (j_11TD + 0.5) / _FINE - n / 2
+        return (j_11TD + 0.5) / FINE - n / 2
 
     def encode(
         x_BHTD: Array, state: EmptyState, *, key: PRNGKeyArray | None = None
@@ -155,14 +143,14 @@ def dithered_quantize(
 
         size_BHTD = jnp.where(finite_BHTD, jnp.abs(y_BHTD), 0)
         high_BHT1 = jnp.max(size_BHTD, 3, keepdims=True)
-        low_BHT1, middles_BHT1, m_BHT1 = -high_BHT1, None, jnp.zeros_like(high_BHT1)
+        low_BHT1, zeros_BHT1, m_BHT1 = -high_BHT1, None, jnp.zeros_like(high_BHT1)
         if asymmetric:
             low_BHT1 = jnp.min(y_BHTD, 3, keepdims=True, where=finite_BHTD, initial=jnp.inf)
             high_BHT1 = jnp.max(y_BHTD, 3, keepdims=True, where=finite_BHTD, initial=-jnp.inf)
             some_BHT1 = low_BHT1 <= high_BHT1
             low_BHT1, high_BHT1 = (jnp.where(some_BHT1, x, 0) for x in (low_BHT1, high_BHT1))
             middle_BHT1 = (low_BHT1 + high_BHT1) / 2
-            middles_BHT1, _, m_BHT1 = store_scale(middle_BHT1, exponent_BH, e4m3)
+            zeros_BHT1, _, m_BHT1 = store_scale(middle_BHT1, exponent_BH, e4m3)
         step_BHT1 = (high_BHT1 - low_BHT1) / reach
         scales_BHT1, exponents_BH, scale_BHT1 = store_scale(step_BHT1, exponent_BH, e4m3)
 
@@ -176,14 +164,14 @@ def dithered_quantize(
             step_BHT1 = _corrected(scale_BHT1, from_m_BHTD, l_BHTD, power)
             scales_BHT1, _, _ = store_scale(step_BHT1, exponent_BH, e4m3)
         codes_BHTC = pack(codes_BHTD.astype(jnp.uint8), bits)
-        return DitheredPacked(codes_BHTC, scales_BHT1, middles_BHT1, exponents_BH, w_BHD), state
+        return DitheredPacked(codes_BHTC, scales_BHT1, zeros_BHT1, exponents_BH, w_BHD), state
 
     def decode(packed: DitheredPacked, dtype: Any = jnp.bfloat16) -> Array:
         codes_BHTD = unpack(packed.codes_BHTC, bits).astype(jnp.float32)
         scale_BHT1 = load_scale(packed.scales_BHT1, packed.exponents_BH)
         y_BHTD = (codes_BHTD + lowest(codes_BHTD.shape)) * scale_BHT1
-        if packed.middles_BHT1 is not None:
-            y_BHTD += load_scale(packed.middles_BHT1, packed.exponents_BH)
+        if packed.zeros_BHT1 is not None:
+            y_BHTD += load_scale(packed.zeros_BHT1, packed.exponents_BH)
         return (y_BHTD * packed.deviations_BHD.astype(jnp.float32)[:, :, None]).astype(dtype)
 
     def nbytes(shape: Shape) -> int:
@@ -199,7 +187,18 @@ def dithered_quantize(
         return (1 - 2 * p) * square_BH[..., None] * jnp.square(scale_BHT) / 12
 
     name = f"dithered{bits}" + ("-asym" if asymmetric else "")
-    storage = Storage("dithered levels")
+    storage = Storage(
+        Levels(
+            bits,
+            None,
+            offset=n / 2 - 0.5 / FINE,
+            scale_dtype="e4m3",
+            zero_points=asymmetric,
+            exponents=True,
+            dithered=True,
+            deviations=True,
+        )
+    )
     return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)
 
 

@@ -22,7 +22,14 @@ from qvg_jax.codecs.smoothing.tables import load_table, store_table, table_forma
 from qvg_jax.codecs.spec import factory
 from qvg_jax.codecs.storage import Centroids, Lloyd
 
-__all__ = ["LARGEST", "KMeansPacked", "KMeansState", "kmeans_smoothing", "start_tokens"]
+__all__ = [
+    "LARGEST",
+    "KMeansPacked",
+    "KMeansState",
+    "deviations",
+    "kmeans_smoothing",
+    "start_tokens",
+]
 
 # Tokens with a non-finite or larger entry do not take part in the clustering: one of them would
 # turn the mean of its cluster, and then every distance, into NaN.
@@ -168,7 +175,7 @@ def kmeans_smoothing(
                 c_BHKD = jnp.where(state.warm, previous_BHKD, c_BHKD)
                 n = iters if iters == cold_iters else jnp.where(state.warm, iters, cold_iters)
             if equalize:
-                size_BH1D = _deviations(tokens_BHTD, used_BHT)
+                _, size_BH1D = deviations(tokens_BHTD, used_BHT)
                 tokens_BHTD = tokens_BHTD.astype(jnp.float32) / size_BH1D
                 c_BHKD = c_BHKD / size_BH1D
             c_BHKD = lloyd(tokens_BHTD, c_BHKD, n, used_BHT=used_BHT, reseed=reseed)
@@ -207,12 +214,14 @@ def kmeans_smoothing(
     return Smoothing(init, encode, decode, nbytes, name, storage)
 
 
-def _deviations(x_BHTD: Array, used_BHT: Array) -> Float[Array, "B H 1 D"]:
-    """Returns each channel's mean absolute deviation over the used tokens; 1 for a constant channel."""
+def deviations(
+    x_BHTD: Array, used_BHT: Array
+) -> tuple[Float[Array, "B H 1 D"], Float[Array, "B H 1 D"]]:
+    """Returns each channel's mean and its mean absolute deviation over the used tokens; 1 for a constant channel."""
     used_BHT1 = used_BHT[..., None]
     share_BH11 = 1 / jnp.maximum(jnp.sum(used_BHT1, axis=2, keepdims=True), 1)
     x_BHTD = x_BHTD.astype(jnp.float32)  # zero where a token is not used
     mean_BH1D = jnp.sum(x_BHTD * share_BH11, axis=2, keepdims=True)
     away_BHTD = jnp.where(used_BHT1, jnp.abs(x_BHTD - mean_BH1D), 0)
     size_BH1D = jnp.sum(away_BHTD * share_BH11, axis=2, keepdims=True)
-    return jnp.where(size_BH1D > 0, size_BH1D, 1)
+    return mean_BH1D, jnp.where(size_BH1D > 0, size_BH1D, 1)
