@@ -13,12 +13,10 @@ Arrays carry their axes in their names: B batch, H heads, T tokens of one span, 
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -131,10 +129,6 @@ class Codec(Value):
     deficit: Callable[[Packed], Array] | None = None
     spec: Spec | None = dataclasses.field(default=None, init=False)
 
-    def programs(self) -> dict[str, Callable[..., Any]]:
-        """`encode` and `decode`, compiled."""
-        return dict(encode=_program(self.encode), decode=_program(self.decode, 1))
-
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Smoothing(Value):
@@ -161,20 +155,6 @@ class Smoothing(Value):
     storage: Centroids | str | None = None
     isometric: bool = True
     spec: Spec | None = dataclasses.field(default=None, init=False)
-
-    def programs(self) -> dict[str, Callable[..., Any]]:
-        """`encode` and `decode`, compiled."""
-        return dict(encode=_program(self.encode), decode=_program(self.decode))
-
-
-def _program(function: Callable[..., Any], *static: int) -> Callable[..., Any]:
-    """Returns the function as one compiled program; inside of another it is a part of that one.
-
-    Static are the positional arguments `static`, and what is given by name only, the key aside.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    named = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "key")
-    return jax.jit(function, static_argnums=static, static_argnames=tuple(named), inline=True)
 
 
 class IdentityPacked(NamedTuple):

@@ -3,7 +3,7 @@
 A codec is a handful of functions, and functions compare by identity only. So every factory of codecs
 is decorated with `factory`, which checks the arguments by their annotations and attaches a `Spec`: the
 factory's name and all settings, defaults included. Two codecs with equal specs are equal, wherever
-and whenever they were built, and share their compiled programs.
+and whenever they were built, so jit compiles once for both.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ __all__ = ["FACTORIES", "Spec", "Value", "factory"]
 
 # All decorated factories by name: what `presets.parse` reads.
 FACTORIES: dict[str, Callable[..., Any]] = {}
-REMEMBERED = 64  # values of a factory whose programs the next equal value takes over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +78,6 @@ class Value:
 
     spec: Spec | None
 
-    def programs(self) -> dict[str, Callable[..., Any]]:
-        """Its functions that are worth compiling, compiled, by field; none by default."""
-        return {}
-
     def _key(self) -> tuple[Any, ...]:
         if self.spec is not None:
             return type(self), self.spec
@@ -126,14 +121,9 @@ def factory[F: Callable[..., Any]](function: F) -> F:
         function: returns a new `Value`, the same for equal arguments. No `**kwargs`.
 
     Returns:
-        The function with these checks; also in `FACTORIES`, under its name. What it returns has
-        its `programs` in place of the functions, those of an equal value if there was one.
+        The function with these checks; also in `FACTORIES`, under its name.
     """
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
-
-    @functools.lru_cache(maxsize=REMEMBERED)
-    def programs(made: Any) -> dict[str, Callable[..., Any]]:
-        return made.programs()
 
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -143,8 +133,6 @@ def factory[F: Callable[..., Any]](function: F) -> F:
             bound.arguments[name] = _checked(name, value, hints.get(name))
         made = function(*bound.args, **bound.kwargs)
         object.__setattr__(made, "spec", Spec(make.__name__, tuple(bound.arguments.items())))
-        for name, program in programs(made).items():
-            object.__setattr__(made, name, program)
         return made
 
     FACTORIES[make.__name__] = make
