@@ -45,7 +45,7 @@ def bits_per_element(codec: Codec, shape: Shape) -> float:
 
 def pair_bits(pair: tuple[Codec, Codec], shape: Shape) -> float:
     """Returns the bits per element of K and V together: the mean over (key codec, value codec)."""
-    return sum(bits_per_element(codec, shape) for codec in pair) / 2
+    return sum(codec.bits_per_element(_span(shape)) for codec in pair) / 2  # or codecs of layers
 
 
 def compression_ratio(codec: Codec, shape: Shape, dtype: Any = jnp.bfloat16) -> float:
