@@ -146,6 +146,7 @@ def prepare(options: Options) -> Job:
         height=world.HEIGHT,
         width=world.WIDTH,
         finished=lambda: saved.finish(keep=False),
+        anew=saved.missing,
         config=config,
     )
 

@@ -102,6 +102,11 @@ def _generated(
                 "give more --frames to make it longer, or leave --resume out to make it anew"
             )
             return None
+        if going_on and job.anew and (options.out / "report.json").is_file():
+            raise UserError(
+                f"--resume: the run in {options.out} is finished and was made with other settings; "
+                "accepted: its settings, another --out, or no --resume to replace it"
+            )
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
         what = f"{job.frames} generated" if real else f"{job.frames} frames"

@@ -75,6 +75,7 @@ class Job:
         fps: frames a second at which the model's videos are meant to be seen.
         truth: whether frames have a ground truth; if not, `blocks` give none.
         finished: called when all files of the run are written.
+        anew: whether a run that should go on (`--resume`) would begin anew: nothing of it was found.
     """
 
     model: str
@@ -92,6 +93,7 @@ class Job:
     fps: int = 8
     truth: bool = True
     finished: Callable[[], None] = lambda: None
+    anew: bool = False
 
     @property
     def baseline(self) -> str | None:

@@ -72,6 +72,11 @@ class SavedBlocks:
         elif not restart:
             self._refuse_unfinished()
 
+    @property
+    def missing(self) -> bool:
+        """Whether a run should go on, and nothing of it is here."""
+        return self._missing
+
     def read(self, arm: str) -> Shaped[np.ndarray, "blocks ..."]:
         """The blocks that an earlier run of the same request has left, the first axis counts them.
 

@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from qvg_jax.cache.memories import in_memory
 from qvg_jax.cache.state import KVCache
-from qvg_jax.cache.store import Span, SpanStore, in_memory
+from qvg_jax.cache.store import Span, SpanStore
 
 __all__ = ["recall"]
 

@@ -14,9 +14,8 @@ on its way when they return.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,11 +25,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.memories import check_room, in_memory
 from qvg_jax.cache.state import KVCache
 
-__all__ = ["Span", "SpanStore", "in_memory"]
+__all__ = ["Span", "SpanStore"]
 
-HOST = ("pinned_host", "unpinned_host")  # memories of the host as JAX names them, the faster first
 _FIELDS = dataclasses.fields(Layout)
 
 
@@ -63,6 +62,8 @@ class SpanStore:
         kept: the spans by number.
         next: number of the span that is compressed next.
         sight: number of the span in each slot of the cache; None for a slot that no kept span is in.
+        newest: digest of the span that was compressed last, which tells a history from another; None
+            before the first.
     """
 
     layout: Layout
@@ -72,6 +73,7 @@ class SpanStore:
     kept: Mapping[int, _Kept]
     next: int
     sight: tuple[int | None, ...]
+    newest: int | None = None
 
     @classmethod
     def create(
@@ -109,7 +111,7 @@ class SpanStore:
         if memory not in ("host", "device"):
             raise ValueError(f"memory={memory!r} is not accepted: give 'host' or 'device'")
         form = jax.eval_shape(_taken, cache, jax.ShapeDtypeStruct((), jnp.int32))
-        _check_room(spans, _bytes(form), memory)
+        check_room(spans, _bytes(form), memory)
         return cls(
             layout=lay,
             capacity=spans,
@@ -147,6 +149,14 @@ class SpanStore:
                 f"the cache has compressed {made} spans and the store knows {self.next}: a cache that "
                 "was reset or truncated needs a new store"
             )
+        if made - self.next < held:  # the newest span that the store knows may be in its slot still
+            slot = (first + held - 1 - (made - self.next)) % lay.max_spans
+            known = self.sight[slot] == self.next - 1
+            if known and self.newest != int(_digest(_taken(cache, np.int32(slot)))):
+                raise ValueError(
+                    f"span {self.next - 1} of the cache is another than the store's: a cache that was reset "
+                    "or truncated needs a new store"
+                )
         if made == self.next:
             return self
         if made - self.next > held:
@@ -163,7 +173,8 @@ class SpanStore:
             kept[number] = _Kept(in_memory(span, self.memory), centre_FBP.swapaxes(0, 1))
             sight[slot] = number
             kept.pop(number - self.capacity, None)
-        return dataclasses.replace(self, kept=kept, next=made, sight=tuple(sight))
+        newest = int(_digest(span))
+        return dataclasses.replace(self, kept=kept, next=made, sight=tuple(sight), newest=newest)
 
     def nearest(
         self,
@@ -179,10 +190,25 @@ class SpanStore:
         Args:
             positions_BTP: of the block that is to read.
             count: how many.
-            components: of the positions that say where a token is; None is all but the first, time.
+            components: of the positions that say where a token is; None is all but the first, time, or
+                that one if it is alone.
+
+        Raises:
+            ValueError: positions of another shape or not finite, a count below 1, an unknown component.
         """
-        axes = list(range(1, self.layout.pos_dims)) if components is None else list(components)
-        here_BP = np.asarray(positions_BTP, np.float32).mean(1)[:, axes]
+        dims = self.layout.pos_dims
+        axes = list(range(min(1, dims - 1), dims)) if components is None else list(components)
+        here = np.asarray(positions_BTP, np.float32)
+        if here.ndim != 3 or (here.shape[0], here.shape[2]) != (self.layout.batch, dims):
+            want = f"({self.layout.batch}, T, {dims})"
+            raise ValueError(f"positions have shape {here.shape}; accepted: {want} (B, T, P)")
+        if not np.isfinite(here).all():
+            raise ValueError("positions have NaN or Inf; accepted: finite numbers")
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"count={count!r} is not accepted: give an integer above 0")
+        if not axes or not set(axes) <= set(range(dims)):
+            raise ValueError(f"components={axes} are not accepted: give some of 0 to {dims - 1}")
+        here_BP = here.mean(1)[:, axes]
         numbers = sorted(self.kept, reverse=True)
         if not numbers:
             return ()
@@ -244,8 +270,24 @@ class SpanStore:
                 found.append(np.asarray(got))
             one = jax.tree.unflatten(tree, found)
             kept[number] = one._replace(span=in_memory(one.span, self.memory))
-        sight = tuple(None if i < 0 else int(i) for i in np.asarray(saved["sight"]))
-        return dataclasses.replace(self, kept=kept, next=int(saved["next"]), sight=sight)
+        following, sight = int(saved["next"]), [int(i) for i in np.asarray(saved["sight"]).ravel()]
+        wanted = [*range(following - len(kept), following)]
+        if [*kept] != wanted or len(kept) > self.capacity:
+            raise ValueError(
+                f"saved has the spans {[*kept]} before next={following}; accepted: the ones right before "
+                f"it, at most capacity={self.capacity}"
+            )
+        if len(sight) != lay.max_spans or not {i for i in sight if i >= 0} <= set(kept):
+            raise ValueError(
+                f"saved: sight={sight}; accepted: a kept span or -1 for each of {lay.max_spans} slots"
+            )
+        return dataclasses.replace(
+            self,
+            kept=kept,
+            next=following,
+            sight=tuple(None if i < 0 else i for i in sight),
+            newest=int(_digest(in_memory(kept[following - 1].span, "device"))) if kept else None,
+        )
 
 
 def _oldest_in_sight(cache: KVCache) -> int:
@@ -259,43 +301,19 @@ def _bytes(form: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(form))
 
 
-def _check_room(spans: int, each: int, memory: str) -> None:
-    """Raises ValueError if a memory does not hold so many spans of so many bytes."""
-    free = _free_bytes(memory)
-    if free is not None and spans * each > free:
-        raise ValueError(
-            f"spans={spans} of {each / 1e6:.3g} MB take {spans * each / 1e9:.3g} GB of the {memory}'s "
-            f"memory, of which {free / 1e9:.3g} GB are free; accepted: at most {free // each} spans, a "
-            "codec of fewer bits, or shorter spans"
-        )
+@jax.jit
+def _digest(span: Span) -> Array:
+    """A number that two spans have in common only if their codes are the same, as good as surely."""
 
+    def of(x: Array) -> Array:
+        x = x.ravel()
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.arange(bits.size, dtype=jnp.uint32)
+        return jnp.sum((bits + 1) * (2 * place + 1) * jnp.uint32(2654435761), dtype=jnp.uint32)
 
-def _free_bytes(memory: str) -> int | None:
-    """Free bytes of the host's or the device's memory; None where nobody says."""
-    if memory == "device":
-        stats = getattr(jax.local_devices()[0], "memory_stats", lambda: None)() or {}
-        limit = stats.get("bytes_limit")
-        return None if limit is None else limit - stats.get("bytes_in_use", 0)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-
-
-def in_memory(span: Span, memory: str) -> Span:
-    """The span in a memory, or on its way there."""
-    return jax.device_put(span, _sharding(memory))
-
-
-@functools.cache
-def _sharding(memory: str) -> jax.sharding.Sharding:
-    device = jax.local_devices()[0]
-    kind = device.default_memory().kind
-    if memory == "host":
-        there = {m.kind for m in device.addressable_memories()}
-        kind = next((name for name in HOST if name in there), kind)
-    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+    return sum(map(of, jax.tree.leaves((span.k, span.v))), jnp.uint32(0))
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qvg_jax as qvg
-from qvg_jax.cache import store as store_module
+from qvg_jax.cache import memories
 from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs.base import identity
@@ -92,7 +92,7 @@ def test_a_span_that_stays_is_not_copied_and_the_cache_is_donated(monkeypatch):
     cache, store = walked(20, small(), qvg.SpanStore.create(small(), spans=20))
     cache, store = qvg.recall(cache, store, [1, 4, 6])
     copies = []
-    put = store_module.in_memory
+    put = memories.in_memory
     monkeypatch.setattr("qvg_jax.cache.recall.in_memory", lambda *x: copies.append(x) or put(*x))
     before = cache
     cache, store = qvg.recall(cache, store, [4, 6])
@@ -186,6 +186,11 @@ def test_errors_name_the_span_and_the_plan(monkeypatch):
         qvg.recall(cache, store, [store.next - 1] * 2)
     with pytest.raises(ValueError, match="needs a new store"):
         store.keep(qvg.reset(cache))
+    other = qvg.reset(cache)
+    for i in range(20):  # as long as the history before, and not the same
+        other = step(other, block(i + 100, other.layout))
+    with pytest.raises(ValueError, match="is another than the store's: .* needs a new store"):
+        store.keep(other)
     with pytest.raises(ValueError, match="has span_blocks=1 and not 2"):
         store.keep(small(span_blocks=1))
     with pytest.raises(ValueError, match="overflow='error'"):
@@ -196,8 +201,36 @@ def test_errors_name_the_span_and_the_plan(monkeypatch):
         qvg.SpanStore.create(small(), spans=9, memory="disk")
     with pytest.raises(NotImplementedError, match="plan spans=3"):
         qvg.SpanStore.create(small(sharding=qvg.Plan(spans=3)), spans=9)
-    monkeypatch.setattr(store_module, "_free_bytes", lambda memory: 10**4)
+    monkeypatch.setattr(memories, "_free_bytes", lambda memory: 10**4)
     with pytest.raises(
         ValueError, match=r"spans=999 of .* MB take .* of the host's .* accepted: at most \d+ spans"
     ):
         qvg.SpanStore.create(small(), spans=999)
+
+
+def test_what_cannot_be_near_or_saved_is_named():
+    cache, store = small(), qvg.SpanStore.create(small(), spans=9)
+    for i in range(12):
+        cache = step(cache, block(i, cache.layout))
+        store = store.keep(cache)
+    here = np.asarray(block(3, cache.layout)[2])
+    for changes, message in (
+        (dict(count=0), "count=0 is not accepted"),
+        (dict(count=1.5), "count=1.5"),
+        (dict(components=[5]), r"components=\[5\] are not accepted: give some of 0 to"),
+        (dict(positions_BTP=here[..., :1]), "positions have shape .*; accepted:"),
+        (dict(positions_BTP=here * np.nan), "NaN or Inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store.nearest(**dict(positions_BTP=here, count=2) | changes)
+    saved, empty = store.to_saved(), qvg.SpanStore.create(small(), spans=9)
+    for changes, message in (
+        (dict(next=np.int64(99)), "before next=99"),
+        (dict(sight=np.int64([77, -1, -1])), r"sight=\[77, -1, -1\]"),
+        (dict(sight=np.int64([0])), "for each of 3 slots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            empty.from_saved(saved | changes)
+    with pytest.raises(ValueError, match="at most capacity=3"):
+        qvg.SpanStore.create(small(), spans=3).from_saved(saved)
+    assert empty.from_saved(saved).keep(cache).next == store.next
