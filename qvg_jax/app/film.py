@@ -11,7 +11,7 @@ from qvg_jax.app.report import SEEN
 
 __all__ = ["Film", "View"]
 
-REAL_SHOWN = 24  # real frames at most: in all panels they are the same
+REAL_SHOWN = 24  # frames of a tour at most: in all panels they are the same
 
 
 class View(NamedTuple):
@@ -28,14 +28,15 @@ class Film:
     arm is its difference to bf16, ten times enlarged. A single arm without a truth is shown as it is.
 
     Attributes:
-        first: number of the first frame that is shown (from 0, tour first); of a long tour the end.
+        first: number of the first frame that is shown (from 0, tour first). Of a long tour through a known
+            world that is near its end; a user's own video is shown whole.
         views: the panels.
     """
 
     def __init__(self, job: Job):
         """Lays out the panels of a job."""
         self._job = job
-        self.first = max(0, job.tour - REAL_SHOWN)
+        self.first = max(0, job.tour - REAL_SHOWN) if job.truth else 0
         names = [arm.name for arm in job.arms]
         pictures = (["truth"] if job.truth else []) + names
         compared = [name for name in names if job.baseline not in (None, name)]
