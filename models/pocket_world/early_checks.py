@@ -5,16 +5,19 @@ from typing import Any
 from models.pocket_world.camera import parse_actions
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.recipes import parse_recipe
-from qvg_jax.errors import told_to_user
+from qvg_jax.errors import UserError, told_to_user
 
 __all__ = ["check_options"]
 
 
 def check_options(options: Any) -> None:
-    """Raises UserError for actions that pocket world does not know, or a codec; KEYS/VALUES are two."""
+    """Raises UserError for a codec or actions that are not known, or an option without the one it needs."""
     parts = [part for recipe in options.codecs for part in recipe.split("/")]
     with told_to_user():
         for name, settings in map(parse_recipe, parts):
             presets.pair(name, **settings)
     if options.actions is not None:
         parse_actions(options.actions)
+    for name in ("memory", "recall"):
+        if getattr(options, name) and not options.endless:
+            raise UserError(f"--{name} needs --endless: without it all is kept")

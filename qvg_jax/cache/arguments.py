@@ -1,5 +1,7 @@
 """Checks of the kinds of arguments: what is no cache, no array or no codec is named with what is accepted."""
 
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from qvg_jax.cache.state import KVCache
@@ -7,7 +9,7 @@ from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import wrong_kind
 
-__all__ = ["check_array", "check_cache", "check_codec"]
+__all__ = ["check_array", "check_cache", "check_codec", "whole_numbers"]
 
 
 def check_cache(value: Any, name: str = "cache", *, or_view: bool = False) -> None:
@@ -38,3 +40,13 @@ def check_codec(value: Any, name: str) -> None:
     """Raises TypeError unless a value is a codec."""
     if not isinstance(value, Codec):
         raise wrong_kind(name, value, "a Codec, such as those of qvg.presets.pair(NAME)")
+
+
+def whole_numbers(name: str, values: Any) -> list[int]:
+    """The integers of a list or an array; raises TypeError for anything else."""
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else None
+    if listed is None or not all(
+        isinstance(i, Integral) and not isinstance(i, bool) for i in listed
+    ):
+        raise wrong_kind(name, values, "a list of integers")
+    return [int(i) for i in listed]

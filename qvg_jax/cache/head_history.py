@@ -38,7 +38,12 @@ class HeadHistory:
     local_blocks: int
 
     def __post_init__(self):
-        found = np.asarray(self.table)
+        try:
+            found = np.asarray(self.table)
+        except ValueError as error:
+            raise ValueError(
+                "history table has rows of unequal length; accepted: bool (layers, heads)"
+            ) from error
         if found.ndim != 2 or not found.size or found.dtype != np.bool_:
             raise ValueError(
                 f"history table has shape {found.shape} and dtype {found.dtype}; accepted: bool "

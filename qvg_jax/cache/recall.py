@@ -10,9 +10,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from qvg_jax.cache.arguments import check_cache, whole_numbers
 from qvg_jax.cache.memories import in_memory
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.store import Span, SpanStore
+from qvg_jax.errors import wrong_kind
 
 __all__ = ["recall"]
 
@@ -35,10 +37,14 @@ def recall(
         ahead: from `store.fetch`: spans that are on the device already.
 
     Raises:
+        TypeError: what is no cache, no store or no list of integers.
         ValueError: a number twice, too many of them, or one that is not kept; see also `SpanStore.keep`.
     """
+    check_cache(cache)
+    if not isinstance(store, SpanStore):
+        raise wrong_kind("store", store, "a SpanStore, as SpanStore.create makes it")
+    wanted = whole_numbers("ids", ids)
     store, slots = store.keep(cache), store.layout.max_spans
-    wanted = [int(i) for i in ids]
     if len(set(wanted)) < len(wanted) or len(wanted) > slots:
         raise ValueError(
             f"ids={wanted} are not accepted: give at most max_spans={slots} numbers, each once"

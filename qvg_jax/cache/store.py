@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.memories import check_room, in_memory
 from qvg_jax.cache.state import KVCache
@@ -89,10 +90,12 @@ class SpanStore:
                 beside the cache.
 
         Raises:
+            TypeError: what is no cache.
             ValueError: a cache without slots or that refuses blocks, an unknown memory, or one that
                 does not hold so many spans.
             NotImplementedError: a cache that is spread over devices.
         """
+        check_cache(cache)
         lay = cache.layout
         if not lay.max_spans or lay.overflow != "drop":
             raise ValueError(

@@ -175,6 +175,8 @@ def view_of(
         )
     if not rope and positions_BTP is not None:
         raise ValueError(f"positions with rope={rope}: nothing is rotated by them; leave them out")
+    if relative is not None and not isinstance(relative, RelativeTime):
+        raise wrong_kind("relative", relative, "a RelativeTime, or None")
     if relative is not None and not isinstance(rope, Rope):
         raise ValueError(
             f"relative={relative} with rope={rope}: times move in the positions that a Rope turns by; "

@@ -242,6 +242,8 @@ def test_create_says_what_is_wrong_with_a_history(changes, message):
 def test_what_cannot_be_said_or_read_is_named():
     with pytest.raises(ValueError, match=r"shape \(4, 3\) and dtype int64; accepted: bool"):
         HeadHistory(np.ones((4, 3), np.int64), 1)
+    with pytest.raises(ValueError, match="rows of unequal length"):
+        HeadHistory([[True], [True, False]], 1)
     with pytest.raises(ValueError, match="local_blocks=-1"):
         HeadHistory(TABLE, -1)
     cache = KVCache.create(**SIZES, history=HeadHistory(TABLE, 2))

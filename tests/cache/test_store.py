@@ -223,6 +223,19 @@ def test_what_cannot_be_near_or_saved_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             store.nearest(**dict(positions_BTP=here, count=2) | changes)
+    for args, message in (
+        ((store, cache, [0]), "cache=a SpanStore is not accepted: give a KVCache"),
+        ((cache, cache, [0]), "store=a KVCache is not accepted: give a SpanStore"),
+        ((cache, store, 5), "ids=5 is not accepted: give a list of integers"),
+        ((cache, store, ["a"]), "ids=a list is not accepted"),
+        ((cache, store, [True]), "ids=a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            qvg.recall(*args)
+    with pytest.raises(TypeError, match="cache=5 is not accepted"):
+        qvg.SpanStore.create(5, spans=9)
+    with pytest.raises(TypeError, match="relative=5 is not accepted: give a RelativeTime"):
+        cache.view(block(3, cache.layout)[2], ROPE, relative=5)
     saved, empty = store.to_saved(), qvg.SpanStore.create(small(), spans=9)
     for changes, message in (
         (dict(next=np.int64(99)), "before next=99"),
