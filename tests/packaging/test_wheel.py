@@ -58,6 +58,7 @@ def test_one_name_at_the_top_and_nothing_that_is_not_needed(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qvg_jax"}
     assert {name.rpartition("/")[2].rpartition(".")[2] for name in names} == KINDS
     assert WEIGHTS in names and WEIGHTS.replace("pocket_world.safetensors", "README.md") in names
+    assert WEIGHTS.replace("pocket_world.safetensors", "heads.json") in names
     for package in ("qvg_jax", "models", "pallas_kernels"):  # no module is left behind
         prefix = "" if package == "qvg_jax" else "qvg_jax/"
         wanted = {prefix + str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
