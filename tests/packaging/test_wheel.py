@@ -17,6 +17,7 @@ KINDS = {
     "py",
     "typed",
     "md",
+    "json",
     "safetensors",
     "METADATA",
     "WHEEL",
