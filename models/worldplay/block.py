@@ -147,8 +147,9 @@ def remember_context(
     blocks = (context_S >= 0).sum(dtype=jnp.int32) // config.frames_per_block
 
     def run(cache):
+        last = not history.recomputes
         kv, at_BTP = context_pass(
-            model, state, context_S, timestep, last_only=not history.recomputes
+            model, state, context_S, timestep, last_only=last, plan=cache.layout.plan
         )
         if history.recomputes:
             return remember_all(config, cache, kv, at_BTP, blocks)
@@ -164,6 +165,7 @@ def context_pass(
     timestep: float,
     *,
     last_only: bool,
+    plan: Plan | None = None,
 ) -> tuple[ContextKV, Float[Array, "B T 15"]]:
     """K and V of chosen frames that see each other, and where their tokens are.
 
@@ -173,6 +175,7 @@ def context_pass(
         context_S: as for `remember_context`; at least one block.
         timestep: what the pass is told.
         last_only: only of the last block of them, not of all frames.
+        plan: of the devices that share the tokens; None for one device.
     """
     config, n = model.config, model.config.frames_per_block
     blocks = (context_S >= 0).sum(dtype=jnp.int32) // n
@@ -190,7 +193,7 @@ def context_pass(
         state.text_kv,
         blocks,
         last_only=last_only,
-        plan=state.cache.layout.plan,
+        plan=plan,
     )
     if last_only:
         size = at_BTP.shape[1] // (chosen.shape[0] // n)

@@ -72,7 +72,7 @@ def _walk(folder: Path) -> list[str]:
 
 
 RUNS = {
-    "pocket-world": TinyRun(_world, unlike=()),
+    "pocket-world": TinyRun(_world, unlike=("report.html",)),  # frames a second, and the command
     "self-forcing": TinyRun(
         lambda _: _latent("self-forcing", tiny_self_forcing, "--frames=30"),
         lambda: _shrink(self_forcing_job, tiny_self_forcing.sizes),
