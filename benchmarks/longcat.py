@@ -169,7 +169,7 @@ def _codec_arm(setup: Setup, codec: str, arms: dict[str, Any], outs: dict[str, A
     from models.common.attention import with_attention
     from models.longcat.condition import build_condition
     from models.longcat.sampler import cached_step
-    from models.runs.request_checks import codec_pair
+    from models.runs.early_checks import codec_pair
     from qvg_jax.cache.health import cache_bytes, raise_if_bad
 
     key_codec, value_codec = codec_pair(codec)

@@ -1,21 +1,28 @@
 """The tables that the benchmarks of whole models print of what they measured."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.common import gb
 
 
+def _ran(
+    results: dict[str, Any], parts: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yields the parts that ran: name, results and heading."""
+    for part in parts:
+        if part in results:
+            r = results[part]
+            where = r.get("device", {}).get("kind", "?")
+            yield part, r, f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else "")
+
+
 def self_forcing_table(results: dict[str, Any], parts: Sequence[str]) -> str:
     """Lines of the parts that ran: seconds of blocks, memory, ratios to bf16."""
     lines = []
-    for part in parts:
-        if part not in results:
-            continue
-        r = results[part]
-        where = r.get("device", {}).get("kind", "?")
-        lines.append(f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else ""))
+    for part, r, heading in _ran(results, parts):
+        lines.append(heading)
         if part == "forward":
             for name in ("attend", "dot_product_attention"):
                 if name in r:
@@ -75,12 +82,8 @@ def _videos(arms: dict[str, Any]) -> list[str]:
 def worldplay_table(results: dict[str, Any], parts: Sequence[str]) -> str:
     """Lines of the parts that ran: seconds of a block and of its context pass, memory, ratios."""
     lines = []
-    for part in parts:
-        if part not in results:
-            continue
-        r = results[part]
-        where = r.get("device", {}).get("kind", "?")
-        lines.append(f"\n{part} ({where})" + (f"  {r['error']}" if "error" in r else ""))
+    for part, r, heading in _ran(results, parts):
+        lines.append(heading)
         if part == "blocks":
             lines += _blocks(r)
         elif r.get("ok"):

@@ -11,7 +11,8 @@ from models.lingbot.config import LingBotConfig, history, sampler
 from models.lingbot.entry import Options
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Sizes
-from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
+from models.runs.early_checks import codec_pair
+from models.runs.request_checks import arm_names, check_seed, check_size, with_layers
 from models.self_forcing.config import SamplerConfig
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.schedule import plan_blocks

@@ -14,7 +14,8 @@ from models.longcat.params import skeleton
 from models.longcat.schedule import Schedule, continuation, distilled, standard
 from models.longcat.segments import Segments
 from models.runs.checkpoint_folder import Parts, Sizes, named_config
-from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
+from models.runs.early_checks import codec_pair
+from models.runs.request_checks import arm_names, check_seed, check_size, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from qvg_jax.app.memory_plan import shape_bytes

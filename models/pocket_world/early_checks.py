@@ -7,7 +7,7 @@ from qvg_jax.codecs import presets
 from qvg_jax.codecs.recipes import parse_recipe
 from qvg_jax.errors import UserError, told_to_user
 
-__all__ = ["check_options"]
+__all__ = ["check_endless", "check_options"]
 
 
 def check_options(options: Any) -> None:
@@ -18,6 +18,12 @@ def check_options(options: Any) -> None:
             presets.pair(name, **settings)
     if options.actions is not None:
         parse_actions(options.actions)
+    check_endless(options)
+
+
+def check_endless(options: Any) -> None:
+    """Raises UserError for an option of a bounded memory without --endless."""
     for name in ("memory", "recall"):
-        if getattr(options, name) and not options.endless:
-            raise UserError(f"--{name} needs --endless: without it all is kept")
+        value = getattr(options, name)
+        if value and not options.endless:
+            raise UserError(f"{name}={value} needs --endless: without it all is kept")

@@ -21,6 +21,7 @@ from models.common.checkpoint import CheckpointError
 from models.pocket_world import camera, params, pipeline, trial, world
 from models.pocket_world import capture as capturing
 from models.pocket_world.config import ENDLESS, PocketWorldConfig
+from models.pocket_world.early_checks import check_endless
 from models.pocket_world.entry import NAME, Options
 from models.pocket_world.recalling import Recaller
 from models.pocket_world.route import path_blocks, path_of
@@ -249,14 +250,10 @@ def _memory(options: Options) -> int | None:
     Raises:
         UserError: an option that needs --endless.
     """
-    if options.endless:
-        return MEMORY if options.memory is None else options.memory
-    for name, given in (("memory", options.memory is not None), ("recall", options.recall)):
-        if given:
-            raise UserError(
-                f"{name}={getattr(options, name)} needs --endless: without it all is kept"
-            )
-    return None
+    check_endless(options)
+    if not options.endless:
+        return None
+    return MEMORY if options.memory is None else options.memory
 
 
 def bounded_cache(

@@ -1,11 +1,12 @@
-"""Checks of codecs that need no network, by modules that are imported in a moment."""
+"""The codecs that a user asks for, by modules that are imported in a moment: to check before a network is loaded."""
 
 from typing import Any
 
 from qvg_jax.codecs import presets
+from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import told_to_user
 
-__all__ = ["check_codecs", "check_recipe"]
+__all__ = ["check_codecs", "codec_pair"]
 
 BASELINE = "bf16"
 
@@ -13,11 +14,16 @@ BASELINE = "bf16"
 def check_codecs(options: Any) -> None:
     """Raises UserError for a codec that is not known, or a setting of one that is not accepted."""
     for recipe in options.codecs:
-        check_recipe(recipe)
+        codec_pair(recipe)
 
 
-def check_recipe(recipe: str) -> None:
-    """Raises UserError unless a text is bf16, or a recipe for K and V."""
+def codec_pair(recipe: str) -> tuple[Codec | None, Codec | None]:
+    """Codecs of K and V; None for the baseline, which keeps the model's dtype.
+
+    Raises:
+        UserError: the recipe is not known, or one of its settings is not accepted.
+    """
+    if recipe == BASELINE:
+        return None, None
     with told_to_user():
-        if recipe != BASELINE:
-            presets.parse_pair(recipe)
+        return presets.parse_pair(recipe)

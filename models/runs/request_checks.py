@@ -10,9 +10,7 @@ import numpy as np
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.job import BASELINE
 from qvg_jax.backends import capability, no_hopper, no_triton
-from qvg_jax.codecs import presets
-from qvg_jax.codecs.base import Codec
-from qvg_jax.errors import UserError, told_to_user
+from qvg_jax.errors import UserError
 
 RANDOM = "random"  # in place of a folder of weights
 LARGEST_SEED = 2**31 - 1
@@ -91,18 +89,6 @@ def attention_of(arm: str, options: LatentOptions) -> str | None:
     if arm == BASELINE:
         return None
     return "mosaic_fp8" if options.precision == "fp8" else options.attention
-
-
-def codec_pair(recipe: str) -> tuple[Codec | None, Codec | None]:
-    """Codecs of K and V; None for the baseline, which keeps the model's dtype.
-
-    Raises:
-        UserError: the recipe is not known, or one of its settings is not accepted.
-    """
-    if recipe == BASELINE:
-        return None, None
-    with told_to_user():
-        return presets.parse_pair(recipe)
 
 
 def with_layers[C](config: C, options: LatentOptions) -> C:

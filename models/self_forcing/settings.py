@@ -6,8 +6,9 @@ import logging
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
 from models.runs.devices import check_blocks, plan_of
+from models.runs.early_checks import codec_pair
 from models.runs.head_lists import history_of
-from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
+from models.runs.request_checks import arm_names, check_seed, check_size, with_layers
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from models.self_forcing.entry import FRAMES, NAME, Options
 from models.self_forcing.history import History, make_cache

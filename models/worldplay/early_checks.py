@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.runs.early_checks import check_recipe
+from models.runs.early_checks import codec_pair
 from models.worldplay.cameras import parse_actions
 from qvg_jax.errors import told_to_user
 
@@ -16,7 +16,7 @@ def check_walk(options: Any) -> None:
     """
     for recipe in options.codecs:
         kept = [part for part in recipe.split(":") if not part.startswith("storage=")]
-        check_recipe(":".join(kept))
+        codec_pair(":".join(kept))
     with told_to_user():
         if options.actions is not None:
             parse_actions(options.actions)

@@ -6,7 +6,8 @@ import logging
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Sizes
 from models.runs.devices import check_blocks, plan_of
-from models.runs.request_checks import arm_names, check_seed, check_size, codec_pair, with_layers
+from models.runs.early_checks import codec_pair
+from models.runs.request_checks import arm_names, check_seed, check_size, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from models.worldplay.cameras import CameraPath

@@ -155,7 +155,7 @@ class SpanStore:
         if made - self.next < held:  # the newest span that the store knows may be in its slot still
             slot = (first + held - 1 - (made - self.next)) % lay.max_spans
             known = self.sight[slot] == self.next - 1
-            if known and self.newest != int(_digest(_taken(cache, np.int32(slot)))):
+            if known and self.newest != int(_digest_in(cache, np.int32(slot))):
                 raise ValueError(
                     f"span {self.next - 1} of the cache is another than the store's: a cache that was reset "
                     "or truncated needs a new store"
@@ -327,3 +327,9 @@ def _taken(cache: KVCache, slot: Array) -> Span:
     )
     packed = (of(x, 1) for x in (cache.span_k, cache.span_v))
     return Span(*packed, *(of(x, 0) for x in (cache.span_pos, cache.span_valid, cache.span_table)))
+
+
+@jax.jit
+def _digest_in(cache: KVCache, slot: Array) -> Array:
+    """The digest of the span in a slot, of which no copy is made."""
+    return _digest(_taken(cache, slot))
