@@ -149,7 +149,8 @@ def line_plot(
 
     def up(value: np.ndarray | float) -> np.ndarray:
         inside = np.clip(value, bottom, top)
-        return floor - (inside - bottom) / (top - bottom) * (floor - 10)
+        # An axis without height, of curves that are zero throughout, draws them on the floor.
+        return floor - (inside - bottom) / (top - bottom or 1) * (floor - 10)
 
     parts = []
     for begin, end in shaded:
