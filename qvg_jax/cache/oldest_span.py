@@ -13,9 +13,9 @@ from jaxtyping import Array, PRNGKeyArray
 from qvg_jax.cache.devices import whole_span
 from qvg_jax.cache.layer_codecs import groups_of, joined, parts_of
 from qvg_jax.cache.layout import Layout
-from qvg_jax.cache.no_gradient import no_gradient
 from qvg_jax.cache.slots import write_slot
 from qvg_jax.cache.state import KVCache
+from qvg_jax.codecs.no_gradient import no_gradient
 
 __all__ = ["all_slots", "encode_oldest"]
 
@@ -46,8 +46,8 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
             state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
             span = read(dense, l, begin, size)[0]
             span = span if head_h is None else span.take(head_h, 1)
-            span = no_gradient(whole_span(lay, span, 2), "compress")
-            packed, state = codec.encode(span, state, key=key)
+            encoded = codec.encode(whole_span(lay, span, 2), state, key=key)
+            packed, state = no_gradient(encoded, "compress")
             # All reading before all writing, or XLA copies the whole buffer to be safe.
             moved = read(dense, l, begin + size, tail)
             packed, state, moved = lax.optimization_barrier((packed, state, moved))

@@ -164,6 +164,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run, whole, tmp_path, monkeypatc
     np.testing.assert_array_equal(frames, decoded(whole / "video.mp4"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["timings"]["arms"]["bf16"]["kept_blocks"] >= 2
+    with monkeypatch.context() as patch:  # a finished run is left alone, and nothing is loaded
+        patch.setattr(job, "prepare", lambda _: pytest.fail("prepared"))
+        code, out, _ = run("--compare", "bf16", "--resume")
+    assert code == 0 and "is finished" in out
 
 
 def test_an_image_is_the_first_frame_and_a_video_can_be_made_longer(run, tmp_path):
