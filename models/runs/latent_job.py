@@ -227,11 +227,12 @@ def finished[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> bool:
         UserError: as `prepare`.
     """
     options, _, settings, _, identity = _checked(model, options)
+    # The latents tell whether the request is the same; the report, whether all of the video was made of them.
     saved = SavedLatents(options.out, identity, *model.latent_block(settings), resume=True)
-    expected = identity | _caches(model, options, settings) | {
+    expected = _caches(model, options, settings) | {
         "latent_frames": settings.frames,
         "fps": model.fps if options.fps is None else options.fps,
-    }  # fmt: skip
+    }
     return not saved.missing and has_report(options.out, model.name, settings.arms, expected)
 
 

@@ -164,7 +164,7 @@ def test_plan_says_what_fits(capsys):
     assert bf16.longest == 24  # the rows of the RoPE table
     small = ["plan", "lingbot", "--height", "32", "--width", "48", "--frames", "8"]
     assert cli.main([*small, "--codec", "bf16", "--memory", "10KB"]) == 1
-    assert "Nothing fits: not one block" in capsys.readouterr().out
+    assert "Nothing fits: text encoder alone, without any cache" in capsys.readouterr().out
 
 
 def test_the_download_goes_where_a_run_looks():

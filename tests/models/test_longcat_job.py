@@ -258,7 +258,7 @@ def test_what_fits(capsys):
     assert cli.main([*argv, "--memory", "1GB"]) == 0
     out = capsys.readouterr().out
     assert "73 given frames of 16 x 32" in out and "any number" in out
-    assert "building the cache" in out and f"Fits: bf16, {tiny.CODEC}." in out
+    assert "building the cache" in out and f"Fits: bf16; {tiny.CODEC}." in out
     plan = job.plan(PlanOptions(memory=10**9, codec=("bf16",), height=16, width=32, devices=2))
     alone, two = plan.needs
     assert (two.name, two.longest) == ("bf16, heads over 2", None)
@@ -268,7 +268,7 @@ def test_what_fits(capsys):
     assert cli.main([*argv, "--memory", "1GB", "--devices", "3"]) == 2
     assert "3 devices do not divide heads=2" in capsys.readouterr().err
     assert cli.main([*argv, "--memory", "10KB"]) == 1
-    assert "Nothing fits: accepted: fewer --cond-frames" in capsys.readouterr().out
+    assert "Nothing fits: text encoder alone, without any cache" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -263,4 +263,4 @@ def test_plan_says_what_fits_and_how_far_a_walk_could_go(capsys):
     common = ["plan", "worldplay", "--codec", tiny.CODEC]
     common += ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--frames", "12"]
     assert cli.main([*common, "--memory", "10KB"]) == 1
-    assert "Nothing fits: not one block" in capsys.readouterr().out
+    assert "Nothing fits: text encoder alone, without any cache" in capsys.readouterr().out
