@@ -1,5 +1,8 @@
 """Arguments of another kind are named with what is accepted, in place of an AttributeError of our own code."""
 
+import dataclasses
+import typing
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -62,3 +65,18 @@ def test_shapes_and_tracers_are_arrays(cache):
     assert jax.eval_shape(qvg.attend, shape, cache, shape, shape).shape == Q.shape
     with pytest.raises(ValueError, match="to_saved"):
         qvg.from_saved(None, cache)
+
+
+def test_fields_of_a_cache_are_of_the_types_that_an_editor_shows(cache):
+    rope = qvg.axial_rope([[1.0] * 4])
+    padded = qvg.KVCache.create(
+        heads=1, head_dim=8, block_tokens=1, pos_dims=1, blocks="padded", rope=rope
+    )
+    hints = typing.get_type_hints(qvg.KVCache)
+    assert hints["layout"] is type(cache.layout)
+    for each in (cache, padded):
+        for field in dataclasses.fields(each):
+            hint, value = hints[field.name], getattr(each, field.name)
+            assert hint is not typing.Any, field.name
+            if not isinstance(hint, typing.TypeAliasType):  # a tree of arrays
+                assert isinstance(value, hint), field.name
