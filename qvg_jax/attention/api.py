@@ -176,7 +176,9 @@ def _attend(
     from qvg_jax.attention.kernels import attend_kernels
 
     fp8, implementation = chosen.precision == "fp8", chosen.implementation
-    return attend_kernels(*call, fp8=fp8, implementation=implementation), None
+    names = dict(fp8=fp8, implementation=implementation, return_lse=features.return_lse)
+    found = attend_kernels(*call, **names)
+    return found if features.return_lse else (found, None)
 
 
 def _check(
