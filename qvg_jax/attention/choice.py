@@ -72,7 +72,9 @@ def _too_fine(call: _Call) -> str | None:
     for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
         why = _finer_than_two_bits(codec.storage)
         if why is not None:
-            return f"{name} codec {codec.name} has {why}; products in fp8 would show beside its error"
+            return (
+                f"{name} codec {codec.name} has {why}; products in fp8 would show beside its error"
+            )
     return None
 
 
