@@ -91,7 +91,9 @@ def attend(
             "mosaic_fp8" is an older name of "mosaic" in fp8.
         precision: precision of the matrix products: "bf16", or "fp8" with "mosaic", where spans and
             the new block are read in e4m3: faster, for an error small beside that of 2-bit codes.
-            None is "bf16" on kernels and cuDNN, and the dtype of q on XLA.
+            None without an implementation is "fp8" where the kernels serve the call and both codecs
+            have codes of at most two bits and one stage of k-means; else it is "bf16" on kernels and
+            cuDNN, and the dtype of q on XLA.
 
     Returns:
         The attention output in q's dtype; zero for a query that sees no key at all. With
