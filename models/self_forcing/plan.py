@@ -59,6 +59,7 @@ def make_plan(
     latent = _latents(settings, 1)
     past = jax.eval_shape(decode.decode_frame, networks["VAE"], latent, None)[1]
     decoding = temporary_bytes(decode.decode_frame, networks["VAE"], latent, past)
+    layer = shape_bytes(networks["transformer"].blocks) // settings.sizes.dit.layers if share else 0
     needs = []
     for name in settings.histories:
         cache = settings.cache(name)
@@ -72,9 +73,8 @@ def make_plan(
         parts = (name, held, block, shape_bytes(past), decoding)
         need = with_decoder(*parts, last=options.decode_last)
         longest = _longest(settings, name, need, memory, shape_bytes)
-        seconds = functools.partial(block_seconds, settings, name, cache)
+        seconds = functools.partial(block_seconds, settings, name, cache, layer_bytes=layer)
         alone = seconds(CachePlan()) if count > 1 else None
-        seconds = (lambda plan: None) if share else seconds  # gathering is in no model of times yet
         needs.append(dataclasses.replace(need, longest=longest, seconds=alone))
         needs += needs_on_devices(
             need,
