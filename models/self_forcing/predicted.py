@@ -80,6 +80,7 @@ def block_seconds(
         span_bytes=round(one_span),
         other_tokens=keys - spans * lay.span_tokens,
         span_blocks=max(1, lay.span_tokens // tokens),
+        slots=lay.max_spans,
         layer_bytes=layer_bytes,
     )
     return predict(plan, work, measured).seconds
