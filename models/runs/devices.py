@@ -20,6 +20,7 @@ from qvg_jax.errors import UserError
 
 __all__ = [
     "check_blocks",
+    "check_sharing",
     "check_versions",
     "join_processes",
     "on_all_devices",
@@ -55,6 +56,12 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
             f"--devices {count} is not accepted: there are {jax.device_count()} devices"
         )
     return Plan(**{name: count}, split_tokens=True)
+
+
+def check_sharing(share: bool, plan: Plan | None) -> None:
+    """Raises UserError if weights are to be shared by one device."""
+    if share and plan is None:
+        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
 
 
 def check_blocks(cache: KVCache, plan: Plan | None, tokens: Iterable[int]) -> None:
