@@ -18,7 +18,7 @@ from models.worldplay.schedule import count_blocks
 from qvg_jax.errors import UserError, told_to_user
 
 ACTIONS = "w-8,s-8,a-8,d-8,up-8,down-8"  # of the published runs
-PLANS = ("spans", "heads")
+PLANS = ("spans", "heads", "ring")
 SHIFT = 8  # which gives the released timesteps at four steps
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""WorldPlay on several devices: the frames of one device, by spans and by heads."""
+"""WorldPlay on several devices: the frames of one device, by spans, by heads and by a ring."""
 
 import functools
 
@@ -67,6 +67,11 @@ def test_a_walk_is_that_of_one_device(axis):
     np.testing.assert_allclose(got, on_one_device(), rtol=0, atol=1e-4)
 
 
+def test_a_context_that_is_made_anew_is_not_shared():
+    with pytest.raises(ValueError, match="plan spans=2 needs semantics='append'.*plan=None"):
+        History(semantics="recompute", plan=Plan(spans=2))
+
+
 def test_devices_that_cannot_share_a_walk_are_named_before_anything_is_loaded():
     size = dict(height=tiny_worldplay.HEIGHT, width=tiny_worldplay.WIDTH, actions="w-7")
     asked = functools.partial(Options, prompt="a fox", weights="random", **size)
@@ -77,7 +82,7 @@ def test_devices_that_cannot_share_a_walk_are_named_before_anything_is_loaded():
         (dict(devices=5), "plan spans=5 does not divide"),
         (dict(devices=4, plan="heads"), "plan heads=4 does not divide heads=2"),
         (dict(share_weights=True), "--share-weights is for several devices"),
-        (dict(devices=2, plan="ring"), "--plan ring is not accepted by this model: give spans"),
+        (dict(devices=5, plan="ring"), "q has .* tokens, and plan ring=5 .* a multiple of 5"),
     ):
         with pytest.raises(UserError, match=message):
             settle(asked(codec=tiny_worldplay.CODEC, **more), sizes)
