@@ -30,6 +30,8 @@ __all__ = [
     "whole_on_all",
 ]
 
+LOST_AFTER = 30  # seconds without a sign of life, then a process counts as lost
+
 log = logging.getLogger(__name__)
 
 
@@ -97,7 +99,9 @@ def join_processes(options: LatentOptions) -> None:
             f"--coordinator with --processes {count} and --process {number}: give the number of "
             "processes, and which of them this is, from 0 on"
         )
-    jax.distributed.initialize(options.coordinator, count, number)
+    jax.distributed.initialize(
+        options.coordinator, count, number, heartbeat_timeout_seconds=LOST_AFTER
+    )
     check_versions(versions())
     log.info(
         f"process {number} of {count}: {jax.local_device_count()} of {jax.device_count()} devices"
