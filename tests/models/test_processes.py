@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from models.runs import devices
 from models.runs.devices import join_processes
 from models.self_forcing.entry import Options
 from qvg_jax.app.lost_devices import LostDeviceError, told_of_lost_devices
@@ -77,6 +78,23 @@ def test_only_the_loss_of_a_device_is_told_as_one():
     ):
         with pytest.raises(kind, match=message.partition(":")[2]), told_of_lost_devices(options):
             raise jax.errors.JaxRuntimeError(message)
+
+
+def test_processes_that_are_asked_for_different_things_say_so(monkeypatch):
+    from jax.experimental import multihost_utils
+
+    others = [Options(process=0, out="a", frames=9), Options(process=1, out="b", frames=9)]
+    told = []
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: told.append(x) or x)
+    for options in (*others, Options(process=1, frames=12)):
+        devices._check_options(options)
+    same, again, other = told
+    np.testing.assert_array_equal(same, again)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([same, other]))
+    with pytest.raises(
+        UserError, match="options of process 1 differ .* the same command everywhere"
+    ):
+        devices._check_options(others[1])
 
 
 @pytest.mark.slow
