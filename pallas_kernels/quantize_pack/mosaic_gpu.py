@@ -5,6 +5,7 @@ already lies in shared memory, and codes are packed by a product with powers of 
 2-bit codes is 64 c0 + 16 c1 + 4 c2 + c3, exact in float32. So no thread needs its neighbours' bits.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -122,6 +123,7 @@ def _midrise(r: Array, form: Midrise) -> tuple[Array, list[Array]]:
     return codes, [scale, match, _row_max(jnp.abs(r))]
 
 
+@functools.partial(jax.jit, static_argnames=("form", "tokens", "parts", "tuning"))
 def encode(
     x_RTD: Array,
     c_RKD: Array,
