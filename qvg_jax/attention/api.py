@@ -167,16 +167,23 @@ def _attend(
     features: Features,
     chosen: Candidate,
 ) -> tuple[Array, Array | None]:
-    call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
-    if chosen.implementation in ("xla", "cudnn"):
+    call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
+    if chosen.implementation == "xla":
         attend_some = attend_xla
-        if chosen.implementation == "cudnn":
-            from qvg_jax.attention.cudnn import attend_cudnn as attend_some
-        if view.cache.layout.history is not None:
-            return attend_by_head(attend_some, *call, features)
-        return attend_some(*call, features)
+    elif chosen.implementation == "cudnn":
+        from qvg_jax.attention.cudnn import attend_cudnn as attend_some
+    else:
+        attend_some = functools.partial(_attend_kernels, chosen)
+    if view.cache.layout.history is not None:
+        return attend_by_head(attend_some, *call)
+    return attend_some(*call)
+
+
+def _attend_kernels(chosen: Candidate, *call: Any) -> tuple[Array, None]:
+    """The output of attention by kernels, which serve calls without features and return no log-sum-exp."""
     from qvg_jax.attention.kernels import attend_kernels
 
+    *call, _ = call
     fp8, implementation = chosen.precision == "fp8", chosen.implementation
     return attend_kernels(*call, fp8=fp8, implementation=implementation), None
 
