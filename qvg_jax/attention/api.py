@@ -179,13 +179,15 @@ def _attend(
     return attend_some(*call)
 
 
-def _attend_kernels(chosen: Candidate, *call: Any) -> tuple[Array, None]:
-    """The output of attention by kernels, which serve calls without features and return no log-sum-exp."""
+def _attend_kernels(chosen: Candidate, *call: Any) -> tuple[Array, Array | None]:
+    """Output and log-sum-exp of attention by kernels; of the features they know `return_lse` only."""
     from qvg_jax.attention.kernels import attend_kernels
 
-    *call, _ = call
+    *call, features = call
     fp8, implementation = chosen.precision == "fp8", chosen.implementation
-    return attend_kernels(*call, fp8=fp8, implementation=implementation), None
+    names = dict(fp8=fp8, implementation=implementation, return_lse=features.return_lse)
+    found = attend_kernels(*call, **names)
+    return found if features.return_lse else (found, None)
 
 
 def _check(

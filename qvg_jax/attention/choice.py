@@ -38,7 +38,8 @@ def _no_kernels(
     `no_device()` is the reason why they cannot run here. It is asked before they are imported, as
     Mosaic takes long.
     """
-    asked = [*call.features.names(), *([] if call.reads_new else ["k=None"])]
+    plain = dataclasses.replace(call.features, return_lse=False)
+    asked = [*plain.names(), *([] if call.reads_new else ["k=None"])]
     if asked:
         return f"{', '.join(asked)}: the kernels attend plainly, and to all of a new block"
     if call.view.cache.layout.key_bias is not None:
