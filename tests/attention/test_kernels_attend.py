@@ -19,8 +19,8 @@ from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.features import PLAIN
 from qvg_jax.attention.kernel_plan import Plan
-from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.devices import spread
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import evict
 from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.cache.relative import RelativeTime
