@@ -77,7 +77,7 @@ class Run:
         from benchmarks.common import device
         from benchmarks.self_forcing import Setup
 
-        args.limit_arm = args.arms[0]
+        args.limit_arm, args.heads = args.arms[0], "all"
         self.setup = Setup(args, vae=False, sizes=_tiny_sizes() if args.tiny else None)
         self.devices = args.devices or jax.device_count()
         self.file = args.out / "spread.json"

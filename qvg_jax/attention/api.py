@@ -167,16 +167,23 @@ def _attend(
     features: Features,
     chosen: Candidate,
 ) -> tuple[Array, Array | None]:
-    call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
-    if chosen.implementation in ("xla", "cudnn"):
+    call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
+    if chosen.implementation == "xla":
         attend_some = attend_xla
-        if chosen.implementation == "cudnn":
-            from qvg_jax.attention.cudnn import attend_cudnn as attend_some
-        if view.cache.layout.history is not None:
-            return attend_by_head(attend_some, *call, features)
-        return attend_some(*call, features)
+    elif chosen.implementation == "cudnn":
+        from qvg_jax.attention.cudnn import attend_cudnn as attend_some
+    else:
+        attend_some = functools.partial(_attend_kernels, chosen)
+    if view.cache.layout.history is not None:
+        return attend_by_head(attend_some, *call)
+    return attend_some(*call)
+
+
+def _attend_kernels(chosen: Candidate, *call: Any) -> tuple[Array, Array | None]:
+    """Output and log-sum-exp of attention by kernels; of the features they know `return_lse` only."""
     from qvg_jax.attention.kernels import attend_kernels
 
+    *call, features = call
     fp8, implementation = chosen.precision == "fp8", chosen.implementation
     names = dict(fp8=fp8, implementation=implementation, return_lse=features.return_lse)
     found = attend_kernels(*call, **names)

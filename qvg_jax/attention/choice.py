@@ -11,6 +11,7 @@ from qvg_jax.attention import xla
 from qvg_jax.attention.features import PLAIN, Features, features_of
 from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
 from qvg_jax.cache.arguments import check_array, check_cache
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.storage import Centroids, Levels, Storage
@@ -43,8 +44,6 @@ def _no_kernels(
         return f"{', '.join(asked)}: the kernels attend plainly, and to all of a new block"
     if call.view.cache.layout.key_bias is not None:
         return "the cache has a key_bias, which the kernels do not add"
-    if call.view.cache.layout.history is not None:
-        return "heads of the cache differ in their history, which the kernels do not read"
     if (why := no_device()) is not None:
         return why
     from qvg_jax.attention import kernels
@@ -139,12 +138,14 @@ class Explanation:
         precision: "bf16" or "fp8", of the matrix products; None is that of the queries.
         decoding: "kernels" or "xla", by which compressed spans are decoded.
         others: why each other way does not run: the reason why it cannot, or that it must be named.
+        heads: how heads differ in what they read; None if all of them read the whole cache.
     """
 
     implementation: str
     precision: str | None
     decoding: str | None
     others: dict[str, str]
+    heads: str | None = None
 
     @property
     def runs(self) -> str:
@@ -152,7 +153,8 @@ class Explanation:
         return str(Candidate(self.implementation, lambda _: None, self.precision, self.decoding))
 
     def __str__(self) -> str:
-        return "\n".join([f"runs: {self.runs}", *(f"not {k}: {v}" for k, v in self.others.items())])
+        lines = [f"runs: {self.runs}", *(f"not {k}: {v}" for k, v in self.others.items())]
+        return "\n".join(lines if self.heads is None else [lines[0], self.heads, *lines[1:]])
 
 
 def explain(
@@ -202,4 +204,17 @@ def explain(
             elif after and candidate.named is not True:
                 why = "it serves the call, and comes later"
         others[str(candidate)] = why
-    return Explanation(chosen.implementation, chosen.precision, chosen.decoding, others)
+    heads = _of_heads(view.cache.layout.history)
+    return Explanation(chosen.implementation, chosen.precision, chosen.decoding, others, heads)
+
+
+def _of_heads(history: HeadHistory | None) -> str | None:
+    """Returns how heads differ in what they read, and how many programs that takes."""
+    if history is None:
+        return None
+    *most, last = map(str, sorted(set(history.counts)))
+    counts = f"{', '.join(most)} or {last}" if most else last
+    return (
+        f"heads: {history.full} of {history.layers * history.heads} have a history, by layer {counts} of "
+        f"{history.heads}; programs: {len(most) + 1}, one for each of these numbers"
+    )

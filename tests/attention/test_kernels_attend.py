@@ -4,6 +4,7 @@ So it runs anywhere, and is compared with what `attend` gives by XLA.
 """
 
 import collections
+import dataclasses
 import functools
 import re
 
@@ -15,11 +16,13 @@ import pytest
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import Schedule
 from pallas_kernels.dequant_attention import reference as attention_reference
-from qvg_jax.attention import api, choice, kernel_plan, new_block, workspaces
+from qvg_jax.attention import api, by_head, choice, kernel_plan, new_block, workspaces
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
+from qvg_jax.attention.features import PLAIN
 from qvg_jax.attention.kernel_plan import Plan
 from qvg_jax.cache.devices import spread
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import evict
 from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.cache.relative import RelativeTime
@@ -161,6 +164,56 @@ def test_devices_that_share_the_heads_read_by_kernels(references, monkeypatch):
         read = functools.partial(attend_by_heads, axis="heads", implementation="mosaic_fp8")
         ours = jax.jit(read)(q, view, k, v, layer=1).astype(jnp.float32)
     assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < 6e-2
+
+
+# Layers with all heads, two, none, and two again that are others.
+HISTORY = HeadHistory(
+    [[True] * 4, [False, True, False, True], [False] * 4, [True, True, False, False]], 1
+)
+
+
+@pytest.mark.parametrize(
+    "name, fp8, precompute",
+    [
+        ("dither", True, False),
+        ("bf16", False, True),
+        ("joined", False, False),
+    ],
+)
+def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, fp8, precompute):
+    """All layers in a scan, two videos and two branches, a ring of slots that has turned; then an empty cache."""
+    codec = (codecs() | ODD)[name]
+    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=HISTORY)
+    cache = with_window_garbage(evict(filled_cache(codec, blocks=9, **sizes), spans=1))
+    assert int(cache.first_span) == 1 and int(cache.num_spans) > 0
+    empty = dataclasses.replace(
+        cache, dense_blocks=jnp.int32(0), num_spans=jnp.int32(0), seen_blocks=jnp.int32(0)
+    )
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((4, 4, 32, 8, 128)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((4, 4, 32, 4, 128)), jnp.bfloat16) for _ in range(2))
+    at = jnp.concatenate([positions(9, 32)] * 2)
+
+    def by_kernels(*call):
+        return mosaic.attend_kernels(*call[:-1], fp8=fp8), None
+
+    @jax.jit
+    def both(cache, q, k, v):
+        view = cache.view(at, INTERLEAVED, precompute=precompute)
+
+        def layer(_, x):
+            *x, l = x
+            call = (x[0], view, *x[1:], l)
+            ours, _ = by_head.attend_by_head(by_kernels, *call, jnp.float32(128**-0.5), PLAIN)
+            return None, (ours, attend(*call[:4], layer=l, implementation="xla"))
+
+        return jax.lax.scan(layer, None, (q, k, v, jnp.arange(4)))[1]
+
+    for which in (cache, empty):
+        ours, right = (x.astype(jnp.float32) for x in both(which, q, k, v))
+        error = jnp.linalg.norm((ours - right).reshape(4, -1), axis=1)
+        bound = 6e-2 if fp8 else 1e-2
+        assert (error / jnp.linalg.norm(right.reshape(4, -1), axis=1) < bound).all()
 
 
 @pytest.mark.parametrize(
