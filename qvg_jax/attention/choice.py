@@ -16,7 +16,7 @@ from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.storage import Centroids, Levels, Storage
 
-__all__ = ["CANDIDATES", "Explanation", "choose", "explain"]
+__all__ = ["CANDIDATES", "Explanation", "choose", "explain", "finer_than_two_bits"]
 
 ALIASES = {"mosaic_fp8": ("mosaic", "fp8")}  # names of earlier releases
 
@@ -70,7 +70,7 @@ def _too_fine(call: _Call) -> str | None:
     if not lay.max_spans:
         return "the cache has no compressed spans; products in fp8 would be its largest error"
     for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
-        why = _finer_than_two_bits(codec.storage)
+        why = finer_than_two_bits(codec.storage)
         if why is not None:
             return (
                 f"{name} codec {codec.name} has {why}; products in fp8 would show beside its error"
@@ -78,7 +78,7 @@ def _too_fine(call: _Call) -> str | None:
     return None
 
 
-def _finer_than_two_bits(storage: Storage | None) -> str | None:
+def finer_than_two_bits(storage: Storage | None) -> str | None:
     """The part of a codec's form that makes it finer than two bits and one stage; None if none does."""
     if storage is None or not isinstance(storage.codes, Levels):
         return "no codes of two bits"
