@@ -1,8 +1,8 @@
 """Seconds of a denoising evaluation on several GPUs, predicted from what one H100 took.
 
 What goes in was measured at the true size, on one H100 80GB with jax 0.11.2 (docs/benchmarks/longcat.md and
-attention.md, 2026-11-26 and 2026-11-28). Devices divide heads and hidden channels, and add up results of all tokens three
-times in a layer. With r = (n - 1) / n, T tokens of both branches, width M and b bytes an element
+attention.md, 2026-11-26 and 2026-11-28). Devices divide heads and hidden channels, and add up results of all
+tokens three times in a layer. With r = (n - 1) / n, T tokens of both branches, width M and b bytes an element
     seconds = (network + attention) / n + 3 layers 2 r b T M / link.
 """
 
