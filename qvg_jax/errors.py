@@ -4,7 +4,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["MissingExtraError", "UserError", "printable", "told_to_user", "wrong_kind"]
+__all__ = [
+    "LostDeviceError",
+    "MissingExtraError",
+    "UserError",
+    "printable",
+    "told_to_user",
+    "wrong_kind",
+]
 
 
 class UserError(ValueError):
@@ -12,6 +19,10 @@ class UserError(ValueError):
 
     The command prints the message in one line. Every other exception keeps its traceback.
     """
+
+
+class LostDeviceError(UserError):
+    """The error of a run whose devices are not all there any more."""
 
 
 class MissingExtraError(UserError, ImportError):

@@ -11,7 +11,8 @@ from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
 from models.runs.devices import on_all_devices, weight_placement
 from models.runs.latent_job import Run
-from models.runs.request_checks import attention_told, file_digest
+from models.runs.reading import attention_told
+from models.runs.request_checks import file_digest
 from models.worldplay.entry import NAME, NEEDS, Options, PlanOptions
 from models.worldplay.params import WEIGHTS
 from models.worldplay.picture import check_picture, picture_latent
