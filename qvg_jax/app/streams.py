@@ -1,5 +1,6 @@
 """Standard output and error of a command that may have been closed, or whose reader may go away."""
 
+import contextlib
 import os
 import sys
 
