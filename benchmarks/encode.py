@@ -56,6 +56,13 @@ MORE = {
     "dither, 2 iterations": lambda: presets.pair("dither", cold_iters=2)[0],
     "dither-asym, 2 iterations": lambda: presets.pair("dither-asym", cold_iters=2)[1],
     "qvg-asym, 2 iterations": lambda: presets.get("qvg-asym", cold_iters=2),
+    "qvg, 2 iterations, 1 in 4": lambda: chain(
+        kmeans_smoothing(256, 2, warm_start=False, subsample=4), residual_quantize(2, 64)
+    ),
+    "qvg-pro, 5 iterations, 1 in 4": lambda: chain(
+        kmeans_smoothing(256, 5, 4, warm_start=False, subsample=4), residual_quantize(2, 16)
+    ),
+    "dither as preset, keys, 1 in 4": lambda: presets.pair("dither", subsample=4)[0],
 }
 ON_XLA = {
     "trellis, keys": lambda: presets.pair("trellis")[0],

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -132,6 +133,7 @@ def lloyd(
     *,
     used_BHT: Bool[Array, "B H T"] | None = None,
     reseed: bool = False,
+    some_t: np.ndarray | None = None,
 ) -> Float[Array, "B H K D"]:
     """Returns the centroids after Lloyd's iterations: assign every token, move each centroid to their mean.
 
@@ -144,30 +146,42 @@ def lloyd(
         used_BHT: tokens that count (default: all); the others are assigned but move nothing.
         reseed: in the first of at least two iterations, a centroid that attracted at most one
             token moves to one of the quarter of tokens that lie farthest from their centroid.
+        some_t: tokens that all iterations but the last one look at; None is all tokens.
 
     Returns:
         Centroids, float32. They are the means of the last assignment; the tokens' nearest
         centroids afterwards are `assign(x_BHTD, centroids)`.
     """
     k = c_BHKD.shape[2]
+    few_BHtD, used_BHt = x_BHTD, used_BHT
+    if some_t is not None:
+        few_BHtD = x_BHTD[:, :, some_t]
+        used_BHt = None if used_BHT is None else used_BHT[:, :, some_t]
 
-    def step(c_BHKD: Array, reseed: Bool[Array, ""] | bool) -> Array:
-        ids_BHT, distance_BHT = assign(x_BHTD, c_BHKD)
-        if used_BHT is not None:
-            ids_BHT = jnp.where(used_BHT, ids_BHT, k)
-            distance_BHT = jnp.where(used_BHT, distance_BHT, -1)
-        sum_BHKD, count_BHK = _sums(x_BHTD, ids_BHT, k)
+    def step(c_BHKD: Array, reseed: Bool[Array, ""] | bool, last: bool = False) -> Array:
+        x, used = (x_BHTD, used_BHT) if last else (few_BHtD, used_BHt)
+        ids_BHT, distance_BHT = assign(x, c_BHKD)
+        if used is not None:
+            ids_BHT = jnp.where(used, ids_BHT, k)
+            distance_BHT = jnp.where(used, distance_BHT, -1)
+        sum_BHKD, count_BHK = _sums(x, ids_BHT, k)
         mean_BHKD = sum_BHKD / jnp.maximum(count_BHK, 1)[..., None]
         new_BHKD = jnp.where(count_BHK[..., None] > 0, mean_BHKD, c_BHKD)
         if reseed is False:
             return new_BHKD
         spare_BHK = (count_BHK <= 1) & reseed
-        return restarted(x_BHTD, new_BHKD, spare_BHK, distance_BHT)
+        return restarted(x, new_BHKD, spare_BHK, distance_BHT)
 
     c_BHKD = c_BHKD.astype(jnp.float32)
-    done = 0
+    more, done = jnp.asarray(iters) > 1, 0
+    if some_t is not None:
+        if reseed:
+            c_BHKD = lax.cond(more, lambda c: step(c, True), lambda c: c, c_BHKD)
+            done = 1
+        c_BHKD = lax.fori_loop(done, iters - 1, lambda _, c: step(c, False), c_BHKD)
+        return step(c_BHKD, False, last=True)
     if reseed:
-        c_BHKD = step(c_BHKD, jnp.asarray(iters) > 1)
+        c_BHKD = step(c_BHKD, more)
         done = 1
     return lax.fori_loop(done, iters, lambda _, c: step(c, False), c_BHKD)
 
