@@ -36,6 +36,8 @@ from qvg_jax.codecs.quantize.dithered import channel_sizes
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
 from qvg_jax.codecs.smoothing import kmeans_smoothing
+from qvg_jax.codecs.smoothing.kmeans import deviations
+from qvg_jax.codecs.smoothing.lloyd import restarted
 
 # As the published code encodes: no warm start, no restarts. Then what this library does by default.
 CODECS = {
@@ -178,7 +180,14 @@ def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str,
     jobs["subtract by a metric"] = (
         lambda x, c, one: assign_and_subtract(x, c, metric=Metric(0 * one, one)), (x, c, ones), 2,
     )  # fmt: skip
+    spare = jnp.arange(256)[None, None] % 8 == jnp.zeros((1, heads, 1), int)
+    jobs["restart an eighth of the centroids, XLA"] = (
+        lambda x, c, s: restarted(x[None], c[None], s, jnp.abs(x[None, ..., 0]).astype(jnp.float32)),
+        (x, c, spare), 0,
+    )  # fmt: skip
     jobs["channel sizes, XLA"] = (lambda x: channel_sizes(x[None]), (x,), 0)
+    used = jnp.ones((1, heads, tokens), bool)
+    jobs["deviations, XLA"] = (lambda x, u: deviations(x[None], u), (x, used), 0)
     for name, dithered in DITHERED.items():
         jobs[name] = (lambda x, one, f=dithered: pack_dithered(x, one, f), (x, ones), 0)
     return jobs

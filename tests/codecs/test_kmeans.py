@@ -262,6 +262,14 @@ def test_reseed_revives_centroids_of_content_that_is_gone():
     assert after < 0.7 * before, (before, after)
 
 
+def test_the_farthest_tokens_come_first():
+    """As numpy sorts, with ties, tiny numbers, and tokens that are not used, whose distance is -1."""
+    distance = np.random.default_rng(0).exponential(1, (1, 2, 700)).astype(np.float32)
+    distance[0, 0, ::7], distance[0, 0, 1::9], distance[0, 1, 5:400] = 0, -1, 1e-44
+    want = np.argsort(-distance, axis=-1, kind="stable")
+    np.testing.assert_array_equal(jit(lloyd_module._descending)(distance), want)
+
+
 def test_chunks_and_both_sums_agree():
     rng = np.random.default_rng(9)
     # Small integers: every order of summation gives the same float32, so equality is exact.

@@ -195,13 +195,22 @@ def restarted(
     farthest quarter, as the very farthest ones are often all alike.
     """
     quarter = x_BHTD.shape[2] // 4
-    # Not lax.top_k: with heads on several devices it would gather them all.
-    far_BHT = jnp.argsort(distance_BHT, axis=-1, descending=True, stable=True)
+    far_BHT = _descending(distance_BHT)
     spares_BH1 = jnp.sum(spare_BHK, axis=-1, keepdims=True, dtype=jnp.int32)
     step_BH1 = jnp.maximum(quarter // jnp.maximum(spares_BH1, 1), 1)
     nth_BHK = jnp.maximum(jnp.cumsum(spare_BHK, axis=-1, dtype=jnp.int32) - 1, 0)
     far_BHK = jnp.take_along_axis(far_BHT, nth_BHK * step_BH1, axis=-1)
     return jnp.where(spare_BHK[..., None], rows(x_BHTD, far_BHK).astype(jnp.float32), c_BHKD)
+
+
+def _descending(distance_BHT: Array) -> Int[Array, "B H T"]:
+    """Returns the order of falling distances, the first of equal ones first; none is NaN or minus zero."""
+    # As integers, which sort two to five times faster than floats, whose zeros and NaN are compared apart.
+    # Not lax.top_k: with heads on several devices it would gather them all.
+    bits_BHT = lax.bitcast_convert_type(distance_BHT.astype(jnp.float32), jnp.uint32)
+    key_BHT = jnp.where(bits_BHT >> 31 == 1, bits_BHT, bits_BHT ^ jnp.uint32(0x7FFFFFFF))
+    token_BHT = lax.broadcasted_iota(jnp.int32, distance_BHT.shape, 2)
+    return lax.sort((key_BHT, token_BHT), dimension=2, is_stable=True, num_keys=1)[1]
 
 
 def rows(
