@@ -35,7 +35,7 @@ from qvg_jax.codecs.compose import chain
 from qvg_jax.codecs.quantize.dithered import channel_sizes
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
-from qvg_jax.codecs.smoothing import kmeans_smoothing
+from qvg_jax.codecs.smoothing import KMeansState, kmeans_smoothing
 from qvg_jax.codecs.smoothing.kmeans import deviations
 from qvg_jax.codecs.smoothing.lloyd import restarted
 
@@ -65,6 +65,9 @@ MORE = {
         kmeans_smoothing(256, 5, 4, warm_start=False, subsample=4), residual_quantize(2, 16)
     ),
     "dither as preset, keys, 1 in 4": lambda: presets.pair("dither", subsample=4)[0],
+    "dither as preset, keys, warm": lambda: presets.pair("dither")[0],
+    "dither as preset, keys, 1 in 4, warm": lambda: presets.pair("dither", subsample=4)[0],
+    "qvg as preset, warm": lambda: presets.get("qvg"),
 }
 ON_XLA = {
     "trellis, keys": lambda: presets.pair("trellis")[0],
@@ -199,10 +202,14 @@ def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:
         x_BHTD = noise((1, heads, tokens, 128), 1) if names else None
         for name in names:
             codec = codecs[name]()
+            state = codec.init(x_BHTD.shape, x_BHTD.dtype)
+            if name.endswith("warm"):  # as after a span like this one
+                c_BHSKD = x_BHTD[:, :, None, :256].astype(state[0].centroids_BHSKD.dtype)
+                state = (KMeansState(c_BHSKD, jnp.ones((), bool)), *state[1:])
             named = {} if name in ON_XLA else dict(implementation=implementation)
             out[f"{name}, {implementation}"] = (
                 lambda x, s, c=codec, n=named: c.encode(x, s, **n),
-                (x_BHTD, codec.init(x_BHTD.shape, x_BHTD.dtype)),
+                (x_BHTD, state),
                 0,
             )
         return out

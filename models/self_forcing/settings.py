@@ -180,9 +180,6 @@ def _check_heads(options: Options, heads: HeadHistory | None) -> None:
                 f"local={options.local} with --heads all: no head is local; leave it out"
             )
         return
-    named = options.attention or ("mosaic" if options.precision == "fp8" else None)
-    if named not in (None, "xla", "cudnn"):
-        raise UserError(f"--heads and attention {named!r} do not go together; accepted: xla, cudnn")
     if options.recent is not None and options.recent < heads.local_blocks:
         raise UserError(
             f"recent={options.recent} is less than the {heads.local_blocks} newest frames that local heads "

@@ -6,6 +6,7 @@ that already lies in shared memory, and codes are packed by a product with power
 2-bit codes is 64 c0 + 16 c1 + 4 c2 + c3, exact in float32. So no thread needs its neighbours' bits.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -64,6 +65,7 @@ def _store_codes(codes: Array, w_smem: Any, codes_smem: Any, gmem: Any) -> None:
     plgpu.copy_smem_to_gmem(codes_smem, gmem)
 
 
+@functools.partial(jax.jit, static_argnames=("form", "tokens", "parts", "tuning"))
 def encode(
     x_RTD: Array,
     c_RKD: Array,
@@ -201,6 +203,7 @@ def encode(
     return tuple(kernel(*arrays))
 
 
+@functools.partial(jax.jit, static_argnames=("form", "tokens", "parts", "tuning"))
 def pack_dithered(
     r_RTD: Array,
     factor_RD: Array,

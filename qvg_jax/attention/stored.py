@@ -15,9 +15,9 @@ from qvg_jax.cache.layer_codecs import groups_of, parts_of
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.slots import decode_slot, read_slot
 from qvg_jax.cache.view import CacheView
-from qvg_jax.codecs.base import Packed
+from qvg_jax.codecs.base import Codec, Packed
 
-__all__ = ["NearKeys", "decoded_span", "near_keys", "packed_keys", "read_dense"]
+__all__ = ["NearKeys", "decoded_span", "near_keys", "packed_keys", "read_dense", "slots_and_place"]
 
 
 def read_dense(view: CacheView, buffer: Array, layer: Array, start: Array, size: int) -> Array:
@@ -40,17 +40,28 @@ def decoded_span(view: CacheView, layer: Array, slot: Array, dtype: Any) -> tupl
     return k_BHTD, v_BHTD
 
 
-def packed_keys(view: CacheView, layer: Array, slot: Array) -> Packed:
-    """The keys of the span in one slot as they are packed, in a cache of one codec for all layers."""
-    cache, lay = view.cache, view.cache.layout
+def slots_and_place(view: CacheView, codec: Codec, slots: Any, layer: Array) -> tuple[Any, Array]:
+    """The slots in which the spans of a layer lie, and its place in them, in a cache of one codec for all layers.
+
+    Args:
+        view: of all heads, or of those of the layer with a history.
+        codec, slots: of keys or of values.
+        layer: which one; may be traced.
+    """
     if view.only is None:
-        return read_slot(cache.span_k, layer, slot)
-    groups = groups_of(lay.key_codec, lay)
+        return slots, layer
+    lay = view.cache.layout
+    groups = groups_of(codec, lay)
     (g,) = (g for g, group in enumerate(groups) if group.shape[1] == view.only.count)
     index_L = np.zeros(lay.layers, np.int32)
     index_L[list(groups[g].layers)] = np.arange(len(groups[g].layers))
-    part = parts_of(lay.key_codec, lay, cache.span_k)[g]
-    return read_slot(part, jnp.asarray(index_L)[layer], slot)
+    return parts_of(codec, lay, slots)[g], jnp.asarray(index_L)[layer]
+
+
+def packed_keys(view: CacheView, layer: Array, slot: Array) -> Packed:
+    """The keys of the span in one slot as they are packed, in a cache of one codec for all layers."""
+    cache = view.cache
+    return read_slot(*slots_and_place(view, cache.layout.key_codec, cache.span_k, layer), slot)
 
 
 class NearKeys(NamedTuple):
@@ -67,6 +78,11 @@ class NearKeys(NamedTuple):
     v_BHTD: Array
     table: Any
     counts_BT: Array
+
+    @property
+    def valid(self) -> Array:
+        """The number of tokens that count, in a cache without padding."""
+        return self.counts_BT[0].sum(dtype=jnp.int32)
 
 
 def near_keys(view: CacheView, layer: Array, dtype: Any) -> NearKeys:

@@ -74,6 +74,26 @@ class HeadHistory:
         """The number of heads with a history in all layers together."""
         return sum(self.counts)
 
+    def rounded(self, multiple: int) -> "HeadHistory":
+        """The same history with every layer's number of heads with a history raised to a multiple.
+
+        The first local heads of a layer get a history then: nothing is lost, but what those store and
+        read is paid for. `attend` and `compress` compile a program for every such number that layers
+        have, so with multiples there are fewer programs.
+
+        Args:
+            multiple: at least 1; a layer with fewer heads than the next multiple gets all of them.
+
+        Raises:
+            ValueError: `multiple` is no integer or below 1.
+        """
+        if isinstance(multiple, bool) or not isinstance(multiple, Integral) or multiple < 1:
+            raise ValueError(f"multiple={multiple!r} is not accepted: give an integer >= 1")
+        table = np.array(self.table)
+        for row in table:
+            row[np.flatnonzero(~row)[: -row.sum() % multiple]] = True
+        return HeadHistory(table, self.local_blocks)
+
     def indices(self, count: int, has: bool) -> Int[np.ndarray, "L h"]:
         """Heads of each layer, with a history or local; zeros for layers of another count.
 
@@ -153,6 +173,10 @@ class HeadSet:
     def of(self, x_BHTD: Array, axis: int = 1) -> Array:
         """The heads' part of an array of all heads."""
         return x_BHTD.take(self.index_h, axis)
+
+    def rows(self, batch: int, heads: int) -> Array:
+        """Rows of the heads among those of all videos and heads of a layer, videos first."""
+        return (np.arange(batch, dtype=np.int32)[:, None] * heads + self.index_h[None]).reshape(-1)
 
     def repeated(self, times: Sequence[int]) -> Array:
         """Indices of query heads or encodings, of which each head has so many next to each other."""

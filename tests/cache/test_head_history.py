@@ -251,4 +251,16 @@ def test_what_cannot_be_said_or_read_is_named():
         recode(cache, coarse(), coarse())
     found = explain(cache, jax.ShapeDtypeStruct((BATCH, 4, HEADS, DIM), jnp.float32))
     assert found.implementation == "xla"
-    assert "heads of the cache differ in their history" in str(found)
+    assert "heads: 5 of 12 have a history, by layer 0, 1 or 3 of 3; programs: 3" in str(found)
+    whole = KVCache.create(**SIZES)
+    assert explain(whole, jax.ShapeDtypeStruct((BATCH, 4, HEADS, DIM), jnp.float32)).heads is None
+
+
+def test_rounded_counts_of_heads_are_fewer_numbers_and_take_no_history_away():
+    history = HeadHistory(TABLE, 2)
+    pairs = history.rounded(2)
+    assert pairs.counts == (3, 2, 0, 2) and pairs.local_blocks == 2
+    assert (np.array(pairs.table) >= np.array(TABLE)).all()
+    assert pairs.table[1] == (True, True, False) and history.rounded(1) == history
+    with pytest.raises(ValueError, match="multiple=0 is not accepted"):
+        history.rounded(0)

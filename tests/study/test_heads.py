@@ -148,7 +148,6 @@ def test_self_forcing_takes_a_published_list(tmp_path):
     assert all(4 * _size(a) == _size(b) for a, b in pairs)
     for wrong, message in (
         (dict(recent=1), "recent=1 is less than the 2 newest frames"),
-        (dict(attention="triton"), "--heads and attention 'triton'"),
         (dict(heads="all"), "local=2 with --heads all"),
     ):
         with pytest.raises(UserError, match=message):
