@@ -33,7 +33,7 @@ def filled(cache: Any, blocks: int, spans: int | None = None) -> Any:
     The given cache's arrays are deleted before their successors are made: two may not fit.
     """
     spans, made = _spans_after(cache.layout, blocks) if spans is None else spans, {}
-    for name in ("dense_k", "dense_v", "span_k", "span_v"):
+    for name in ("dense_k", "dense_v", "near_k", "near_v", "span_k", "span_v"):
         leaves, tree = jax.tree.flatten(getattr(cache, name))
         forms = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
         for x in leaves:

@@ -92,6 +92,8 @@ def settle(
         local=options.local,
         usual=LOCAL_FRAMES,
     )
+    if heads is not None:  # no run takes frames back, which a window of their own could not do
+        heads = dataclasses.replace(heads, own_window=True)
     _check_heads(options, heads)
     if options.share_weights and plan is None:
         raise UserError("--share-weights is for several devices; accepted: --devices N beside it")

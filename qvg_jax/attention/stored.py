@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from qvg_jax.cache.layer_codecs import groups_of, parts_of
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.own_window import by_head, near_order, read_rows
 from qvg_jax.cache.slots import decode_slot, read_slot
 from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec, Packed
@@ -23,10 +24,9 @@ __all__ = ["NearKeys", "decoded_span", "near_keys", "packed_keys", "read_dense",
 def read_dense(view: CacheView, buffer: Array, layer: Array, start: Array, size: int) -> Array:
     """Tokens `start` to `start` + `size` of the dense buffer of K or V in one layer, (B, H, size, D)."""
     lay: Layout = view.cache.layout
-    corner = [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, start, 0)]  # with x64, too
-    form = (1, lay.batch, lay.heads, size, lay.head_dim)
-    x_BHTD = lax.dynamic_slice(buffer, corner, form)[0]
-    return x_BHTD if view.only is None else view.only.of(x_BHTD)
+    rows = None if view.only is None else view.only.count
+    x_BHTD = by_head(lay, read_rows(lay, buffer, layer, rows, start, size))
+    return x_BHTD if view.only is None or lay.own_window else view.only.of(x_BHTD)
 
 
 def decoded_span(view: CacheView, layer: Array, slot: Array, dtype: Any) -> tuple[Array, Array]:
@@ -102,10 +102,19 @@ def near_keys(view: CacheView, layer: Array, dtype: Any) -> NearKeys:
     if cache.dense_valid is not None:
         cut = lambda start, n: lax.dynamic_slice_in_dim(cache.dense_valid, start, n, 1)  # noqa: E731
         counts_BT = counts_BT & joined(cut, 1)
-    k_BHTD, v_BHTD = (
-        joined(lambda start, n, x=x: read_dense(view, x, layer, start, n).astype(dtype), 2)
-        for x in (cache.dense_k, cache.dense_v)
-    )
+    if lay.own_window:
+        order_T, form = near_order(cache, newest), (view.only.count, 0, sink + recent)
+        k_BHTD, v_BHTD = (
+            by_head(lay, read_rows(lay, x, layer, *form, history=False))
+            .take(order_T, 2)
+            .astype(dtype)
+            for x in (cache.near_k, cache.near_v)
+        )
+    else:
+        k_BHTD, v_BHTD = (
+            joined(lambda start, n, x=x: read_dense(view, x, layer, start, n).astype(dtype), 2)
+            for x in (cache.dense_k, cache.dense_v)
+        )
     # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
     v_BHTD = jnp.where(counts_BT[:, None, :, None], v_BHTD, 0)
     table = None if view.rope is None else joined(view.dense_table, 1)

@@ -29,13 +29,17 @@ class HeadHistory:
         table: bool, [layers][heads]: whether a head has a history. Any array or nested list of bools.
         local_blocks: newest blocks that a local head reads beside the sink, at most `keep_recent` of
             the cache. It never reads more of them, also while more of them wait to be compressed.
+        own_window: whether local heads keep what they read and no more: the sink and a small ring of
+            blocks, in place of the cache's window. Attention gives the same bits. Such a cache has
+            blocks="whole", and `truncate` refuses it.
 
     Raises:
-        ValueError: a table that is not bool or not of two axes, or a number below 0.
+        ValueError: a table that is not bool or not of two axes, a number below 0, or `own_window` not bool.
     """
 
     table: tuple[tuple[bool, ...], ...]
     local_blocks: int
+    own_window: bool = False
 
     def __post_init__(self):
         try:
@@ -53,6 +57,8 @@ class HeadHistory:
         number = self.local_blocks
         if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
             raise ValueError(f"local_blocks={number!r} is not accepted: give an integer >= 0")
+        if not isinstance(self.own_window, bool):
+            raise ValueError(f"own_window={self.own_window!r} is not accepted: give True or False")
 
     @property
     def layers(self) -> int:
@@ -92,7 +98,7 @@ class HeadHistory:
         table = np.array(self.table)
         for row in table:
             row[np.flatnonzero(~row)[: -row.sum() % multiple]] = True
-        return HeadHistory(table, self.local_blocks)
+        return dataclasses.replace(self, table=table)
 
     def indices(self, count: int, has: bool) -> Int[np.ndarray, "L h"]:
         """Heads of each layer, with a history or local; zeros for layers of another count.
@@ -125,15 +131,21 @@ class HeadHistory:
                 f"history local_blocks={self.local_blocks} with keep_recent={lay.keep_recent}: the "
                 "window always holds the newest keep_recent blocks, and no more; accepted: at most that"
             )
+        if self.own_window and lay.blocks != "whole":
+            raise ValueError(
+                f"history own_window=True with blocks={lay.blocks!r}: the windows of local heads are rings of "
+                "whole blocks; accepted: blocks='whole', or own_window=False"
+            )
 
     def __repr__(self) -> str:
         """The classes as one hexadecimal number a layer, its last head in the lowest bit."""
         digits = -(-self.heads // 4)
         rows = (sum(full << i for i, full in enumerate(reversed(row))) for row in self.table)
+        own = "own_window, " if self.own_window else ""
         by_layer = ".".join(f"{row:0{digits}x}" for row in rows)
         return (
             f"HeadHistory({self.full} of {self.layers * self.heads} heads, "
-            f"local_blocks={self.local_blocks}, table {by_layer})"
+            f"local_blocks={self.local_blocks}, {own}table {by_layer})"
         )
 
 

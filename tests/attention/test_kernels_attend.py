@@ -169,17 +169,20 @@ HISTORY = HeadHistory(
 
 
 @pytest.mark.parametrize(
-    "name, fp8, precompute",
+    "name, fp8, precompute, own_window",
     [
-        ("dither", True, False),
-        ("bf16", False, True),
-        ("joined", False, False),
+        ("dither", True, False, True),
+        ("bf16", False, True, False),
+        ("joined", False, False, True),
     ],
 )
-def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, fp8, precompute):
+def test_heads_with_a_history_and_local_ones_read_by_kernels(
+    references, name, fp8, precompute, own_window
+):
     """All layers in a scan, two videos and two branches, a ring of slots that has turned; then an empty cache."""
     codec = (codecs() | ODD)[name]
-    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=HISTORY)
+    history = dataclasses.replace(HISTORY, own_window=own_window)
+    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=history)
     cache = with_window_garbage(evict(filled_cache(codec, blocks=9, **sizes), spans=1))
     assert int(cache.first_span) == 1 and int(cache.num_spans) > 0
     empty = dataclasses.replace(

@@ -140,7 +140,7 @@ def test_self_forcing_takes_a_published_list(tmp_path):
     cache, plain = (settings.cache(name) for name in (tiny.CODEC, "bf16"))
     lay = cache.layout
     assert plain.layout.history is None and lay.history is not None
-    assert lay.history.table == ((True, False), (False, False))
+    assert lay.history.table == ((True, False), (False, False)) and lay.own_window
     assert (lay.sink_blocks, lay.keep_recent, lay.history.local_blocks) == (3, 2, 2)
     same = dataclasses.replace(options, heads="all", local=None, sink=3, recent=2)
     whole = settle(same, tiny.sizes(jnp.float32)).cache(tiny.CODEC)
