@@ -13,7 +13,8 @@ import jax.numpy as jnp
 def noise_of(form: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
     """An array of this shape and dtype: normal numbers, or random codes if they are integers.
 
-    Made row by row of the first axis, so that float32 noise never exists as a whole.
+    Made row by row of the first axis, so that float32 noise never exists as a whole, and where the shape's
+    sharding says, if it has one.
     """
 
     def one(key):
@@ -23,7 +24,7 @@ def noise_of(form: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
         return jax.random.bits(key, form.shape[1:], form.dtype) & 0x3F
 
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), form.shape[0])
-    return jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
+    return jax.jit(lambda keys: jax.lax.map(one, keys), out_shardings=form.sharding)(keys)
 
 
 def filled(cache: Any, blocks: int, spans: int | None = None) -> Any:
@@ -35,13 +36,16 @@ def filled(cache: Any, blocks: int, spans: int | None = None) -> Any:
     spans, made = _spans_after(cache.layout, blocks) if spans is None else spans, {}
     for name in ("dense_k", "dense_v", "near_k", "near_v", "span_k", "span_v"):
         leaves, tree = jax.tree.flatten(getattr(cache, name))
-        forms = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+        forms = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
         for x in leaves:
             x.delete()
         made[name] = jax.tree.unflatten(tree, [noise_of(form, i) for i, form in enumerate(forms)])
     dense = blocks - spans * cache.layout.span_blocks
     count = dict(dense_blocks=dense, num_spans=spans, seen_blocks=blocks)
-    count = {name: jnp.asarray(n, jnp.int32) for name, n in count.items()}
+    count = {
+        name: jax.device_put(jnp.asarray(n, jnp.int32), getattr(cache, name).sharding)
+        for name, n in count.items()
+    }
     return dataclasses.replace(cache, **made, **count)
 
 

@@ -113,7 +113,7 @@ def _child(args: argparse.Namespace) -> None:
 class Setup:
     """The networks with random weights, and a prompt."""
 
-    def __init__(self, args: argparse.Namespace, *, vae: bool = True):
+    def __init__(self, args: argparse.Namespace, *, vae: bool = True, sizes: Any = None):
         import jax
 
         from models.runs.prompts import stand_in_embedding
@@ -123,7 +123,7 @@ class Setup:
         from models.wan_vae.params import WEIGHTS as VAE
 
         self.args = args
-        sizes = released_sizes()
+        sizes = released_sizes() if sizes is None else sizes
         dit = dataclasses.replace(sizes.dit, layers=args.layers)
         self.sizes = dataclasses.replace(sizes, dit=dit)
         listed, self.heads = {}, None
@@ -152,14 +152,20 @@ class Setup:
         self.text = stand_in_embedding("a red fox in the snow", **size).text_BUE
         log.info("weights made in %.1f s", time.perf_counter() - begin)
 
-    def _settled(self, frames: int):
+    def _settled(self, frames: int, **devices: Any):
         """The settings for videos of so many latent frames."""
         from models.self_forcing.settings import settle
 
-        return settle(dataclasses.replace(self.options, frames=frames), self.sizes)
+        return settle(dataclasses.replace(self.options, frames=frames, **devices), self.sizes)
 
-    def pipeline(self, arm: str, frames: int, capacity: int | None = None):
-        """The pipeline of an arm, and a request for a video of so many latent frames."""
+    def pipeline(self, arm: str, frames: int, capacity: int | None = None, **devices: Any):
+        """The pipeline of an arm, and a request for a video of so many latent frames.
+
+        Args:
+            arm, frames: which and how many.
+            capacity: frames that its cache is made for; None for as many.
+            devices: options `devices`, `plan` and `share_weights` of the command.
+        """
         import jax
         import numpy as np
 
@@ -167,7 +173,7 @@ class Setup:
         from models.self_forcing.pipeline import Generation, SelfForcing
 
         capacity = capacity or frames
-        plan = self._settled(capacity)
+        plan = self._settled(capacity, **devices)
         y, x = plan.latent
         request = Generation(
             text_BUE=self.text,
@@ -180,7 +186,9 @@ class Setup:
             done_BFZYX=np.zeros((1, 0, self.sizes.dit.latent_channels, y, x), self.sizes.dit.dtype),
         )
         codec, way = split_arm(arm)
-        return SelfForcing(with_attention(self.model, way), history=plan.histories[codec]), request
+        model = with_attention(self.model, way)
+        share = devices.get("share_weights", False)
+        return SelfForcing(model, history=plan.histories[codec], share_weights=share), request
 
 
 def arms(setup: Setup, result: dict[str, Any]) -> None:

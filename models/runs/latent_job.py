@@ -64,7 +64,7 @@ class Run[O: LatentOptions, S]:
 
     def reader(self, arm: str) -> Any:
         """The transformer with an arm's way of reading the cache."""
-        return with_attention(self.dit, attention_of(arm, self.options))
+        return with_attention(self.dit, *attention_of(arm, self.options))
 
 
 class LatentModel[O: LatentOptions, S](abc.ABC):

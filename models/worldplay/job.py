@@ -10,7 +10,7 @@ from models.runs import latent_job
 from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
 from models.runs.latent_job import Run
-from models.runs.request_checks import attention_of, file_digest
+from models.runs.request_checks import attention_told, file_digest
 from models.worldplay.entry import NAME, NEEDS, Options, PlanOptions
 from models.worldplay.params import WEIGHTS
 from models.worldplay.picture import check_picture, picture_latent
@@ -89,7 +89,7 @@ class _WorldPlay(BlockModel[Options, Settings]):
             "span_frames": lay.span_blocks * n if lay.max_spans else 0,
             "spans": lay.max_spans,
             "window_frames": lay.window_blocks * n,
-            "attention": attention_of(arm.name, options) or "chosen by attend",
+            "attention": attention_told(arm.name, options, arm.state),
             "tokens_of_a_frame": lay.block_tokens // n,
             "devices": 1 if lay.plan is None else lay.plan.devices,
         }

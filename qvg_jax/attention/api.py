@@ -91,7 +91,9 @@ def attend(
             "mosaic_fp8" is an older name of "mosaic" in fp8.
         precision: precision of the matrix products: "bf16", or "fp8" with "mosaic", where spans and
             the new block are read in e4m3: faster, for an error small beside that of 2-bit codes.
-            None is "bf16" on kernels and cuDNN, and the dtype of q on XLA.
+            None without an implementation is "fp8" where the kernels serve the call and both codecs
+            have codes of at most two bits and one stage of k-means; else it is "bf16" on kernels and
+            cuDNN, and the dtype of q on XLA.
 
     Returns:
         The attention output in q's dtype; zero for a query that sees no key at all. With
@@ -177,13 +179,15 @@ def _attend(
     return attend_some(*call)
 
 
-def _attend_kernels(chosen: Candidate, *call: Any) -> tuple[Array, None]:
-    """The output of attention by kernels, which serve calls without features and return no log-sum-exp."""
+def _attend_kernels(chosen: Candidate, *call: Any) -> tuple[Array, Array | None]:
+    """Output and log-sum-exp of attention by kernels; of the features they know `return_lse` only."""
     from qvg_jax.attention.kernels import attend_kernels
 
-    *call, _ = call
+    *call, features = call
     fp8, implementation = chosen.precision == "fp8", chosen.implementation
-    return attend_kernels(*call, fp8=fp8, implementation=implementation), None
+    names = dict(fp8=fp8, implementation=implementation, return_lse=features.return_lse)
+    found = attend_kernels(*call, **names)
+    return found if features.return_lse else (found, None)
 
 
 def _check(

@@ -16,6 +16,7 @@ from pallas_kernels.dequant_attention import (
     Queries,
     Schedule,
     combine_splits,
+    log_sum_exp,
     prepare_tokens,
     schedule_for,
     splits_for,
@@ -128,12 +129,14 @@ def attend_kernels(
     fp8: bool,
     implementation: str = "mosaic",
     plan: Plan = MEASURED,
-) -> Array:
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
     """The output of `attend` by GPU kernels, for calls that are not `unsupported`.
 
     Spans are decoded into a workspace and merged into one running softmax. With `fp8` they and the
     new block are attended in e4m3; sink and window always in bf16, as nothing bounds their values but
-    a pass over them. `plan` is for "mosaic".
+    a pass over them. `plan` is for "mosaic". With `return_lse` the log-sum-exp comes too, as `attend`
+    returns it.
     """
     lay: Layout = view.cache.layout
     branches = q_BTHD.shape[0] // lay.batch
@@ -167,11 +170,16 @@ def attend_kernels(
     _visit_dense(call, bf16_queries, refs, by)
     if read is not None:
         _visit_spans(call, queries, refs, read, by, first_group)
-    left = [r[...] for r in refs]
-    out_nQD = combine_splits(left, count, splits if isinstance(splits, Schedule) else None)
-    out = out_nQD.reshape(lay.batch, view.heads, branches, -1, q_BTHD.shape[1], lay.head_dim)
-    out_BTHD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
-    return out_BTHD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+    left = [r[...] for r in refs], count, splits if isinstance(splits, Schedule) else None
+
+    def by_query(x_nQE: Array) -> Array:
+        x = x_nQE.reshape(lay.batch, view.heads, branches, -1, q_BTHD.shape[1], x_nQE.shape[-1])
+        return jnp.transpose(x, (2, 0, 4, 1, 3, 5)).reshape(*q_BTHD.shape[:3], -1)
+
+    out_BTHD = by_query(combine_splits(*left)).astype(q_BTHD.dtype)
+    if not return_lse:
+        return out_BTHD
+    return out_BTHD, by_query(log_sum_exp(*left)[..., None])[..., 0]
 
 
 def _splits(call: _Call, queries: Queries, count: int, new_tokens: int) -> int | Schedule:

@@ -176,7 +176,7 @@ def auto(model: str | None = None, **overrides: Any) -> tuple[Codec, Codec]:
     errors of attention are about half of those of `midrise` and of asymmetric integers, on made-up and on
     real tensors. What loud channels do to other grids does not happen to it: pocket world's loop with
     outliers folded into its weights gives the same frames (docs/benchmarks/evidence.md). GPU kernels read
-    it; how fast was not measured. `trellis` is 14 dB closer in that loop, but with keys of less than a
+    and write it. `trellis` is 14 dB closer in that loop, but with keys of less than a
     bit, which is known to be enough for that model only: `qvg capture` and `qvg tune` tell for others.
 
     Args:

@@ -7,6 +7,7 @@ device sends, of a block of T tokens, M = heads x head dim and b bytes an elemen
     spans: r b T M for queries, 4 r T (M + heads) for merged outputs, 8 r T heads for their maxima
     heads: 4 r b T M / n, there and back
     ring:  r (packed spans of the layer + 2 b T M), while attention runs: only the longer one counts
+    weights, under any of them: r of the bytes of a layer's weights, where devices share those
 and each costs the latency of its steps. Encoding is not divided: all devices encode a span, which they
 gather once.
 """
@@ -35,6 +36,7 @@ class Workload:
         other_tokens: of sink, window and new block.
         element_bytes: of an activation.
         span_blocks: blocks of a span: one of so many blocks waits for an encoding.
+        layer_bytes: weights of a layer that devices share, and gather in each pass; 0 if each has all.
     """
 
     layers: int
@@ -49,6 +51,7 @@ class Workload:
     other_tokens: int
     element_bytes: int = 2
     span_blocks: int = 8
+    layer_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,8 @@ def predict(plan: Plan, work: Workload, measured: Measured) -> Prediction:
     exchange = calls * (sent / measured.link + steps * measured.latency)
     if plan.axis == "ring":
         exchange = max(0.0, exchange - attention)
-    exchange += work.layers * gathered / measured.link
+    of_weights = calls * rest * work.layer_bytes
+    exchange += (work.layers * gathered + of_weights) / measured.link
     busy = measured.fixed + measured.network / n + attention + measured.encode / work.span_blocks
     alone = (
         measured.fixed + measured.network + measured.attention + measured.encode / work.span_blocks
@@ -143,7 +147,7 @@ def predict(plan: Plan, work: Workload, measured: Measured) -> Prediction:
         plan=plan,
         seconds=busy + exchange,
         exchange=exchange,
-        sent=round(calls * sent + work.layers * gathered),
+        sent=round(calls * sent + work.layers * gathered + of_weights),
         speedup=alone / (busy + exchange),
     )
 

@@ -19,8 +19,10 @@ from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.features import PLAIN
 from qvg_jax.attention.kernel_plan import Plan
+from qvg_jax.cache.devices import spread
 from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import evict
+from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
@@ -215,6 +217,43 @@ def test_heads_with_a_history_and_local_ones_read_by_kernels(
         assert (error / jnp.linalg.norm(right.reshape(4, -1), axis=1) < bound).all()
 
 
+@pytest.mark.parametrize(
+    "devices, implementation",
+    [
+        (dict(spans=2), "mosaic_fp8"),
+        (dict(spans=2, split_tokens=True), None),
+        (dict(ring=2), "mosaic"),
+        (dict(heads=2, split_tokens=True), "mosaic_fp8"),
+    ],
+    ids=["spans", "spans, tokens apart", "ring", "heads, tokens apart"],
+)
+def test_every_plan_of_devices_reads_by_kernels(references, monkeypatch, devices, implementation):
+    monkeypatch.setattr(choice, "no_hopper", lambda: None)
+    run = []
+    monkeypatch.setattr(
+        mosaic,
+        "attend_kernels",
+        lambda *a, to=mosaic.attend_kernels, **k: run.append(1) or to(*a, **k),
+    )
+    cache = filled_cache(codecs()["midrise"], blocks=9, block=64, max_spans=4)
+    cache = with_window_garbage(cache)
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((1, 64, 4, 128)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
+
+    def read(cache, **names):
+        view = cache.view(positions(9, 64), HALF)
+        return attend(q, view, k, v, layer=1, **names).astype(jnp.float32)
+
+    right = read(cache, implementation="xla")
+    assert not run
+    apart = spread(cache, CachePlan(**devices))
+    ours = jax.jit(functools.partial(read, implementation=implementation))(apart)
+    assert run
+    bound = 1e-2 if implementation == "mosaic" else 6e-2  # None is fp8 for these codes
+    assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < bound
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
 def test_branches_share_a_cache_and_keep_their_own_block(references, fp8):
     """Three branches in one call are three calls of one branch."""
@@ -270,10 +309,10 @@ def test_plans_change_nothing_but_rounding(references, monkeypatch, name, fp8, p
 
 
 def _agrees_with_xla(view, q, k, v, fp8, plan=kernel_plan.MEASURED):
-    right = attend(q, view, k, v, layer=1, implementation="xla")
-    ours = jax.jit(functools.partial(mosaic.attend_kernels, fp8=fp8, plan=plan))(
-        q, view, k, v, jnp.int32(1), jnp.float32(q.shape[3] ** -0.5)
-    )
+    right, lse = attend(q, view, k, v, layer=1, implementation="xla", return_lse=True)
+    read = functools.partial(mosaic.attend_kernels, fp8=fp8, plan=plan, return_lse=True)
+    ours, ours_lse = jax.jit(read)(q, view, k, v, jnp.int32(1), jnp.float32(q.shape[3] ** -0.5))
+    np.testing.assert_allclose(ours_lse, lse, rtol=0, atol=0.1 if fp8 else 1e-2)
     assert ours.shape == right.shape and ours.dtype == right.dtype
     error = jnp.linalg.norm((ours - right).astype(jnp.float32))
     bound = 6e-2 if fp8 else 1e-2

@@ -26,14 +26,14 @@ from tests.support.spread_caches import (
 )  # fmt: skip
 
 # Each with what attention exchanges. A ring sends three arrays of keys, three of values, positions and
-# the two of the new block.
+# the two of the new block: its own before it reads them, then in a loop those that have come.
 PLANS = {
     "spans": (Plan(spans=8), {"all-reduce": 2}),
     "spans, tokens apart": (
         Plan(spans=4, split_tokens=True),
         {"all-reduce": 1, "reduce-scatter": 1},
     ),
-    "ring": (Plan(ring=4), {"collective-permute": 9}),
+    "ring": (Plan(ring=4), {"collective-permute": 2 * 9}),
     "heads": (Plan(heads=8), {}),
     "heads, tokens apart": (Plan(heads=4, split_tokens=True), {"all-to-all": 2}),
 }

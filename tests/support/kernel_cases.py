@@ -40,6 +40,8 @@ ENCODERS = {
     "midrise values": lambda: presets.pair("midrise", num_centroids=64)[1],
     "1 bit keys": lambda: presets.pair("midrise-k1v3", num_centroids=64)[0],
     "dither keys": lambda: presets.pair("dither", num_centroids=64)[0],
+    "dither-asym values": lambda: presets.pair("dither-asym", num_centroids=64)[1],
+    "qvg-asym": lambda: presets.get("qvg-asym", num_centroids=64),
 }
 
 # name: scheme of 128 channels, and extra fields of the rows
