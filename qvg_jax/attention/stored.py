@@ -88,6 +88,8 @@ class NearKeys(NamedTuple):
 def near_keys(view: CacheView, layer: Array, dtype: Any) -> NearKeys:
     """The near keys of the local heads that a view is narrowed to."""
     cache, lay = view.cache, view.cache.layout
+    if lay.own_window:
+        return _near_of_own(view, layer, dtype)
     size, valid = lay.block_tokens, cache.dense_tokens
     sink, recent = lay.sink_blocks * size, lay.history.local_blocks * size
     # The window may hold more blocks than these, which wait to be compressed.
@@ -102,20 +104,32 @@ def near_keys(view: CacheView, layer: Array, dtype: Any) -> NearKeys:
     if cache.dense_valid is not None:
         cut = lambda start, n: lax.dynamic_slice_in_dim(cache.dense_valid, start, n, 1)  # noqa: E731
         counts_BT = counts_BT & joined(cut, 1)
-    if lay.own_window:
-        order_T, form = near_order(cache, newest), (view.only.count, 0, sink + recent)
-        k_BHTD, v_BHTD = (
-            by_head(lay, read_rows(lay, x, layer, *form, history=False))
-            .take(order_T, 2)
-            .astype(dtype)
-            for x in (cache.near_k, cache.near_v)
-        )
-    else:
-        k_BHTD, v_BHTD = (
-            joined(lambda start, n, x=x: read_dense(view, x, layer, start, n).astype(dtype), 2)
-            for x in (cache.dense_k, cache.dense_v)
-        )
+    k_BHTD, v_BHTD = (
+        joined(lambda start, n, x=x: read_dense(view, x, layer, start, n).astype(dtype), 2)
+        for x in (cache.dense_k, cache.dense_v)
+    )
     # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
     v_BHTD = jnp.where(counts_BT[:, None, :, None], v_BHTD, 0)
     table = None if view.rope is None else joined(view.dense_table, 1)
     return NearKeys(k_BHTD, v_BHTD, table, counts_BT)
+
+
+def _near_of_own(view: CacheView, layer: Array, dtype: Any) -> NearKeys:
+    """The near keys of local heads that have a window of their own."""
+    cache, lay = view.cache, view.cache.layout
+    order_T, valid = near_order(cache)
+    tokens = order_T.shape[0]
+    counts_T = jnp.arange(tokens) < valid
+
+    def read(buffer: Array) -> Array:
+        rows = read_rows(lay, buffer, layer, view.only.count, 0, tokens, history=False)
+        return by_head(lay, rows).take(order_T, 2).astype(dtype)
+
+    k_BHTD, v_BHTD = read(cache.near_k), read(cache.near_v)
+    # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
+    v_BHTD = jnp.where(counts_T[None, None, :, None], v_BHTD, 0)
+    table = None
+    if view.rope is not None:
+        in_sink_T = jnp.arange(tokens) < lay.sink_blocks * lay.block_tokens
+        table = view.table_of(cache.near_pos.take(order_T, 1), in_sink_T)
+    return NearKeys(k_BHTD, v_BHTD, table, counts_T[None])

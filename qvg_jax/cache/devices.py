@@ -79,6 +79,7 @@ def axis_specs(
         name: jax.tree.map(lambda _: placed(None, batch, heads), getattr(cache, name))
         for name in OF_HEADS
     }
+    fields["near_pos"] = jax.tree.map(lambda _: placed(batch), cache.near_pos)
     for side, codec in (("k", lay.key_codec), ("v", lay.value_codec)):
         trees = [getattr(cache, f"{name}_{side}") for name in ("span", "state")]
         rows = [jax.tree.map(lambda _: False, tree) for tree in trees]
@@ -113,6 +114,7 @@ def cache_specs(cache: "KVCache", plan: Plan) -> "KVCache":
     fields |= {f"span_{name}": at(f"span_{name}", axis) for name in OF_TOKENS}
     if plan.part.splits_blocks:
         fields |= {name: at(name, *(None,) * 3, axis) for name in OF_HEADS}
+        fields["near_pos"] = at("near_pos", None, axis)
         fields |= {f"dense_{name}": at(f"dense_{name}", None, axis) for name in OF_TOKENS}
     return dataclasses.replace(everywhere, **fields)
 
@@ -271,7 +273,8 @@ def in_order_of(cache: "KVCache", old: Plan | None) -> "KVCache":
 def _orders(cache: "KVCache") -> list[tuple[str, int]]:
     """The fields whose order depends on the plan, and the axis along which it does."""
     spans = [("span_k", 1), ("span_v", 1), *((f"span_{name}", 0) for name in OF_TOKENS)]
-    dense = [*((name, 3) for name in OF_HEADS), *((f"dense_{name}", 1) for name in OF_TOKENS)]
+    of_tokens = (*(f"dense_{name}" for name in OF_TOKENS), "near_pos")
+    dense = [*((name, 3) for name in OF_HEADS), *((name, 1) for name in of_tokens)]
     return (spans if cache.layout.max_spans else []) + dense
 
 

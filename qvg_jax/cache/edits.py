@@ -173,6 +173,7 @@ def _take_rows(cache: KVCache, rows: Array) -> KVCache:
 
     of_heads = ("dense_k", "dense_v", "near_k", "near_v")
     fields = {name: taken(getattr(cache, name), 1) for name in of_heads}
+    fields["near_pos"] = taken(cache.near_pos, 0)
     for name in ("pos", "valid", "table"):
         fields[f"dense_{name}"] = taken(getattr(cache, f"dense_{name}"), 0)
         fields[f"span_{name}"] = taken(getattr(cache, f"span_{name}"), 1)

@@ -27,8 +27,9 @@ class HeadHistory:
 
     Attributes:
         table: bool, [layers][heads]: whether a head has a history. Any array or nested list of bools.
-        local_blocks: newest blocks that a local head reads beside the sink, at most `keep_recent` of
-            the cache. It never reads more of them, also while more of them wait to be compressed.
+        local_blocks: newest blocks that a local head reads beside the sink. It never reads more of
+            them, also while more of them wait to be compressed. Without `own_window` they are at most
+            `keep_recent` of the cache.
         own_window: whether local heads keep what they read and no more: the sink and a small ring of
             blocks, in place of the cache's window. Attention gives the same bits. Such a cache has
             blocks="whole", and `truncate` refuses it.
@@ -126,10 +127,11 @@ class HeadHistory:
                 "history with max_spans=0: there are no spans that a head could go without; accepted: "
                 "None, or slots for spans"
             )
-        if self.local_blocks > lay.keep_recent:
+        if self.local_blocks > lay.keep_recent and not self.own_window:
             raise ValueError(
                 f"history local_blocks={self.local_blocks} with keep_recent={lay.keep_recent}: the "
-                "window always holds the newest keep_recent blocks, and no more; accepted: at most that"
+                "window always holds the newest keep_recent blocks, and no more; accepted: at most that, or "
+                "own_window=True"
             )
         if self.own_window and lay.blocks != "whole":
             raise ValueError(

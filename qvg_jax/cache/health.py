@@ -189,11 +189,13 @@ def cache_bytes(cache: KVCache) -> CacheBytes:
     span = bytes_of("span_k", "span_v") // max(1, lay.max_spans)
     state = bytes_of("state_k", "state_v")
     dense_pos = bytes_of(*of_tokens("dense")) // lay.dense_blocks
+    near_pos = bytes_of("near_pos") // max(1, lay.near_blocks)
     span_pos = bytes_of(*of_tokens("span")) // max(1, lay.max_spans)
     scalars = packed_bytes([x for x in jax.tree.leaves(cache) if x.shape == stacked]) // count
 
     def regions(sink_blocks, spans, window_blocks, near_blocks, state, caches=count):
         pos = (sink_blocks + window_blocks) * dense_pos + spans * span_pos
+        pos += (sink_blocks + near_blocks) * near_pos
         return Regions(
             sink=sink_blocks * (dense + near),
             spans=spans * span,
@@ -215,7 +217,7 @@ def cache_bytes(cache: KVCache) -> CacheBytes:
     sink_blocks = np.minimum(blocks, lay.sink_blocks)
     tokens = int((filled + num_spans * lay.span_tokens).sum())
     window = blocks - sink_blocks
-    in_ring = np.minimum(window, ring)
+    in_ring = np.minimum(window + encoded, ring)
     used = (sink_blocks, num_spans, window, in_ring, np.where(encoded > 0, state, 0))
     return CacheBytes(
         allocated=allocated,

@@ -130,9 +130,11 @@ def _append_here(
     if lay.own_window:
         if lay.near_blocks:
             at, kept = near_place(cache)
+            kept &= place.store
             for name, x in (("near_k", k), ("near_v", v)):
                 new = rows_of(lay, x, False)
-                near[name] = write(getattr(cache, name), new, 3, at, place.store & kept)
+                near[name] = write(getattr(cache, name), new, 3, at, kept)
+            near["near_pos"] = write(cache.near_pos, pos, 1, at, kept)
         k, v = (rows_of(lay, x, True) for x in (k, v))
     return dataclasses.replace(
         cache,

@@ -6,10 +6,11 @@ parts, each with one row for a head of a layer, behind each other in the order o
     dense  [n, B, 1, T, D]         heads with a history: sink and the whole window
     near   [L H - n, B, 1, T', D]  local heads: sink and a ring of the newest `local_blocks` blocks
 
-So axes of both kinds of cache mean the same, and tokens are the fourth.
+So axes of both kinds of cache mean the same, and tokens are the fourth. Positions of the near tokens are kept beside
+them: the window need not hold as many blocks as the ring.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,19 +114,16 @@ def near_place(cache: "KVCache") -> tuple[Array, Array]:
     return jnp.minimum(block, lay.near_blocks - 1) * lay.block_tokens, kept
 
 
-def near_order(cache: "KVCache", newest: Array) -> Any:
-    """Tokens of the near buffer in the order of those that a whole window would hold.
-
-    Args:
-        cache: with own windows.
-        newest: the token of the dense buffer at which the newest `local_blocks` blocks begin.
-    """
-    lay, size = cache.layout, cache.layout.block_tokens
-    # Blocks of the window are numbered by those that left it before, the encoded ones.
-    first = cache.encoded_blocks + newest // size - lay.sink_blocks
-    block = lay.sink_blocks + _ring_block(lay, first + jnp.arange(lay.history.local_blocks))
+def near_order(cache: "KVCache") -> tuple[Array, Array]:
+    """Tokens of the near buffer in the order of the video, and how many of them there are."""
+    lay, size, ring = cache.layout, cache.layout.block_tokens, cache.layout.history.local_blocks
+    number = cache.seen_blocks - cache.rejected_blocks
+    in_window = jnp.maximum(number - lay.sink_blocks, 0)
+    first = jnp.maximum(in_window - ring, 0)
+    block = lay.sink_blocks + _ring_block(lay, first + jnp.arange(ring))
     ring_T = (block[:, None] * size + jnp.arange(size)[None]).reshape(-1)
-    return jnp.concatenate([jnp.arange(lay.sink_blocks * size), ring_T])
+    valid = (jnp.minimum(number, lay.sink_blocks) + jnp.minimum(in_window, ring)) * size
+    return jnp.concatenate([jnp.arange(lay.sink_blocks * size), ring_T]), valid
 
 
 def _ring_block(lay: Layout, number: Array) -> Array:

@@ -63,6 +63,7 @@ class KVCache:
     span_table: Any = None  # rope tables of the spans, leaves [N, B, T, ...]
     near_k: Any = None  # of local heads with a window of their own (own_window.py), else None
     near_v: Any = None
+    near_pos: Any = None  # [B, T, P] float32
     layout: Layout = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -179,7 +180,9 @@ class KVCache:
         )
         more = {}
         if lay.own_window:
-            more |= {name: jnp.zeros(near_shape(lay), dtype) for name in ("near_k", "near_v")}
+            shape = near_shape(lay)
+            more |= {name: jnp.zeros(shape, dtype) for name in ("near_k", "near_v")}
+            more["near_pos"] = jnp.zeros((batch, shape[3], lay.pos_dims), jnp.float32)
         for name, pos_xP in pos.items():
             if lay.blocks == "padded":
                 more[f"{name}_valid"] = jnp.zeros(pos_xP.shape[:-1], bool)

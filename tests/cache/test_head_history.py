@@ -221,6 +221,20 @@ def test_windows_of_their_own_hold_fewer_bytes_and_give_the_same_bits():
     assert "and keep no more" in str(summary(ragged)) and "own_window" in repr(own)
 
 
+def test_a_window_of_its_own_may_be_longer_than_what_is_kept_recent():
+    """The ring of three blocks is full after the newest of them were compressed, and local heads read it."""
+    data, local = blocks_of(), 3
+    history = HeadHistory(TABLE, local, own_window=True)
+    tight = SIZES | dict(keep_recent=0, window_blocks=2, max_spans=4, sink_blocks=1)
+    cache = KVCache.create(**tight, history=history, overflow="drop")
+    for b in range(7):
+        cache = step(cache, *(x[b] for x in data[1:]))
+    assert int(cache.num_spans) == 3 and int(cache.dense_blocks) == 1  # nothing waits
+    want = softmax_with_masks(data, 7, seen_by(cache, 7, TABLE, local))
+    for out in attended(cache, *(x[7] for x in data), None):
+        np.testing.assert_allclose(out, want, atol=1e-5)
+
+
 def test_a_window_of_its_own_may_hold_nothing():
     """Neither sink nor newest blocks: local heads read the new block alone, and nothing of them is stored."""
     data, plain = blocks_of(), HeadHistory(TABLE, 0)

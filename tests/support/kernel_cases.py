@@ -156,6 +156,9 @@ def filled_cache(
     if lay.own_window:
         for name in ("near_k", "near_v"):
             near[name] = _random_dense(getattr(cache, name), lay.near_blocks * block, rng)
+        at = [*range(lay.sink_blocks), *range(blocks - lay.history.local_blocks, blocks)]
+        at = jnp.concatenate([positions(i, block) for i in at], 1)
+        near["near_pos"] = jnp.broadcast_to(at, cache.near_pos.shape)
     # As in a video: the sink is oldest, the window newest.
     old = [lay.sink_blocks + i for i in range(spans * lay.span_blocks)]
     new = [i for i in range(blocks) if i not in old]
