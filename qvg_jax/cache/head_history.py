@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 if TYPE_CHECKING:
     from qvg_jax.cache.layout import Layout
 
-__all__ = ["HeadHistory", "HeadSet"]
+__all__ = ["HeadHistory", "HeadSet", "history_of", "repeated"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -192,9 +192,9 @@ class HeadSet:
         """Rows of the heads among those of all videos and heads of a layer, videos first."""
         return (np.arange(batch, dtype=np.int32)[:, None] * heads + self.index_h[None]).reshape(-1)
 
-    def repeated(self, times: Sequence[int]) -> Array:
-        """Indices of query heads or encodings, of which each head has so many next to each other."""
-        index = self.index_h
-        for n in times:
-            index = (index[:, None] * n + np.arange(n, dtype=np.int32)[None]).reshape(-1)
-        return index
+
+def repeated(index_h: Array, times: Sequence[int]) -> Array:
+    """Indices of query heads or encodings, of which each head of `index_h` has so many next to each other."""
+    for n in times:
+        index_h = (index_h[:, None] * n + np.arange(n, dtype=np.int32)[None]).reshape(-1)
+    return index_h
