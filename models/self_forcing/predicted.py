@@ -32,7 +32,8 @@ ENCODE, SPAN_TOKENS = 2 * 0.116e-3 + 0.146e-3, 37_440
 def block_seconds(settings: Settings, arm: str, cache: KVCache, plan: Plan) -> float | None:
     """Seconds of the last block of a video under a plan, which may be of one device.
 
-    None where nothing was measured: networks of another width, and codecs that no kernel reads.
+    None where nothing was measured: networks of another width, codecs that no kernel reads, and caches with
+    local heads.
 
     Args:
         settings: of the run.
@@ -47,6 +48,8 @@ def block_seconds(settings: Settings, arm: str, cache: KVCache, plan: Plan) -> f
         released.heads,
         released.ffn_width,
     ):
+        return None
+    if lay.history is not None:
         return None
     if history.compressed and isinstance(scheme_of(history.key_codec, dit.head_dim), str):
         return None

@@ -14,7 +14,7 @@ from qvg_jax.attention.cudnn import attend_cudnn
 from qvg_jax.attention.features import features_of
 from qvg_jax.cache.edits import reset, take_rows, truncate
 from qvg_jax.cache.head_history import HeadHistory
-from qvg_jax.cache.health import cache_bytes
+from qvg_jax.cache.health import NonFiniteError, cache_bytes, raise_if_bad
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress, evict
 from qvg_jax.cache.plan import Plan
@@ -233,6 +233,11 @@ def test_a_window_of_its_own_may_be_longer_than_what_is_kept_recent():
     want = softmax_with_masks(data, 7, seen_by(cache, 7, TABLE, local))
     for out in attended(cache, *(x[7] for x in data), None):
         np.testing.assert_allclose(out, want, atol=1e-5)
+    k, v, positions = (x[7] for x in data[1:])
+    k = k.copy()
+    k[1, 0, 0, 2, 0] = np.nan  # of a local head
+    with pytest.raises(NonFiniteError, match="of block 7 is not finite.*first in K of layer 1"):
+        raise_if_bad(step(cache, k, v, positions))
 
 
 def test_a_window_of_its_own_may_hold_nothing():
