@@ -5,7 +5,7 @@ import logging
 
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
-from models.runs.devices import check_blocks, plan_of
+from models.runs.devices import check_blocks, check_sharing, plan_of
 from models.runs.early_checks import codec_pair
 from models.runs.head_lists import history_of
 from models.runs.request_checks import arm_names, check_seed, check_size, with_layers
@@ -95,8 +95,7 @@ def settle(
     if heads is not None:  # no run takes frames back, which a window of their own could not do
         heads = dataclasses.replace(heads, own_window=True)
     _check_heads(options, heads)
-    if options.share_weights and plan is None:
-        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
+    check_sharing(options.share_weights, plan)
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps, release),

@@ -12,8 +12,9 @@ from jax.tree_util import Partial
 from models.common.wan_text import TextKV
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
+from models.runs.devices import check_sharing, shared_weight_bytes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
-from models.runs.shared_needs import needs_on_devices
+from models.runs.shared_needs import LeftOut, needs_on_devices
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from models.worldplay.block import BlockInput, Frames, State
 from models.worldplay.entry import Options
@@ -22,6 +23,7 @@ from models.worldplay.pipeline import generating_step
 from models.worldplay.settings import PLANS, Settings, settle
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.loop import run_chunk
 
 
@@ -39,7 +41,9 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
-    count, options = options.devices or 1, dataclasses.replace(options, devices=None, plan=None)
+    count, share = options.devices or 1, options.share_weights
+    check_sharing(share, None if count == 1 else CachePlan(spans=count))
+    options = dataclasses.replace(options, devices=None, plan=None, share_weights=False)
     settings = settle(options, released)
     begin = time.perf_counter()
     dit, model = settings.sizes.dit, WEIGHTS.skeleton(settings.sizes.dit)
@@ -47,7 +51,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     latent = _latents(settings, 1, dit.dtype)
     past = jax.eval_shape(decode.decode_frame, vae, latent, None)[1]
     decoding = temporary_bytes(decode.decode_frame, vae, latent, past)
-    needs = []
+    needs, left_out = [], LeftOut()
     for name in settings.histories:
         held = {
             "transformer": shape_bytes(model),
@@ -74,9 +78,12 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
             cache,
             count,
             axes=PLANS,
+            left_out=left_out,
             tokens={cache.layout.block_tokens},
             longest=longest,
+            weights=shared_weight_bytes(model, count) if share else None,
         )
+    left_out.say()
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, dit.text_slots)}
     best = max(needs, key=lambda need: need.longest)
     advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""

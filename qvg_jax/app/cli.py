@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except cyclopts.CycloptsError as error:
         return _told(_explained(error, words))
     except UserError as error:
-        return _told(str(error))
+        code = _told(str(error))
+        if type(error).__name__ == "LostDeviceError":  # whose module imports JAX
+            from qvg_jax.app.lost_devices import leave
+
+            leave(code)
+        return code
     except BrokenPipeError:  # who reads our output has seen enough, such as `head`
         _drop_output()
         return 141

@@ -92,6 +92,7 @@ def _generated(
             check_alone_in(options.out)
             from qvg_jax.app.generate import finished_report
             from qvg_jax.app.generate import generate as run
+            from qvg_jax.app.lost_devices import told_of_lost_devices
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
             job = entry.prepare(options)
@@ -113,6 +114,7 @@ def _generated(
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
         with (
+            told_of_lost_devices(options),
             _within_memory(advice),
             _one_line(*told),
             _written(),

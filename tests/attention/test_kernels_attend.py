@@ -3,8 +3,10 @@
 So it runs anywhere, and is compared with what `attend` gives by XLA.
 """
 
+import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import pytest
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import Schedule
 from pallas_kernels.dequant_attention import reference as attention_reference
-from qvg_jax.attention import by_head, choice, kernel_plan, new_block, workspaces
+from qvg_jax.attention import api, by_head, choice, kernel_plan, new_block, workspaces
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.features import PLAIN
@@ -229,12 +231,13 @@ def test_heads_with_a_history_and_local_ones_read_by_kernels(
 )
 def test_every_plan_of_devices_reads_by_kernels(references, monkeypatch, devices, implementation):
     monkeypatch.setattr(choice, "no_hopper", lambda: None)
-    run = []
-    monkeypatch.setattr(
-        mosaic,
-        "attend_kernels",
-        lambda *a, to=mosaic.attend_kernels, **k: run.append(1) or to(*a, **k),
-    )
+    found = []
+
+    def chosen(*call, choose=api.choose):
+        found.append(choose(*call))
+        return found[-1]
+
+    monkeypatch.setattr(api, "choose", chosen)
     cache = filled_cache(codecs()["midrise"], blocks=9, block=64, max_spans=4)
     cache = with_window_garbage(cache)
     rng = np.random.default_rng(3)
@@ -246,12 +249,35 @@ def test_every_plan_of_devices_reads_by_kernels(references, monkeypatch, devices
         return attend(q, view, k, v, layer=1, **names).astype(jnp.float32)
 
     right = read(cache, implementation="xla")
-    assert not run
+    found.clear()
     apart = spread(cache, CachePlan(**devices))
     ours = jax.jit(functools.partial(read, implementation=implementation))(apart)
-    assert run
-    bound = 1e-2 if implementation == "mosaic" else 6e-2  # None is fp8 for these codes
+    assert {one.chosen.implementation for one in found} == {"mosaic"}
+    bound = 1e-2 if implementation == "mosaic" else 6e-2  # two bits are read in fp8
     assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axis, exchanged",
+    [("spans", {"all_reduce": 1, "reduce_scatter": 1}), ("heads", {"all_to_all": 2})],
+)
+def test_kernels_and_exchanges_of_a_plan_are_lowered_for_gpus(monkeypatch, axis, exchanged):
+    monkeypatch.setattr(choice, "no_hopper", lambda: None)
+    cache = filled_cache(codecs()["midrise"], blocks=5, block=64, max_spans=2)
+    cache = spread(cache, CachePlan(**{axis: 2}, split_tokens=True))
+    q, k = (jnp.zeros((1, 64, heads, 128), jnp.bfloat16) for heads in (4, 2))
+
+    @jax.jit
+    def read(q, cache, k):
+        view = cache.view(positions(5, 64), HALF)
+        return attend(q, view, k, k, layer=1, implementation="mosaic_fp8")
+
+    text = read.trace(q, cache, k).lower(lowering_platforms=("cuda",)).as_text()
+    kinds = collections.Counter(
+        re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text)
+    )
+    assert text.count("mosaic_gpu") > 6 and kinds == exchanged
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
