@@ -23,7 +23,9 @@ def noise_of(form: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
             return jax.random.normal(key, form.shape[1:], jnp.bfloat16).astype(form.dtype)
         # Scales are bytes too: no NaN, and none above 2.
         bits = jax.random.bits(key, form.shape[1:], f"uint{8 * form.dtype.itemsize}") & 0x3F
-        return (bits & 3).astype(form.dtype) if jnp.issubdtype(form.dtype, jnp.signedinteger) else bits
+        return (
+            (bits & 3).astype(form.dtype) if jnp.issubdtype(form.dtype, jnp.signedinteger) else bits
+        )
 
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), form.shape[0])
     return jax.jit(lambda keys: jax.lax.map(one, keys), out_shardings=form.sharding)(keys)
