@@ -11,11 +11,10 @@ import jax.numpy as jnp
 
 
 def noise_of(form: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
-    """An array of this shape and dtype: normal numbers, or random codes if they are integers; signed ones, which are
-    exponents and tables, are small.
+    """An array of this shape and dtype: normal numbers, or random codes if they are integers.
 
-    Made row by row of the first axis, so that float32 noise never exists as a whole, and where the shape's
-    sharding says, if it has one.
+    Signed integers, which are exponents and tables, are small. It is made row by row of the first axis, so
+    that float32 noise never exists as a whole, and where the shape's sharding says, if it has one.
     """
 
     def one(key):
