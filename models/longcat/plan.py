@@ -89,6 +89,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         seconds=time.perf_counter() - begin,
         advice="accepted: fewer --cond-frames, a smaller --height and --width, a codec of fewer "
         "bits (`qvg codecs`), or several devices, which share transformer and cache",
+        larger="a device with more memory, or several, which share the transformer",
         notes=precision_notes({name: settings.cache(name) for name in settings.codecs}, options),
     )
 

@@ -100,6 +100,7 @@ def make_plan(
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
         "a smaller --height and --width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
+        larger="a device with more memory, or several with --share-weights",
         notes=(
             *precision_notes({name: settings.cache(name) for name in settings.histories}, options),
             *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),

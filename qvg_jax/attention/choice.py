@@ -10,10 +10,11 @@ from jaxtyping import Array, Float
 from qvg_jax.attention import xla
 from qvg_jax.attention.features import PLAIN, Features, features_of
 from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
-from qvg_jax.cache.arguments import check_array, check_cache
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
+from qvg_jax.codecs.arguments import check_array
 from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.storage import Centroids, Levels, Storage
 
