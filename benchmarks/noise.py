@@ -13,9 +13,8 @@ import jax.numpy as jnp
 def noise_of(form: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
     """An array of this shape and dtype: normal numbers, or random codes if they are integers.
 
-    Signed ones, which are exponents and tables, are small.
-    Made row by row of the first axis, so that float32 noise never exists as a whole, and where the shape's
-    sharding says, if it has one.
+    Signed integers, which are exponents and tables, are small. It is made row by row of the first axis, so
+    that float32 noise never exists as a whole, and where the shape's sharding says, if it has one.
     """
 
     def one(key):
@@ -46,7 +45,7 @@ def filled(cache: Any, blocks: int, spans: int | None = None) -> Any:
     The given cache's arrays are deleted before their successors are made: two may not fit.
     """
     spans, made = _spans_after(cache.layout, blocks) if spans is None else spans, {}
-    for name in ("dense_k", "dense_v", "span_k", "span_v"):
+    for name in ("dense_k", "dense_v", "near_k", "near_v", "span_k", "span_v"):
         leaves, tree = jax.tree.flatten(getattr(cache, name))
         forms = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_placed(x)) for x in leaves]
         for x in leaves:

@@ -20,6 +20,7 @@ from models.longcat.settings import TEXT_SLOTS, Settings, chosen_sizes, settle
 from models.longcat.sharding import check_division, share_bytes
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import text_encoder_bytes, text_kv_bytes
+from models.runs.reading import precision_notes
 from models.runs.shared_needs import LeftOut
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
@@ -90,7 +91,11 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         seconds=time.perf_counter() - begin,
         advice="accepted: fewer --cond-frames, a smaller --height and --width, a codec of fewer "
         "bits (`qvg codecs`), or several devices, which share transformer and cache",
-        notes=(SOURCE,) if any(need.seconds is not None for need in needs) else (),
+        larger="a device with more memory, or several, which share the transformer",
+        notes=(
+            *precision_notes({name: settings.cache(name) for name in settings.codecs}, options),
+            *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),
+        ),
         timed="an evaluation",
     )
 

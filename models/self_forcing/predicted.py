@@ -34,7 +34,8 @@ def block_seconds(
 ) -> float | None:
     """Seconds of the last block of a video under a plan, which may be of one device.
 
-    None where nothing was measured: networks of another width, and codecs that no kernel reads.
+    None where nothing was measured: networks of another width, codecs that no kernel reads, and caches with
+    local heads.
 
     Args:
         settings: of the run.
@@ -50,6 +51,8 @@ def block_seconds(
         released.heads,
         released.ffn_width,
     ):
+        return None
+    if lay.history is not None:
         return None
     codecs = (history.key_codec, history.value_codec) if lay.max_spans else (None, None)
     if (way := reading_of(*codecs, dit.head_dim)) is None:

@@ -92,6 +92,8 @@ def settle(
         local=options.local,
         usual=LOCAL_FRAMES,
     )
+    if heads is not None:  # no run takes frames back, which a window of their own could not do
+        heads = dataclasses.replace(heads, own_window=True)
     _check_heads(options, heads)
     check_sharing(options.share_weights, plan)
     settings = Settings(
@@ -172,18 +174,9 @@ def _sampler(steps: int | None, release: Release) -> SamplerConfig:
 
 
 def _check_heads(options: Options, heads: HeadHistory | None) -> None:
-    """Raises UserError if what reads the cache cannot read one without some heads."""
-    if heads is None:
-        if options.local is not None:
-            raise UserError(
-                f"local={options.local} with --heads all: no head is local; leave it out"
-            )
-        return
-    if options.recent is not None and options.recent < heads.local_blocks:
-        raise UserError(
-            f"recent={options.recent} is less than the {heads.local_blocks} newest frames that local heads "
-            "read; accepted: at least that, or --local"
-        )
+    """Raises UserError if the user says what local heads read, and there are none."""
+    if heads is None and options.local is not None:
+        raise UserError(f"local={options.local} with --heads all: no head is local; leave it out")
 
 
 def _history(
@@ -203,11 +196,7 @@ def _history(
         keep_recent=options.recent,
     )
     if heads is not None and key_codec is not None:
-        least = dict(
-            sink_frames=release.sink_frames or sizes.dit.frames_per_block,
-            keep_recent=heads.local_blocks,
-        )
-        own |= least | dict(heads=heads)
+        own |= dict(sink_frames=release.sink_frames or sizes.dit.frames_per_block, heads=heads)
     bounds = {
         name: value for given in (own, asked) for name, value in given.items() if value is not None
     }

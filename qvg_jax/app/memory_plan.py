@@ -4,7 +4,7 @@ Bytes of arrays come from their shapes (`jax.eval_shape`), temporaries from the 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +36,11 @@ class Need:
     seconds: float | None = None
 
     @property
+    def networks(self) -> dict[str, int]:
+        """Bytes of what is there whatever the cache is, by what it is."""
+        return {part: size for part, size in self.held.items() if part != "cache"}
+
+    @property
     def total(self) -> int:
         """The most bytes that are in use at once."""
         beside = max(self.temporaries.values(), default=0)
@@ -55,6 +60,7 @@ class Plan:
         seconds: how long that took.
         advice: what to change where nothing fits.
         notes: further sentences, such as the source of predicted seconds.
+        larger: what helps where the networks alone do not fit.
         timed: what the predicted seconds are of.
     """
 
@@ -65,6 +71,7 @@ class Plan:
     seconds: float
     advice: str
     notes: tuple[str, ...] = ()
+    larger: str = "a device with more memory"
     timed: str = "a block"
 
     def fits(self, need: Need, memory: int) -> bool:
@@ -129,7 +136,10 @@ def plan_table(plan: Plan, memory: int) -> str:
         )
     lines += [f"{note[0].upper()}{note[1:]}." for note in plan.notes]
     fitting = [need.name for need in plan.needs if plan.fits(need, memory)]
-    lines.append(f"Fits: {_joined(fitting)}." if fitting else f"Nothing fits: {plan.advice}")
+    # A codec's name may have commas.
+    lines.append(
+        f"Fits: {'; '.join(fitting)}." if fitting else f"Nothing fits: {_advice(plan, memory)}"
+    )
     return "\n".join(lines)
 
 
@@ -141,5 +151,14 @@ def _seconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.3f}"
 
 
-def _joined(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def _advice(plan: Plan, memory: int) -> str:
+    """What to change where nothing fits: a smaller cache helps only if there is room for the networks."""
+    least = min(plan.needs, key=lambda need: sum(need.networks.values())).networks
+    for sizes in (plan.before, least):
+        if (size := sum(sizes.values())) > memory:
+            names = " and ".join(filter(None, (", ".join([*sizes][:-1]), [*sizes][-1])))
+            return (
+                f"{names} alone, without any cache, take {size / 1e9:.2f} GB ({size:,} bytes); "
+                f"accepted: {plan.larger}"
+            )
+    return plan.advice

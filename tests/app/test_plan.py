@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -219,8 +220,18 @@ def test_what_fits():
     assert (small.total, large.total) == (40, 60)
     assert not plan.fits(small, 49) and plan.fits(small, 50)  # the text encoder comes first
     assert not plan.fits(large, 59) and plan.fits(large, 60)
-    assert "Fits: c0." in plan_table(plan, 55) and "Fits: c0, c1." in plan_table(plan, 60)
-    assert "Nothing fits: less" in plan_table(plan, 40)
+    assert "Fits: c0." in plan_table(plan, 55) and "Fits: c0; c1." in plan_table(plan, 60)
+    first = (
+        "Nothing fits: text alone, without any cache, take 0.00 GB (50 bytes); accepted: a device"
+    )
+    assert first in plan_table(plan, 40)
+    plan = dataclasses.replace(plan, before={"text": 30}, larger="two of them")
+    assert "Nothing fits: less" in plan_table(plan, 35)
+    parts = {"transformer": 36, "VAE": 4, "cache": 1}
+    heavy = tuple(dataclasses.replace(n, held=parts) for n in plan.needs)
+    said = plan_table(dataclasses.replace(plan, needs=heavy), 39)
+    assert "Nothing fits: transformer and VAE alone, without any cache, take 0.00 GB (40 " in said
+    assert said.endswith("accepted: two of them")
 
 
 def command(*argv):
@@ -231,11 +242,18 @@ def command(*argv):
 def test_the_command(capsys):
     assert command("--memory", "1GB") == 0
     out = capsys.readouterr().out
-    assert "48 latent frames of 32 x 48" in out and f"Fits: bf16, {tiny.CODEC}." in out
+    assert "48 latent frames of 32 x 48" in out and f"Fits: bf16; {tiny.CODEC}." in out
     assert "compiled for cpu" in out and "text encoder" in out and "at most" in out
-    assert command("--memory", "10KB") == 1
-    out = capsys.readouterr().out
-    assert "Nothing fits: not one block; accepted: fewer --frames" in out
+    said = []
+    # Room for nothing, for the text encoder, for the networks.
+    for memory in ("10KB", "{size}B", "{size}B"):
+        size = re.search(r"take 0.00 GB .([\d,]+) bytes", said[-1])[1] if said else ""
+        assert command("--memory", memory.format(size=size.replace(",", ""))) == 1
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    assert said[0].startswith("Nothing fits: text encoder alone, without any cache, take 0.00 GB")
+    assert said[1].startswith("Nothing fits: transformer, prompt K/V, VAE and ")
+    assert said[1].endswith("accepted: a device with more memory, or several with --share-weights")
+    assert said[2].startswith("Nothing fits: not one block; accepted: fewer --frames")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pallas_kernels.dequant_attention import reference as attention_reference
 from qvg_jax.attention import api, by_head, choice, kernel_plan, new_block, workspaces
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
-from qvg_jax.attention.features import PLAIN
+from qvg_jax.attention.features import Features
 from qvg_jax.attention.kernel_plan import Plan
 from qvg_jax.cache.devices import spread
 from qvg_jax.cache.head_history import HeadHistory
@@ -173,17 +173,20 @@ HISTORY = HeadHistory(
 
 
 @pytest.mark.parametrize(
-    "name, fp8, precompute",
+    "name, fp8, precompute, own_window",
     [
-        ("dither", True, False),
-        ("bf16", False, True),
-        ("joined", False, False),
+        ("dither", True, False, True),
+        ("bf16", False, True, False),
+        ("joined", False, False, True),
     ],
 )
-def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, fp8, precompute):
+def test_heads_with_a_history_and_local_ones_read_by_kernels(
+    references, name, fp8, precompute, own_window
+):
     """All layers in a scan, two videos and two branches, a ring of slots that has turned; then an empty cache."""
     codec = (codecs() | ODD)[name]
-    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=HISTORY)
+    history = dataclasses.replace(HISTORY, own_window=own_window)
+    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=history)
     cache = with_window_garbage(evict(filled_cache(codec, blocks=9, **sizes), spans=1))
     assert int(cache.first_span) == 1 and int(cache.num_spans) > 0
     empty = dataclasses.replace(
@@ -195,7 +198,7 @@ def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, f
     at = jnp.concatenate([positions(9, 32)] * 2)
 
     def by_kernels(*call):
-        return mosaic.attend_kernels(*call[:-1], fp8=fp8), None
+        return mosaic.attend_kernels(*call[:-1], fp8=fp8, return_lse=True)
 
     @jax.jit
     def both(cache, q, k, v):
@@ -204,13 +207,17 @@ def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, f
         def layer(_, x):
             *x, l = x
             call = (x[0], view, *x[1:], l)
-            ours, _ = by_head.attend_by_head(by_kernels, *call, jnp.float32(128**-0.5), PLAIN)
-            return None, (ours, attend(*call[:4], layer=l, implementation="xla"))
+            scale, features = jnp.float32(128**-0.5), Features(return_lse=True)
+            ours = by_head.attend_by_head(by_kernels, *call, scale, features)
+            right = attend(*call[:4], layer=l, implementation="xla", return_lse=True)
+            return None, (ours, right)
 
         return jax.lax.scan(layer, None, (q, k, v, jnp.arange(4)))[1]
 
     for which in (cache, empty):
-        ours, right = (x.astype(jnp.float32) for x in both(which, q, k, v))
+        (ours, ours_lse), (right, lse) = both(which, q, k, v)
+        np.testing.assert_allclose(ours_lse, lse, atol=0.1 if fp8 else 0.03)
+        ours, right = (x.astype(jnp.float32) for x in (ours, right))
         error = jnp.linalg.norm((ours - right).reshape(4, -1), axis=1)
         bound = 6e-2 if fp8 else 1e-2
         assert (error / jnp.linalg.norm(right.reshape(4, -1), axis=1) < bound).all()
