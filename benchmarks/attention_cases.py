@@ -16,7 +16,7 @@ from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.codecs import presets
 
-__all__ = ["DECODE", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
+__all__ = ["DECODE", "FEW", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
 
 
 @functools.cache
@@ -47,10 +47,17 @@ class Row:
         return self.spans * self.span_tokens + self.queries
 
     @property
+    def dense_keys(self) -> int:
+        """Keys of the uncompressed opponent: `keys` rounded up to what cuDNN takes for any count of queries."""
+        return -(-self.keys // 64) * 64
+
+    @property
     def flops(self) -> int:
         """Floating-point operations of the two matrix products."""
         return 4 * self.heads * self.queries * self.keys * self.head_dim
 
+
+FEW = (1, 4, 16)  # queries of a decoder of tokens
 
 ROWS = (
     Row("self-forcing", 12, 4_680, 37_440, 3),
@@ -59,6 +66,8 @@ ROWS = (
     Row("few queries", 12, 256, 32_768, 4),
     Row("short history", 12, 4_680, 28_080, 1),
     Row("long history", 12, 4_680, 46_800, 6),
+    *(Row(f"{t} queries, 16k", 12, t, 16_384, 1) for t in FEW),
+    *(Row(f"{t} queries, 131k", 12, t, 32_768, 4) for t in FEW),
     Row("64 channels", 24, 4_680, 37_440, 1, head_dim=64),
     Row("256 channels", 8, 4_680, 37_440, 1, head_dim=256),
 )

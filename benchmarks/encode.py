@@ -17,16 +17,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.attention_cases import DECODE, noise
 from benchmarks.kernels import compiled, milliseconds
-from pallas_kernels.kmeans import Tuning, kmeans_sums
-from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from pallas_kernels.kmeans import Metric, Tuning, kmeans_sums
+from pallas_kernels.quantize_pack import (
+    Dithered,
+    Integers,
+    Midrise,
+    assign_and_pack,
+    assign_and_subtract,
+    pack_dithered,
+)
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.quantize.dithered import channel_sizes
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
-from qvg_jax.codecs.smoothing import kmeans_smoothing
+from qvg_jax.codecs.smoothing import KMeansState, kmeans_smoothing
+from qvg_jax.codecs.smoothing.kmeans import deviations
+from qvg_jax.codecs.smoothing.lloyd import restarted
 
 # As the published code encodes: no warm start, no restarts. Then what this library does by default.
 CODECS = {
@@ -42,6 +53,22 @@ CODECS = {
     "qvg as preset": lambda: presets.get("qvg"),
     "dither as preset, keys": lambda: presets.pair("dither")[0],
 }
+# `benchmarks.all` leaves these out.
+MORE = {
+    "dither, 2 iterations": lambda: presets.pair("dither", cold_iters=2)[0],
+    "dither-asym, 2 iterations": lambda: presets.pair("dither-asym", cold_iters=2)[1],
+    "qvg-asym, 2 iterations": lambda: presets.get("qvg-asym", cold_iters=2),
+    "qvg, 2 iterations, 1 in 4": lambda: chain(
+        kmeans_smoothing(256, 2, warm_start=False, subsample=4), residual_quantize(2, 64)
+    ),
+    "qvg-pro, 5 iterations, 1 in 4": lambda: chain(
+        kmeans_smoothing(256, 5, 4, warm_start=False, subsample=4), residual_quantize(2, 16)
+    ),
+    "dither as preset, keys, 1 in 4": lambda: presets.pair("dither", subsample=4)[0],
+    "dither as preset, keys, warm": lambda: presets.pair("dither")[0],
+    "dither as preset, keys, 1 in 4, warm": lambda: presets.pair("dither", subsample=4)[0],
+    "qvg as preset, warm": lambda: presets.get("qvg"),
+}
 ON_XLA = {
     "trellis, keys": lambda: presets.pair("trellis")[0],
     "trellis, values": lambda: presets.pair("trellis")[1],
@@ -50,6 +77,11 @@ FORMS = {
     "pack, groups of 64": Integers(2, 64),
     "pack, groups of 16": Integers(2, 16),
     "pack, midrise lsq": Midrise(2, 0.9957, 2, recode=True),
+    "pack, zero points": Integers(2, 128, zero_points=True),
+}
+DITHERED = {
+    "pack, dithered": Dithered(2, 3.75, zero_points=False),
+    "pack, dithered with a middle": Dithered(2, 3.5, zero_points=True),
 }
 VARIANTS = {
     "stages 3": Tuning(stages=3),
@@ -69,7 +101,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shapes", nargs="*", default=LARGE, help=f"of {list(SHAPES)}")
     parser.add_argument(
-        "--codecs", nargs="*", default=list(CODECS), help=f"of {list(CODECS | ON_XLA)}"
+        "--codecs",
+        nargs="*",
+        default=list(CODECS | MORE),
+        help=f"of {list(CODECS | MORE | ON_XLA)}",
     )
     parser.add_argument("--no-kernels", action="store_true", help="only whole codecs")
     parser.add_argument("--xla", action="store_true", help="the slow opponent too")
@@ -83,8 +118,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # What runs on the kernels has XLA's way inside, for spans with bad tokens. It is never run
     # here, and searching for the fastest of its matrix products takes longer than all else.
     parts = [] if args.no_kernels else [(_kernel_jobs, dict(xla_gpu_autotune_level=0))]
-    parts.append((_codec_jobs("mosaic", CODECS), dict(xla_gpu_autotune_level=0)))
-    parts.append((_codec_jobs("xla", ON_XLA | (CODECS if args.xla else {})), {}))
+    parts.append((_codec_jobs("mosaic", CODECS | MORE), dict(xla_gpu_autotune_level=0)))
+    parts.append((_codec_jobs("xla", ON_XLA | (CODECS | MORE if args.xla else {})), {}))
     for jobs, options in parts:
         for shape in args.shapes:
             some = jobs(*SHAPES[shape], args if jobs is _kernel_jobs else args.codecs)
@@ -144,6 +179,20 @@ def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str,
         )  # fmt: skip
     for name, form in FORMS.items():
         jobs[name] = (lambda x, c, f=form: assign_and_pack(x, c, f), (x, c), 2)
+    ones = jnp.ones((heads, 128))
+    jobs["subtract by a metric"] = (
+        lambda x, c, one: assign_and_subtract(x, c, metric=Metric(0 * one, one)), (x, c, ones), 2,
+    )  # fmt: skip
+    spare = jnp.arange(256)[None, None] % 8 == jnp.zeros((1, heads, 1), int)
+    jobs["restart an eighth of the centroids, XLA"] = (
+        lambda x, c, s: restarted(x[None], c[None], s, jnp.abs(x[None, ..., 0]).astype(jnp.float32)),
+        (x, c, spare), 0,
+    )  # fmt: skip
+    jobs["channel sizes, XLA"] = (lambda x: channel_sizes(x[None]), (x,), 0)
+    used = jnp.ones((1, heads, tokens), bool)
+    jobs["deviations, XLA"] = (lambda x, u: deviations(x[None], u), (x, used), 0)
+    for name, dithered in DITHERED.items():
+        jobs[name] = (lambda x, one, f=dithered: pack_dithered(x, one, f), (x, ones), 0)
     return jobs
 
 
@@ -153,10 +202,14 @@ def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:
         x_BHTD = noise((1, heads, tokens, 128), 1) if names else None
         for name in names:
             codec = codecs[name]()
+            state = codec.init(x_BHTD.shape, x_BHTD.dtype)
+            if name.endswith("warm"):  # as after a span like this one
+                c_BHSKD = x_BHTD[:, :, None, :256].astype(state[0].centroids_BHSKD.dtype)
+                state = (KMeansState(c_BHSKD, jnp.ones((), bool)), *state[1:])
             named = {} if name in ON_XLA else dict(implementation=implementation)
             out[f"{name}, {implementation}"] = (
                 lambda x, s, c=codec, n=named: c.encode(x, s, **n),
-                (x_BHTD, codec.init(x_BHTD.shape, x_BHTD.dtype)),
+                (x_BHTD, state),
                 0,
             )
         return out

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.attention_cases import DECODE, PLANS, READS, ROWS, Row, inputs, noise
+from benchmarks.attention_cases import DECODE, FEW, PLANS, READS, ROWS, Row, inputs, noise
 from benchmarks.device_time import table, traced
 from pallas_kernels.dequantize import (
     Encoded,
@@ -254,21 +254,23 @@ def attention_table(
         if late or (names and row.name not in names):
             continue
         q, view, k, v = inputs(row)
-        whole = [noise((1, row.keys, row.heads, row.head_dim), 60 + i) for i in range(2)]
-        # Rivals first: the others are compared with them.
+        whole = [noise((1, row.dense_keys, row.heads, row.head_dim), 60 + i) for i in range(2)]
+        # Rivals first: the others are compared with the first of them.
         jobs = {
-            dense: (
-                lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=rival),
+            f"{name} bf16": (
+                lambda q, k, v, by=name: jax.nn.dot_product_attention(q, k, v, implementation=by),
                 (q, *whole),
             )
+            for name in (rival, *(("xla",) if row.queries in FEW and rival != "xla" else ()))
         }
+        rivals = tuple(jobs)
         for name in sorted(reads, key=lambda name: name != "xla"):
             jobs[name] = ((READS | PLANS)[name], (q, view, k, v))
         base, right = None, None
         for name, call in compiled(jobs):
             try:
                 entry = _measured(row, name, base, milliseconds(call, repeats))
-                got = jnp.asarray(call(), jnp.float32) if name != dense else None
+                got = jnp.asarray(call(), jnp.float32) if name not in rivals else None
             except jax.errors.JaxRuntimeError as error:
                 print(f"{row.name}, {name}: {_first_line(error)}", flush=True)
                 continue
@@ -281,7 +283,7 @@ def attention_table(
                 entry["difference"] = float(jnp.linalg.norm(got - right) / jnp.linalg.norm(right))
             found.append(entry)
             _say(row, entry)
-            if profile and name not in ("xla", dense, "official style"):
+            if profile and name not in ("xla", "official style", *rivals):
                 entry["profile"] = profiled(name, call, show=True)
         arrays = dict(q=q, k=k, v=v, keys=whole[0], values=whole[1], view=view)
         for name, function in (also or {}).items():

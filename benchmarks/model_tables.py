@@ -30,6 +30,13 @@ def self_forcing_table(results: dict[str, Any], parts: Sequence[str]) -> str:
                         f"  {r['queries']} queries, {r['keys']} keys, {name}: "
                         f"{r[name]['milliseconds']} ms; first call {r[name]['first_call_seconds']} s"
                     )
+        if "heads" in r:
+            h = r["heads"]
+            lines.append(
+                f"  heads: {h['list']} list, {h['with_a_history']} of {h['of']} with a history, "
+                f"{' or '.join(map(str, h['numbers_in_a_layer']))} in a layer; the others read the sink and "
+                f"{h['local_frames']} latent frames. bf16 has all of them"
+            )
         if part == "arms":
             lines += _videos(r.get("arms", {}))
         if part == "limit" and r.get("latent_frames"):
@@ -70,11 +77,18 @@ def _videos(arms: dict[str, Any]) -> list[str]:
             ]
         for history, f in a.get("filled", {}).items():
             times = f["seconds_of_later_blocks"]
+            if not times:
+                lines.append(
+                    f"  {name}: after {history} frames {f['first_call_seconds']} s (first call)"
+                )
+                continue
+            theirs = base.get("filled", {}).get(history, {}).get("seconds_of_later_blocks")
+            ratio = statistics.median(times) / statistics.median(theirs) if theirs else None
+            beside = "" if ratio is None or name == "bf16" else f", {ratio:.3f}x of bf16"
             lines.append(
-                f"  {name}: after {history} frames "
-                f"{statistics.median(times):.3f} s a block, {f['spans']} spans"
-                if times
-                else f"  {name}: after {history} frames {f['first_call_seconds']} s (first call)"
+                f"  {name}: after {history} frames {statistics.median(times):.3f} s a block{beside}, "
+                f"{f['spans']} spans; cache allocated {gb(f['cache_bytes_allocated'])}; first call "
+                f"{f['first_call_seconds']} s"
             )
     return lines
 

@@ -9,6 +9,7 @@ racecheck` and `--tool synccheck` take it too.
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -34,8 +35,15 @@ from pallas_kernels.dequantize import (
     decode_keys,
     decode_values,
 )
-from pallas_kernels.kmeans import kmeans_sums
-from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from pallas_kernels.kmeans import Metric, kmeans_sums
+from pallas_kernels.quantize_pack import (
+    Dithered,
+    Integers,
+    Midrise,
+    assign_and_pack,
+    assign_and_subtract,
+    pack_dithered,
+)
 
 E4M3 = jnp.float8_e4m3fn
 _TOKENS = 304
@@ -146,9 +154,18 @@ def _queries(head_dim: int) -> tuple[str, Callable, tuple]:
 def _encoding() -> Iterator[tuple[str, Callable, tuple]]:
     x, c = _noise(2, 1000, 128), _noise(2, 200, 128)
     yield "k-means sums", lambda x, c: kmeans_sums(x, c, scores=True, parts=3), (x, c)
+    metric = Metric(np.zeros((2, 128), np.float32), np.ones((2, 128), np.float32))
     yield "subtract", assign_and_subtract, (x, c)
-    for form in (Integers(2, 64), Midrise(1, 1.5958, 1, recode=False), Midrise(2, 1.0, 1, True)):
+    yield "subtract by a metric", lambda x, c: assign_and_subtract(x, c, metric=metric), (x, c)
+    forms = (
+        Integers(2, 64), Integers(4, 128, zero_points=True), Midrise(1, 1.5958, 1, recode=False),
+        Midrise(2, 1.0, 1, True),
+    )  # fmt: skip
+    for form in forms:
         yield f"pack, {form}", lambda x, c, f=form: assign_and_pack(x, c, f), (x, c)
+    for dithered in (Dithered(2, 3.75, False), Dithered(4, 15.5, True)):
+        pack = functools.partial(pack_dithered, form=dithered)
+        yield f"pack, {dithered}", pack, (x, np.ones((2, 128), np.float32))
 
 
 def _attention(head_dim: int, dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, tuple]]:

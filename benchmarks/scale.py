@@ -13,22 +13,29 @@ import json
 from pathlib import Path
 
 from benchmarks.common import numbers
+from models.runs.early_checks import codec_pair
 from models.self_forcing.config import SamplerConfig, SelfForcingConfig
 from qvg_jax.app.report import aligned
-from qvg_jax.codecs import presets
 from qvg_jax.study.scale import Measured, Prediction, Workload, scale_table
 
 
 def workload(
-    codec: str, *, history: int, span: int, height: int = 60, width: int = 104
+    codec: str,
+    *,
+    history: int,
+    span: int,
+    height: int = 60,
+    width: int = 104,
+    config: SelfForcingConfig | None = None,
 ) -> Workload:
-    """A block of Self-Forcing of true size after `history` latent frames."""
-    config = SelfForcingConfig.wan_1_3b()
+    """A block of Self-Forcing, by default of true size, after `history` latent frames."""
+    config = SelfForcingConfig.wan_1_3b() if config is None else config
     rows, columns = config.grid(height, width)
     tokens, n = rows * columns, config.frames_per_block
-    spans = max(0, history - n) // span
+    pair = [c for c in codec_pair(codec) if c is not None]
+    spans = max(0, history - n) // span if pair else 0
     shape = (1, config.heads, span * tokens, config.head_dim)
-    bits = sum(c.bits_per_element(shape) for c in presets.pair(codec))
+    bits = sum(c.bits_per_element(shape) for c in pair)
     return Workload(
         layers=config.layers,
         passes=len(SamplerConfig().steps) + 1,

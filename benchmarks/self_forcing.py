@@ -2,7 +2,9 @@
 
     python -m benchmarks.self_forcing --out DIR                 # 63 frames, three arms, all parts
     python -m benchmarks.self_forcing --out DIR --parts arms --frames 180 --budget 600
+    python -m benchmarks.self_forcing --out DIR --parts arms --frames 0 --histories 60,150 --heads published
 
+The last has local heads in the compressed arms: --heads takes a file, or makes a list up (`benchmarks.heads`).
 Prints a table and writes DIR/self_forcing.json; DIR/log.txt says what is going on:
 
 - arms: a video of --frames latent frames (0 for none), block by block as the command makes it, for
@@ -27,6 +29,7 @@ from typing import Any
 
 from benchmarks.common import device, names, numbers, peak, spawn, split_arm
 from benchmarks.forward_pass import forward
+from benchmarks.heads import STAND_IN, write_list
 from benchmarks.model_tables import self_forcing_table
 
 PARTS = ("arms", "forward", "limit")
@@ -67,6 +70,17 @@ def _arguments() -> argparse.Namespace:
     add("--histories", type=numbers, default=(0, 60), help="latent frames before a block")
     add("--repeats", type=int, default=2, help="blocks timed at each history, passes for forward")
     add("--span", type=int, help="latent frames compressed together (24)")
+    add(
+        "--heads",
+        default="all",
+        help="list of heads for compressed arms: FILE, all, or " + STAND_IN,
+    )
+    add(
+        "--head-multiple",
+        type=int,
+        default=1,
+        help="raises heads with a history in a layer to this",
+    )
     add("--limit", type=float, default=24e9, help="bytes of device memory")
     add("--limit-frames", type=int, default=180)
     add("--limit-budget", type=float, default=float("inf"), help="seconds of its blocks")
@@ -86,9 +100,10 @@ def _arguments() -> argparse.Namespace:
 def _child(args: argparse.Namespace) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
-    setup = Setup(args, vae=args.child != ("forward",))
+    decodes = "limit" in args.child or ("arms" in args.child and args.frames > 0)
+    setup = Setup(args, vae=decodes)
     for part in args.child:
-        result = {"device": device()}
+        result = {"device": device()} | ({} if setup.heads is None else {"heads": setup.heads})
         try:
             {"forward": forward, "arms": arms, "limit": limit}[part](setup, result)
         finally:  # what was measured before an error is kept
@@ -98,7 +113,7 @@ def _child(args: argparse.Namespace) -> None:
 class Setup:
     """The networks with random weights, and a prompt."""
 
-    def __init__(self, args: argparse.Namespace, *, vae: bool = True):
+    def __init__(self, args: argparse.Namespace, *, vae: bool = True, sizes: Any = None):
         import jax
 
         from models.runs.prompts import stand_in_embedding
@@ -108,16 +123,28 @@ class Setup:
         from models.wan_vae.params import WEIGHTS as VAE
 
         self.args = args
-        sizes = released_sizes()
+        sizes = released_sizes() if sizes is None else sizes
         dit = dataclasses.replace(sizes.dit, layers=args.layers)
         self.sizes = dataclasses.replace(sizes, dit=dit)
+        listed, self.heads = {}, None
+        if args.heads != "all":
+            sizes_of_list = dict(layers=dit.layers, heads=dit.heads, multiple=args.head_multiple)
+            listed = dict(heads=str(write_list(args.heads, args.out, **sizes_of_list)))
         self.options = Options(
+            **listed,
             codec="bf16",
             compare=tuple(split_arm(a)[0] for a in (*args.arms, args.limit_arm)),
             height=args.height,
             width=args.width,
             span=args.span,
         )
+        if listed:
+            (kept,) = {h.heads for h in self._settled(21).histories.values() if h.heads is not None}
+            self.heads = {
+                "list": args.heads, "multiple": args.head_multiple, "with_a_history": kept.full,
+                "of": kept.layers * kept.heads, "numbers_in_a_layer": sorted(set(kept.counts)),
+                "local_frames": kept.local_blocks,
+            }  # fmt: skip
         begin = time.perf_counter()
         self.model = jax.block_until_ready(WEIGHTS.random(dit, args.seed))
         self.vae = jax.block_until_ready(VAE.random(sizes.vae)) if vae else None
@@ -125,17 +152,28 @@ class Setup:
         self.text = stand_in_embedding("a red fox in the snow", **size).text_BUE
         log.info("weights made in %.1f s", time.perf_counter() - begin)
 
-    def pipeline(self, arm: str, frames: int, capacity: int | None = None):
-        """The pipeline of an arm, and a request for a video of so many latent frames."""
+    def _settled(self, frames: int, **devices: Any):
+        """The settings for videos of so many latent frames."""
+        from models.self_forcing.settings import settle
+
+        return settle(dataclasses.replace(self.options, frames=frames, **devices), self.sizes)
+
+    def pipeline(self, arm: str, frames: int, capacity: int | None = None, **devices: Any):
+        """The pipeline of an arm, and a request for a video of so many latent frames.
+
+        Args:
+            arm, frames: which and how many.
+            capacity: frames that its cache is made for; None for as many.
+            devices: options `devices`, `plan` and `share_weights` of the command.
+        """
         import jax
         import numpy as np
 
         from models.common.attention import with_attention
         from models.self_forcing.pipeline import Generation, SelfForcing
-        from models.self_forcing.settings import settle
 
         capacity = capacity or frames
-        plan = settle(dataclasses.replace(self.options, frames=capacity), self.sizes)
+        plan = self._settled(capacity, **devices)
         y, x = plan.latent
         request = Generation(
             text_BUE=self.text,
@@ -148,7 +186,9 @@ class Setup:
             done_BFZYX=np.zeros((1, 0, self.sizes.dit.latent_channels, y, x), self.sizes.dit.dtype),
         )
         codec, way = split_arm(arm)
-        return SelfForcing(with_attention(self.model, way), history=plan.histories[codec]), request
+        model = with_attention(self.model, way)
+        share = devices.get("share_weights", False)
+        return SelfForcing(model, history=plan.histories[codec], share_weights=share), request
 
 
 def arms(setup: Setup, result: dict[str, Any]) -> None:

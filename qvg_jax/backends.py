@@ -127,6 +127,8 @@ class Candidate:
         decoding: "kernels" or "xla", by which it decodes compressed spans; None if that says nothing.
         named: True if it runs only for callers who name its implementation or its precision, False if
             only for callers who name neither, None for both.
+        why_name: `why_name(call)` is the reason why it serves a call only for callers who name it, or
+            None if it needs no name; it is asked when `why_not` has none.
     """
 
     implementation: str
@@ -134,6 +136,12 @@ class Candidate:
     precision: str | None = None
     decoding: str | None = None
     named: bool | None = None
+    why_name: Callable[[Any], str | None] | None = None
+
+    def refuses(self, call: Any, *, named: bool) -> str | None:
+        """The reason why it does not serve a call whose caller names it or not; None if it does."""
+        why = self.why_not(call)
+        return self.why_name(call) if why is None and self.why_name and not named else why
 
     def __str__(self) -> str:
         precision = f" in {self.precision}" if self.precision else ""
@@ -196,7 +204,7 @@ def resolve(
         if value is not None and value not in names:
             raise ValueError(f"{argument}={value!r} is not accepted: give one of {tuple(names)}")
     meant = [c for c in candidates if c.is_meant(implementation, precision)]
-    chosen, refused = _first(meant, call)
+    chosen, refused = _first(meant, call, named=implementation is not None or precision is not None)
     if chosen is not None:
         return Choice(chosen, refused)
     given = {"implementation": implementation, "precision": precision}
@@ -211,12 +219,12 @@ def resolve(
 
 
 def _first(
-    candidates: Sequence[Candidate], call: Any
+    candidates: Sequence[Candidate], call: Any, *, named: bool = False
 ) -> tuple[Candidate | None, dict[Candidate, str]]:
     """The first candidate that serves a call, or None; and why those before it do not."""
     refused = {}
     for candidate in candidates:
-        if (why := candidate.why_not(call)) is None:
+        if (why := candidate.refuses(call, named=named)) is None:
             return candidate, refused
         refused[candidate] = why
     return None, refused

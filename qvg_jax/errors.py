@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
+    "LostDeviceError",
     "MissingExtraError",
     "UserError",
     "article",
@@ -19,6 +20,10 @@ class UserError(ValueError):
 
     The command prints the message in one line. Every other exception keeps its traceback.
     """
+
+
+class LostDeviceError(UserError):
+    """The error of a run whose devices are not all there any more."""
 
 
 class MissingExtraError(UserError, ImportError):

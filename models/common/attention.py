@@ -14,15 +14,16 @@ from jaxtyping import Array, Bool, Float, Int
 LOGITS_BYTES = 2**29
 
 
-def with_attention(model: Any, way: str | None) -> Any:
+def with_attention(model: Any, way: str | None, precision: str | None = None) -> Any:
     """A model of the same arrays whose attention to the cache is done another way.
 
     Args:
-        model: with a frozen `config` that has a field `attention`.
+        model: with a frozen `config` that has the fields `attention` and `precision`.
         way: implementation, see `qvg_jax.attend`.
+        precision: of its matrix products, likewise.
     """
     other = nnx.merge(*nnx.split(model))
-    other.config = dataclasses.replace(model.config, attention=way)
+    other.config = dataclasses.replace(model.config, attention=way, precision=precision)
     return other
 
 

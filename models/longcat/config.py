@@ -46,7 +46,7 @@ class LongCatConfig:
         eps: added to the variance in every norm.
         rope_theta: base of the RoPE frequencies.
         dtype: dtype of the weights and of the activations between the float32 islands.
-        attention: implementation of attention to the cache, see `qvg_jax.attend`.
+        attention, precision: how attention to the cache is computed, see `qvg_jax.attend`.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -69,6 +69,7 @@ class LongCatConfig:
     rope_theta: float = 10000.0
     dtype: DTypeLike = jnp.bfloat16
     attention: str | None = None
+    precision: str | None = None
 
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 2 or self.head_dim < 6:

@@ -111,7 +111,8 @@ def cached_forward(
         )
 
     def attention(q_BTHD, k_BTHD, v_BTHD, layer):
-        options = dict(layer=layer, implementation=model.config.attention)
+        way = dict(implementation=model.config.attention, precision=model.config.precision)
+        options = dict(layer=layer) | way
         if spread_out():
             return attend_by_heads(q_BTHD, view, k_BTHD, v_BTHD, axis=AXIS, **options)
         return attend(q_BTHD, view, k_BTHD, v_BTHD, **options)

@@ -64,11 +64,12 @@ def window_frames(model: PocketWorld, codec, frames: int) -> int:
     return max(1, full // one) * model.cfg.block_frames
 
 
-def run_arm(model, cache, xs, seed, sampler) -> tuple[np.ndarray, float, object]:
+def run_arm(model, cache, xs, args, sampler) -> tuple[np.ndarray, float, object]:
     """All frames [W, F, 64, 96, 3] of one arm, seconds, and the last state."""
-    state = WorldState(cache, jax.random.key(seed))
+    state = WorldState(cache, jax.random.key(args.seed))
+    step = pipeline.make_step(model, sampler, precision=args.precision)
     start = time.monotonic()
-    state, frames = rollout(pipeline.make_step(model, sampler), state, xs)
+    state, frames = rollout(step, state, xs)
     seconds = time.monotonic() - start
     blocks, worlds, n = frames.shape[:3]
     return np.moveaxis(frames, 0, 1).reshape(worlds, blocks * n, *frames.shape[3:]), seconds, state
@@ -87,7 +88,7 @@ def replay(model, arm: str, args) -> dict:
         cache = pipeline.make_cache(model.cfg, pipeline.world_codec(arm), total, batch=args.worlds)
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.tour)
     sampler = Sampler(args.steps, args.shift, overlap=args.overlap)
-    frames, seconds, state = run_arm(model, cache, xs, args.seed, sampler)
+    frames, seconds, state = run_arm(model, cache, xs, args, sampler)
     truth = pipeline.render_path(worlds, path[:, args.tour :], first_time=args.tour)
     out, size = frames[:, args.tour :], cache_bytes(state.cache)
     return dict(
@@ -111,7 +112,7 @@ def free_run(model, codec: str, args) -> dict:
     sampler = Sampler(
         args.free_steps, args.shift, sharpness=args.free_sharpness, overlap=args.overlap
     )
-    frames, seconds, state = run_arm(model, cache, xs, args.seed, sampler)
+    frames, seconds, state = run_arm(model, cache, xs, args, sampler)
     out, size = frames[:, args.free_tour :], cache_bytes(state.cache)
     truth = np.asarray(
         pipeline.render_path(worlds, path[:, args.free_tour :], first_time=args.free_tour)
@@ -208,6 +209,7 @@ def main(argv=None):
     parser.add_argument("--free-steps", type=int, default=8)
     parser.add_argument("--free-sharpness", type=float, default=FREE_SHARPNESS)
     parser.add_argument("--overlap", type=float, default=0.0, help="see `Sampler`; qvg play: 0.7")
+    parser.add_argument("--precision", choices=["bf16", "fp8"], help="of attention to the cache")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

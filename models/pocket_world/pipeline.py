@@ -223,7 +223,12 @@ def render_path(
     return jnp.concatenate(parts, 1) if parts else jnp.zeros((b, 0, world.HEIGHT, world.WIDTH, 3))
 
 
-def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | None = None):
+def make_step(
+    model: PocketWorld,
+    sampler: Sampler,
+    relative: RelativeTime | None = None,
+    precision: str | None = None,
+):
     """The step `(state, BlockInput) -> (state, frames [B, n, 64, 96, 3])` for `qvg_jax.loop`.
 
     A `Partial`: the weights travel as arrays and are not baked into the program.
@@ -232,6 +237,7 @@ def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | Non
         model: the network.
         sampler: how a block comes out of noise.
         relative: how frame numbers count back from each block; None for absolute ones.
+        precision: of attention to the cache, see `qvg_jax.attend`.
     """
     graph, params = nnx.split(model)
     cfg, levels = model.cfg, sampler.levels()
@@ -257,7 +263,7 @@ def make_step(model: PocketWorld, sampler: Sampler, relative: RelativeTime | Non
                 tokens,
                 jnp.full((batch, n), level),
                 features,
-                lambda i, q, k, v: attend(q, view, k, v, layer=i, scale=scale),
+                lambda i, q, k, v: attend(q, view, k, v, layer=i, scale=scale, precision=precision),
                 jnp.arange(cfg.layers),
             )
 

@@ -11,7 +11,7 @@ from models.runs import decode
 from models.runs.block_settings import BlockSettings
 from models.runs.latent_job import LatentModel, Run
 from models.runs.latent_options import LatentOptions
-from models.runs.request_checks import attention_of
+from models.runs.reading import attention_told
 from qvg_jax.app.job import Arm, Played
 from qvg_jax.cache.health import cache_bytes
 
@@ -87,6 +87,6 @@ class BlockModel[O: LatentOptions, S: BlockSettings](LatentModel[O, S]):
             "span_frames": lay.span_blocks if lay.max_spans else 0,
             "spans": lay.max_spans,
             "window_frames": lay.window_blocks,
-            "attention": attention_of(arm.name, options) or "chosen by attend",
+            "attention": attention_told(arm.name, options, arm.state),
             "tokens_of_a_frame": lay.block_tokens,
         }

@@ -19,7 +19,8 @@ from models.runs.checkpoint_folder import Parts, find_parts
 from models.runs.devices import join_processes, plan_of
 from models.runs.latent_options import LatentOptions
 from models.runs.prompts import embed_prompts, stand_in_embedding
-from models.runs.request_checks import RANDOM, attention_of, check_needed, plain_config
+from models.runs.reading import attention_of
+from models.runs.request_checks import RANDOM, check_needed, plain_config
 from models.runs.saved_latents import SavedLatents
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
@@ -65,7 +66,7 @@ class Run[O: LatentOptions, S]:
 
     def reader(self, arm: str) -> Any:
         """The transformer with an arm's way of reading the cache."""
-        return with_attention(self.dit, attention_of(arm, self.options))
+        return with_attention(self.dit, *attention_of(arm, self.options))
 
 
 class LatentModel[O: LatentOptions, S](abc.ABC):

@@ -84,13 +84,6 @@ def arm_names(options: LatentOptions) -> list[str]:
     return sorted(dict.fromkeys(options.codecs), key=lambda name: name != BASELINE)  # stable
 
 
-def attention_of(arm: str, options: LatentOptions) -> str | None:
-    """How an arm reads its cache: as asked, but the baseline never with less than its precision."""
-    if arm == BASELINE:
-        return None
-    return "mosaic_fp8" if options.precision == "fp8" else options.attention
-
-
 def with_layers[C](config: C, options: LatentOptions) -> C:
     """A transformer's configuration with as many layers as `--layers` says."""
     if options.layers is None:

@@ -101,8 +101,8 @@ def cached_forward(
     """
 
     def attention(q_BTHD, k_BTHD, v_BTHD, layer):
-        way = model.config.attention
-        return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer, implementation=way)
+        way = dict(implementation=model.config.attention, precision=model.config.precision)
+        return attend(q_BTHD, view, k_BTHD, v_BTHD, layer=layer, **way)
 
     return model(x_BFZYX, t, text_kv, attention, keep_kv=keep_kv, plan=view.cache.layout.plan)
 

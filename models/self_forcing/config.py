@@ -52,7 +52,7 @@ class SelfForcingConfig:
         horizon: with a number, positions count back from each block, older history is read as so many
             latent frames old, and a video may be longer than the RoPE table. None is absolute positions.
         dtype: dtype of the weights and of the activations between the float32 islands.
-        attention: implementation of attention to the cache, see `qvg_jax.attend`.
+        attention, precision: how attention to the cache is computed, see `qvg_jax.attend`.
         cross_attention: implementation of attention to the prompt, see `fused_attention`.
 
     Source: Self-Forcing (arXiv 2506.08009) on Wan2.1-T2V-1.3B (arXiv 2503.20314).
@@ -75,6 +75,7 @@ class SelfForcingConfig:
     horizon: int | None = None
     dtype: DTypeLike = jnp.bfloat16
     attention: str | None = None
+    precision: str | None = None
     cross_attention: str | None = None
 
     def __post_init__(self):

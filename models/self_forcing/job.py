@@ -33,7 +33,6 @@ from models.self_forcing.settings import (
 )
 from qvg_jax.app import memory_plan
 from qvg_jax.app.job import Arm, Job
-from qvg_jax.cache.plan import Plan
 
 __all__ = ["finished", "plan", "prepare"]
 
@@ -71,12 +70,12 @@ class _SelfForcing(BlockModel[Options, Settings]):
         }
 
     def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        place = weight_placement(_plan(settings), share=options.share_weights)
+        place = weight_placement(settings.plan, share=options.share_weights)
         return self._merged(self.weights.load(files, settings.sizes.dit, device=place))
 
     def random_dit(self, options: Options, settings: Settings) -> Any:
         dit = super().random_dit(options, settings)
-        return self._merged(on_all_devices(dit, _plan(settings), share=options.share_weights))
+        return self._merged(on_all_devices(dit, settings.plan, share=options.share_weights))
 
     def _merged(self, dit: Any) -> Any:
         for file in self.loras:
@@ -155,11 +154,6 @@ def _said_of_heads(settings: Settings) -> dict[str, str]:
     """Which heads have a history, in words that differ if the tables do; nothing if all have one."""
     found = {str(h.heads) for h in settings.histories.values() if h.heads is not None}
     return {"heads": found.pop()} if found else {}
-
-
-def _plan(settings: Settings) -> Plan | None:
-    """The plan of all arms."""
-    return next(iter(settings.histories.values())).plan
 
 
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:

@@ -50,7 +50,8 @@ def cached_attention(config: WorldPlayConfig, sight: Sight) -> Callable:
 
     def attention(q_BTHD, k_BTHD, v_BTHD, layer):
         q, k, v = encode_all(q_BTHD, k_BTHD, v_BTHD, sight.here)
-        o_BTCD = attend(q, sight.view, k, v, layer=layer, implementation=config.attention)
+        way = dict(implementation=config.attention, precision=config.precision)
+        o_BTCD = attend(q, sight.view, k, v, layer=layer, **way)
         return decode_all(o_BTCD, sight.here)
 
     return attention

@@ -24,7 +24,7 @@ class WorldPlayConfig:
         rope_theta: base of the RoPE frequencies.
         frames_per_block: latent frames that are denoised together.
         dtype: dtype of the weights and of the activations between the float32 islands.
-        attention: implementation of attention to the cache, see `qvg_jax.attend`.
+        attention, precision: how attention to the cache is computed, see `qvg_jax.attend`.
 
     Source: HY-WorldPlay, the Wan2.2-TI2V-5B variant.
     """
@@ -45,6 +45,7 @@ class WorldPlayConfig:
     frames_per_block: int = 4
     dtype: DTypeLike = jnp.bfloat16
     attention: str | None = None
+    precision: str | None = None
 
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 4:

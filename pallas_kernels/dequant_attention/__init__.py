@@ -4,6 +4,7 @@ from pallas_kernels.dequant_attention.api import Queries, prepare, prepare_token
 from pallas_kernels.dequant_attention.schedule import (
     Schedule,
     combine_splits,
+    log_sum_exp,
     schedule_for,
     splits_for,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "Queries",
     "Schedule",
     "combine_splits",
+    "log_sum_exp",
     "prepare",
     "prepare_tokens",
     "schedule_for",

@@ -10,6 +10,7 @@ Source of the idea to split only what is left of the last wave: Osama et al., St
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "Tasks",
     "combine_splits",
+    "log_sum_exp",
     "schedule_for",
     "splits_for",
 ]
@@ -168,6 +170,31 @@ def combine_splits(
     out = out[0] if len(out) == 1 else jnp.concatenate(out)
     rows = schedule.query_tiles // -(-queries // Q_TILE)
     return out.reshape(rows, -1, out.shape[-1])[:, :queries]
+
+
+def log_sum_exp(
+    state: tuple[Array, Array, Array], queries: int, schedule: Schedule | None = None
+) -> Float[Array, "n Q"]:
+    """The natural logarithm of the softmax's denominator: ln sum_p 2^(m_p) l_p, float32.
+
+    Args:
+        state, queries, schedule: as for `combine_splits`.
+    """
+    _, m, l = state
+    if schedule is None:
+        lse = _log2_sum(m[:, :, :queries], l[:, :, :queries])
+    else:
+        whole, apart = schedule.whole, (schedule.splits, schedule.shared)
+        parts = [m[:whole] + jnp.log2(l[:whole])]
+        parts.append(_log2_sum(*(x[whole:].reshape(*apart, *x.shape[1:]) for x in (m, l))))
+        rows = schedule.query_tiles // -(-queries // Q_TILE)
+        lse = jnp.concatenate(parts).reshape(rows, -1)[:, :queries]
+    return lse * math.log(2)
+
+
+def _log2_sum(m: Array, l: Array) -> Array:
+    most = m.max(axis=0, keepdims=True)
+    return most[0] + jnp.log2(jnp.sum(jnp.exp2(m - most) * l, axis=0))
 
 
 def _combined(acc: Array, m: Array, l: Array) -> Array:

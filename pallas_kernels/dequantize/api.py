@@ -21,6 +21,7 @@ from pallas_kernels.dequantize.types import (
     Spans,
     Tokens,
     Tuning,
+    Window,
     width_of,
 )
 from pallas_kernels.gpu.triton_launch import missing
@@ -228,14 +229,16 @@ def _checked(
         raise ValueError(
             f"{source.first_row.shape=}; accepted: one first row, or of `Spans` one for every span"
         )
+    if source.row_n is not None and source.row_n.shape != (source.rows,):
+        raise ValueError(f"{source.row_n.shape=}; accepted: ({source.rows},), a row for each")
     if spans and source.tokens % 16:
         raise ValueError(
             f"spans of {source.tokens} tokens; several at once must have a multiple of 16"
         )
     if implementation == "triton":
-        if spans or source.window is not None or room:
+        if spans or source.window is not None or source.row_n is not None or room:
             raise NotImplementedError(
-                "implementation='triton': it decodes whole spans one at a time"
+                "implementation='triton': it decodes whole spans one at a time, of rows one after another"
             )
         if not isinstance(source.stored, Encoded) and source.stored.ndim == 4:
             raise NotImplementedError("implementation='triton': it decodes rows, not (B, T, H, D)")
@@ -261,8 +264,10 @@ def _checked_tokens(
 
 def _with_arrays(source: Source) -> Source:
     """The same source with its indices as int32 arrays."""
-    if isinstance(source, (Spans, Tokens)):
-        return dataclasses.replace(source, first_row=jnp.asarray(source.first_row, jnp.int32))
-    return dataclasses.replace(
-        source, of=_with_arrays(source.of), start=jnp.asarray(source.start, jnp.int32)
-    )
+    number = lambda x: jnp.asarray(x, jnp.int32)  # noqa: E731
+    if isinstance(source, Window):
+        return dataclasses.replace(source, of=_with_arrays(source.of), start=number(source.start))
+    arrays = dict(first_row=number(source.first_row))
+    if source.row_n is not None:
+        arrays |= dict(row_n=number(source.row_n))
+    return dataclasses.replace(source, **arrays)

@@ -113,7 +113,7 @@ def decode_keys(
     lanes, cta_tokens = d // CHANNELS, tuning.tokens * 128 // d
     at_once = 128 // lanes  # tokens that a warpgroup holds
     spans, tokens = source.first_row.size, source.tokens
-    windowed, behind = source.window is not None, into is not None
+    behind = into is not None
     size = into[0].shape[1] if behind else padded(spans * tokens + room)
     heads = rows if rotation is None else rows // rotation.batch
     pair = max(p for p in (1, 2, 4) if p <= tuning.heads and heads % p == 0)
@@ -127,12 +127,12 @@ def decode_keys(
             del ctx
             control, factors, *rest, out = refs
             packed, cos_sin = rest[: len(arrays)], rest[len(arrays) :]
-            work = work_of(control, spans, tokens, rows, pair, windowed, behind)
+            work = work_of(control, source, pair, behind)
             head, valid = work.head, work.valid
             lane, lane_group = thread() % lanes, thread() // lanes
             readers, row_factors, outs = [], [], []
             for h in range(pair):
-                row = work.row + head + h
+                row = work.row_of(head + h)
                 readers.append(reader(packed, shapes, source.scheme, row, work.cut_row + h))
                 at = (head if factor.size == rows else work.cut_row) + h
                 (word,) = load(global_address(factors) + (at * 4).wide(), 4)
@@ -214,7 +214,7 @@ def decode_values(
     arrays, factor, reader = _prepared(source, 1 / scale_n)
     shapes = [x.shape for x in arrays]
     spans, tokens = source.first_row.size, source.tokens
-    windowed, behind = source.window is not None, into is not None
+    behind = into is not None
     size = into[0].shape[2] if behind else padded(spans * tokens + room)
     control = control_of(source, valid, None, into)
     swizzle = Swizzle(d := width_of(source.stored, source.scheme))
@@ -224,9 +224,9 @@ def decode_values(
         def run(ctx, *refs):
             del ctx
             control, factors, *packed, out, tile = refs
-            work = work_of(control, spans, tokens, rows, 1, windowed, behind)
+            work = work_of(control, source, 1, behind)
             head, lane, lane_group = work.head, thread() % swizzle.lanes, thread() // swizzle.lanes
-            row = reader(packed, shapes, source.scheme, work.row + head, work.cut_row)
+            row = reader(packed, shapes, source.scheme, work.row_of(head), work.cut_row)
             at = head if factor.size == rows else work.cut_row
             (word,) = load(global_address(factors) + (at * 4).wide(), 4)
             row_factor, tile = word.as_float(), shared_address(tile)

@@ -57,6 +57,8 @@ def decoded(source: Source) -> Array:
     if first_row.ndim:
         spans = [decoded(Spans(stored, scheme, r, rows)) for r in first_row]
         return jnp.concatenate(spans, axis=1)
+    if source.row_n is not None:
+        return stored[source.row_n].astype(jnp.float32)
     pick = lambda x: lax.dynamic_slice_in_dim(x, first_row, rows, 0)  # noqa: E731
     if not isinstance(stored, Encoded):
         return pick(stored).astype(jnp.float32)

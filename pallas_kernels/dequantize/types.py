@@ -147,6 +147,7 @@ class Spans:
     rows: int
 
     window: ClassVar[None] = None
+    row_n: ClassVar[None] = None
 
     @property
     def tokens(self) -> int:
@@ -164,11 +165,14 @@ class Tokens:
             h of video b.
         first_row: the first row that is decoded; may be traced.
         rows: how many rows from the first one on are decoded.
+        row_n: which rows are decoded, where they do not follow one another; then `first_row` is not
+            read. May be traced.
     """
 
     stored: Float[Array, "R T D"] | Float[Array, "B T H D"]
     first_row: Int[Array, ""] | int
     rows: int
+    row_n: Int[Array, "n"] | None = None
 
     scheme: ClassVar[None] = None
     window: ClassVar[None] = None
@@ -213,6 +217,11 @@ class Window:
     def rows(self) -> int:
         """How many rows are decoded."""
         return self.of.rows
+
+    @property
+    def row_n(self) -> Int[Array, "n"] | None:
+        """Which rows are decoded, where they do not follow one another."""
+        return self.of.row_n
 
     @property
     def window(self) -> tuple[Int[Array, ""] | int, int]:

@@ -5,6 +5,7 @@ visits them at once, and bf16 tokens behind those. Of bf16 tokens a window can b
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class Work:
     """The tokens and the first head of a CTA.
 
     Attributes:
-        row: row of the stored arrays.
+        row_of: the row of the stored arrays that a row among the decoded ones is.
         angles: row of the cosines and sines.
         head: row among the decoded ones.
         cut_row: row among the decoded ones of all spans, for arrays that were cut to those.
@@ -33,7 +34,7 @@ class Work:
             all tokens of a CTA are.
     """
 
-    row: Lane
+    row_of: Callable[[Lane], Lane]
     angles: Lane
     head: Lane
     cut_row: Lane
@@ -66,26 +67,25 @@ def control_of(
     """The int32 numbers that `work_of` reads.
 
     They are the valid tokens, the first token of the arrays, the token of the workspace from which on
-    it is written, and for every span its first row and its first row of cosines and sines.
+    it is written, for every span its first row and its first row of cosines and sines, and last the rows
+    of a source that lists them.
     """
     start = jnp.int32(0 if source.window is None else source.window[0])
     at = jnp.int32(0 if into is None else into[1])
     rows = jnp.atleast_1d(source.first_row)
     first = jnp.int32(0) if rotation is None else rotation.first
     angles = jnp.broadcast_to(first, rows.shape)
-    return jnp.concatenate([jnp.stack([valid, start, at]), rows, angles]).astype(jnp.int32)
+    listed = [] if source.row_n is None else [source.row_n]
+    return jnp.concatenate([jnp.stack([valid, start, at]), rows, angles, *listed]).astype(jnp.int32)
 
 
-def work_of(
-    control: Any, spans: int, tokens: int, rows: int, pair: int, windowed: bool, behind: bool
-) -> Work:
+def work_of(control: Any, source: Source, pair: int, behind: bool) -> Work:
     """The work of this CTA.
 
     Args:
         control: from `control_of`.
-        spans, tokens, rows: sizes: spans, tokens of a span, decoded rows of a span.
+        source: what is decoded, of which sizes matter here and no arrays.
         pair: heads of a CTA.
-        windowed: whether the first token of the arrays is another than 0.
         behind: whether the first token of the workspace is another than 0; then there is one span.
     """
 
@@ -94,22 +94,29 @@ def work_of(
         at = past(start, 4 * i) if isinstance(i, int) else start + (i * 4).wide()
         return load(at, 4)[0]
 
+    spans, tokens, rows = source.first_row.size, source.tokens, source.rows
     valid, y = number(0), cta("y")
-    first = number(1) if windowed else None
+    first = number(1) if source.window is not None else None
     if spans == 1:
         head, before, end = y * pair, None, None
         if behind:
             before = number(2)
             end = ((before + valid + (PAD - 1)) & -PAD) - before
-        return Work(number(3), number(4), head, head, first, before, valid, end)
+        if source.row_n is None:
+            first_row = number(3)
+            row_of = lambda row: first_row + row  # noqa: E731
+        else:
+            row_of = lambda row: number(row + 5)  # noqa: E731
+        return Work(row_of, number(4), head, head, first, before, valid, end)
     span, head = y // (rows // pair), y % (rows // pair) * pair
     before = span * tokens
     left = valid - before
     own = select(left < tokens, left, integer(tokens))
     # Only the last span has zeros behind it; behind another one is the next.
     end = select(left < tokens + 1, ((valid + (PAD - 1)) & -PAD) - before, own)
+    first_row = number(span + 3)
     return Work(
-        number(span + 3), number(span + (3 + spans)), head, span * rows + head, first, before,
+        lambda row: first_row + row, number(span + (3 + spans)), head, span * rows + head, first, before,
         own, select(left < 1, integer(0), end),
     )  # fmt: skip
 

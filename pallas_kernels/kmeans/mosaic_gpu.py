@@ -10,6 +10,7 @@ The number of a centroid is written into the last 8 bits of its score's float32,
 maximum finds both: scores are compared to 16 bits, finer than the bf16 they are products of.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -104,6 +105,8 @@ def load_tiles(
         plgpu.barrier_wait(x_empty.at[lax.rem(i, stages)])
 
 
+# Calls of equal shapes are one function of a program: K and V share a kernel, which takes seconds to compile.
+@functools.partial(jax.jit, static_argnames=("tokens", "parts", "scores", "tuning"))
 def sums(
     x_RTD: Array,
     c_RKD: Array,
@@ -183,6 +186,8 @@ def sums(
             if tuning.late:
                 assign(0)
 
+                # A first and a last step outside of the loop make the kernel a third longer. With `assign` under
+                # a condition inside of it a pass takes twice the time.
                 def step(i, carry):
                     assign(i)
                     return add(i - 1, carry)

@@ -2,6 +2,7 @@
 
 A program takes 32 tokens. Everything between reading a token and storing its bytes stays in
 registers; scales in e4m3 are rounded with integer arithmetic and codes come from the rounded ones.
+Dithered levels are packed by a kernel of its own, which reads residuals.
 """
 
 import jax
@@ -10,11 +11,12 @@ import triton
 import triton.language as tl
 from jaxtyping import Array
 
+from pallas_kernels.dequantize.dither import CHANNEL_STEP, FINE, TOKEN_SHIFT, TOKEN_STEP
 from pallas_kernels.gpu.triton_launch import Launch
-from pallas_kernels.gpu.triton_words import e4m3_byte, e4m3_float
-from pallas_kernels.quantize_pack.types import Integers, Midrise
+from pallas_kernels.gpu.triton_words import e4m3_byte, e4m3_float, e4m3_signed
+from pallas_kernels.quantize_pack.types import Dithered, Integers, Midrise
 
-__all__ = ["encode", "launch_for"]
+__all__ = ["dithered_launch", "encode", "launch_for", "pack_dithered"]
 
 _TILE = 32  # tokens of a program
 
@@ -45,6 +47,33 @@ def _integers(
     level = tl.where((ratio < 0) | (step == 0)[:, :, None], -size, size)
     level = tl.where((step > 0)[:, :, None], level, 0.0)
     return tl.reshape(level + q, (TILE, D)).to(tl.int32), scale
+
+
+@triton.jit
+def _signed_byte(x):
+    """The nearest e4m3 number of float32 numbers of either sign, as int32."""
+    byte = e4m3_byte(tl.minimum(tl.abs(x), 448.0))
+    return tl.where(x < 0, byte + 128, byte)
+
+
+@triton.jit
+def _above_zero_points(
+    r, TILE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Codes and bytes of scales and zero points; see `reference.integers`."""
+    GROUPS: tl.constexpr = D // GROUP
+    q: tl.constexpr = 2**BITS - 1
+    groups = tl.reshape(r, (TILE, GROUPS, GROUP))
+    low = tl.min(groups, 2)
+    zero = _signed_byte(low)
+    size = (tl.max(groups, 2) - low) * (1.0 / q)
+    scale = e4m3_byte(tl.minimum(tl.maximum(size, 1e-10), 448.0))
+    step = e4m3_float(scale)
+    above = groups - e4m3_signed(zero)[:, :, None]
+    whole = tl.where(step > 0, step, 1.0)[:, :, None] + tl.zeros_like(groups)
+    code = tl.floor(tl.math.div_rn(above, whole) + 0.5)
+    code = tl.where((step > 0)[:, :, None], tl.minimum(tl.maximum(code, 0.0), q), 0.0)
+    return tl.reshape(code, (TILE, D)).to(tl.int32), scale, zero
 
 
 @triton.jit
@@ -101,11 +130,17 @@ def _encode(
         tl.store(to, r.to(main.dtype.element_ty), mask=exists[:, None])
     else:
         WIDTH: tl.constexpr = D * BITS // 8
-        if FORM == "integers":
-            code, scale = _integers(r, TILE, D, BITS, GROUP)
-            group = tl.arange(0, D // GROUP)
-            to = scales + row * (TOKENS * (D // GROUP)) + token[:, None] * (D // GROUP)
-            tl.store(to + group[None, :], scale.to(tl.uint8), mask=exists[:, None])
+        if FORM == "integers" or FORM == "zero points":
+            GROUPS: tl.constexpr = D // GROUP
+            EACH: tl.constexpr = GROUPS if FORM == "integers" else 2 * GROUPS
+            to = scales + row * (TOKENS * EACH) + token[:, None] * EACH
+            to += tl.arange(0, GROUPS)[None, :]
+            if FORM == "integers":
+                code, scale = _integers(r, TILE, D, BITS, GROUP)
+            else:
+                code, scale, zero = _above_zero_points(r, TILE, D, BITS, GROUP)
+                tl.store(to + GROUPS, zero.to(tl.uint8), mask=exists[:, None])
+            tl.store(to, scale.to(tl.uint8), mask=exists[:, None])
         else:
             code, scale, match = _midrise(r, D, BITS, RATIO, REFINE, RECODE)
             to = scales + row * (3 * TOKENS) + token
@@ -127,8 +162,9 @@ def launch_for(
     if form is not None:
         main = (rows, tokens, d * form.bits // 8), jnp.uint8
     if isinstance(form, Integers):
-        about |= dict(FORM="integers", BITS=form.bits, GROUP=form.group)
-        scales = (rows, tokens, d // form.group), jnp.uint8
+        name = "zero points" if form.zero_points else "integers"
+        about |= dict(FORM=name, BITS=form.bits, GROUP=form.group)
+        scales = (rows, tokens, d // form.group * (1 + form.zero_points)), jnp.uint8
     elif isinstance(form, Midrise):
         about |= dict(
             FORM="midrise", BITS=form.bits, RATIO=float(form.ratio), REFINE=form.refine,
@@ -155,9 +191,82 @@ def encode(
         form: how the residual becomes codes; None leaves it as it is.
 
     Returns:
-        Codes (R, T, C) and scales: bytes (R, T, G), or float32 (R, 3, T) as `assign_and_pack` has
-        them; or the residual (R, T, D) in bf16 alone.
+        Codes (R, T, C) and scales: bytes (R, T, G), and those of zero points if there are any, or float32
+        (R, 3, T) as `assign_and_pack` has them; or the residual (R, T, D) in bf16 alone.
     """
     launch, out = launch_for(x_RTD, c_RKD, form)
     main, scales = launch(x_RTD, c_RKD, ids_RT, out=out)
-    return (main,) if form is None else (main, scales)
+    if form is None:
+        return (main,)
+    if isinstance(form, Integers) and form.zero_points:
+        return main, *jnp.split(scales, 2, axis=2)
+    return main, scales
+
+
+@triton.jit
+def _pack_dithered(
+    r, factor, codes, scales,
+    TOKENS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, REACH: tl.constexpr,
+    MIDDLE: tl.constexpr, TILE: tl.constexpr, TOKEN_STEP: tl.constexpr, TOKEN_SHIFT: tl.constexpr,
+    CHANNEL_STEP: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of a tile of residuals of a row; see `reference.dithered`."""
+    N: tl.constexpr = 2**BITS
+    EACH: tl.constexpr = 3 if MIDDLE else 2
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    exists = token < TOKENS
+    safe = tl.where(exists, token, 0)
+    channel = tl.arange(0, D)
+    to = scales + row * (EACH * TOKENS) + token
+    y = tl.load(r + row * (TOKENS * D) + safe[:, None] * D + channel[None, :]).to(tl.float32)
+    y *= tl.load(factor + row * D + channel)[None, :]
+    if MIDDLE:
+        low, high = tl.min(y, 1), tl.max(y, 1)
+        middle = e4m3_signed(_signed_byte((low + high) * 0.5))
+        tl.store(to + 2 * TOKENS, middle, mask=exists)
+        y -= middle[:, None]
+        size = high - low
+    else:
+        size = 2 * tl.max(tl.abs(y), 1)
+    step = e4m3_float(e4m3_byte(tl.minimum(size * (1.0 / REACH), 448.0)))
+    inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
+    # Shifted as signed numbers, of which the last six bits are the same.
+    j = ((token * TOKEN_STEP) >> TOKEN_SHIFT)[:, None] + (channel * CHANNEL_STEP)[None, :]
+    lowest = ((j & (FINE - 1)).to(tl.float32) + 0.5) * (1.0 / FINE) - N / 2
+    code = tl.floor(y * inverse[:, None] - lowest + 0.5)
+    code = tl.minimum(tl.maximum(code, 0.0), N - 1)
+    level = code + lowest
+    along, energy = tl.sum(y * level, 1), tl.sum(y * y, 1)
+    some = tl.where(along > 0, along, 1.0)
+    tl.store(to, tl.where(along > 0, some / tl.sum(level * level, 1), step), mask=exists)
+    tl.store(to + TOKENS, tl.where(along > 0, energy / some, step), mask=exists)
+    WIDTH: tl.constexpr = D * BITS // 8
+    to = codes + row * (TOKENS * WIDTH) + token[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(to, _bytes(code.to(tl.int32), TILE, D, BITS).to(tl.uint8), mask=exists[:, None])
+
+
+def dithered_launch(
+    r_RTD: Array, form: Dithered
+) -> tuple[Launch, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The kernel that packs residuals on dithered levels, and its outputs: codes and scales."""
+    rows, tokens, d = r_RTD.shape
+    launch = Launch(
+        kernel=_pack_dithered,
+        grid=(-(-tokens // _TILE), rows),
+        constants=dict(
+            TOKENS=tokens, D=d, BITS=form.bits, REACH=float(form.reach), MIDDLE=form.zero_points,
+            TILE=_TILE, TOKEN_STEP=TOKEN_STEP, TOKEN_SHIFT=TOKEN_SHIFT, CHANNEL_STEP=CHANNEL_STEP,
+            FINE=FINE,
+        ),
+    )  # fmt: skip
+    codes = jax.ShapeDtypeStruct((rows, tokens, d * form.bits // 8), jnp.uint8)
+    scales = jax.ShapeDtypeStruct((rows, 2 + form.zero_points, tokens), jnp.float32)
+    return launch, (codes, scales)
+
+
+def pack_dithered(r_RTD: Array, factor_RD: Array, form: Dithered) -> tuple[Array, Array]:
+    """Codes (R, T, C) and scales (R, 2 or 3, T) of residuals in bf16, as `quantize_pack.pack_dithered` has them."""
+    launch, out = dithered_launch(r_RTD, form)
+    codes_RTC, scales_RNT = launch(r_RTD, factor_RD.astype(jnp.float32), out=out)
+    return codes_RTC, scales_RNT

@@ -2,20 +2,25 @@
 
 import dataclasses
 
-__all__ = ["Integers", "Midrise"]
+__all__ = ["Dithered", "Integers", "Midrise"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Integers:
-    """Symmetric integers with an e4m3 scale per group: q = 2^(bits - 1) - 1, scale = max |r| / q.
+    """Integers with an e4m3 scale per group.
+
+    Symmetric: q = 2^(bits - 1) - 1, scale = max |r| / q, codes -q .. q. With zero points:
+    q = 2^bits - 1, zero = min r in e4m3, scale = (max r - min r) / q, codes 0 .. q of r - zero.
 
     Attributes:
         bits: 2 or 4.
         group: channels that share a scale.
+        zero_points: whether codes begin at a zero point of the group, also stored in e4m3.
     """
 
     bits: int
     group: int
+    zero_points: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +41,21 @@ class Midrise:
     ratio: float
     refine: int
     recode: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Dithered:
+    """Even levels of a token that a dither known from its place shifts, with one scale per token.
+
+    With n = 2^bits, the level of code c is c + (j + 1/2) / 64 - n / 2 steps from the token's middle, where j
+    is the `dither` of token and channel; see `reference.dithered`.
+
+    Attributes:
+        bits: 2 or 4.
+        reach: steps from the smallest to the largest value of a token.
+        zero_points: whether a token has a middle other than zero.
+    """
+
+    bits: int
+    reach: float
+    zero_points: bool

@@ -95,6 +95,7 @@ def _generated(
                 return _said_finished(options)
             from qvg_jax.app.generate import generate as run
             from qvg_jax.app.generate import is_finished
+            from qvg_jax.app.lost_devices import told_of_lost_devices
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
             job = entry.prepare(options)
@@ -111,6 +112,7 @@ def _generated(
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
         with (
+            told_of_lost_devices(options),
             _within_memory(advice),
             _one_line(*told),
             _written(),

@@ -25,7 +25,7 @@ class Need:
         in_place_of_cache: the same of programs that run when the cache is gone.
         longest: latent frames that would fit, given the memory asked about; 0 for none, None for
             any number.
-        seconds: predicted for the last block; None for unknown.
+        seconds: predicted for the last block, or for what the plan names; None for unknown.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Plan:
         advice: what to change where nothing fits.
         notes: further sentences, such as the source of predicted seconds.
         larger: what helps where the networks alone do not fit.
+        timed: what the predicted seconds are of.
     """
 
     what: str
@@ -71,6 +72,7 @@ class Plan:
     advice: str
     notes: tuple[str, ...] = ()
     larger: str = "a device with more memory"
+    timed: str = "a block"
 
     def fits(self, need: Need, memory: int) -> bool:
         """Whether an arm runs in so many bytes."""
@@ -101,7 +103,7 @@ def plan_table(plan: Plan, memory: int) -> str:
     gb = lambda n: f"{n / 1e9:.2f}"  # noqa: E731
     parts = list(plan.needs[0].held)
     timed = any(need.seconds is not None for need in plan.needs)
-    seconds = ("s a block",) if timed else ()
+    seconds = (f"s {plan.timed}",) if timed else ()
     rows = [("GB", *parts, "temporaries", "peak", f"in {gb(memory)}", "at most", *seconds)]
     for need in plan.needs:
         fits = "fits" if plan.fits(need, memory) else "too large"

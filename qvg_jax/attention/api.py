@@ -92,7 +92,9 @@ def attend(
             "mosaic_fp8" is an older name of "mosaic" in fp8.
         precision: precision of the matrix products: "bf16", or "fp8" with "mosaic", where spans and
             the new block are read in e4m3: faster, for an error small beside that of 2-bit codes.
-            None is "bf16" on kernels and cuDNN, and the dtype of q on XLA.
+            None without an implementation is "fp8" where the kernels serve the call and both codecs
+            have codes of at most two bits and one stage of k-means; else it is "bf16" on kernels and
+            cuDNN, and the dtype of q on XLA.
 
     Returns:
         The attention output in q's dtype; zero for a query that sees no key at all. With
@@ -166,18 +168,27 @@ def _attend(
     features: Features,
     chosen: Candidate,
 ) -> tuple[Array, Array | None]:
-    call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale)
-    if chosen.implementation in ("xla", "cudnn"):
+    call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
+    if chosen.implementation == "xla":
         attend_some = attend_xla
-        if chosen.implementation == "cudnn":
-            from qvg_jax.attention.cudnn import attend_cudnn as attend_some
-        if view.cache.layout.history is not None:
-            return attend_by_head(attend_some, *call, features)
-        return attend_some(*call, features)
+    elif chosen.implementation == "cudnn":
+        from qvg_jax.attention.cudnn import attend_cudnn as attend_some
+    else:
+        attend_some = functools.partial(_attend_kernels, chosen)
+    if view.cache.layout.history is not None:
+        return attend_by_head(attend_some, *call)
+    return attend_some(*call)
+
+
+def _attend_kernels(chosen: Candidate, *call: Any) -> tuple[Array, Array | None]:
+    """Output and log-sum-exp of attention by kernels; of the features they know `return_lse` only."""
     from qvg_jax.attention.kernels import attend_kernels
 
+    *call, features = call
     fp8, implementation = chosen.precision == "fp8", chosen.implementation
-    return attend_kernels(*call, fp8=fp8, implementation=implementation), None
+    names = dict(fp8=fp8, implementation=implementation, return_lse=features.return_lse)
+    found = attend_kernels(*call, **names)
+    return found if features.return_lse else (found, None)
 
 
 def _check(

@@ -11,11 +11,14 @@ from qvg_jax.attention import xla
 from qvg_jax.attention.features import PLAIN, Features, features_of
 from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
 from qvg_jax.cache.arguments import check_cache
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.arguments import check_array
+from qvg_jax.codecs.base import Codec
+from qvg_jax.codecs.storage import Centroids, Levels, Storage
 
-__all__ = ["CANDIDATES", "Explanation", "choose", "explain"]
+__all__ = ["CANDIDATES", "Explanation", "choose", "explain", "wants_bf16"]
 
 ALIASES = {"mosaic_fp8": ("mosaic", "fp8")}  # names of earlier releases
 
@@ -37,13 +40,12 @@ def _no_kernels(
     `no_device()` is the reason why they cannot run here. It is asked before they are imported, as
     Mosaic takes long.
     """
-    asked = [*call.features.names(), *([] if call.reads_new else ["k=None"])]
+    plain = dataclasses.replace(call.features, return_lse=False)
+    asked = [*plain.names(), *([] if call.reads_new else ["k=None"])]
     if asked:
         return f"{', '.join(asked)}: the kernels attend plainly, and to all of a new block"
     if call.view.cache.layout.key_bias is not None:
         return "the cache has a key_bias, which the kernels do not add"
-    if call.view.cache.layout.history is not None:
-        return "heads of the cache differ in their history, which the kernels do not read"
     if (why := no_device()) is not None:
         return why
     from qvg_jax.attention import kernels
@@ -60,18 +62,49 @@ def _no_cudnn(call: _Call) -> str | None:
     return cudnn.unsupported(call.view, call.q_BTHD, call.features)
 
 
+def _too_fine(call: _Call) -> str | None:
+    """The reason why products in e4m3 would show beside the error of the codes; None if they would not.
+
+    They add some 1.5 % to the attention output's error. Codes of two bits with at most one stage of
+    k-means have 2.8 % and more of their own (pallas_kernels/README.md).
+    """
+    lay = call.view.cache.layout
+    if not lay.max_spans:
+        return "the cache has no compressed spans; products in fp8 would be its largest error"
+    return wants_bf16(lay.key_codec, lay.value_codec)
+
+
+def wants_bf16(key_codec: Codec, value_codec: Codec) -> str | None:
+    """The reason why a cache with these codecs is read in bf16 where nothing is named; None for fp8."""
+    for name, codec in (("key", key_codec), ("value", value_codec)):
+        if (why := _finer_than_two_bits(codec.storage)) is not None:
+            return f"{name} codec {codec.name} has {why}; its error is not larger than that of fp8"
+    return None
+
+
+def _finer_than_two_bits(storage: Storage | None) -> str | None:
+    """The part of a codec's form that makes it finer than two bits and one stage; None if none does."""
+    if storage is None or not isinstance(storage.codes, Levels):
+        return "no codes of two bits"
+    stages = sum(s.stages for s in storage.smoothings if isinstance(s, Centroids))
+    if storage.codes.bits > 2:
+        return f"codes of {storage.codes.bits} bits"
+    return f"{stages} stages of k-means" if stages > 1 else None
+
+
 def _mosaic(precision: str, decoding: str, named: bool | None) -> Candidate:
     def why_not(call: _Call) -> str | None:
         return _no_kernels(call, lambda: no_hopper(), precision == "fp8", decoding)
 
-    return Candidate("mosaic", why_not, precision, decoding, named)
+    why_name = _too_fine if precision == "fp8" else None
+    return Candidate("mosaic", why_not, precision, decoding, named, why_name)
 
 
 # In order of preference. Who names "mosaic" or "triton" has spans decoded by them, or an error; who
 # names nothing may get the attention of the one and the decoding of XLA.
 CANDIDATES = (
+    _mosaic("fp8", "kernels", None),
     _mosaic("bf16", "kernels", None),
-    _mosaic("fp8", "kernels", True),
     _mosaic("bf16", "xla", False),
     Candidate("cudnn", _no_cudnn, "bf16", "xla"),
     Candidate(
@@ -109,16 +142,23 @@ class Explanation:
         precision: "bf16" or "fp8", of the matrix products; None is that of the queries.
         decoding: "kernels" or "xla", by which compressed spans are decoded.
         others: why each other way does not run: the reason why it cannot, or that it must be named.
+        heads: how heads differ in what they read; None if all of them read the whole cache.
     """
 
     implementation: str
     precision: str | None
     decoding: str | None
     others: dict[str, str]
+    heads: str | None = None
+
+    @property
+    def runs(self) -> str:
+        """What would serve the call, in words: such as "mosaic in fp8, spans decoded by kernels"."""
+        return str(Candidate(self.implementation, lambda _: None, self.precision, self.decoding))
 
     def __str__(self) -> str:
-        chosen = Candidate(self.implementation, lambda _: None, self.precision, self.decoding)
-        return "\n".join([f"runs: {chosen}", *(f"not {k}: {v}" for k, v in self.others.items())])
+        lines = [f"runs: {self.runs}", *(f"not {k}: {v}" for k, v in self.others.items())]
+        return "\n".join(lines if self.heads is None else [lines[0], self.heads, *lines[1:]])
 
 
 def explain(
@@ -158,14 +198,27 @@ def explain(
     for candidate in CANDIDATES:
         if candidate == chosen:
             continue
-        why = candidate.why_not(_Call(view, q_BTHD, asked))
+        call = _Call(view, q_BTHD, asked)
         after = CANDIDATES.index(candidate) > CANDIDATES.index(chosen)
+        why, unnamed = candidate.why_not(call), candidate.refuses(call, named=False)
         if why is None:
-            later = after and candidate.named is not True
-            why = (
-                "it serves the call, and comes later"
-                if later
-                else "it serves the call if it is named"
-            )
+            why = "it serves the call if it is named"
+            if unnamed is not None:
+                why += f": {unnamed}"
+            elif after and candidate.named is not True:
+                why = "it serves the call, and comes later"
         others[str(candidate)] = why
-    return Explanation(chosen.implementation, chosen.precision, chosen.decoding, others)
+    heads = _of_heads(view.cache.layout.history)
+    return Explanation(chosen.implementation, chosen.precision, chosen.decoding, others, heads)
+
+
+def _of_heads(history: HeadHistory | None) -> str | None:
+    """Returns how heads differ in what they read, and how many programs that takes."""
+    if history is None:
+        return None
+    *most, last = map(str, sorted(set(history.counts)))
+    counts = f"{', '.join(most)} or {last}" if most else last
+    return (
+        f"heads: {history.full} of {history.layers * history.heads} have a history, by layer {counts} of "
+        f"{history.heads}; programs: {len(most) + 1}, one for each of these numbers"
+    )

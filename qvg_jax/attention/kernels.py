@@ -16,6 +16,7 @@ from pallas_kernels.dequant_attention import (
     Queries,
     Schedule,
     combine_splits,
+    log_sum_exp,
     prepare_tokens,
     schedule_for,
     splits_for,
@@ -25,7 +26,8 @@ from pallas_kernels.dequantize import HEAD_DIMS
 from qvg_jax.attention.formats import scheme_of
 from qvg_jax.attention.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.attention.new_block import NewBlock, new_block, rotation_of
-from qvg_jax.attention.workspaces import by_kernels, of_dense, of_spans, of_spans_by_xla
+from qvg_jax.attention.stored import near_keys
+from qvg_jax.attention.workspaces import by_kernels, of_dense, of_near, of_spans, of_spans_by_xla
 from qvg_jax.backends import num_sms, on_several_devices
 from qvg_jax.cache.layer_codecs import LayerCodecs
 from qvg_jax.cache.layout import Layout
@@ -105,8 +107,8 @@ class _Call:
 
     @property
     def groups(self) -> int:
-        """Groups of spans in a full cache."""
-        return -(-self.layout.max_spans // self.spans_at_once)
+        """Groups of spans in a full cache, as far as the heads of the view read spans."""
+        return -(-self.layout.max_spans // self.spans_at_once) if self.view.reads_spans else 0
 
     def slots_of(self, group: Any) -> tuple[Array, Array]:
         """The slots of a group of spans, and the number of its valid tokens."""
@@ -127,12 +129,14 @@ def attend_kernels(
     fp8: bool,
     implementation: str = "mosaic",
     plan: Plan = MEASURED,
-) -> Array:
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
     """The output of `attend` by GPU kernels, for calls that are not `unsupported`.
 
     Spans are decoded into a workspace and merged into one running softmax. With `fp8` they and the
     new block are attended in e4m3; sink and window always in bf16, as nothing bounds their values but
-    a pass over them. `plan` is for "mosaic".
+    a pass over them. `plan` is for "mosaic". With `return_lse` the log-sum-exp comes too, as `attend`
+    returns it.
     """
     lay: Layout = view.cache.layout
     branches = q_BTHD.shape[0] // lay.batch
@@ -166,17 +170,22 @@ def attend_kernels(
     _visit_dense(call, bf16_queries, refs, by)
     if read is not None:
         _visit_spans(call, queries, refs, read, by, first_group)
-    left = [r[...] for r in refs]
-    out_nQD = combine_splits(left, count, splits if isinstance(splits, Schedule) else None)
-    out = out_nQD.reshape(lay.batch, view.heads, branches, -1, q_BTHD.shape[1], lay.head_dim)
-    out_BTHD = jnp.transpose(out, (2, 0, 4, 1, 3, 5))
-    return out_BTHD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+    left = [r[...] for r in refs], count, splits if isinstance(splits, Schedule) else None
+
+    def by_query(x_nQE: Array) -> Array:
+        x = x_nQE.reshape(lay.batch, view.heads, branches, -1, q_BTHD.shape[1], x_nQE.shape[-1])
+        return jnp.transpose(x, (2, 0, 4, 1, 3, 5)).reshape(*q_BTHD.shape[:3], -1)
+
+    out_BTHD = by_query(combine_splits(*left)).astype(q_BTHD.dtype)
+    if not return_lse:
+        return out_BTHD
+    return out_BTHD, by_query(log_sum_exp(*left)[..., None])[..., 0]
 
 
 def _splits(call: _Call, queries: Queries, count: int, new_tokens: int) -> int | Schedule:
     """The number of parts into which the keys of a visit are split, so that every multiprocessor has work."""
     fp8 = call.dtype != jnp.bfloat16
-    typical = call.spans_at_once * call.layout.span_tokens if call.layout.max_spans else new_tokens
+    typical = call.spans_at_once * call.layout.span_tokens if call.groups else new_tokens
     about = (typical, max(1, call.groups), fp8, num_sms())
     if call.plan.even and call.branches == 1:
         return schedule_for(call.rows * queries.q_nQD.shape[1] // 128, *about)
@@ -184,11 +193,11 @@ def _splits(call: _Call, queries: Queries, count: int, new_tokens: int) -> int |
 
 
 def _reader(call: _Call) -> Callable[..., Any] | None:
-    """The function that brings spans into workspaces, None for a cache without spans.
+    """The function that brings spans into workspaces, None where there are none for the heads of the view.
 
     `read(slot, valid, new=None)` returns scales, keys and values.
     """
-    if not call.layout.max_spans:
+    if not call.view.reads_spans:
         return None
     make = of_spans if call.kernels_read else of_spans_by_xla
     return make(call.view, call.layer, call.dtype, call.implementation)
@@ -223,7 +232,14 @@ def _shared_state(state: Any, branches: int, count: int, room: int) -> list[Arra
 
 
 def _visit_dense(call: _Call, queries: Queries, refs: list[Any], by: dict) -> None:
-    """Attends to sink and window, in bf16."""
+    """Attends to sink and window, or to what local heads read of them, in bf16."""
+    only = call.view.only
+    if only is not None and not only.history:
+        near = near_keys(call.view, call.layer, jnp.bfloat16)
+        if near.k_BHTD.shape[2]:
+            k, v = of_near(call.view, near, call.implementation)
+            visit(queries, k, v, near.valid, state=refs, **by)
+        return
     valid = call.view.cache.dense_tokens
     for part in call.plan.dense_parts(call.layout, call.view.heads, call.dtype):
         in_part = jnp.clip(valid - part[0], 0, part[1])

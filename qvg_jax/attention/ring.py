@@ -54,34 +54,35 @@ def attend_ring(
         plain = dataclasses.replace(features, mask=None)
         none = jnp.zeros((*q.shape[:1], 0, *k.shape[2:]), q.dtype)
 
-        def attended(view, k, v, layer, features, reads_new):
-            out, lse = attend_here(q, view, k, v, layer, scale, features, reads_new)
-            return out.astype(jnp.float32), lse
-
-        def step(turns, hand, run):
-            one = _in_hand(cache, hand, turns)
-            part = dataclasses.replace(view, cache=one, table_dense=None, table_spans=None)
+        def attended(view, k, v, layer, turns):
             seen = plain
             if tokens and features.mask is not None:  # the columns of the keys in hand
                 size = tokens // n
                 source = (lax.axis_index(axis) - turns) % n
                 mask = lax.dynamic_slice_in_dim(features.mask, source * size, size, 3)
                 seen = dataclasses.replace(features, mask=mask)
-            k, v = (hand.k_BTHD, hand.v_BTHD) if tokens else (none, none)
-            return _both(run, attended(part, k, v, jnp.int32(0), seen, bool(tokens)))
+            k, v = (k, v) if tokens else (none, none)
+            out, lse = attend_here(q, view, k, v, layer, scale, seen, bool(tokens))
+            return out.astype(jnp.float32), lse
+
+        def sent(hand):
+            return jax.tree.map(lambda x: lax.ppermute(x, axis, ahead), hand)
+
+        def step(turns, hand, run):
+            one = _in_hand(cache, hand, turns)
+            part = dataclasses.replace(view, cache=one, table_dense=None)
+            return _both(run, attended(part, hand.k_BTHD, hand.v_BTHD, jnp.int32(0), turns))
 
         def turn(turns, carry):
             hand, run = carry
             # First on its way, then read: the two have nothing to wait for of each other.
-            coming = jax.tree.map(lambda x: lax.ppermute(x, axis, ahead), hand)
+            coming = sent(hand)
             return coming, step(turns, hand, run)
 
-        # Sink and window are on every device.
-        dense = dataclasses.replace(cache, num_spans=jnp.zeros_like(cache.num_spans))
-        dense = dataclasses.replace(view, cache=dense, table_spans=None)
-        run = attended(dense, none, none, layer, plain, False)
-        hand = _first_hand(cache, layer, *((k, v) if tokens else (None, None)))
-        hand, run = lax.fori_loop(0, n - 1, turn, (hand, run))
+        # Sink and window are on every device, and read with its own spans, where those lie.
+        hand = sent(_first_hand(cache, layer, *((k, v) if tokens else (None, None))))
+        run = attended(dataclasses.replace(view, cache=own_spans(cache)), k, v, layer, 0)
+        hand, run = lax.fori_loop(1, n - 1, turn, (hand, run))
         return step(n - 1, hand, run)
 
     apart = jax.P(None, axis)

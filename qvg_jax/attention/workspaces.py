@@ -27,13 +27,15 @@ from pallas_kernels.dequantize import (
 from pallas_kernels.dequantize.types import padded
 from qvg_jax.attention.formats import E4M3, encoded, halves, scheme_of
 from qvg_jax.attention.new_block import NewBlock, pairing_in, scale_of
+from qvg_jax.attention.stored import NearKeys, slots_and_place
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.own_window import first_row
 from qvg_jax.cache.rope import Encodings
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec
 
-__all__ = ["by_kernels", "of_dense", "of_spans", "of_spans_by_xla"]
+__all__ = ["by_kernels", "of_dense", "of_near", "of_spans", "of_spans_by_xla"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,21 @@ class _Spans:
         return scale_of(lax.dynamic_slice_in_dim(self.bound_R, first, rows) * growth)
 
 
-def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, fp8: bool) -> _Spans:
+def _spans(view: CacheView, slots: Any, codec: Codec, place: Array, fp8: bool) -> _Spans:
+    """Keys or values of all spans in the slots of some layers, and bounds of the rows of one of these.
+
+    Args:
+        view: whose heads they are.
+        slots, codec: of keys or of values, see `slots_and_place`.
+        place: the layer's place in the slots.
+        fp8: whether bounds are needed.
+    """
+    lay = view.cache.layout
     source, scheme = encoded(slots), scheme_of(codec, lay.head_dim, 1)
-    rows = lay.max_spans * lay.batch * lay.heads
+    rows = lay.max_spans * lay.batch * view.stored_heads
     if not fp8:
         return _Spans(source, scheme, None)
-    pick = lambda x: lax.dynamic_slice_in_dim(x, layer * rows, rows, 0)  # noqa: E731
+    pick = lambda x: lax.dynamic_slice_in_dim(x, place * rows, rows, 0)  # noqa: E731
     # Positive e4m3 numbers are ordered as their bytes.
     largest = pick(source.scales_RTG).max(axis=(1, 2))
     bound = lax.bitcast_convert_type(largest, E4M3).astype(jnp.float32)
@@ -72,10 +83,10 @@ def _spans(slots: Any, codec: Codec, lay: Layout, layer: Array, fp8: bool) -> _S
     if scheme.deviations:
         bound = bound[:, None] * pick(source.deviations_RD).astype(jnp.float32)
         if scheme.stages:
-            bound += jnp.abs(source.centroids(layer * rows, rows)).max(axis=2).sum(1)
+            bound += jnp.abs(source.centroids(place * rows, rows)).max(axis=2).sum(1)
         bound = bound.max(axis=1)
     elif scheme.stages:
-        bound += jnp.abs(source.centroids(layer * rows, rows)).max(axis=(2, 3)).sum(1)
+        bound += jnp.abs(source.centroids(place * rows, rows)).max(axis=(2, 3)).sum(1)
     return _Spans(source, scheme, bound)
 
 
@@ -132,21 +143,73 @@ def of_dense(
     """
     cache, lay = view.cache, view.cache.layout
     rows, total = lay.batch * lay.heads, cache.dense_pos.shape[1]
-    here = dict(valid=valid, dtype=jnp.bfloat16, implementation=implementation)
 
     def source(x: Array) -> Tokens | Window:
-        tokens = Tokens(x.reshape(-1, *x.shape[-2:]), layer * rows, rows)
+        x_RTD = x.reshape(-1, *x.shape[-2:])
+        if view.only is None:
+            tokens = Tokens(x_RTD, layer * rows, rows)
+        else:
+            row_n = _rows(view, layer)
+            some = 0, row_n.shape[0]
+            listed = implementation != "triton"  # which reads rows that follow one another
+            tokens = Tokens(x_RTD, *some, row_n) if listed else Tokens(x_RTD[row_n], *some)
         return tokens if part == (0, total) else Window(tokens, *part)
 
+    tables = view.dense_table(0, total), lambda: view.dense_table(*part)
+    return _plain(
+        view, [source(x) for x in (cache.dense_k, cache.dense_v)], valid, tables, implementation
+    )
+
+
+def _rows(view: CacheView, layer: Array) -> Array:
+    """Rows of sink and window of the heads with a history that a view is narrowed to, videos first."""
+    lay, only = view.cache.layout, view.only
+    if not lay.own_window:
+        return layer * (lay.batch * lay.heads) + only.rows(lay.batch, lay.heads)
+    head_h = first_row(lay, layer, True) + jnp.arange(only.count)
+    return (jnp.arange(lay.batch)[:, None] + head_h[None] * lay.batch).reshape(-1)
+
+
+def of_near(view: CacheView, near: NearKeys, implementation: str) -> tuple[Array, Array]:
+    """Workspaces of what local heads read of sink and window, in bf16.
+
+    Args:
+        view: narrowed to local heads of a cache without padding.
+        near: its near keys.
+        implementation: of the kernels.
+    """
+    sides = (x.reshape(-1, *x.shape[-2:]) for x in (near.k_BHTD, near.v_BHTD))
+    sources = [Tokens(x_RTD, 0, x_RTD.shape[0]) for x_RTD in sides]
+    return _plain(view, sources, near.valid, (near.table, lambda: near.table), implementation)
+
+
+def _plain(
+    view: CacheView,
+    sources: list[Any],
+    valid: Array,
+    tables: tuple[Any, Callable[[], Any]],
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Workspaces of bf16 keys and values that no span holds.
+
+    Args:
+        view: whose rope or encodings they get.
+        sources: keys and values.
+        valid: tokens that count.
+        tables: the rope table of all tokens of the rows, and what returns that of those in the workspace.
+        implementation: of the kernels.
+    """
+    lay = view.cache.layout
+    here = dict(valid=valid, dtype=jnp.bfloat16, implementation=implementation)
     rotated, rotation = _rotated_by_kernels(view), None
-    if rotated and (cos_sin := view.dense_table(0, total)) is not None:
-        rotation = Rotation(cos_sin, pairing_in(view), lay.batch)
-    k_nWD = decode_keys(source(cache.dense_k), **here, rotation=rotation)
-    v_nWD = decode_values(source(cache.dense_v), **here)
+    if rotated and tables[0] is not None:
+        rotation = Rotation(tables[0], pairing_in(view), lay.batch)
+    k_nWD = decode_keys(sources[0], **here, rotation=rotation)
+    v_nWD = decode_values(sources[1], **here)
     if rotated:
         return k_nWD, v_nWD
-    heads = lambda x: x.reshape(lay.batch, lay.heads, *x.shape[1:])  # noqa: E731
-    table = view.dense_table(*part)
+    heads = lambda x: x.reshape(lay.batch, -1, *x.shape[1:])  # noqa: E731
+    table = tables[1]()
     k_nWD = _through_xla(view.keys, heads(k_nWD), table)
     return k_nWD, _through_xla(view.values, heads(v_nWD), table)
 
@@ -160,9 +223,14 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
     With a `NewBlock` its tokens lie behind the valid ones, a multiple of 16.
     """
     cache, lay, fp8 = view.cache, view.cache.layout, dtype != jnp.bfloat16
-    rows, rotated = lay.batch * lay.heads, view.rope is not None
-    keys = _spans(cache.span_k, lay.key_codec, lay, layer, fp8)
-    values = _spans(cache.span_v, lay.value_codec, lay, layer, fp8)
+    rows, rotated = lay.batch * view.stored_heads, view.rope is not None
+    sides = (lay.key_codec, cache.span_k), (lay.value_codec, cache.span_v)
+    # Layers share slots of keys and slots of values alike: their place in both is the same.
+    (_, place), *_ = found = [slots_and_place(view, *side, layer) for side in sides]
+    keys, values = (
+        _spans(view, slots, codec, place, fp8)
+        for (codec, _), (slots, _) in zip(sides, found, strict=True)
+    )
     flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
 
     def scale(x: _Spans, slot: Array, growth: float) -> Array:
@@ -188,7 +256,7 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
 
     def read(slot: Array, valid: Any, new: NewBlock | None = None) -> Any:
         here = dict(valid=valid, dtype=dtype, implementation=implementation)
-        first_row = (layer * lay.max_spans + slot) * rows
+        first_row = (place * lay.max_spans + slot) * rows
         scales = [scale(keys, slot, math.sqrt(2) if rotated else 1), scale(values, slot, 1)]
         if new is not None:
             scales = [jnp.maximum(*both) for both in zip(scales, new.scales, strict=True)]
@@ -209,19 +277,22 @@ def of_spans_by_xla(
     For codecs that the kernels do not decode, and for encodings that they do not apply.
     """
     cache, lay = view.cache, view.cache.layout
-    rows, spans = lay.batch * lay.heads, None
+    rows, spans = lay.batch * view.stored_heads, None
+    sides = [
+        (codec, *slots_and_place(view, codec, slots, layer))
+        for codec, slots in ((lay.key_codec, cache.span_k), (lay.value_codec, cache.span_v))
+    ]
     bounded = isinstance(view.rope, Encodings) and view.rope.growth is not None
     if dtype != jnp.bfloat16 and bounded and _decoded_by_kernels(lay):
-        sides = (cache.span_k, lay.key_codec), (cache.span_v, lay.value_codec)
-        spans = [_spans(*side, lay, layer, True) for side in sides]
+        spans = [_spans(view, slots, codec, place, True) for codec, slots, place in sides]
 
-    def stored(codec, slots, decode, slot):
+    def stored(codec, slots, place, decode, slot):
         of = lambda joined: scheme_of(codec, lay.head_dim, joined)  # noqa: E731
-        scheme, first = of(1), (layer * lay.max_spans + slot) * rows
+        scheme, first = of(1), (place * lay.max_spans + slot) * rows
         if not isinstance(scheme, str):
             source = encoded(slots)
         else:
-            packed, scheme = read_slot(slots, layer, slot), of(2)
+            packed, scheme = read_slot(slots, place, slot), of(2)
             if isinstance(scheme, str):
                 return codec.decode(packed, jnp.bfloat16)
             source, first = halves(packed), 0
@@ -229,12 +300,12 @@ def of_spans_by_xla(
             Spans(source, scheme, first, rows), valid=lay.span_tokens, dtype=jnp.bfloat16,
             implementation=implementation,
         )  # fmt: skip
-        return x_nWD.reshape(lay.batch, lay.heads, *x_nWD.shape[1:])
+        return x_nWD.reshape(lay.batch, view.stored_heads, *x_nWD.shape[1:])
 
     def read(slot: Array, valid: int) -> Any:
         table = view.span_table(slot)
-        k_BHTD = stored(lay.key_codec, cache.span_k, decode_keys, slot)
-        v_BHTD = stored(lay.value_codec, cache.span_v, decode_values, slot)
+        k_BHTD = stored(*sides[0], decode_keys, slot)
+        v_BHTD = stored(*sides[1], decode_values, slot)
         # An encoding reads each channel more than once; without the barrier XLA decodes it again.
         k_BHTD, v_BHTD = lax.optimization_barrier((k_BHTD, v_BHTD))
         k_nWD = _through_xla(view.keys, k_BHTD, table)

@@ -18,6 +18,7 @@ from qvg_jax.cache.head_history import HeadHistory, history_of
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.layer_codecs import of_layers
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.own_window import dense_shape, near_shape
 from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.cache.rope import Encodings, Rope, Table
@@ -62,6 +63,9 @@ class KVCache:
         None  # rope table of sink and window, leaves [B, T, ...]; None without `rope`
     )
     span_table: Table = None  # rope tables of the spans, leaves [N, B, T, ...]
+    near_k: Array | None = None  # of local heads with a window of their own (own_window.py)
+    near_v: Array | None = None
+    near_pos: Array | None = None  # [B, T, P] float32
     layout: Layout = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -166,7 +170,6 @@ class KVCache:
         """A cache of this layout with zeros in all buffers."""
         batch = lay.batch
         tokens = lay.dense_blocks * lay.block_tokens
-        dense_shape = (lay.layers, batch, lay.heads, tokens, lay.head_dim)
         span_k, state_k = empty_slots(lay, lay.key_codec, dtype)
         span_v, state_v = empty_slots(lay, lay.value_codec, dtype)
         # One array per counter: donation refuses a buffer that appears twice.
@@ -178,6 +181,10 @@ class KVCache:
             span=jnp.zeros((lay.max_spans, batch, lay.span_tokens, lay.pos_dims), jnp.float32),
         )
         more = {}
+        if lay.own_window:
+            shape = near_shape(lay)
+            more |= {name: jnp.zeros(shape, dtype) for name in ("near_k", "near_v")}
+            more["near_pos"] = jnp.zeros((batch, shape[3], lay.pos_dims), jnp.float32)
         for name, pos_xP in pos.items():
             if lay.blocks == "padded":
                 more[f"{name}_valid"] = jnp.zeros(pos_xP.shape[:-1], bool)
@@ -185,8 +192,8 @@ class KVCache:
                 table = jax.eval_shape(lay.rope.table, pos_xP)
                 more[f"{name}_table"] = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), table)
         return cls(
-            dense_k=jnp.zeros(dense_shape, dtype),
-            dense_v=jnp.zeros(dense_shape, dtype),
+            dense_k=jnp.zeros(dense_shape(lay), dtype),
+            dense_v=jnp.zeros(dense_shape(lay), dtype),
             dense_pos=pos["dense"],
             span_k=span_k,
             span_v=span_v,

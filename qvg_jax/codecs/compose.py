@@ -96,7 +96,7 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
         kernels = _kernels(implementation or encoder, storage, last, x_BHTD)
         if kernels is None:
             return by_xla(x_BHTD, state, key)
-        first = kernels.first_sums(x_BHTD, state)
+        first = kernels.first_stage(x_BHTD, state)
         return lax.cond(
             kernels.usual(first),
             lambda: kernels.encode(x_BHTD, state, first, key),

@@ -1,9 +1,11 @@
 """Encoding of a span by GPU kernels: k-means and the quantizer behind it, as `Storage` declares them.
 
 Every Lloyd iteration is one kernel, which reads x once; the last assignment, the residual, its scales and
-codes are another, if kernels write such codes. If not, the last assignment is one more iteration, and XLA
-encodes the residual with the codec's own `encode`. Between them XLA handles what is as small as the table
-of centroids, and where channels are made equal for distances, their means and sizes.
+codes are another, if kernels write such codes. Dithered levels need the deviations of the residual's
+channels, so there one kernel leaves the residual, in bfloat16, XLA measures its channels, and another kernel packs
+it. If kernels do not write such codes, the last assignment is one more iteration, and XLA encodes the residual
+with the codec's own `encode`. Between them XLA handles what is as small as the table of centroids, and
+where channels are made equal for distances, their means and sizes.
 
 The result differs from that of XLA: nearest centroids are found with centroids rounded to bfloat16 and scores
 compared to 16 bits, so a token nearly as near to two of them may go to the other; the residual is
@@ -23,20 +25,28 @@ from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.backends import on_several_devices
 from qvg_jax.codecs.base import Codec, Packed, State
+from qvg_jax.codecs.quantize.dithered import DitheredPacked, channel_sizes
 from qvg_jax.codecs.quantize.grid import GridPacked
 from qvg_jax.codecs.quantize.integer import IntegerPacked
-from qvg_jax.codecs.quantize.scales import span_exponent, store_scale, times_power_of_two
+from qvg_jax.codecs.quantize.scales import (
+    SCALE_SHIFT,
+    span_exponent,
+    store_scale,
+    times_power_of_two,
+)
 from qvg_jax.codecs.smoothing.kmeans import (
     LARGEST,
     KMeansPacked,
     KMeansState,
     deviations,
     start_tokens,
+    subsample_tokens,
 )
 from qvg_jax.codecs.smoothing.lloyd import restarted, rows
 from qvg_jax.codecs.smoothing.tables import store_table
 from qvg_jax.codecs.storage import (
     Centroids,
+    DitheredFit,
     LeastSquaresFit,
     Levels,
     Lloyd,
@@ -46,6 +56,9 @@ from qvg_jax.codecs.storage import (
 __all__ = ["KernelEncoding", "kernel_encoding"]
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+
+# Tokens from which the sizes of channels are taken for distances, at least, where a span has twice as many.
+_SIZES_FROM = 3072
 
 
 def kernel_encoding(
@@ -87,8 +100,8 @@ def _centroids(storage: Storage | None) -> Centroids | str:
     return centroids
 
 
-class First(NamedTuple):
-    """The first iteration of the first stage: its first centroids, its sums, and by what it measured."""
+class Clustered(NamedTuple):
+    """A stage's centroids, sums over all tokens that were taken on the way, and by what distances are measured."""
 
     c_BHKD: Array
     sums: Any
@@ -99,7 +112,7 @@ class First(NamedTuple):
 class KernelEncoding:
     """The encoding of a chain of k-means and levels by kernels, in the order in which it happens.
 
-    `first_sums` is the first iteration, and tells whether the span can go on this way (`usual`);
+    `first_stage` finds the first stage's centroids, and tells whether the span can go on this way (`usual`);
     `encode` does the rest.
 
     Attributes:
@@ -118,32 +131,33 @@ class KernelEncoding:
     @property
     def form(self) -> Any:
         """The kernels' own description of levels and their fit; None if they do not pack such codes."""
-        from pallas_kernels.quantize_pack import Integers, Midrise, supported
+        from pallas_kernels.quantize_pack import Dithered, Integers, Midrise, supported
 
-        if self.levels is None or self.levels.fit is None or self.fit.equalize:
+        if self.levels is None or self.levels.fit is None:
             return None
-        bits, fit = self.levels.bits, self.levels.fit
+        bits, fit, zero_points = self.levels.bits, self.levels.fit, self.levels.zero_points
         if isinstance(fit, LeastSquaresFit):
             form = Midrise(bits, fit.ratio, fit.refine, recode=not fit.gain)
+        elif isinstance(fit, DitheredFit):
+            form = Dithered(bits, fit.reach, zero_points)
         else:
             assert self.levels.group is not None  # integers have a scale per group
-            form = Integers(bits, self.levels.group)
+            form = Integers(bits, self.levels.group, zero_points)
         return form if supported(form, self.head_dim) is None else None
 
     @property
     def fit(self) -> Lloyd:
         return self.centroids.fit
 
-    def first_sums(self, x_BHTD: Array, state: State) -> First:
-        """Returns the first stage's first centroids, and the sums of the tokens nearest to each of them."""
-        c_BHKD, metric = self._start(x_BHTD, state, 0), self._metric(x_BHTD)
-        return First(c_BHKD, self._sums(x_BHTD, c_BHKD, metric, self.fit.reseed), metric)
+    def first_stage(self, x_BHTD: Array, state: State) -> Clustered:
+        """Returns the first stage's centroids, and what was found on the way to them."""
+        return self._clustered(x_BHTD, state, 0)
 
     @staticmethod
-    def usual(first: First) -> Array:
+    def usual(first: Clustered) -> Array:
         """Whether all tokens are finite and not too large to take part, and no channel too quiet.
 
-        It shows in the sums of the first iteration, so that no pass looks for it.
+        It shows in the sums of an iteration, so that no pass looks for it.
         """
         usual = jnp.all(jnp.abs(first.sums.total_RKD) <= LARGEST)
         if first.metric is not None:
@@ -151,32 +165,29 @@ class KernelEncoding:
         return usual
 
     def encode(
-        self, x_BHTD: Array, state: State, first: First, key: PRNGKeyArray | None = None
+        self, x_BHTD: Array, state: State, first: Clustered, key: PRNGKeyArray | None = None
     ) -> tuple[Packed, State]:
-        """Returns the packed form and the state of the chain, from the result of `first_sums`."""
+        """Returns the packed form and the state of the chain, from the result of `first_stage`."""
         from pallas_kernels import kmeans, quantize_pack
 
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
         r_BHTD, codes, form = x_BHTD, [], self.form
+        in_one_pass = form is not None and not isinstance(form, quantize_pack.Dithered)
         ids, tables, learned = [], [], []
         for stage in range(self.centroids.stages):
-            if stage:
-                c_BHKD, metric = self._start(r_BHTD, state, stage), self._metric(r_BHTD)
-                first = First(c_BHKD, self._sums(r_BHTD, c_BHKD, metric, self.fit.reseed), metric)
-            c_BHKD = self._clustered(r_BHTD, first, state)
-            codes_BHKD, steps, c_BHKD = store_table(c_BHKD, self.centroids.dtype)
-            args, by = (_rows(r_BHTD), _rows(c_BHKD)), self.kernels
+            found = self._clustered(r_BHTD, state, stage) if stage else first
+            codes_BHKD, steps, c_BHKD = store_table(found.c_BHKD, self.centroids.dtype)
+            args, how = (_rows(r_BHTD), _rows(c_BHKD)), self._how(found.metric)
             last = stage == self.centroids.stages - 1
-            if self.fit.equalize or (last and form is None):
-                ids_RT = kmeans.assign(*args, metric=first.metric, implementation=by)
+            if last and form is None:  # XLA encodes the residual, and gets it as it is
+                ids_RT = kmeans.assign(*args, **how)
                 picked_BHTD = rows(c_BHKD, heads(ids_RT)).astype(jnp.float32)
                 r_BHTD = r_BHTD.astype(jnp.float32) - picked_BHTD
-                r_BHTD = r_BHTD if last else r_BHTD.astype(jnp.bfloat16)
-            elif not last:
-                ids_RT, r_RTD = quantize_pack.assign_and_subtract(*args, implementation=by)
-                r_BHTD = heads(r_RTD)
+            elif last and in_one_pass:
+                ids_RT, *codes = quantize_pack.assign_and_pack(*args, form, **how)
             else:
-                ids_RT, *codes = quantize_pack.assign_and_pack(*args, form, implementation=by)
+                ids_RT, r_RTD = quantize_pack.assign_and_subtract(*args, **how)
+                r_BHTD = heads(r_RTD)
             ids.append(heads(ids_RT))
             tables.append((codes_BHKD, steps))
             learned.append(c_BHKD)
@@ -185,8 +196,10 @@ class KernelEncoding:
         if self.fit.warm_start:
             warm = jnp.ones_like(state[0].warm)
             state = (KMeansState(of_stages(*learned), warm), state[1])
-        if form is not None:
+        if in_one_pass:
             return (kmeans_packed, self._collected(*map(heads, codes))), state
+        if form is not None:
+            return (kmeans_packed, self._dithered(r_BHTD, form)), state
         key = None if key is None else jax.random.fold_in(key, 1)
         packed, after = self.quantizer.encode(r_BHTD, state[1], key=key)
         return (kmeans_packed, packed), (state[0], after)
@@ -201,43 +214,76 @@ class KernelEncoding:
         return jnp.where(warm, previous_BHSKD[:, :, stage].astype(jnp.float32), c_BHKD)
 
     def _metric(self, x_BHTD: Array) -> Any:
-        """Returns means and sizes of the channels of all rows, or None if they are not made equal."""
+        """Returns means and sizes of the channels of all rows, or None if they are not made equal.
+
+        They are those of some of many tokens: nothing is stored that depends on it but centroids, and what those
+        leave of the energy changes by 0.3 % at most. Two passes over all tokens take as long as an iteration.
+        """
         from pallas_kernels.kmeans import Metric
 
         if not self.fit.equalize:
             return None
+        tokens = x_BHTD.shape[2]
+        some_t = subsample_tokens(tokens, _SIZES_FROM // 8, tokens)
+        x_BHTD = x_BHTD if some_t is None else x_BHTD[:, :, some_t]
         used_BHT = jnp.ones(x_BHTD.shape[:3], bool)
         return Metric(*(_rows(x)[:, 0] for x in deviations(x_BHTD, used_BHT)))
+
+    def _how(self, metric: Any) -> dict[str, Any]:
+        return dict(implementation=self.kernels) | ({} if metric is None else dict(metric=metric))
 
     def _sums(self, x_BHTD: Array, c_BHKD: Array, metric: Any, scores: bool) -> Any:
         from pallas_kernels import kmeans
 
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
         args = (_rows(x_BHTD), _rows(c_BHKD))
-        how = dict(implementation=self.kernels) | ({} if metric is None else dict(metric=metric))
-        out = kmeans.kmeans_sums(*args, scores=scores, **how)
+        out = kmeans.kmeans_sums(*args, scores=scores, **self._how(metric))
         return jax.tree.map(heads, out)
 
-    def _clustered(self, x_BHTD: Array, first: First, state: State) -> Array:
-        """Returns the centroids after all iterations, of which `first` was the first."""
-        c_BHKD, sums, metric = first
-        n = self.fit.cold_iters
-        if self.fit.warm_start and self.fit.iters != n:
-            n = jnp.where(state[0].warm, self.fit.iters, n)
-        c_BHKD = _moved(sums, c_BHKD)
-        if self.fit.reseed:
-            c_BHKD = _respread(x_BHTD, sums, c_BHKD, n, metric)
-        step = lambda _, c: _moved(self._sums(x_BHTD, c, metric, False), c)  # noqa: E731
-        if isinstance(n, int):  # a loop whose length is data waits for the host in every step
-            for i in range(1, n):
-                c_BHKD = step(i, c_BHKD)
-            return c_BHKD
-        return lax.fori_loop(1, n, step, c_BHKD)
+    def _clustered(self, x_BHTD: Array, state: State, stage: int) -> Clustered:
+        """Returns the centroids of a stage after all its iterations."""
+        fit, few_BHtD = self.fit, x_BHTD
+        some_t = subsample_tokens(x_BHTD.shape[2], self.centroids.num_centroids, fit.subsample)
+        if some_t is not None:
+            few_BHtD = x_BHTD[:, :, some_t]
+        metric, n = self._metric(few_BHtD), fit.cold_iters
+        if fit.warm_start and fit.iters != n:
+            n = jnp.where(state[0].warm, fit.iters, n)
 
-    def _collected(self, codes_BHTC: Array, scales: Array) -> IntegerPacked | GridPacked:
+        def step(x_BHTD: Array, c_BHKD: Array, first: bool = False) -> tuple[Array, Any]:
+            # Later iterations need no scores. With them the program has one kernel of k-means and not two,
+            # each of which takes seconds to compile; writing scores is 3 % of a pass's traffic.
+            sums = self._sums(x_BHTD, c_BHKD, metric, fit.reseed)
+            c_BHKD = _moved(sums, c_BHKD)
+            if first and fit.reseed:
+                c_BHKD = _respread(x_BHTD, sums, c_BHKD, n, metric)
+            return c_BHKD, sums
+
+        def steps(c_BHKD: Array, n: int | Array) -> Array:
+            if isinstance(n, int):  # a loop whose length is data waits for the host in every step
+                for _ in range(1, n):
+                    c_BHKD, _ = step(few_BHtD, c_BHKD)
+                return c_BHKD
+            return lax.fori_loop(1, n, lambda _, c: step(few_BHtD, c)[0], c_BHKD)
+
+        c_BHKD = self._start(few_BHtD, state, stage)
+        if some_t is None:
+            c_BHKD, sums = step(x_BHTD, c_BHKD, first=True)
+            return Clustered(steps(c_BHKD, n), sums, metric)
+        first = lambda c: step(few_BHtD, c, first=True)[0]  # noqa: E731
+        if isinstance(n, int):
+            c_BHKD = first(c_BHKD) if n > 1 else c_BHKD
+        else:
+            c_BHKD = lax.cond(n > 1, first, lambda c: c, c_BHKD)
+        return Clustered(*step(x_BHTD, steps(c_BHKD, n - 1)), metric)
+
+    def _collected(
+        self, codes_BHTC: Array, scales: Array, zeros_BHTG: Array | None = None
+    ) -> IntegerPacked | GridPacked:
         """Returns the quantizer's packed form of the codes and scales that `assign_and_pack` gives."""
         if not isinstance(self.levels.fit, LeastSquaresFit):
-            return IntegerPacked(codes_BHTC, lax.bitcast_convert_type(scales, E4M3), None)
+            stored = (None if x is None else _e4m3_of_bytes(x) for x in (scales, zeros_BHTG))
+            return IntegerPacked(codes_BHTC, *stored)
         lsq_BHT, match_BHT, largest_BHT = (scales[:, :, i] for i in range(3))
         gain = self.levels.fit.gain
         scale_BHT = lsq_BHT ** (1 - gain) * match_BHT**gain if gain else lsq_BHT
@@ -246,6 +292,36 @@ class KernelEncoding:
         stored_BHT1, exponents_BH, _ = store_scale(scale_BHT1, exponent_BH, E4M3)
         head_dim = codes_BHTC.shape[-1] * 8 // self.levels.bits
         return GridPacked(codes_BHTC, stored_BHT1, exponents_BH, head_dim)
+
+    def _dithered(self, r_BHTD: Array, form: Any) -> DitheredPacked:
+        """Returns the packed form of a residual on dithered levels."""
+        from pallas_kernels.quantize_pack import pack_dithered
+
+        w_BHD, exponent_BH = channel_sizes(r_BHTD)
+        # A channel of next to nothing is read as nothing, and has no factor that is a number.
+        divisor_BHD = jnp.where(w_BHD > 2.0**-100, w_BHD, 1).astype(jnp.float32)
+        # The power of two takes every value to the range of e4m3's.
+        factor_BHD = times_power_of_two(1 / divisor_BHD, SCALE_SHIFT - exponent_BH)
+        codes_RTC, scales_RNT = pack_dithered(
+            _rows(r_BHTD), _rows(factor_BHD), form, implementation=self.kernels
+        )
+
+        def stored(scale_RT: Array) -> tuple[Array, Any, Array]:
+            scale_BHT1 = scale_RT.reshape(*r_BHTD.shape[:3], 1) * 2.0**-SCALE_SHIFT
+            return store_scale(scale_BHT1, exponent_BH, E4M3)
+
+        lsq_RT, match_RT, *middle_RT = (scales_RNT[:, i] for i in range(scales_RNT.shape[1]))
+        gain = self.levels.fit.gain
+        some_RT = jnp.where(lsq_RT > 0, lsq_RT, 1)
+        scale_RT = jnp.where(lsq_RT > 0, some_RT ** (1 - gain) * match_RT**gain, 0)
+        scales_BHT1, exponents_BH, _ = stored(scale_RT)
+        zeros_BHT1 = stored(middle_RT[0])[0] if middle_RT else None
+        codes_BHTC = codes_RTC.reshape(*r_BHTD.shape[:3], -1)
+        return DitheredPacked(codes_BHTC, scales_BHT1, zeros_BHT1, exponents_BH, w_BHD)
+
+
+def _e4m3_of_bytes(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, E4M3)
 
 
 def _rows(x_BH: Array) -> Array:

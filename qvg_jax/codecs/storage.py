@@ -11,6 +11,7 @@ import dataclasses
 
 __all__ = [
     "Centroids",
+    "DitheredFit",
     "LargestFit",
     "LeastSquaresFit",
     "Levels",
@@ -22,7 +23,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class LargestFit:
-    """The scale of a group is its largest magnitude over the largest level; codes are the nearest."""
+    """The scale of a group is its largest magnitude over the largest level; codes are the nearest.
+
+    With zero points, the smallest value is the zero point, and the scale the range over the number of steps.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,19 @@ class LeastSquaresFit:
 
     ratio: float
     refine: int
+    gain: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DitheredFit:
+    """Deviations, middles, scales and codes are chosen as in `dithered_quantize`.
+
+    Attributes:
+        reach: steps from the smallest to the largest value of a token.
+        gain: p of the stored scale, lsq^(1 - p) match^p.
+    """
+
+    reach: float
     gain: float
 
 
@@ -66,7 +83,7 @@ class Levels:
     exponents: bool = False
     dithered: bool = False
     deviations: bool = False
-    fit: LargestFit | LeastSquaresFit | None = None
+    fit: LargestFit | LeastSquaresFit | DitheredFit | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +102,7 @@ class Lloyd:
     warm_start: bool
     reseed: bool
     equalize: bool = False
+    subsample: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +138,10 @@ class Storage:
     smoothings: tuple[Centroids | str, ...] = ()
     chained: bool = False
     heads: int = 1
+
+    @property
+    def by_head(self) -> bool:
+        """Whether each head is encoded by itself and without randomness, as far as it is declared."""
+        fitted = isinstance(self.codes, Levels) and self.codes.fit is not None
+        known = fitted and all(isinstance(s, Centroids) for s in self.smoothings)
+        return known and self.chained and self.heads == 1

@@ -38,7 +38,7 @@ def chosen(cache, q=None, **names):
 
 
 def test_the_order_of_preference_on_hopper(hopper):
-    assert chosen(cache_of()) == ("mosaic", "bf16", "kernels")
+    assert chosen(cache_of()) == ("mosaic", "fp8", "kernels")
     # XLA decodes what kernels do not know, and the attention kernel still runs.
     assert chosen(cache_of("kivi")) == ("mosaic", "bf16", "xla")
     # cuDNN takes widths that the kernels do not.
@@ -62,6 +62,7 @@ def test_names_choose_precision_and_implementation(hopper):
     assert chosen(cache, precision="fp8") == fp8
     assert chosen(cache, implementation="mosaic_fp8") == fp8
     assert chosen(cache, precision="bf16") == ("mosaic", "bf16", "kernels")
+    assert chosen(cache_of("qvg-pro:num_centroids=8"), precision="fp8") == fp8
     assert chosen(cache, implementation="triton") == ("triton", "bf16", "kernels")
     assert chosen(cache, implementation="cudnn") == ("cudnn", "bf16", "xla")
     assert chosen(cache, implementation="xla") == ("xla", None, "xla")
@@ -104,6 +105,33 @@ def test_kernels_decode_a_dither_and_zero_points(hopper, codec):
     """Among them is the default of models that nobody has measured."""
     cache = cache_of(f"{codec}:num_centroids=8")
     assert choice.explain(cache, queries(), implementation="mosaic").decoding == "kernels"
+
+
+@pytest.mark.parametrize(
+    ("codec", "precision", "why"),
+    [
+        ("qvg:num_centroids=8", "fp8", None),
+        ("rtn:bits=2", "fp8", None),
+        ("dither:num_centroids=8", "fp8", None),
+        ("midrise:num_centroids=8", "fp8", None),
+        ("qvg-pro:num_centroids=8", "bf16", "key codec qvg-pro has 4 stages of k-means"),
+        ("qvg:num_centroids=8:bits=4", "bf16", "key codec qvg has codes of 4 bits"),
+        ("midrise-k2v4:num_centroids=8", "bf16", "value codec midrise-k2v4 has codes of 4 bits"),
+        ("bf16", "bf16", "e4m3 attention needs a bound"),
+    ],
+)
+def test_products_are_in_fp8_where_the_codes_are_coarser(hopper, codec, precision, why):
+    found = choice.explain(cache_of(codec), queries())
+    assert (found.implementation, found.precision) == ("mosaic", precision)
+    assert why is None or why in found.others["mosaic in fp8, spans decoded by kernels"]
+
+
+def test_a_cache_without_spans_is_read_in_bf16(hopper):
+    window = qvg.KVCache.create(
+        heads=2, head_dim=128, block_tokens=32, max_spans=0, window_blocks=2, pos_dims=0,
+        overflow="drop",
+    )  # fmt: skip
+    assert chosen(window) == ("mosaic", "bf16", "kernels")
 
 
 def test_an_explanation_has_a_line_for_each_way(hopper):

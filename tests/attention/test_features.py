@@ -185,7 +185,6 @@ def test_ways_that_cannot_serve_a_feature_say_so(monkeypatch):
         "mask": dict(mask=np.ones((4, 4), bool)),
         "lengths": dict(lengths=np.array([2])),
         "sink_logits": dict(sink_logits=jnp.zeros(2)),
-        "return_lse=True": dict(return_lse=True),
         "softcap=2.0": dict(softcap=2.0),
     }
     for name, features in asked.items():
@@ -196,6 +195,7 @@ def test_ways_that_cannot_serve_a_feature_say_so(monkeypatch):
         qvg.attend(q, cache, None, None, implementation="mosaic")
     with pytest.raises(NotImplementedError, match="softcap=2.0; cuDNN attends to plain logits"):
         qvg.attend(q, cache, q, q, implementation="cudnn", softcap=2)
+    assert qvg.explain(cache, q, return_lse=True).implementation == "mosaic"
     # A single token sees itself: nothing has to be masked, and the kernels serve it.
     explained = qvg.explain(cache, q[:, :1], causal=True)
     assert explained.implementation == "mosaic"

@@ -3,7 +3,10 @@
 So it runs anywhere, and is compared with what `attend` gives by XLA.
 """
 
+import collections
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +16,15 @@ import pytest
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import Schedule
 from pallas_kernels.dequant_attention import reference as attention_reference
-from qvg_jax.attention import choice, kernel_plan, new_block, workspaces
+from qvg_jax.attention import api, by_head, choice, kernel_plan, new_block, workspaces
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
+from qvg_jax.attention.features import Features
 from qvg_jax.attention.kernel_plan import Plan
+from qvg_jax.cache.devices import spread
+from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import evict
+from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.cache.relative import RelativeTime
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
@@ -159,6 +166,124 @@ def test_devices_that_share_the_heads_read_by_kernels(references, monkeypatch):
     assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < 6e-2
 
 
+# Layers with all heads, two, none, and two again that are others.
+HISTORY = HeadHistory(
+    [[True] * 4, [False, True, False, True], [False] * 4, [True, True, False, False]], 1
+)
+
+
+@pytest.mark.parametrize(
+    "name, fp8, precompute, own_window",
+    [
+        ("dither", True, False, True),
+        ("bf16", False, True, False),
+        ("joined", False, False, True),
+    ],
+)
+def test_heads_with_a_history_and_local_ones_read_by_kernels(
+    references, name, fp8, precompute, own_window
+):
+    """All layers in a scan, two videos and two branches, a ring of slots that has turned; then an empty cache."""
+    codec = (codecs() | ODD)[name]
+    history = dataclasses.replace(HISTORY, own_window=own_window)
+    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=history)
+    cache = with_window_garbage(evict(filled_cache(codec, blocks=9, **sizes), spans=1))
+    assert int(cache.first_span) == 1 and int(cache.num_spans) > 0
+    empty = dataclasses.replace(
+        cache, dense_blocks=jnp.int32(0), num_spans=jnp.int32(0), seen_blocks=jnp.int32(0)
+    )
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((4, 4, 32, 8, 128)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((4, 4, 32, 4, 128)), jnp.bfloat16) for _ in range(2))
+    at = jnp.concatenate([positions(9, 32)] * 2)
+
+    def by_kernels(*call):
+        return mosaic.attend_kernels(*call[:-1], fp8=fp8, return_lse=True)
+
+    @jax.jit
+    def both(cache, q, k, v):
+        view = cache.view(at, INTERLEAVED, precompute=precompute)
+
+        def layer(_, x):
+            *x, l = x
+            call = (x[0], view, *x[1:], l)
+            scale, features = jnp.float32(128**-0.5), Features(return_lse=True)
+            ours = by_head.attend_by_head(by_kernels, *call, scale, features)
+            right = attend(*call[:4], layer=l, implementation="xla", return_lse=True)
+            return None, (ours, right)
+
+        return jax.lax.scan(layer, None, (q, k, v, jnp.arange(4)))[1]
+
+    for which in (cache, empty):
+        (ours, ours_lse), (right, lse) = both(which, q, k, v)
+        np.testing.assert_allclose(ours_lse, lse, atol=0.1 if fp8 else 0.03)
+        ours, right = (x.astype(jnp.float32) for x in (ours, right))
+        error = jnp.linalg.norm((ours - right).reshape(4, -1), axis=1)
+        bound = 6e-2 if fp8 else 1e-2
+        assert (error / jnp.linalg.norm(right.reshape(4, -1), axis=1) < bound).all()
+
+
+@pytest.mark.parametrize(
+    "devices, implementation",
+    [
+        (dict(spans=2), "mosaic_fp8"),
+        (dict(spans=2, split_tokens=True), None),
+        (dict(ring=2), "mosaic"),
+        (dict(heads=2, split_tokens=True), "mosaic_fp8"),
+    ],
+    ids=["spans", "spans, tokens apart", "ring", "heads, tokens apart"],
+)
+def test_every_plan_of_devices_reads_by_kernels(references, monkeypatch, devices, implementation):
+    monkeypatch.setattr(choice, "no_hopper", lambda: None)
+    found = []
+
+    def chosen(*call, choose=api.choose):
+        found.append(choose(*call))
+        return found[-1]
+
+    monkeypatch.setattr(api, "choose", chosen)
+    cache = filled_cache(codecs()["midrise"], blocks=9, block=64, max_spans=4)
+    cache = with_window_garbage(cache)
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((1, 64, 4, 128)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, 64, 2, 128)), jnp.bfloat16) for _ in range(2))
+
+    def read(cache, **names):
+        view = cache.view(positions(9, 64), HALF)
+        return attend(q, view, k, v, layer=1, **names).astype(jnp.float32)
+
+    right = read(cache, implementation="xla")
+    found.clear()
+    apart = spread(cache, CachePlan(**devices))
+    ours = jax.jit(functools.partial(read, implementation=implementation))(apart)
+    assert {one.chosen.implementation for one in found} == {"mosaic"}
+    bound = 1e-2 if implementation == "mosaic" else 6e-2  # two bits are read in fp8
+    assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axis, exchanged",
+    [("spans", {"all_reduce": 1, "reduce_scatter": 1}), ("heads", {"all_to_all": 2})],
+)
+def test_kernels_and_exchanges_of_a_plan_are_lowered_for_gpus(monkeypatch, axis, exchanged):
+    monkeypatch.setattr(choice, "no_hopper", lambda: None)
+    cache = filled_cache(codecs()["midrise"], blocks=5, block=64, max_spans=2)
+    cache = spread(cache, CachePlan(**{axis: 2}, split_tokens=True))
+    q, k = (jnp.zeros((1, 64, heads, 128), jnp.bfloat16) for heads in (4, 2))
+
+    @jax.jit
+    def read(q, cache, k):
+        view = cache.view(positions(5, 64), HALF)
+        return attend(q, view, k, k, layer=1, implementation="mosaic_fp8")
+
+    text = read.trace(q, cache, k).lower(lowering_platforms=("cuda",)).as_text()
+    kinds = collections.Counter(
+        re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text)
+    )
+    assert text.count("mosaic_gpu") > 6 and kinds == exchanged
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
 def test_branches_share_a_cache_and_keep_their_own_block(references, fp8):
     """Three branches in one call are three calls of one branch."""
@@ -214,10 +339,10 @@ def test_plans_change_nothing_but_rounding(references, monkeypatch, name, fp8, p
 
 
 def _agrees_with_xla(view, q, k, v, fp8, plan=kernel_plan.MEASURED):
-    right = attend(q, view, k, v, layer=1, implementation="xla")
-    ours = jax.jit(functools.partial(mosaic.attend_kernels, fp8=fp8, plan=plan))(
-        q, view, k, v, jnp.int32(1), jnp.float32(q.shape[3] ** -0.5)
-    )
+    right, lse = attend(q, view, k, v, layer=1, implementation="xla", return_lse=True)
+    read = functools.partial(mosaic.attend_kernels, fp8=fp8, plan=plan, return_lse=True)
+    ours, ours_lse = jax.jit(read)(q, view, k, v, jnp.int32(1), jnp.float32(q.shape[3] ** -0.5))
+    np.testing.assert_allclose(ours_lse, lse, rtol=0, atol=0.1 if fp8 else 1e-2)
     assert ours.shape == right.shape and ours.dtype == right.dtype
     error = jnp.linalg.norm((ours - right).astype(jnp.float32))
     bound = 6e-2 if fp8 else 1e-2

@@ -219,6 +219,9 @@ def test_several_spans_must_have_whole_sixteens_and_windows_are_of_plain_tokens(
             dtype=E4M3,
             **here,
         )
+    with pytest.raises(ValueError, match=r"row_n.shape=\(3,\); accepted: \(2,\)"):
+        rows = jnp.arange(3)
+        decode_values(Tokens(jnp.zeros((4, 64, 128), jnp.bfloat16), 0, 2, rows), dtype=E4M3, **here)
     one = Spans(source, scheme, 0, 2)
     with pytest.raises(ValueError, match="window of Spans; accepted: Tokens"):
         Window(one, 0, 64)

@@ -13,9 +13,16 @@ import pytest
 from pallas_kernels import kmeans, quantize_pack
 from pallas_kernels.kmeans import Metric, Tuning, kmeans_sums
 from pallas_kernels.kmeans.api import parts_for
-from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from pallas_kernels.quantize_pack import (
+    Dithered,
+    Integers,
+    Midrise,
+    assign_and_pack,
+    assign_and_subtract,
+    pack_dithered,
+)
 from pallas_kernels.quantize_pack import mosaic_gpu as pack_mosaic_gpu
-from qvg_jax.codecs import compose, presets
+from qvg_jax.codecs import compose, kernel_encoding, presets
 from qvg_jax.codecs.compose import chain
 from qvg_jax.codecs.quantize.dithered import dithered_quantize
 from qvg_jax.codecs.quantize.grid import grid_quantize
@@ -100,27 +107,42 @@ def test_blocks_fill_the_gpu():
 
 
 @pytest.mark.parametrize(
-    "form",
+    "form, equal",
     [
-        Integers(2, 64),
-        Integers(4, 16),
-        Midrise(2, 0.9957, 2, recode=True),
-        Midrise(1, 1.5958, 1, recode=False),
+        (Integers(2, 64), False),
+        (Integers(4, 16), False),
+        (Integers(2, 128, zero_points=True), True),
+        (Midrise(2, 0.9957, 2, recode=True), False),
+        (Midrise(1, 1.5958, 1, recode=False), False),
     ],
     ids=str,
 )
-def test_packing_equals_the_reference(interpreted, form):
+def test_packing_equals_the_reference(interpreted, form, equal):
     x, c = clustered(1, 140, 256)
     x = x.at[0, 9].set(c[0, 3])  # nothing is left of it
     x = x.at[0, 10].set(c[0, 4] + 2.0**-9)  # a scale among e4m3's smallest
-    right = assign_and_pack(x, c, form, implementation="xla")
-    ours = assign_and_pack(x, c, form)
+    metric = metric_of(x) if equal else None
+    right = assign_and_pack(x, c, form, metric=metric, implementation="xla")
+    ours = assign_and_pack(x, c, form, metric=metric)
     np.testing.assert_array_equal(ours[0], right[0])
     assert (np.asarray(ours[1]) != np.asarray(right[1])).mean() < 1e-3  # ties
     if isinstance(form, Integers):
-        np.testing.assert_array_equal(ours[2], right[2])
+        for mine, want in zip(ours[2:], right[2:], strict=True):
+            np.testing.assert_array_equal(mine, want)
     else:
         np.testing.assert_allclose(ours[2], right[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", [Dithered(2, 3.75, False), Dithered(4, 15.5, True)], ids=str)
+def test_packing_on_dithered_levels_equals_the_reference(interpreted, form):
+    """Tokens of a second tile and a second CTA, channels of other sizes, a token of zeros."""
+    r = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300, 128)), jnp.bfloat16)
+    r = r.at[1, 9].set(0).at[1, 10].multiply(2.0**-9)
+    factor = jnp.asarray(np.random.default_rng(1).uniform(0.1, 10, (2, 128)), jnp.float32)
+    right = pack_dithered(r, factor, form, implementation="xla")
+    ours = pack_dithered(r, factor, form, parts=2)
+    assert (np.asarray(ours[0]) != np.asarray(right[0])).mean() < 1e-3  # ties
+    np.testing.assert_allclose(ours[1], right[1], rtol=1e-4)
 
 
 def test_codes_of_one_bit_are_written_in_whole_tiles():
@@ -137,8 +159,11 @@ def test_codes_of_one_bit_are_written_in_whole_tiles():
 
 def test_the_residual_equals_the_reference(interpreted):
     x, c = clustered(1, 128, 100)
+    here = dict(metric=metric_of(x))
     for ours, right in zip(
-        assign_and_subtract(x, c), assign_and_subtract(x, c, implementation="xla"), strict=True
+        assign_and_subtract(x, c, **here),
+        assign_and_subtract(x, c, implementation="xla", **here),
+        strict=True,
     ):
         assert ours.dtype == right.dtype
         np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(right, np.float32))
@@ -147,9 +172,16 @@ def test_the_residual_equals_the_reference(interpreted):
 def test_kernels_compile_to_gpu_code():
     x, c = clustered(2, 300, 256)
     assert "mosaic_gpu" in lowered(lambda x, c: kmeans_sums(x, c, scores=True), x, c)
-    assert "mosaic_gpu" in lowered(assign_and_subtract, x, c)
-    for form in (Integers(2, 16), Integers(4, 128), Midrise(2, 1.0, 2, recode=True)):
-        assert "mosaic_gpu" in lowered(lambda x, c, f=form: assign_and_pack(x, c, f), x, c)
+    metric = Metric(c[:, 0].astype(jnp.float32), jnp.ones((2, 128)))
+    for m in (None, metric):
+        assert "mosaic_gpu" in lowered(lambda x, c, m=m: assign_and_subtract(x, c, metric=m), x, c)
+    forms = Integers(2, 16), Integers(2, 64, zero_points=True), Midrise(2, 1.0, 2, recode=True)
+    for form, m in ((Integers(4, 128), metric), *((f, None) for f in forms)):
+        pack = functools.partial(assign_and_pack, form=form)
+        assert "mosaic_gpu" in lowered(lambda x, c, p=pack, m=m: p(x, c, metric=m), x, c)
+    for form in (Dithered(2, 3.75, False), Dithered(4, 15.5, True)):
+        pack = functools.partial(pack_dithered, form=form)
+        assert "mosaic_gpu" in lowered(pack, x, jnp.ones((2, 128)))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +212,7 @@ def references(monkeypatch):
     for module, name in (
         (kmeans, "kmeans_sums"),
         (kmeans, "assign"),
+        (quantize_pack, "pack_dithered"),
         (quantize_pack, "assign_and_pack"),
         (quantize_pack, "assign_and_subtract"),
     ):
@@ -204,18 +237,27 @@ def test_codecs_encode_as_well_on_the_kernels(references, name):
 
 @pytest.mark.parametrize(
     "quantizer, equalize",
-    [(residual_quantize(group=128, mode="asymmetric"), False), (dithered_quantize(), True)],
-    ids=["zero points", "a dither"],
+    [
+        (residual_quantize(4, 64, "asymmetric"), False),
+        (dithered_quantize(2, gain=0.5), True),
+        (dithered_quantize(4, asymmetric=True), False),
+        (dithered_quantize(3), True),  # not a kernel's
+    ],
+    ids=lambda q: getattr(q, "name", None),
 )
-def test_residuals_without_a_kernel_are_encoded_by_their_codec(references, quantizer, equalize):
-    """Kernels find centroids and the nearest of them; the bytes of the rest are those of the codec."""
+def test_kernels_write_the_bytes_of_the_codec(references, monkeypatch, quantizer, equalize):
+    """They, or XLA, encode what is left of the nearest centroids as the codec does."""
+    monkeypatch.setattr(kernel_encoding, "_SIZES_FROM", 64)  # of the 200
     codec = chain(kmeans_smoothing(32, iters=1, equalize=equalize), quantizer)
-    x = clustered(2, 200, 32)[0][None]
+    x = clustered(2, 200, 32)[0][None].at[0, 1, :, 5].multiply(2.0**9)
     encode = jax.jit(functools.partial(codec.encode, implementation="mosaic"))
     (nodes, packed), state = encode(x, codec.init(x.shape, x.dtype))
     table_BHKD = nodes.centroids_BHSKD[:, :, 0].astype(jnp.float32)
     picked = jnp.take_along_axis(table_BHKD, nodes.ids_BHST[:, :, 0, :, None].astype(int), axis=2)
-    want, _ = quantizer.encode(x.astype(jnp.float32) - picked, state[1])
+    r = x.astype(jnp.float32) - picked
+    if quantizer.storage.codes.dithered and quantizer.storage.codes.bits != 3:
+        r = r.astype(jnp.bfloat16)
+    want, _ = quantizer.encode(r, state[1])
     jax.tree.map(np.testing.assert_array_equal, packed, want)
 
 

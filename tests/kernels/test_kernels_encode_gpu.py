@@ -11,8 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.kmeans import Tuning, kmeans_sums
-from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from pallas_kernels.kmeans import Metric, Tuning, kmeans_sums
+from pallas_kernels.quantize_pack import (
+    Dithered,
+    Integers,
+    Midrise,
+    assign_and_pack,
+    assign_and_subtract,
+    pack_dithered,
+)
 from qvg_jax.backends import is_hopper
 from tests.support.kernel_cases import ENCODERS, clustered, encoded_twice, on_cpu, round_trip_error
 
@@ -55,7 +62,8 @@ def test_sums_are_those_of_the_nearest_centroids(tokens, clusters, parts, late):
 
 @pytest.mark.parametrize(
     "form",
-    [Integers(2, 64), Integers(2, 16), Integers(4, 64), Midrise(2, 0.9957, 2, recode=True),
+    [Integers(2, 64), Integers(2, 16), Integers(4, 64), Integers(2, 128, True),
+     Integers(4, 16, True), Midrise(2, 0.9957, 2, recode=True),
      Midrise(1, 1.5958, 2, recode=False), Midrise(4, 0.3352, 2, recode=False)],
     ids=str,
 )  # fmt: skip
@@ -71,18 +79,48 @@ def test_packing_equals_the_reference(form):
     assert (ours[1][same] != right[1][same]).mean() < 2e-3
     a, b = (y[2] if isinstance(form, Integers) else y[2].swapaxes(1, 2) for y in (ours, right))
     if isinstance(form, Integers):
-        assert (a[same] != b[same]).mean() < 1e-3
+        for mine, want in zip(ours[2:], right[2:], strict=True):
+            assert (mine[same] != want[same]).mean() < 1e-3
     else:
         np.testing.assert_allclose(a[same], b[same], rtol=2e-3, atol=1e-6)
     for again, first in zip(assign_and_pack(x, c, form), ours, strict=True):
         np.testing.assert_array_equal(again, first)
 
 
-def test_the_residual_belongs_to_the_ids():
+@pytest.mark.parametrize(
+    "form",
+    [Dithered(2, 3.75, False), Dithered(2, 3.5, True), Dithered(4, 15.75, False)],
+    ids=str,
+)
+def test_packing_on_dithered_levels_equals_the_reference(form):
+    """Codes of ties may differ; a token of zeros, a small one, channels of other sizes."""
+    rng = np.random.default_rng(0)
+    r = jnp.asarray(rng.standard_normal((3, 2005, 128)), jnp.bfloat16)
+    r = r.at[1, 9].set(0).at[1, 10].multiply(2.0**-9)
+    factor = jnp.asarray(rng.uniform(0.1, 10, (3, 128)), jnp.float32)
+    ours = [np.asarray(y) for y in pack_dithered(r, factor, form)]
+    xla = functools.partial(pack_dithered, form=form, implementation="xla")
+    right = [np.asarray(y) for y in on_cpu(xla, r, factor)]
+    assert (ours[0] != right[0]).mean() < 2e-3
+    np.testing.assert_allclose(ours[1], right[1], rtol=2e-3, atol=1e-6)
+    for again, first in zip(pack_dithered(r, factor, form), ours, strict=True):
+        np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["plain", "by a metric"])
+def test_the_residual_belongs_to_the_ids(equal):
     x, c = clustered(3, 2005, 200)
-    ids, r = assign_and_subtract(x, c)
+    metric = None
+    if equal:
+        size = jnp.asarray(np.random.default_rng(0).uniform(0.3, 3, (3, 128)), jnp.float32)
+        metric = Metric(jnp.mean(x.astype(jnp.float32), axis=1), size)
+    ids, r = assign_and_subtract(x, c, metric=metric)
     right = jnp.asarray(np.asarray(x, np.float32) - _picked(c, ids)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(r, np.float32), np.asarray(right, np.float32))
+    want = on_cpu(
+        lambda *a: kmeans_sums(*a, scores=True, metric=metric, implementation="xla"), x, c
+    ).ids_RT
+    assert (np.asarray(ids) == np.asarray(want)).mean() > 0.995
 
 
 @pytest.mark.parametrize("name", ENCODERS)

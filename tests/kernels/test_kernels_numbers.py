@@ -104,12 +104,24 @@ def test_several_spans_are_decoded_behind_each_other(machine, valid, dtype, head
 def test_a_window_of_plain_tokens_is_decoded(machine, dtype, head_dim):
     x = np.random.default_rng(0).standard_normal((4, 300, head_dim))
     x = jnp.asarray(x, jnp.bfloat16).at[:, 240:].set(jnp.nan)
-    window = Window(Tokens(x, 1, 2), 100, 200)
     here = dict(valid=140, dtype=dtype, scale_n=jnp.ones(2))
-    for decode in (decode_keys, decode_values):
-        ours, right = (decode(window, **here, implementation=i) for i in ("mosaic", "reference"))
-        transposed = dtype == E4M3 and decode is decode_values
-        _agree(ours, right, dtype, 256, 2 if transposed else 1)
+    listed = Tokens(x, 0, 2, jnp.asarray([3, 1]))  # rows that do not follow one another
+    turn = Rotation(angles(0, 1, 300, head_dim))
+    for tokens in (Tokens(x, 1, 2), listed):
+        window = Window(tokens, 100, 200)
+        for decode in (decode_keys, decode_values):
+            more = here | (dict(rotation=turn) if decode is decode_keys else {})
+            ours, right = (
+                decode(window, **more, implementation=i) for i in ("mosaic", "reference")
+            )
+            transposed = dtype == E4M3 and decode is decode_values
+            _agree(ours, right, dtype, 256, 2 if transposed else 1)
+    for rows, first in (([3, 1], listed), ([1, 2], Tokens(x, 1, 2))):
+        ours, right = (
+            decode_values(y, valid=140, dtype=jnp.bfloat16, implementation="reference")
+            for y in (first, Tokens(x[jnp.asarray(rows)], 0, 2))
+        )
+        np.testing.assert_array_equal(ours[:, :140], right[:, :140])
 
 
 @DTYPES

@@ -16,10 +16,17 @@ import triton.language as tl
 
 from pallas_kernels.gpu.triton_launch import Launch
 from pallas_kernels.gpu.triton_words import e4m3_byte, e4m3_float
+from pallas_kernels.kmeans import Metric, kmeans_sums
 from pallas_kernels.kmeans import api as kmeans_api
-from pallas_kernels.kmeans import kmeans_sums
 from pallas_kernels.kmeans import triton as kmeans
-from pallas_kernels.quantize_pack import Integers, Midrise, assign_and_pack, assign_and_subtract
+from pallas_kernels.quantize_pack import (
+    Dithered,
+    Integers,
+    Midrise,
+    assign_and_pack,
+    assign_and_subtract,
+    pack_dithered,
+)
 from pallas_kernels.quantize_pack import triton as pack
 from qvg_jax.codecs import compose
 from tests.support.kernel_cases import ENCODERS, clustered, round_trip_error
@@ -28,6 +35,7 @@ from tests.support.triton_cases import SHARED, compiled, interpreted, run_interp
 FORMS = [
     Integers(2, 64),
     Integers(4, 16),
+    Integers(2, 64, zero_points=True),
     Midrise(2, 0.9957, 2, recode=True),
     Midrise(1, 1.5958, 1, recode=False),
 ]
@@ -39,11 +47,12 @@ def test_the_kernels_compile_for_every_gpu(head_dim, cc):
     form = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
     x, c = (form(jnp.bfloat16, 2, n, head_dim) for n in (300, 256))
     bias, ids = form(jnp.float32, 2, 256), form(jnp.uint8, 2, 300)
-    forms = (None, FORMS[0], FORMS[2]) if head_dim == 128 else (FORMS[1],)
+    forms = (None, FORMS[0], FORMS[3]) if head_dim == 128 else FORMS[1:3]
     calls = [
         (kmeans.assign_launch(x, c, jnp.uint8), (x, c, bias)),
         (kmeans.sums_launch(x, 256, 2), (x, form(jnp.int32, 2, 300))),
         *((pack.launch_for(x, c, f), (x, c, ids)) for f in forms),
+        (pack.dithered_launch(x, Dithered(2, 3.5, True)), (x, form(jnp.float32, 2, head_dim))),
     ]
     for (launch, out), operands in calls:
         used = usage(compiled(launch, operands, out, cc))
@@ -55,7 +64,12 @@ def ours():
     """Tokens and tables in float32 to the kernels, which are interpreted."""
     with pytest.MonkeyPatch.context() as patch, interpreted(kmeans, pack):
         patch.setattr(kmeans_api, "missing", lambda: None)
-        for module, name in ((kmeans, "assign"), (kmeans, "sums"), (pack, "encode")):
+        for module, name in (
+            (kmeans, "assign"),
+            (kmeans, "sums"),
+            (pack, "encode"),
+            (pack, "pack_dithered"),
+        ):
             f = getattr(module, name)
 
             def wide(*args, f=f):
@@ -98,14 +112,30 @@ def test_packing_equals_the_reference(ours, form):
     assert mine[1].shape == right[1].shape and mine[1].dtype == right[1].dtype
     assert (np.asarray(mine[1]) != np.asarray(right[1])).mean() < 1e-3  # ties
     if isinstance(form, Integers):
-        np.testing.assert_array_equal(mine[2], right[2])
+        for a, b in zip(mine[2:], right[2:], strict=True):
+            np.testing.assert_array_equal(a, b)
     else:
         np.testing.assert_allclose(mine[2], right[2], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", [Dithered(2, 3.75, False), Dithered(4, 15.5, True)], ids=str)
+def test_packing_on_dithered_levels_equals_the_reference(ours, form):
+    rng = np.random.default_rng(0)
+    r = jnp.asarray(rng.standard_normal((2, 100, 128)), jnp.bfloat16).at[1, 9].set(0)
+    factor = jnp.asarray(rng.uniform(0.1, 10, (2, 128)), jnp.float32)
+    right = pack_dithered(r, factor, form, implementation="xla")
+    mine = pack_dithered(r, factor, form, **ours)
+    assert (np.asarray(mine[0]) != np.asarray(right[0])).mean() < 1e-3  # ties
+    np.testing.assert_allclose(mine[1], right[1], rtol=1e-4)
+
+
 def test_the_residual_equals_the_reference(ours):
     x, c = clustered(1, 70, 100)
-    mine, right = (assign_and_subtract(x, c, **i) for i in (ours, dict(implementation="xla")))
+    size = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (1, 128)), jnp.float32)
+    metric = Metric(jnp.mean(x.astype(jnp.float32), axis=1), size)
+    mine, right = (
+        assign_and_subtract(x, c, metric=metric, **i) for i in (ours, dict(implementation="xla"))
+    )
     np.testing.assert_array_equal(mine[0], right[0])
     assert mine[1].dtype == jnp.bfloat16
     # The interpreter cuts off where a GPU rounds.

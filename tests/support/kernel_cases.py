@@ -40,6 +40,11 @@ ENCODERS = {
     "midrise values": lambda: presets.pair("midrise", num_centroids=64)[1],
     "1 bit keys": lambda: presets.pair("midrise-k1v3", num_centroids=64)[0],
     "dither keys": lambda: presets.pair("dither", num_centroids=64)[0],
+    "dither-asym values": lambda: presets.pair("dither-asym", num_centroids=64)[1],
+    "qvg-asym": lambda: presets.get("qvg-asym", num_centroids=64),
+    "dither keys, learned from half": lambda: presets.pair("dither", num_centroids=16, subsample=2)[
+        0
+    ],
 }
 
 # name: scheme of 128 channels, and extra fields of the rows
@@ -150,6 +155,13 @@ def filled_cache(
     spans = min(spans, lay.max_spans)
     dense = blocks - spans * lay.span_blocks
     k, v = (_random_dense(x, dense * block, rng) for x in (cache.dense_k, cache.dense_v))
+    near = {}
+    if lay.own_window:
+        for name in ("near_k", "near_v"):
+            near[name] = _random_dense(getattr(cache, name), lay.near_blocks * block, rng)
+        at = [*range(lay.sink_blocks), *range(blocks - lay.history.local_blocks, blocks)]
+        at = jnp.concatenate([positions(i, block) for i in at], 1)
+        near["near_pos"] = jnp.broadcast_to(at, cache.near_pos.shape)
     # As in a video: the sink is oldest, the window newest.
     old = [lay.sink_blocks + i for i in range(spans * lay.span_blocks)]
     new = [i for i in range(blocks) if i not in old]
@@ -163,7 +175,7 @@ def filled_cache(
         cache, dense_k=k, dense_v=v, dense_pos=jnp.asarray(dense_pos),
         span_k=_random_packed(cache.span_k, rng), span_v=_random_packed(cache.span_v, rng),
         span_pos=jnp.asarray(span_pos), dense_blocks=jnp.int32(dense), num_spans=jnp.int32(spans),
-        seen_blocks=jnp.int32(blocks),
+        seen_blocks=jnp.int32(blocks), **near,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ Axes: B batch, H heads, T tokens, D head dim, C code bytes of one token.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray, UInt8
 
 from qvg_jax.codecs.base import Codec, EmptyState, Shape, check_span, per_element
 from qvg_jax.codecs.quantize.grid import power_of_gain
@@ -23,9 +23,9 @@ from qvg_jax.codecs.quantize.scales import (
     times_power_of_two,
 )
 from qvg_jax.codecs.spec import factory
-from qvg_jax.codecs.storage import Levels, Storage
+from qvg_jax.codecs.storage import DitheredFit, Levels, Storage
 
-__all__ = ["DitheredPacked", "dithered_quantize"]
+__all__ = ["DitheredPacked", "channel_sizes", "dithered_quantize"]
 
 _BITS = (2, 3, 4)
 
@@ -134,11 +134,9 @@ def dithered_quantize(
         check(x_BHTD.shape, x_BHTD.dtype)
         x_BHTD = jnp.where(jnp.isnan(x_BHTD), 0, x_BHTD).astype(jnp.float32)
         finite_BHTD = jnp.isfinite(x_BHTD)
-        size_BHTD = jnp.where(finite_BHTD, jnp.abs(x_BHTD), 0) / x_BHTD.shape[2]
-        w_BHD = jnp.sum(size_BHTD, axis=2).astype(jnp.bfloat16)
+        w_BHD, exponent_BH = channel_sizes(jnp.where(finite_BHTD, x_BHTD, 0))
         w_BH1D = w_BHD.astype(jnp.float32)[:, :, None]
         y_BHTD = x_BHTD / jnp.where(w_BH1D > 0, w_BH1D, 1)
-        exponent_BH = span_exponent(y_BHTD)
         y_BHTD = times_power_of_two(y_BHTD, -exponent_BH)
 
         size_BHTD = jnp.where(finite_BHTD, jnp.abs(y_BHTD), 0)
@@ -197,9 +195,21 @@ def dithered_quantize(
             exponents=True,
             dithered=True,
             deviations=True,
+            fit=None if power is None else DitheredFit(reach, power),
         )
     )
     return Codec(init, encode, decode, per_element(nbytes), name, nbytes, storage, deficit)
+
+
+def channel_sizes(
+    x_BHTD: Float[Array, "B H T D"],
+) -> tuple[Float[Array, "B H D"], Int[Array, "B H"]]:
+    """Returns the mean magnitude w of every channel, in bfloat16, and the `span_exponent` of x / w; x is finite."""
+    size_BHTD = jnp.abs(x_BHTD.astype(jnp.float32))
+    w_BHD = jnp.sum(size_BHTD / x_BHTD.shape[2], axis=2).astype(jnp.bfloat16)
+    divisor_BHD = jnp.where(w_BHD > 0, w_BHD, 1).astype(jnp.float32)
+    # The largest first, so that one pass over the span finds both.
+    return w_BHD, span_exponent(jnp.max(size_BHTD, axis=2) / divisor_BHD)
 
 
 def _corrected(scale_BHT1: Array, x_BHTD: Array, l_BHTD: Array, power: float) -> Array:

@@ -184,7 +184,7 @@ def residual_quantize(
             scale_dtype=format_name(dtype),
             zero_points=not symmetric,
             exponents=normalize,
-            fit=LargestFit() if symmetric and rounds_first and not normalize else None,
+            fit=LargestFit() if rounds_first and not normalize else None,
         )
     )
     name = f"int{bits}-{'sym' if symmetric else 'asym'}-g{group}-{format_name(dtype)}"

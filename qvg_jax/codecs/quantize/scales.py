@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Int8
 from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
 
 __all__ = [
+    "SCALE_SHIFT",
     "load_scale",
     "saturate",
     "scale_format",
@@ -23,7 +24,7 @@ _FORMATS = ("e4m3", "bf16", "f32")
 
 # A scale of 1 for the normalised span is stored as 2^6: of e4m3's 2^-9 .. 448, seven times the
 # span's largest entry is then the top, and 2^-12 of it is the smallest scale in full precision.
-_SHIFT = 6
+SCALE_SHIFT = 6
 
 
 def scale_format(scale_dtype: FormatLike) -> jnp.dtype:
@@ -70,9 +71,9 @@ def store_scale(
         Saturates at the format's largest number.
     """
     if dtype.itemsize == 1:
-        stored = saturate(scale_BH * 2.0**_SHIFT, dtype)
-        exponents = (exponent_BH - _SHIFT).astype(jnp.int8)
-        return stored, exponents, stored.astype(jnp.float32) * 2.0**-_SHIFT
+        stored = saturate(scale_BH * 2.0**SCALE_SHIFT, dtype)
+        exponents = (exponent_BH - SCALE_SHIFT).astype(jnp.int8)
+        return stored, exponents, stored.astype(jnp.float32) * 2.0**-SCALE_SHIFT
     stored = saturate(times_power_of_two(scale_BH, exponent_BH), dtype)
     return stored, None, times_power_of_two(stored, -exponent_BH)
 
