@@ -35,7 +35,9 @@ from qvg_jax.codecs.compose import chain
 from qvg_jax.codecs.quantize.dithered import channel_sizes
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
-from qvg_jax.codecs.smoothing import kmeans_smoothing
+from qvg_jax.codecs.smoothing import KMeansState, kmeans_smoothing
+from qvg_jax.codecs.smoothing.kmeans import deviations
+from qvg_jax.codecs.smoothing.lloyd import restarted
 
 # As the published code encodes: no warm start, no restarts. Then what this library does by default.
 CODECS = {
@@ -56,6 +58,16 @@ MORE = {
     "dither, 2 iterations": lambda: presets.pair("dither", cold_iters=2)[0],
     "dither-asym, 2 iterations": lambda: presets.pair("dither-asym", cold_iters=2)[1],
     "qvg-asym, 2 iterations": lambda: presets.get("qvg-asym", cold_iters=2),
+    "qvg, 2 iterations, 1 in 4": lambda: chain(
+        kmeans_smoothing(256, 2, warm_start=False, subsample=4), residual_quantize(2, 64)
+    ),
+    "qvg-pro, 5 iterations, 1 in 4": lambda: chain(
+        kmeans_smoothing(256, 5, 4, warm_start=False, subsample=4), residual_quantize(2, 16)
+    ),
+    "dither as preset, keys, 1 in 4": lambda: presets.pair("dither", subsample=4)[0],
+    "dither as preset, keys, warm": lambda: presets.pair("dither")[0],
+    "dither as preset, keys, 1 in 4, warm": lambda: presets.pair("dither", subsample=4)[0],
+    "qvg as preset, warm": lambda: presets.get("qvg"),
 }
 ON_XLA = {
     "trellis, keys": lambda: presets.pair("trellis")[0],
@@ -171,7 +183,14 @@ def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str,
     jobs["subtract by a metric"] = (
         lambda x, c, one: assign_and_subtract(x, c, metric=Metric(0 * one, one)), (x, c, ones), 2,
     )  # fmt: skip
+    spare = jnp.arange(256)[None, None] % 8 == jnp.zeros((1, heads, 1), int)
+    jobs["restart an eighth of the centroids, XLA"] = (
+        lambda x, c, s: restarted(x[None], c[None], s, jnp.abs(x[None, ..., 0]).astype(jnp.float32)),
+        (x, c, spare), 0,
+    )  # fmt: skip
     jobs["channel sizes, XLA"] = (lambda x: channel_sizes(x[None]), (x,), 0)
+    used = jnp.ones((1, heads, tokens), bool)
+    jobs["deviations, XLA"] = (lambda x, u: deviations(x[None], u), (x, used), 0)
     for name, dithered in DITHERED.items():
         jobs[name] = (lambda x, one, f=dithered: pack_dithered(x, one, f), (x, ones), 0)
     return jobs
@@ -183,10 +202,14 @@ def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:
         x_BHTD = noise((1, heads, tokens, 128), 1) if names else None
         for name in names:
             codec = codecs[name]()
+            state = codec.init(x_BHTD.shape, x_BHTD.dtype)
+            if name.endswith("warm"):  # as after a span like this one
+                c_BHSKD = x_BHTD[:, :, None, :256].astype(state[0].centroids_BHSKD.dtype)
+                state = (KMeansState(c_BHSKD, jnp.ones((), bool)), *state[1:])
             named = {} if name in ON_XLA else dict(implementation=implementation)
             out[f"{name}, {implementation}"] = (
                 lambda x, s, c=codec, n=named: c.encode(x, s, **n),
-                (x_BHTD, codec.init(x_BHTD.shape, x_BHTD.dtype)),
+                (x_BHTD, state),
                 0,
             )
         return out

@@ -13,12 +13,14 @@ from models.longcat.condition import build_condition
 from models.longcat.entry import Options
 from models.longcat.modeling import TextKV
 from models.longcat.params import skeleton
+from models.longcat.predicted import SOURCE, evaluation_seconds
 from models.longcat.sampler import StepInput, cached_step, clip_step
 from models.longcat.segments import decode, encode
 from models.longcat.settings import TEXT_SLOTS, Settings, chosen_sizes, settle
 from models.longcat.sharding import check_division, share_bytes
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import text_encoder_bytes, text_kv_bytes
+from models.runs.reading import precision_notes
 from models.runs.shared_needs import LeftOut
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
@@ -75,8 +77,9 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         }
         alone = Need(name=name, held=held, temporaries=temporaries)
         for need in (alone, *_on_devices(settings, dit, alone, count, left_out)):
-            longest = None if need.total <= memory else 0
-            needs.append(dataclasses.replace(need, longest=longest))
+            longest, devices = None if need.total <= memory else 0, 1 if need is alone else count
+            seconds = evaluation_seconds(settings, name, devices) if count > 1 else None
+            needs.append(dataclasses.replace(need, longest=longest, seconds=seconds))
     left_out.say()
     return Plan(
         what=f"LongCat-Video, {settings.segments.num_cond_frames} given frames of "
@@ -88,6 +91,12 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         seconds=time.perf_counter() - begin,
         advice="accepted: fewer --cond-frames, a smaller --height and --width, a codec of fewer "
         "bits (`qvg codecs`), or several devices, which share transformer and cache",
+        larger="a device with more memory, or several, which share the transformer",
+        notes=(
+            *precision_notes({name: settings.cache(name) for name in settings.codecs}, options),
+            *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),
+        ),
+        timed="an evaluation",
     )
 
 

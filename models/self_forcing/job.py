@@ -34,7 +34,7 @@ from models.self_forcing.settings import (
 from qvg_jax.app import memory_plan
 from qvg_jax.app.job import Arm, Job
 
-__all__ = ["plan", "prepare"]
+__all__ = ["finished", "plan", "prepare"]
 
 
 class _SelfForcing(BlockModel[Options, Settings]):
@@ -182,6 +182,11 @@ def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path
 def prepare(options: Options, release: str = NAME) -> Job:
     """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
     return latent_job.prepare(_SelfForcing(RELEASES[release]), options)
+
+
+def finished(options: Options, release: str = NAME) -> bool:
+    """Whether `options.out` has the files of this very run; see `latent_job.finished`."""
+    return latent_job.finished(_SelfForcing(RELEASES[release]), options)
 
 
 def plan(options: PlanOptions, release: str = NAME) -> memory_plan.Plan:

@@ -14,6 +14,7 @@ from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
 from models.runs.devices import check_sharing, shared_weight_bytes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
+from models.runs.reading import precision_notes
 from models.runs.shared_needs import LeftOut, needs_on_devices
 from models.self_forcing.block import Known, State
 from models.self_forcing.entry import NAME, Options
@@ -99,7 +100,11 @@ def make_plan(
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
         "a smaller --height and --width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
-        notes=(SOURCE,) if any(need.seconds is not None for need in needs) else (),
+        larger="a device with more memory, or several with --share-weights",
+        notes=(
+            *precision_notes({name: settings.cache(name) for name in settings.histories}, options),
+            *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),
+        ),
     )
 
 

@@ -88,6 +88,7 @@ ENTRY = ModelEntry(
     check=deferred("models.worldplay.early_checks:check_walk"),
     protocol=PROTOCOL,
     prepare=deferred("models.worldplay.job:prepare"),
+    finished=deferred("models.worldplay.job:finished"),
     plan_options=PlanOptions,
     plan=deferred("models.worldplay.job:plan"),
     memory_advice=memory_advice,

@@ -12,6 +12,7 @@ from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
+from models.worldplay.early_checks import without_storage
 from models.worldplay.entry import Options
 from models.worldplay.history import History, make_cache
 from models.worldplay.schedule import count_blocks
@@ -118,10 +119,6 @@ def _sampler(steps: int | None) -> SamplerConfig:
 
 def _history(recipe: str) -> History:
     """A codec and, as one of its settings, `storage=packed` or `storage=single`."""
-    kept, storage = [], "packed"
-    for part in recipe.split(":"):
-        key, _, value = part.partition("=")
-        storage = value if key == "storage" else storage
-        kept += [] if key == "storage" else [part]
-    key_codec, value_codec = codec_pair(":".join(kept))
+    kept, storage = without_storage(recipe)
+    key_codec, value_codec = codec_pair(kept)
     return History(key_codec=key_codec, value_codec=value_codec, storage=storage)

@@ -203,6 +203,7 @@ def encode(
     return tuple(kernel(*arrays))
 
 
+@functools.partial(jax.jit, static_argnames=("form", "tokens", "parts", "tuning"))
 def pack_dithered(
     r_RTD: Array,
     factor_RD: Array,

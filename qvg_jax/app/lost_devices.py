@@ -10,19 +10,15 @@ from typing import Any
 
 import jax
 
-from qvg_jax.errors import UserError
+from qvg_jax.errors import LostDeviceError
 
-__all__ = ["LostDeviceError", "leave", "told_of_lost_devices"]
+__all__ = ["leave", "told_of_lost_devices"]
 
 # What collectives, the coordination service and drivers say of a peer or a device that is gone.
 _LOST = re.compile(
     r"gloo|nccl|closed by peer|heartbeat|unavailable|aborted|deadline_exceeded|cuda_error",
     re.IGNORECASE,
 )
-
-
-class LostDeviceError(UserError):
-    """The error of a run whose devices are not all there any more."""
 
 
 @contextlib.contextmanager
@@ -52,9 +48,13 @@ def told_of_lost_devices(options: Any) -> Iterator[None]:
         ) from error
 
 
-def leave(code: int) -> None:
-    """Ends this process, if it is one of several: a usual exit would wait for the one that was lost."""
+def leave(code: int) -> int:
+    """Ends this process with an exit code, if it is one of several; returns the code if it is alone.
+
+    A usual exit would wait for the process that was lost.
+    """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    return code

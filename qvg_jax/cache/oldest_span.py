@@ -13,10 +13,10 @@ from jaxtyping import Array, PRNGKeyArray
 from qvg_jax.cache.devices import whole_span
 from qvg_jax.cache.layer_codecs import groups_of, joined, parts_of
 from qvg_jax.cache.layout import Layout
-from qvg_jax.cache.no_gradient import no_gradient
 from qvg_jax.cache.own_window import by_head, read_rows, write_rows
 from qvg_jax.cache.slots import write_slot
 from qvg_jax.cache.state import KVCache
+from qvg_jax.codecs.no_gradient import no_gradient
 
 __all__ = ["all_slots", "encode_oldest"]
 
@@ -44,8 +44,8 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
             rows = None if head_h is None else head_h.shape[0]
             span = by_head(lay, read_rows(lay, dense, l, rows, begin, size))
             span = span if head_h is None or lay.own_window else span.take(head_h, 1)
-            span = no_gradient(whole_span(lay, span, 2), "compress")
-            packed, state = codec.encode(span, state, key=key)
+            encoded = codec.encode(whole_span(lay, span, 2), state, key=key)
+            packed, state = no_gradient(encoded, "compress")
             # All reading before all writing, or XLA copies the whole buffer to be safe.
             moved = read_rows(lay, dense, l, rows, begin + size, tail)
             packed, state, moved = lax.optimization_barrier((packed, state, moved))

@@ -18,13 +18,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.backends import divided_automatically, row_major
-from qvg_jax.cache.arguments import check_array, check_cache
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.devices import on_each_device
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.oldest_span import all_slots, encode_oldest
 from qvg_jax.cache.own_window import near_place, rows_of
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import checked_lengths, checked_positions
+from qvg_jax.codecs.arguments import check_array
 
 __all__ = ["KVCache", "append", "compress", "evict"]
 

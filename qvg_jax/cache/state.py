@@ -21,10 +21,10 @@ from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.own_window import dense_shape, near_shape
 from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.relative import RelativeTime
-from qvg_jax.cache.rope import Encodings, Rope
+from qvg_jax.cache.rope import Encodings, Rope, Table
 from qvg_jax.cache.slots import empty_slots
 from qvg_jax.cache.view import CacheView, view_of
-from qvg_jax.codecs.base import Codec, identity
+from qvg_jax.codecs.base import Codec, Packed, State, identity
 from qvg_jax.errors import wrong_kind
 
 __all__ = ["KVCache"]
@@ -38,32 +38,34 @@ class KVCache:
     Axes: L layers, N span slots, B batch, H heads, T tokens, D head dim, P position components.
     """
 
-    dense_k: Any  # [L, B, H, T, D] before RoPE; T = (sink_blocks + window_blocks) * block_tokens
-    dense_v: Any  # [L, B, H, T, D]
-    dense_pos: Any  # [B, T, P] float32
-    span_k: Any  # packed spans of the key codec, leaves [L, N, ...] (see slots.py); None if N = 0
-    span_v: Any  # packed spans of the value codec
-    span_pos: Any  # [N, B, T, P] float32; T = span_blocks * block_tokens
-    state_k: Any  # what the key codec hands from span to span, leaves [L, ...]
-    state_v: Any
-    dense_blocks: Any  # int32, valid blocks of the dense buffer: sink first, then window
-    first_span: Any  # int32, slot of the oldest span
-    num_spans: Any  # int32, valid spans: slots first_span, first_span + 1, ... modulo N
-    seen_blocks: Any  # int32, calls of append
-    dropped_blocks: Any  # int32, blocks that were stored and are gone (evict, overflow="drop")
-    rejected_blocks: Any  # int32, blocks that found no room (overflow="error")
-    nonfinite: Any  # int32, NaN and Inf among all appended values; stops at 2**31 - 1
-    first_bad_block: Any  # int32, number of the first block that had one; -1 if none
-    filled: Any = None  # int32, tokens of the block behind the valid ones; None if blocks="whole"
-    dense_valid: Any = None  # bool [B, T], False for padding; None unless blocks="padded"
-    span_valid: Any = None  # bool [N, B, T]
-    dense_table: Any = (
+    dense_k: Array  # [L, B, H, T, D] before RoPE; T = (sink_blocks + window_blocks) * block_tokens
+    dense_v: Array  # [L, B, H, T, D]
+    dense_pos: Array  # [B, T, P] float32
+    span_k: (
+        Packed  # packed spans of the key codec, leaves [L, N, ...] (see slots.py); None if N = 0
+    )
+    span_v: Packed  # packed spans of the value codec
+    span_pos: Array  # [N, B, T, P] float32; T = span_blocks * block_tokens
+    state_k: State  # what the key codec hands from span to span, leaves [L, ...]
+    state_v: State
+    dense_blocks: Array  # int32, valid blocks of the dense buffer: sink first, then window
+    first_span: Array  # int32, slot of the oldest span
+    num_spans: Array  # int32, valid spans: slots first_span, first_span + 1, ... modulo N
+    seen_blocks: Array  # int32, calls of append
+    dropped_blocks: Array  # int32, blocks that were stored and are gone (evict, overflow="drop")
+    rejected_blocks: Array  # int32, blocks that found no room (overflow="error")
+    nonfinite: Array  # int32, NaN and Inf among all appended values; stops at 2**31 - 1
+    first_bad_block: Array  # int32, number of the first block that had one; -1 if none
+    filled: Array | None = None  # int32, tokens of the block behind the valid ones; None if whole
+    dense_valid: Array | None = None  # bool [B, T], False for padding; None unless blocks="padded"
+    span_valid: Array | None = None  # bool [N, B, T]
+    dense_table: Table = (
         None  # rope table of sink and window, leaves [B, T, ...]; None without `rope`
     )
-    span_table: Any = None  # rope tables of the spans, leaves [N, B, T, ...]
-    near_k: Any = None  # of local heads with a window of their own (own_window.py), else None
-    near_v: Any = None
-    near_pos: Any = None  # [B, T, P] float32
+    span_table: Table = None  # rope tables of the spans, leaves [N, B, T, ...]
+    near_k: Array | None = None  # of local heads with a window of their own (own_window.py)
+    near_v: Array | None = None
+    near_pos: Array | None = None  # [B, T, P] float32
     layout: Layout = dataclasses.field(metadata=dict(static=True))
 
     @classmethod

@@ -40,6 +40,7 @@ from qvg_jax.codecs.smoothing.kmeans import (
     KMeansState,
     deviations,
     start_tokens,
+    subsample_tokens,
 )
 from qvg_jax.codecs.smoothing.lloyd import restarted, rows
 from qvg_jax.codecs.smoothing.tables import store_table
@@ -55,6 +56,9 @@ from qvg_jax.codecs.storage import (
 __all__ = ["KernelEncoding", "kernel_encoding"]
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+
+# Tokens from which the sizes of channels are taken for distances, at least, where a span has twice as many.
+_SIZES_FROM = 3072
 
 
 def kernel_encoding(
@@ -96,8 +100,8 @@ def _centroids(storage: Storage | None) -> Centroids | str:
     return centroids
 
 
-class First(NamedTuple):
-    """The first iteration of the first stage: its first centroids, its sums, and by what it measured."""
+class Clustered(NamedTuple):
+    """A stage's centroids, sums over all tokens that were taken on the way, and by what distances are measured."""
 
     c_BHKD: Array
     sums: Any
@@ -108,7 +112,7 @@ class First(NamedTuple):
 class KernelEncoding:
     """The encoding of a chain of k-means and levels by kernels, in the order in which it happens.
 
-    `first_sums` is the first iteration, and tells whether the span can go on this way (`usual`);
+    `first_stage` finds the first stage's centroids, and tells whether the span can go on this way (`usual`);
     `encode` does the rest.
 
     Attributes:
@@ -145,16 +149,15 @@ class KernelEncoding:
     def fit(self) -> Lloyd:
         return self.centroids.fit
 
-    def first_sums(self, x_BHTD: Array, state: State) -> First:
-        """Returns the first stage's first centroids, and the sums of the tokens nearest to each of them."""
-        c_BHKD, metric = self._start(x_BHTD, state, 0), self._metric(x_BHTD)
-        return First(c_BHKD, self._sums(x_BHTD, c_BHKD, metric, self.fit.reseed), metric)
+    def first_stage(self, x_BHTD: Array, state: State) -> Clustered:
+        """Returns the first stage's centroids, and what was found on the way to them."""
+        return self._clustered(x_BHTD, state, 0)
 
     @staticmethod
-    def usual(first: First) -> Array:
+    def usual(first: Clustered) -> Array:
         """Whether all tokens are finite and not too large to take part, and no channel too quiet.
 
-        It shows in the sums of the first iteration, so that no pass looks for it.
+        It shows in the sums of an iteration, so that no pass looks for it.
         """
         usual = jnp.all(jnp.abs(first.sums.total_RKD) <= LARGEST)
         if first.metric is not None:
@@ -162,9 +165,9 @@ class KernelEncoding:
         return usual
 
     def encode(
-        self, x_BHTD: Array, state: State, first: First, key: PRNGKeyArray | None = None
+        self, x_BHTD: Array, state: State, first: Clustered, key: PRNGKeyArray | None = None
     ) -> tuple[Packed, State]:
-        """Returns the packed form and the state of the chain, from the result of `first_sums`."""
+        """Returns the packed form and the state of the chain, from the result of `first_stage`."""
         from pallas_kernels import kmeans, quantize_pack
 
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
@@ -172,12 +175,9 @@ class KernelEncoding:
         in_one_pass = form is not None and not isinstance(form, quantize_pack.Dithered)
         ids, tables, learned = [], [], []
         for stage in range(self.centroids.stages):
-            if stage:
-                c_BHKD, metric = self._start(r_BHTD, state, stage), self._metric(r_BHTD)
-                first = First(c_BHKD, self._sums(r_BHTD, c_BHKD, metric, self.fit.reseed), metric)
-            c_BHKD = self._clustered(r_BHTD, first, state)
-            codes_BHKD, steps, c_BHKD = store_table(c_BHKD, self.centroids.dtype)
-            args, how = (_rows(r_BHTD), _rows(c_BHKD)), self._how(first.metric)
+            found = self._clustered(r_BHTD, state, stage) if stage else first
+            codes_BHKD, steps, c_BHKD = store_table(found.c_BHKD, self.centroids.dtype)
+            args, how = (_rows(r_BHTD), _rows(c_BHKD)), self._how(found.metric)
             last = stage == self.centroids.stages - 1
             if last and form is None:  # XLA encodes the residual, and gets it as it is
                 ids_RT = kmeans.assign(*args, **how)
@@ -214,11 +214,18 @@ class KernelEncoding:
         return jnp.where(warm, previous_BHSKD[:, :, stage].astype(jnp.float32), c_BHKD)
 
     def _metric(self, x_BHTD: Array) -> Any:
-        """Returns means and sizes of the channels of all rows, or None if they are not made equal."""
+        """Returns means and sizes of the channels of all rows, or None if they are not made equal.
+
+        They are those of some of many tokens: nothing is stored that depends on it but centroids, and what those
+        leave of the energy changes by 0.3 % at most. Two passes over all tokens take as long as an iteration.
+        """
         from pallas_kernels.kmeans import Metric
 
         if not self.fit.equalize:
             return None
+        tokens = x_BHTD.shape[2]
+        some_t = subsample_tokens(tokens, _SIZES_FROM // 8, tokens)
+        x_BHTD = x_BHTD if some_t is None else x_BHTD[:, :, some_t]
         used_BHT = jnp.ones(x_BHTD.shape[:3], bool)
         return Metric(*(_rows(x)[:, 0] for x in deviations(x_BHTD, used_BHT)))
 
@@ -233,24 +240,42 @@ class KernelEncoding:
         out = kmeans.kmeans_sums(*args, scores=scores, **self._how(metric))
         return jax.tree.map(heads, out)
 
-    def _clustered(self, x_BHTD: Array, first: First, state: State) -> Array:
-        """Returns the centroids after all iterations, of which `first` was the first."""
-        c_BHKD, sums, metric = first
-        n = self.fit.cold_iters
-        if self.fit.warm_start and self.fit.iters != n:
-            n = jnp.where(state[0].warm, self.fit.iters, n)
-        c_BHKD = _moved(sums, c_BHKD)
-        if self.fit.reseed:
-            c_BHKD = _respread(x_BHTD, sums, c_BHKD, n, metric)
-        # Later iterations need no scores. With them the program has one kernel of k-means and not two,
-        # each of which takes seconds to compile; writing scores is 3 % of a pass's traffic.
-        scores = self.fit.reseed
-        step = lambda _, c: _moved(self._sums(x_BHTD, c, metric, scores), c)  # noqa: E731
-        if isinstance(n, int):  # a loop whose length is data waits for the host in every step
-            for i in range(1, n):
-                c_BHKD = step(i, c_BHKD)
-            return c_BHKD
-        return lax.fori_loop(1, n, step, c_BHKD)
+    def _clustered(self, x_BHTD: Array, state: State, stage: int) -> Clustered:
+        """Returns the centroids of a stage after all its iterations."""
+        fit, few_BHtD = self.fit, x_BHTD
+        some_t = subsample_tokens(x_BHTD.shape[2], self.centroids.num_centroids, fit.subsample)
+        if some_t is not None:
+            few_BHtD = x_BHTD[:, :, some_t]
+        metric, n = self._metric(few_BHtD), fit.cold_iters
+        if fit.warm_start and fit.iters != n:
+            n = jnp.where(state[0].warm, fit.iters, n)
+
+        def step(x_BHTD: Array, c_BHKD: Array, first: bool = False) -> tuple[Array, Any]:
+            # Later iterations need no scores. With them the program has one kernel of k-means and not two,
+            # each of which takes seconds to compile; writing scores is 3 % of a pass's traffic.
+            sums = self._sums(x_BHTD, c_BHKD, metric, fit.reseed)
+            c_BHKD = _moved(sums, c_BHKD)
+            if first and fit.reseed:
+                c_BHKD = _respread(x_BHTD, sums, c_BHKD, n, metric)
+            return c_BHKD, sums
+
+        def steps(c_BHKD: Array, n: int | Array) -> Array:
+            if isinstance(n, int):  # a loop whose length is data waits for the host in every step
+                for _ in range(1, n):
+                    c_BHKD, _ = step(few_BHtD, c_BHKD)
+                return c_BHKD
+            return lax.fori_loop(1, n, lambda _, c: step(few_BHtD, c)[0], c_BHKD)
+
+        c_BHKD = self._start(few_BHtD, state, stage)
+        if some_t is None:
+            c_BHKD, sums = step(x_BHTD, c_BHKD, first=True)
+            return Clustered(steps(c_BHKD, n), sums, metric)
+        first = lambda c: step(few_BHtD, c, first=True)[0]  # noqa: E731
+        if isinstance(n, int):
+            c_BHKD = first(c_BHKD) if n > 1 else c_BHKD
+        else:
+            c_BHKD = lax.cond(n > 1, first, lambda c: c, c_BHKD)
+        return Clustered(*step(x_BHTD, steps(c_BHKD, n - 1)), metric)
 
     def _collected(
         self, codes_BHTC: Array, scales: Array, zeros_BHTG: Array | None = None

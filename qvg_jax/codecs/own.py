@@ -55,6 +55,7 @@ def midrise(
     cold_iters: int = 5,
     centroid_dtype: FormatLike = "int8",
     warm_start: bool = True,
+    subsample: int = 1,
     key_gain: str | float = "lsq",
     value_gain: str | float = "match",
     scale_dtype: FormatLike = "e4m3",
@@ -72,7 +73,7 @@ def midrise(
         num_centroids: K, at most the tokens of a span.
         key_bits, value_bits: bits for one of them; None is `bits`.
         stages: S.
-        iters, cold_iters, warm_start: as in `presets.qvg`; unused centroids always restart.
+        iters, cold_iters, warm_start, subsample: as in `presets.qvg`; unused centroids always restart.
         centroid_dtype: as in `kmeans_smoothing`; int8 leaves the same error as bfloat16.
         key_gain, value_gain: `gain` of `grid_quantize` for K and for V.
         scale_dtype: "e4m3", "bf16" or "f32".
@@ -93,6 +94,7 @@ def midrise(
         cold_iters=cold_iters,
         centroid_dtype=centroid_dtype,
         warm_start=warm_start,
+        subsample=subsample,
     )
 
 
@@ -132,6 +134,7 @@ def dither(
     cold_iters: int = 5,
     centroid_dtype: FormatLike = "int8",
     warm_start: bool = True,
+    subsample: int = 1,
     key_gain: str | float = 0.5,
     value_gain: str | float = "match",
 ) -> tuple[Codec, Codec]:
@@ -149,7 +152,7 @@ def dither(
         num_centroids: K, at most the tokens of a span.
         asymmetric, reach: as in `dithered_quantize`.
         stages: S.
-        iters, cold_iters, warm_start, centroid_dtype: as in `midrise`.
+        iters, cold_iters, warm_start, subsample, centroid_dtype: as in `midrise`.
         key_gain, value_gain: `gain` of `dithered_quantize` for K and for V.
 
     Returns:
@@ -170,6 +173,7 @@ def dither(
         cold_iters=cold_iters,
         centroid_dtype=centroid_dtype,
         warm_start=warm_start,
+        subsample=subsample,
         equalize=True,
     )
 

@@ -52,6 +52,7 @@ def qvg(
     centroid_dtype: FormatLike = "bf16",
     warm_start: bool = True,
     reseed: bool = True,
+    subsample: int = 1,
     normalize: bool = False,
 ) -> Codec:
     """Quant VideoGen: one k-means stage, then symmetric integers, an e4m3 scale per 64 channels.
@@ -75,6 +76,7 @@ def qvg(
         centroid_dtype: storage dtype of the centroids.
         warm_start: start k-means from the previous span's centroids.
         reseed: restart unused centroids at badly served tokens.
+        subsample: as in `kmeans_smoothing`: iterations before the last look at one token in so many.
         normalize: as in `residual_quantize`: for residuals that do not fit e4m3, at a byte a span.
 
     Returns:
@@ -97,6 +99,7 @@ def qvg(
             centroid_dtype=centroid_dtype,
             warm_start=warm_start,
             reseed=reseed,
+            subsample=subsample,
         ),
         residual_quantize(bits, group, mode, scale_dtype, normalize=normalize),
     )

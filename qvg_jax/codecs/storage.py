@@ -102,6 +102,7 @@ class Lloyd:
     warm_start: bool
     reseed: bool
     equalize: bool = False
+    subsample: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,16 +65,16 @@ class Measured:
         attention: seconds of self-attention.
         encode: seconds of encoding a span in all layers.
         fixed: seconds that more devices do not shorten, such as launches.
-        link: bytes a second that a device sends to others.
-        latency: seconds of one step of an exchange.
+        link: bytes a second that a device sends to others; by default as between two H200s of a host.
+        latency: seconds of one step of an exchange; likewise.
     """
 
     network: float
     attention: float
     encode: float = 0.0
     fixed: float = 0.0
-    link: float = 300e9
-    latency: float = 10e-6
+    link: float = 197e9
+    latency: float = 60e-6
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

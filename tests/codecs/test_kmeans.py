@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qvg_jax.codecs.base import EmptyState
 from qvg_jax.codecs.smoothing import KMeansState, kmeans_smoothing
 from qvg_jax.codecs.smoothing import lloyd as lloyd_module
-from qvg_jax.codecs.smoothing.kmeans import start_tokens
+from qvg_jax.codecs.smoothing.kmeans import start_tokens, subsample_tokens
 from qvg_jax.codecs.smoothing.lloyd import assign, lloyd
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -57,6 +57,51 @@ def test_lloyd_against_numpy(iters):
     for h in range(2):
         want = numpy_lloyd(x[0, h], c[0, h], iters)
         np.testing.assert_allclose(got[0, h], want, atol=1e-5)  # float32 sums of 96 tokens
+
+
+def test_all_iterations_but_the_last_look_at_some_tokens():
+    """Against numpy, and with data for the number of iterations, of which one may be all."""
+    x, some_t = blobs(0), np.arange(0, 96, 3)
+    c, few = x[:, :, :8], x[:, :, some_t]
+    run = jit(lambda n: lloyd(x, c, n, some_t=some_t))
+    for iters in (1, 3):
+        for h in range(2):
+            want = numpy_lloyd(few[0, h], c[0, h], iters - 1)
+            want = numpy_lloyd(x[0, h], want, 1)
+            np.testing.assert_allclose(run(iters)[0, h], want, atol=1e-5)
+    again = jit(lambda n: lloyd(x, c, n, some_t=some_t, reseed=True))(1)
+    np.testing.assert_array_equal(again, run(1))  # one iteration restarts nothing
+
+
+@given(st.integers(1, 5000), st.integers(1, 40), st.integers(1, 9))
+@settings(deadline=None, max_examples=60)
+def test_the_tokens_that_are_learned_from_are_one_of_every_few(tokens, clusters, subsample):
+    some_t = subsample_tokens(tokens, clusters, subsample)
+    n = min(subsample, tokens // (8 * clusters))
+    if n <= 1:
+        assert some_t is None
+        return
+    np.testing.assert_array_equal(some_t // n, np.arange(len(some_t)))
+    assert len(some_t) == tokens // n // 8 * 8 >= clusters and some_t[-1] < tokens
+    if len(some_t) > 64:  # every place of the n about as often
+        share = np.bincount(some_t % n, minlength=n) / len(some_t)
+        assert abs(share - 1 / n).max() < 0.1
+
+
+def test_learning_from_some_tokens_costs_little():
+    """Two spans, the second one warm: nearly the objective of learning from all."""
+    x = blobs(5, (1, 2, 1600, 16), clusters=12, noise=0.5)
+    left = {}
+    for subsample in (1, 4):
+        more = dict(reseed=True, equalize=True, centroid_dtype="f32")
+        smoothing = kmeans_smoothing(20, 2, cold_iters=4, subsample=subsample, **more)
+        state, encode = smoothing.init((1, 2, 800, 16), x.dtype), jit(smoothing.encode)
+        left[subsample] = []
+        for start in (0, 800):
+            _, r, state = encode(x[:, :, start : start + 800], state)
+            left[subsample].append(float(jnp.sum(jnp.square(r))))
+    assert left[1] != left[4]
+    assert all(b < 1.1 * a for a, b in zip(left[1], left[4], strict=True))
 
 
 def test_an_empty_cluster_keeps_its_centroid():
@@ -217,6 +262,14 @@ def test_reseed_revives_centroids_of_content_that_is_gone():
     assert after < 0.7 * before, (before, after)
 
 
+def test_the_farthest_tokens_come_first():
+    """As numpy sorts, with ties, tiny numbers, and tokens that are not used, whose distance is -1."""
+    distance = np.random.default_rng(0).exponential(1, (1, 2, 700)).astype(np.float32)
+    distance[0, 0, ::7], distance[0, 0, 1::9], distance[0, 1, 5:400] = 0, -1, 1e-44
+    want = np.argsort(-distance, axis=-1, kind="stable")
+    np.testing.assert_array_equal(jit(lloyd_module._descending)(distance), want)
+
+
 def test_chunks_and_both_sums_agree():
     rng = np.random.default_rng(9)
     # Small integers: every order of summation gives the same float32, so equality is exact.
@@ -278,6 +331,7 @@ def test_tokens_that_are_not_finite_change_no_other():
         (dict(num_centroids=65_537), "num_centroids=65537"),
         (dict(iters=0), "iters=0.*1 or more"),
         (dict(cold_iters=0), "cold_iters=0"),
+        (dict(subsample=0), "subsample=0"),
         (dict(stages=0), "stages=0.*1 or more"),
         (
             dict(centroid_dtype=jnp.int16),

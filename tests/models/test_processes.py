@@ -14,8 +14,8 @@ import pytest
 from models.runs import devices
 from models.runs.devices import join_processes
 from models.self_forcing.entry import Options
-from qvg_jax.app.lost_devices import LostDeviceError, told_of_lost_devices
-from qvg_jax.errors import UserError
+from qvg_jax.app.lost_devices import told_of_lost_devices
+from qvg_jax.errors import LostDeviceError, UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "two_processes.py"

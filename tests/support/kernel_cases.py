@@ -42,6 +42,9 @@ ENCODERS = {
     "dither keys": lambda: presets.pair("dither", num_centroids=64)[0],
     "dither-asym values": lambda: presets.pair("dither-asym", num_centroids=64)[1],
     "qvg-asym": lambda: presets.get("qvg-asym", num_centroids=64),
+    "dither keys, learned from half": lambda: presets.pair("dither", num_centroids=16, subsample=2)[
+        0
+    ],
 }
 
 # name: scheme of 128 channels, and extra fields of the rows

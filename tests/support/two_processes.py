@@ -19,7 +19,8 @@ options = Options(coordinator=f"127.0.0.1:{port}", processes=int(processes), pro
 join_processes(options)
 
 import qvg_jax as qvg  # noqa: E402
-from qvg_jax.app.lost_devices import LostDeviceError, leave, told_of_lost_devices  # noqa: E402
+from qvg_jax.app.lost_devices import leave, told_of_lost_devices  # noqa: E402
+from qvg_jax.errors import LostDeviceError  # noqa: E402
 from tests.support.spread_caches import BATCH, CODECS, ROPE, SIZES, TOKENS, block  # noqa: E402
 
 

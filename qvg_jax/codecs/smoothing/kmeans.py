@@ -29,11 +29,16 @@ __all__ = [
     "deviations",
     "kmeans_smoothing",
     "start_tokens",
+    "subsample_tokens",
 ]
 
 # Tokens with a non-finite or larger entry do not take part in the clustering: one of them would
 # turn the mean of its cluster, and then every distance, into NaN.
 LARGEST = 1e15
+
+
+# A centroid is the mean of at least so many tokens on average, however few take part.
+_LEAST_EACH = 8
 
 
 class KMeansPacked(NamedTuple):
@@ -73,6 +78,26 @@ def start_tokens(tokens: int, num_centroids: int) -> np.ndarray:
     return np.sort(np.argsort(fraction_T, kind="stable")[:num_centroids]).astype(np.int32)
 
 
+def subsample_tokens(tokens: int, num_centroids: int, subsample: int) -> np.ndarray | None:
+    """Returns the tokens from which centroids are learned, ascending; None where all of them take part.
+
+    Of every n consecutive tokens it is one, another one in each n so that rows and columns of frames are hit
+    evenly (multiples of sqrt(2) modulo 1). n is `subsample`, or less where that left fewer than 8 tokens for
+    a centroid. Their number is a multiple of 8, as kernels read them.
+
+    Args:
+        tokens: T.
+        num_centroids: K <= T.
+        subsample: how many tokens there are for each that takes part.
+    """
+    n = max(1, min(subsample, tokens // (_LEAST_EACH * num_centroids)))
+    if n == 1:
+        return None
+    of_n = np.arange(tokens // n // 8 * 8, dtype=np.uint64)
+    fraction = of_n * np.uint64(0x6A09E667) % np.uint64(2**32)
+    return (of_n * np.uint64(n) + (fraction * np.uint64(n) >> np.uint64(32))).astype(np.int32)
+
+
 @factory
 def kmeans_smoothing(
     num_centroids: int = 256,
@@ -84,6 +109,7 @@ def kmeans_smoothing(
     warm_start: bool = True,
     reseed: bool = False,
     equalize: bool = False,
+    subsample: int = 1,
 ) -> Smoothing:
     """Subtracts from every token its nearest centroid; S stages repeat it on the residual.
 
@@ -119,6 +145,8 @@ def kmeans_smoothing(
         equalize: measure distances in channels that are divided by their mean absolute deviation over
             the span, so that ids do not depend on the size of channels and no loud one decides
             alone. What is stored has the same form.
+        subsample: n: all iterations but the last look at one token in n (`subsample_tokens`), and take as
+            much less time. At 1 they look at all. Channels' deviations, too, are those of these tokens.
 
     Returns:
         A `Smoothing` that stores ids (uint8 for K <= 256, uint16 above; S x T per head) and
@@ -134,7 +162,11 @@ def kmeans_smoothing(
     if not 1 <= num_centroids <= 2**16:
         raise ValueError(f"num_centroids={num_centroids} is not accepted: give 1 to 65536")
     cold_iters = iters if cold_iters is None else cold_iters
-    for name, value, least in (("iters", iters, 1), ("cold_iters", cold_iters, 1)):
+    for name, value, least in (
+        ("iters", iters, 1),
+        ("cold_iters", cold_iters, 1),
+        ("subsample", subsample, 1),
+    ):
         if value < least:
             raise ValueError(f"{name}={value} is not accepted: give {least} or more")
     if stages < 1:
@@ -151,6 +183,15 @@ def kmeans_smoothing(
                 f"shape={tuple(shape)}; accepted: 1 to {shape[2]}"
             )
 
+    def check_state(state: Any, shape: Shape) -> None:
+        found = state.centroids_BHSKD.shape if isinstance(state, KMeansState) else None
+        want = (*shape[:2], stages, num_centroids, shape[3])
+        if found != want:
+            raise ValueError(
+                f"state has centroids of shape {found}, and a span of shape {tuple(shape)} takes {want}; "
+                "accepted: init(x_BHTD.shape, x_BHTD.dtype), or the state of the span before"
+            )
+
     def init(shape: Shape, dtype: Any = jnp.bfloat16) -> KMeansState | EmptyState:
         check(shape, dtype)
         if not warm_start:
@@ -164,21 +205,28 @@ def kmeans_smoothing(
     ) -> tuple[KMeansPacked, Array, KMeansState | EmptyState]:
         del key  # the start is deterministic
         check(x_BHTD.shape, x_BHTD.dtype)
-        start = start_tokens(x_BHTD.shape[2], num_centroids)
+        some_t = subsample_tokens(x_BHTD.shape[2], num_centroids, subsample)
+        if warm_start:
+            check_state(state, x_BHTD.shape)
+        start = start_tokens(x_BHTD.shape[2] if some_t is None else len(some_t), num_centroids)
         residual_BHTD, ids, tables, learned = x_BHTD, [], [], []
         for s in range(stages):
             used_BHT = jnp.all(jnp.abs(residual_BHTD) <= LARGEST, axis=-1)
             tokens_BHTD = jnp.where(used_BHT[..., None], residual_BHTD, 0)
-            c_BHKD, n = tokens_BHTD[:, :, start].astype(jnp.float32), cold_iters
+            few_BHtD, used_BHt = tokens_BHTD, used_BHT
+            if some_t is not None:
+                few_BHtD, used_BHt = tokens_BHTD[:, :, some_t], used_BHT[:, :, some_t]
+            c_BHKD, n = few_BHtD[:, :, start].astype(jnp.float32), cold_iters
             if warm_start:
                 previous_BHKD = state.centroids_BHSKD[:, :, s].astype(jnp.float32)
                 c_BHKD = jnp.where(state.warm, previous_BHKD, c_BHKD)
                 n = iters if iters == cold_iters else jnp.where(state.warm, iters, cold_iters)
             if equalize:
-                _, size_BH1D = deviations(tokens_BHTD, used_BHT)
+                _, size_BH1D = deviations(few_BHtD, used_BHt)
                 tokens_BHTD = tokens_BHTD.astype(jnp.float32) / size_BH1D
                 c_BHKD = c_BHKD / size_BH1D
-            c_BHKD = lloyd(tokens_BHTD, c_BHKD, n, used_BHT=used_BHT, reseed=reseed)
+            how = dict(used_BHT=used_BHT, reseed=reseed, some_t=some_t)
+            c_BHKD = lloyd(tokens_BHTD, c_BHKD, n, **how)
             c_BHKD = c_BHKD * size_BH1D if equalize else c_BHKD
             codes_BHKD, steps, c_BHKD = store_table(c_BHKD, form)
             ids_BHT, _ = assign(tokens_BHTD, c_BHKD / size_BH1D if equalize else c_BHKD)
@@ -208,7 +256,7 @@ def kmeans_smoothing(
         per_head = t * id_dtype.itemsize + table_nbytes(form, num_centroids, d)
         return b * h * stages * per_head
 
-    fit = Lloyd(iters, cold_iters, warm_start, reseed, equalize)
+    fit = Lloyd(iters, cold_iters, warm_start, reseed, equalize, subsample)
     storage = Centroids(num_centroids, stages, form, fit)
     name = f"kmeans{num_centroids}" + (f"x{stages}" if stages > 1 else "")
     return Smoothing(init, encode, decode, nbytes, name, storage)
