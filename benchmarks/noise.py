@@ -11,11 +11,10 @@ import jax.numpy as jnp
 
 
 def noise_of(form: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
-    """An array of this shape and dtype: normal numbers, or random codes if they are integers; signed ones, which are
-    exponents and tables, are small.
+    """An array of this shape and dtype: normal numbers, or random codes if they are integers.
 
-    Made row by row of the first axis, so that float32 noise never exists as a whole, and where the shape's
-    sharding says, if it has one.
+    Signed integers, which are exponents and tables, are small. It is made row by row of the first axis, so
+    that float32 noise never exists as a whole, and where the shape's sharding says, if it has one.
     """
 
     def one(key):
@@ -23,7 +22,9 @@ def noise_of(form: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
             return jax.random.normal(key, form.shape[1:], jnp.bfloat16).astype(form.dtype)
         # Scales are bytes too: no NaN, and none above 2.
         bits = jax.random.bits(key, form.shape[1:], f"uint{8 * form.dtype.itemsize}") & 0x3F
-        return (bits & 3).astype(form.dtype) if jnp.issubdtype(form.dtype, jnp.signedinteger) else bits
+        return (
+            (bits & 3).astype(form.dtype) if jnp.issubdtype(form.dtype, jnp.signedinteger) else bits
+        )
 
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), form.shape[0])
     return jax.jit(lambda keys: jax.lax.map(one, keys), out_shardings=form.sharding)(keys)
@@ -44,7 +45,7 @@ def filled(cache: Any, blocks: int, spans: int | None = None) -> Any:
     The given cache's arrays are deleted before their successors are made: two may not fit.
     """
     spans, made = _spans_after(cache.layout, blocks) if spans is None else spans, {}
-    for name in ("dense_k", "dense_v", "span_k", "span_v"):
+    for name in ("dense_k", "dense_v", "near_k", "near_v", "span_k", "span_v"):
         leaves, tree = jax.tree.flatten(getattr(cache, name))
         forms = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_placed(x)) for x in leaves]
         for x in leaves:
