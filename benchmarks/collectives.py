@@ -28,8 +28,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^| )([a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(r"(?:body|to_apply|calls)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations=\{|true_computation=|false_computation=)([^}=]*)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
 
 
@@ -116,13 +116,14 @@ def _computations(text: str) -> tuple[dict[str, list[_Operation]], str]:
 
 def _operation(name: str, rest: str, sizes: dict[str, int]) -> _Operation:
     operands, _, attributes = rest.partition(")")
-    branches = _BRANCHES.search(attributes)
+    branches = " ".join(_BRANCHES.findall(attributes)) if name == "conditional" else ""
+    ends = name.endswith(("-done", "-update"))  # which name the computation of their start again
     trips = _TRIPS.search(attributes) if name == "while" else None
     return _Operation(
         name=name,
         operand_bytes=sum(sizes.get(x, 0) for x in re.findall(r"%([\w.\-]+)", operands)),
-        called=tuple(_CALLED.findall(attributes)),
-        branches=tuple(re.findall(r"%?([\w.\-]+)", branches[1])) if branches else (),
+        called=() if ends else tuple(_CALLED.findall(attributes)),
+        branches=tuple(re.findall(r"%([\w.\-]+)", branches)),
         trips=int(trips[1]) if trips else 1,
     )
 

@@ -246,11 +246,10 @@ class Run:
             width=options.width // vae,
             config=dit,
         )
-        # A ring sends slots whether or not they are full.
-        spans = found["slots"] if found["plan"].startswith("ring") else work.spans
         blocks = jax.tree.leaves(self.setup.model.blocks)
         layer = sum(x.nbytes for x in blocks) // dit.layers if shared else 0
-        return dataclasses.replace(work, spans=spans, span_blocks=10**6, layer_bytes=layer)
+        more = dict(slots=found["slots"], layer_bytes=layer)
+        return dataclasses.replace(work, span_blocks=10**6, **more)
 
     def _calls(self) -> int:
         from models.self_forcing.config import SamplerConfig

@@ -4,7 +4,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["MissingExtraError", "UserError", "printable", "told_to_user", "wrong_kind"]
+__all__ = [
+    "LostDeviceError",
+    "MissingExtraError",
+    "UserError",
+    "article",
+    "printable",
+    "told_to_user",
+    "wrong_kind",
+]
 
 
 class UserError(ValueError):
@@ -12,6 +20,10 @@ class UserError(ValueError):
 
     The command prints the message in one line. Every other exception keeps its traceback.
     """
+
+
+class LostDeviceError(UserError):
+    """The error of a run whose devices are not all there any more."""
 
 
 class MissingExtraError(UserError, ImportError):
@@ -51,9 +63,22 @@ def wrong_kind(name: str, value: Any, accepted: str) -> TypeError:
         value: what was given.
         accepted: what would be.
     """
-    simple = value is None or isinstance(value, str | int | float)
-    shown = repr(value)[:60] if simple else f"a {type(value).__name__}"
-    return TypeError(f"{name}={shown} is not accepted: give {accepted}")
+    return TypeError(f"{name}={_shown(value)} is not accepted: give {accepted}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words: a number as it is, an array by its shape, anything else by its kind."""
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)[:60]
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {tuple(value.shape)} of {value.dtype}"
+    count = f" of {len(value)}" if type(value) in (tuple, list) else ""
+    return article(type(value).__name__) + count
+
+
+def article(noun: str) -> str:
+    """The noun behind "a" or "an"."""
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
 def printable(text: str) -> str:

@@ -79,6 +79,7 @@ ENTRY = ModelEntry(
     check=deferred("models.worldplay.early_checks:check_walk"),
     protocol=PROTOCOL,
     prepare=deferred("models.lingbot.job:prepare"),
+    finished=deferred("models.lingbot.job:finished"),
     plan_options=PlanOptions,
     plan=deferred("models.lingbot.job:plan"),
     memory_advice=memory_advice,

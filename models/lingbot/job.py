@@ -22,7 +22,7 @@ from qvg_jax.app.job import Arm, Job
 from qvg_jax.app.memory_plan import Plan
 from qvg_jax.errors import UserError
 
-__all__ = ["plan", "prepare"]
+__all__ = ["finished", "plan", "prepare"]
 
 
 class _LingBot(BlockModel[Options, Settings]):
@@ -95,6 +95,11 @@ class _LingBot(BlockModel[Options, Settings]):
 def prepare(options: Options) -> Job:
     """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
     return latent_job.prepare(_LingBot(), options)
+
+
+def finished(options: Options) -> bool:
+    """Whether `options.out` has the files of this very run; see `latent_job.finished`."""
+    return latent_job.finished(_LingBot(), options)
 
 
 def plan(options: PlanOptions) -> Plan:

@@ -15,6 +15,7 @@ from models.lingbot.settings import Settings, settle
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
+from models.runs.reading import precision_notes
 from models.self_forcing.block import Known, State
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
@@ -65,6 +66,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a smaller --height and "
         "--width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
+        notes=precision_notes({name: settings.cache(name) for name in settings.histories}, options),
     )
 
 

@@ -77,6 +77,7 @@ ENTRY = ModelEntry(
     check=deferred("models.runs.early_checks:check_codecs"),
     protocol=PROTOCOL,
     prepare=deferred("models.longcat.job:prepare"),
+    finished=deferred("models.longcat.job:finished"),
     plan_options=PlanOptions,
     plan=deferred("models.longcat.job:plan"),
     memory_advice=memory_advice,

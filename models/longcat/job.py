@@ -35,7 +35,7 @@ from qvg_jax.app.job import Arm, Job, Played
 from qvg_jax.app.memory_plan import Plan
 from qvg_jax.errors import UserError, told_to_user
 
-__all__ = ["plan", "prepare"]
+__all__ = ["finished", "plan", "prepare"]
 
 LORA_RANK = 128  # of the released ones
 
@@ -212,6 +212,11 @@ def _stand_ins(texts: list[str], settings: Settings) -> tuple[jax.Array, np.ndar
 def prepare(options: Options) -> Job:
     """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
     return latent_job.prepare(_LongCat(), options)
+
+
+def finished(options: Options) -> bool:
+    """Whether `options.out` has the files of this very run; see `latent_job.finished`."""
+    return latent_job.finished(_LongCat(), options)
 
 
 def plan(options: PlanOptions) -> Plan:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import time
 
 import jax
@@ -14,12 +13,15 @@ from models.longcat.condition import build_condition
 from models.longcat.entry import Options
 from models.longcat.modeling import TextKV
 from models.longcat.params import skeleton
+from models.longcat.predicted import SOURCE, evaluation_seconds
 from models.longcat.sampler import StepInput, cached_step, clip_step
 from models.longcat.segments import decode, encode
 from models.longcat.settings import TEXT_SLOTS, Settings, chosen_sizes, settle
 from models.longcat.sharding import check_division, share_bytes
 from models.runs.checkpoint_folder import Sizes
 from models.runs.memory import text_encoder_bytes, text_kv_bytes
+from models.runs.reading import precision_notes
+from models.runs.shared_needs import LeftOut
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.attention.spread import check_spread
@@ -30,8 +32,6 @@ from qvg_jax.loop import run_chunk
 
 CHUNK = 8  # steps in one device call, as `denoise` has it
 ROWS = 64  # rows of the text that a short prompt keeps
-
-log = logging.getLogger(__name__)
 
 
 def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
@@ -57,7 +57,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     decoding = temporary_bytes(decode, vae, _clip(settings))
     encoding = temporary_bytes(encode, vae, _frames(settings))
     first = temporary_bytes(run_chunk, *_loop(settings, dit, None))
-    needs = []
+    needs, left_out = [], LeftOut()
     for name in settings.codecs:
         cache = settings.cache(name)
         size = shape_bytes(cache)
@@ -76,9 +76,11 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
             "encoding": max(0, encoding - size),
         }
         alone = Need(name=name, held=held, temporaries=temporaries)
-        for need in (alone, *_on_devices(settings, dit, alone, count)):
-            longest = None if need.total <= memory else 0
-            needs.append(dataclasses.replace(need, longest=longest))
+        for need in (alone, *_on_devices(settings, dit, alone, count, left_out)):
+            longest, devices = None if need.total <= memory else 0, 1 if need is alone else count
+            seconds = evaluation_seconds(settings, name, devices) if count > 1 else None
+            needs.append(dataclasses.replace(need, longest=longest, seconds=seconds))
+    left_out.say()
     return Plan(
         what=f"LongCat-Video, {settings.segments.num_cond_frames} given frames of "
         f"{settings.height} x {settings.width}, {settings.sizes.dit.layers} layers, each codec "
@@ -89,24 +91,30 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         seconds=time.perf_counter() - begin,
         advice="accepted: fewer --cond-frames, a smaller --height and --width, a codec of fewer "
         "bits (`qvg codecs`), or several devices, which share transformer and cache",
+        larger="a device with more memory, or several, which share the transformer",
+        notes=(
+            *precision_notes({name: settings.cache(name) for name in settings.codecs}, options),
+            *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),
+        ),
+        timed="an evaluation",
     )
 
 
-def _on_devices(settings: Settings, dit, need: Need, count: int) -> list[Need]:
+def _on_devices(settings: Settings, dit, need: Need, count: int, left_out: LeftOut) -> list[Need]:
     """The need of one of several devices, which have some of the heads each; temporaries are those of one alone.
 
-    A codec that keeps heads together is left out, and the log says so.
+    A codec that keeps heads together is left out.
     """
     if count == 1:
         return []
     plan, cache = CachePlan(heads=count), settings.cache(need.name)
+    name = f"{need.name}, heads over {count}"
     try:
         check_spread(cache, plan, 0)
     except NotImplementedError as error:
-        log.warning(f"{need.name}, heads over {count} is left out: {error}")
+        left_out.add(name, error)
         return []
     share = {"transformer": share_bytes(dit, count), "cache": share_of_cache(cache, plan)}
-    name = f"{need.name}, heads over {count}"
     return [dataclasses.replace(need, name=name, held=need.held | share)]
 
 

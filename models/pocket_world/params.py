@@ -15,6 +15,7 @@ from models.common.checkpoint import CheckpointError, Rule, load
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld
 from qvg_jax.errors import UserError
+from qvg_jax.files import replacing
 from qvg_jax.reading.schema import checked, parse_json
 from qvg_jax.reading.tensors import opened
 
@@ -34,10 +35,8 @@ def save_weights(
     flat = traverse_util.flatten_dict(params, sep=".")
     arrays = {name: np.ascontiguousarray(np.asarray(x, np.float16)) for name, x in flat.items()}
     header = {"config": json.dumps(dataclasses.asdict(cfg)), "card": json.dumps(card or {})}
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    save_file(arrays, partial, header)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(arrays, partial, header)
 
 
 def read_header(path: str | os.PathLike) -> tuple[PocketWorldConfig, dict]:

@@ -25,6 +25,7 @@ from models.pocket_world import data, objective
 from models.pocket_world.config import PocketWorldConfig
 from models.pocket_world.modeling import PocketWorld
 from models.pocket_world.params import load_weights, save_weights
+from qvg_jax.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,7 @@ def train(
     steps: int | None = None,
     minutes: float | None = None,
     pause_after: float | None = None,
+    save_every: float = 10.0,
     weights: pathlib.Path | None = None,
     dtype=jnp.bfloat16,
     attention: str | None = None,
@@ -181,9 +183,12 @@ def train(
 ):
     """Trains (or resumes) into `out`: checkpoints/, log.jsonl. Returns (graph, state).
 
+    A run that was killed goes on from its last checkpoint, and what its log says of later steps is cut off.
+
     Args:
         steps, minutes: length of the whole run, by count or by clock (exactly one of them).
         pause_after: stop with a checkpoint after this many minutes of this call.
+        save_every: minutes between checkpoints.
         weights: where to start from if `out` has no checkpoint; None is random.
         dtype: compute dtype of the matrix products; parameters stay float32.
         attention: `jax.nn.dot_product_attention` implementation.
@@ -196,7 +201,9 @@ def train(
     with ocp.CheckpointManager(out.absolute() / "checkpoints", options=options) as manager:
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+        _cut_log(out / "log.jsonl", int(state["step"]))
         before, start, chunks = float(state["minutes"]), time.monotonic(), 0
+        saved = start
 
         def progress():
             spent = before + (time.monotonic() - start) / 60
@@ -223,9 +230,28 @@ def train(
             with (out / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
             log(row)
+            if time.monotonic() - saved >= 60 * save_every:
+                manager.save(row["step"], args=ocp.args.StandardSave(state))
+                saved = time.monotonic()
         if manager.latest_step() != int(state["step"]):
             manager.save(int(state["step"]), args=ocp.args.StandardSave(state))
     return graph, state
+
+
+def _cut_log(path: pathlib.Path, step: int) -> None:
+    """Removes the rows of a log that are of later steps, and one that is torn."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        kept.append(line)
+    with replacing(path) as partial:
+        partial.write_text("".join(kept))
 
 
 def main(argv=None):

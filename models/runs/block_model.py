@@ -11,7 +11,7 @@ from models.runs import decode
 from models.runs.block_settings import BlockSettings
 from models.runs.latent_job import LatentModel, Run
 from models.runs.latent_options import LatentOptions
-from models.runs.request_checks import attention_told
+from models.runs.reading import attention_told
 from qvg_jax.app.job import Arm, Played
 from qvg_jax.cache.health import cache_bytes
 

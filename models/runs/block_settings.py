@@ -8,6 +8,7 @@ import jax
 
 from models.runs.checkpoint_folder import Sizes
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan
 
 __all__ = ["BlockSettings"]
 
@@ -38,6 +39,11 @@ class BlockSettings(abc.ABC):
     def arms(self) -> tuple[str, ...]:
         """Names of the arms, bf16 first."""
         return tuple(self.histories)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan by which the caches of all arms are spread over devices; None for one."""
+        return next(iter(self.histories.values())).plan
 
     @property
     def latent(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Several devices for one run: the plan that a user asked for, processes that find each other, weights on all."""
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from qvg_jax.errors import UserError
 
 __all__ = [
     "check_blocks",
+    "check_sharing",
     "check_versions",
     "join_processes",
     "on_all_devices",
@@ -28,6 +30,9 @@ __all__ = [
     "weight_placement",
     "whole_on_all",
 ]
+
+FOLDERS_OF_A_PROCESS = ("process", "out", "weights", "image", "video", "lora")
+LOST_AFTER = 30  # seconds without a sign of life, then a process counts as lost
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +62,12 @@ def plan_of(options: LatentOptions, accepted: Sequence[str]) -> Plan | None:
     return Plan(**{name: count}, split_tokens=True)
 
 
+def check_sharing(share: bool, plan: Plan | None) -> None:
+    """Raises UserError if weights are to be shared by one device."""
+    if share and plan is None:
+        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
+
+
 def check_blocks(cache: KVCache, plan: Plan | None, tokens: Iterable[int]) -> None:
     """Raises UserError if blocks of so many tokens cannot attend to a cache by a plan, as `attend` would.
 
@@ -78,7 +89,7 @@ def join_processes(options: LatentOptions) -> None:
     """Makes one run of several processes, each with its own devices. Before JAX is used otherwise.
 
     Raises:
-        UserError: `--processes` or `--process` is missing or out of range, or versions differ.
+        UserError: `--processes` or `--process` is missing or out of range, or versions or options differ.
     """
     count, number = options.processes, options.process
     if options.coordinator is None:
@@ -90,8 +101,11 @@ def join_processes(options: LatentOptions) -> None:
             f"--coordinator with --processes {count} and --process {number}: give the number of "
             "processes, and which of them this is, from 0 on"
         )
-    jax.distributed.initialize(options.coordinator, count, number)
+    jax.distributed.initialize(
+        options.coordinator, count, number, heartbeat_timeout_seconds=LOST_AFTER
+    )
     check_versions(versions())
+    _check_options(options)
     log.info(
         f"process {number} of {count}: {jax.local_device_count()} of {jax.device_count()} devices"
     )
@@ -103,16 +117,34 @@ def check_versions(own: Any) -> None:
     Args:
         own: versions of this process, as a value that `str` shows.
     """
+    if differ := _differing(own):
+        raise UserError(
+            f"versions of process {', '.join(differ)} differ from those of process 0; this is process "
+            f"{jax.process_index()} with {own}; install the same everywhere"
+        )
+
+
+def _check_options(options: LatentOptions) -> None:
+    """Raises UserError if another process of this run was asked for something else; folders may differ."""
+    own = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name not in FOLDERS_OF_A_PROCESS
+    }
+    if differ := _differing(sorted(own.items())):
+        raise UserError(
+            f"options of process {', '.join(differ)} differ from those of process 0; accepted: the same "
+            "command everywhere, but for --process, --out and where files are"
+        )
+
+
+def _differing(own: Any) -> list[str]:
+    """The processes of this run that have another value than process 0, compared as text."""
     from jax.experimental import multihost_utils
 
     digest = np.frombuffer(hashlib.sha256(str(own).encode()).digest()[:8], np.uint32)
     all_digests = np.atleast_2d(multihost_utils.process_allgather(digest))
-    differ = [i for i, row in enumerate(all_digests) if (row != all_digests[0]).any()]
-    if differ:
-        raise UserError(
-            f"versions of process {', '.join(map(str, differ))} differ from those of process 0; this "
-            f"is process {jax.process_index()} with {own}; install the same everywhere"
-        )
+    return [str(i) for i, row in enumerate(all_digests) if (row != all_digests[0]).any()]
 
 
 def whole_on_all(x: Array, plan: Plan | None) -> Array:

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,15 +19,17 @@ from models.runs.checkpoint_folder import Parts, find_parts
 from models.runs.devices import join_processes, plan_of
 from models.runs.latent_options import LatentOptions
 from models.runs.prompts import embed_prompts, stand_in_embedding
-from models.runs.request_checks import RANDOM, attention_of, check_needed, plain_config
+from models.runs.reading import attention_of
+from models.runs.request_checks import RANDOM, check_needed, plain_config
 from models.runs.saved_latents import SavedLatents
 from models.umt5.params import WEIGHTS as TEXT_WEIGHTS
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
+from qvg_jax.app.early_checks import has_report
 from qvg_jax.app.fetch import ask, fetch_address, fetched
 from qvg_jax.app.hub import PREFIX, Download
 from qvg_jax.app.job import Arm, Block, Job, Played
 
-__all__ = ["LatentModel", "Run", "prepare"]
+__all__ = ["LatentModel", "Run", "finished", "prepare"]
 
 STAND_IN = "stand-in: noise drawn from each word"
 
@@ -167,22 +169,8 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
-    join_processes(options)
-    plan_of(options, model.plans)
-    options = dataclasses.replace(options, weights=_weights(model, options.weights))
-    check_needed(model.name, options)
-    random = options.weights == RANDOM
-    parts = None if random else find_parts(
-        options.weights or "", model.dit_names, config=model.config_folder
-    )  # fmt: skip
-    settings: Any = model.settle(options, parts)
+    options, parts, settings, given, identity = _checked(model, options)
     sizes = settings.sizes
-    if parts:  # all files now: the last one is read when minutes have been spent on the others
-        model.check_dit(parts.dit, settings)
-        VAE_WEIGHTS.check(parts.vae, sizes.vae)
-        TEXT_WEIGHTS.check(parts.text, sizes.text)
-    given = model.read_given(options, settings)
-    identity = _identity(model, options, settings, parts)
     shape, dtype = model.latent_block(settings)
     which = dict(resume=options.resume, restart=options.restart)
     saved = SavedLatents(options.out, identity, shape, dtype, **which)
@@ -205,7 +193,7 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
         prompt=prompt,
         given=model.encode_given(options, settings, given, vae),
     )
-    arms = tuple(Arm(name=name, state=settings.cache(name)) for name in settings.arms)
+    arms = _arms(settings)
     tour = model.given_frames(run)
     frames = sizes.vae.video_frames(settings.frames) - tour
     common = {
@@ -213,7 +201,7 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
         "latent_frames": settings.frames,
         "tour_frames": tour,
         "frames": frames,
-        "caches": {a.name: model.describe_cache(options, settings, a) for a in arms},
+        **_caches(model, options, settings),
     }
     return Job(
         model=model.name,
@@ -231,6 +219,61 @@ def prepare[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> Job:
         finished=saved.finish,
         config=identity | common | model.report(run),
     )
+
+
+def finished[O: LatentOptions, S](model: LatentModel[O, S], options: O) -> bool:
+    """Whether `options.out` has the files of this very run, told without loading a network.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    options, _, settings, _, identity = _checked(model, options)
+    # The latents tell whether the request is the same; the report, whether all of the video was made of them.
+    saved = SavedLatents(options.out, identity, *model.latent_block(settings), resume=True)
+    expected = _caches(model, options, settings) | {
+        "latent_frames": settings.frames,
+        "fps": model.fps if options.fps is None else options.fps,
+    }
+    return not saved.missing and has_report(options.out, model.name, settings.arms, expected)
+
+
+class _Checked(NamedTuple):
+    """A request whose every option was checked, and what was found on the way."""
+
+    options: Any
+    parts: Parts | None
+    settings: Any
+    given: Any
+    identity: dict[str, Any]
+
+
+def _checked(model: LatentModel, options: Any) -> _Checked:
+    """Checks all options and the headers of all files; reads no tensor."""
+    join_processes(options)
+    plan_of(options, model.plans)
+    options = dataclasses.replace(options, weights=_weights(model, options.weights))
+    check_needed(model.name, options)
+    random = options.weights == RANDOM
+    parts = None if random else find_parts(
+        options.weights or "", model.dit_names, config=model.config_folder
+    )  # fmt: skip
+    settings: Any = model.settle(options, parts)
+    if parts:  # all files now: the last one is read when minutes have been spent on the others
+        model.check_dit(parts.dit, settings)
+        VAE_WEIGHTS.check(parts.vae, settings.sizes.vae)
+        TEXT_WEIGHTS.check(parts.text, settings.sizes.text)
+    given = model.read_given(options, settings)
+    return _Checked(options, parts, settings, given, _identity(model, options, settings, parts))
+
+
+def _arms(settings: Any) -> tuple[Arm, ...]:
+    return tuple(Arm(name=name, state=settings.cache(name)) for name in settings.arms)
+
+
+def _caches(model: LatentModel, options: Any, settings: Any) -> dict[str, Any]:
+    """What the report says of the caches of all arms."""
+    told = {arm.name: model.describe_cache(options, settings, arm) for arm in _arms(settings)}
+    return {"caches": told}
 
 
 def _weights(model: LatentModel, asked: str | None) -> str | None:

@@ -9,9 +9,7 @@ import numpy as np
 
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.job import BASELINE
-from qvg_jax.attention.choice import explain
 from qvg_jax.backends import capability, no_hopper, no_triton
-from qvg_jax.cache.operations import KVCache
 from qvg_jax.errors import UserError
 
 RANDOM = "random"  # in place of a folder of weights
@@ -84,20 +82,6 @@ def check_seed(seed: int) -> None:
 def arm_names(options: LatentOptions) -> list[str]:
     """The recipes asked for, each once, the baseline first."""
     return sorted(dict.fromkeys(options.codecs), key=lambda name: name != BASELINE)  # stable
-
-
-def attention_of(arm: str, options: LatentOptions) -> tuple[str | None, str | None]:
-    """Implementation and precision by which an arm reads its cache: as asked; the baseline's are its own."""
-    return (None, None) if arm == BASELINE else (options.attention, options.precision)
-
-
-def attention_told(arm: str, options: LatentOptions, cache: KVCache) -> str:
-    """What `attend` runs for an arm on this device, in words."""
-    view = cache.view(rope=False)
-    queries = (view.cache.layout.batch, view.cache.layout.block_tokens, view.heads)
-    q_BTHD = jax.ShapeDtypeStruct((*queries, view.cache.layout.head_dim), cache.dense_k.dtype)
-    implementation, precision = attention_of(arm, options)
-    return explain(view, q_BTHD, implementation=implementation, precision=precision).runs
 
 
 def with_layers[C](config: C, options: LatentOptions) -> C:

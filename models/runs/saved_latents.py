@@ -29,6 +29,7 @@ class SavedLatents:
         )
         self.add = self._blocks.add
         self.finish = self._blocks.finish
+        self.missing = self._blocks.missing
 
     def read(self, arm: str) -> Float[np.ndarray, "B F Z Y X"]:
         """The latents that an earlier run has left; no frames if there are none."""

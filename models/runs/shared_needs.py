@@ -12,9 +12,26 @@ from qvg_jax.cache.devices import share_bytes
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.plan import Plan
 
-__all__ = ["needs_on_devices"]
+__all__ = ["LeftOut", "needs_on_devices"]
 
 log = logging.getLogger(__name__)
+
+
+class LeftOut:
+    """The plans that cannot be, by reason: one warning says all of them."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, name: str, why: Exception) -> None:
+        """Notes a plan and why it cannot be."""
+        self._names.setdefault(str(why).removesuffix("."), []).append(name)
+
+    def say(self) -> None:
+        """Warns of what was noted, if anything was."""
+        if self._names:
+            parts = (f"{' and '.join(names)} ({why})" for why, names in self._names.items())
+            log.warning(f"left out: {'; '.join(parts)}")
 
 
 def needs_on_devices(
@@ -25,13 +42,13 @@ def needs_on_devices(
     axes: Sequence[str],
     tokens: Iterable[int],
     longest: Callable[[Callable[[KVCache], int]], int],
+    left_out: LeftOut,
     seconds: Callable[[Plan], float | None] = lambda plan: None,
     weights: int | None = None,
 ) -> list[Need]:
     """The needs of one of several devices under each plan that divides a cache and that attention serves.
 
-    Temporaries are those of one device, which are the largest. A plan that
-    cannot be is left out, and the log says why.
+    Temporaries are those of one device, which are the largest.
 
     Args:
         need: of one device alone.
@@ -41,6 +58,7 @@ def needs_on_devices(
         tokens: of its blocks.
         longest: `longest(share)` is the most latent frames that fit, where `share(cache)` are the bytes that
             a device has of a cache.
+        left_out: is told of plans that cannot be.
         seconds: what is predicted for a block under a plan.
         weights: bytes of the transformer on each device; None is all of it.
     """
@@ -58,7 +76,7 @@ def needs_on_devices(
             held = need.held | {"cache": share(cache)}
             check_blocks(cache, plan, tokens)
         except (ValueError, NotImplementedError) as error:
-            log.warning(f"{name} is left out: {error}")
+            left_out.add(name, error)
             continue
         changed = dict(name=name, held=held, longest=longest(share), seconds=seconds(plan))
         found.append(dataclasses.replace(need, **changed))

@@ -118,6 +118,7 @@ def _advice(name: str) -> Callable[[Options], str]:
 
 def _entry(release: Release) -> ModelEntry:
     prepare = deferred("models.self_forcing.job:prepare")
+    finished = deferred("models.self_forcing.job:finished")
     plan = deferred("models.self_forcing.job:plan")
     return ModelEntry(
         name=release.name,
@@ -127,6 +128,7 @@ def _entry(release: Release) -> ModelEntry:
         check=deferred("models.runs.early_checks:check_codecs"),
         protocol=PROTOCOL if release.name == NAME else None,
         prepare=functools.partial(prepare, release=release.name),
+        finished=functools.partial(finished, release=release.name),
         plan_options=PlanOptions if release.sink_average is None else PlainPlanOptions,
         plan=functools.partial(plan, release=release.name),
         memory_advice=_advice(release.name),

@@ -33,9 +33,8 @@ from models.self_forcing.settings import (
 )
 from qvg_jax.app import memory_plan
 from qvg_jax.app.job import Arm, Job
-from qvg_jax.cache.plan import Plan
 
-__all__ = ["plan", "prepare"]
+__all__ = ["finished", "plan", "prepare"]
 
 
 class _SelfForcing(BlockModel[Options, Settings]):
@@ -71,12 +70,12 @@ class _SelfForcing(BlockModel[Options, Settings]):
         }
 
     def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
-        place = weight_placement(_plan(settings), share=options.share_weights)
+        place = weight_placement(settings.plan, share=options.share_weights)
         return self._merged(self.weights.load(files, settings.sizes.dit, device=place))
 
     def random_dit(self, options: Options, settings: Settings) -> Any:
         dit = super().random_dit(options, settings)
-        return self._merged(on_all_devices(dit, _plan(settings), share=options.share_weights))
+        return self._merged(on_all_devices(dit, settings.plan, share=options.share_weights))
 
     def _merged(self, dit: Any) -> Any:
         for file in self.loras:
@@ -157,11 +156,6 @@ def _said_of_heads(settings: Settings) -> dict[str, str]:
     return {"heads": found.pop()} if found else {}
 
 
-def _plan(settings: Settings) -> Plan | None:
-    """The plan of all arms."""
-    return next(iter(settings.histories.values())).plan
-
-
 def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path, ...]:
     """The LoRA files that a run merges: the release's, from the folder of weights, and the user's.
 
@@ -188,6 +182,11 @@ def loras(options: Options, release: Release, parts: Parts | None) -> tuple[Path
 def prepare(options: Options, release: str = NAME) -> Job:
     """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
     return latent_job.prepare(_SelfForcing(RELEASES[release]), options)
+
+
+def finished(options: Options, release: str = NAME) -> bool:
+    """Whether `options.out` has the files of this very run; see `latent_job.finished`."""
+    return latent_job.finished(_SelfForcing(RELEASES[release]), options)
 
 
 def plan(options: PlanOptions, release: str = NAME) -> memory_plan.Plan:

@@ -12,9 +12,10 @@ from jax.tree_util import Partial
 from models.common.wan_text import TextKV
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
-from models.runs.devices import shared_weight_bytes
+from models.runs.devices import check_sharing, shared_weight_bytes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
-from models.runs.shared_needs import needs_on_devices
+from models.runs.reading import precision_notes
+from models.runs.shared_needs import LeftOut, needs_on_devices
 from models.self_forcing.block import Known, State
 from models.self_forcing.entry import NAME, Options
 from models.self_forcing.params import WEIGHTS
@@ -26,7 +27,6 @@ from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.plan import Plan as CachePlan
-from qvg_jax.errors import UserError
 from qvg_jax.loop import run_chunk
 
 
@@ -47,8 +47,7 @@ def make_plan(
         UserError: a value that is not accepted, named with what would be.
     """
     count, share = options.devices or 1, options.share_weights
-    if share and count == 1:
-        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
+    check_sharing(share, None if count == 1 else CachePlan(spans=count))
     options = dataclasses.replace(options, devices=None, plan=None, share_weights=False)
     settings = settle(options, chosen_sizes(options, None, released), release=release)
     begin = time.perf_counter()
@@ -59,7 +58,8 @@ def make_plan(
     latent = _latents(settings, 1)
     past = jax.eval_shape(decode.decode_frame, networks["VAE"], latent, None)[1]
     decoding = temporary_bytes(decode.decode_frame, networks["VAE"], latent, past)
-    needs = []
+    layer = shape_bytes(networks["transformer"].blocks) // settings.sizes.dit.layers if share else 0
+    needs, left_out = [], LeftOut()
     for name in settings.histories:
         cache = settings.cache(name)
         held = {
@@ -72,20 +72,21 @@ def make_plan(
         parts = (name, held, block, shape_bytes(past), decoding)
         need = with_decoder(*parts, last=options.decode_last)
         longest = _longest(settings, name, need, memory, shape_bytes)
-        seconds = functools.partial(block_seconds, settings, name, cache)
+        seconds = functools.partial(block_seconds, settings, name, cache, layer_bytes=layer)
         alone = seconds(CachePlan()) if count > 1 else None
-        seconds = (lambda plan: None) if share else seconds  # gathering is in no model of times yet
         needs.append(dataclasses.replace(need, longest=longest, seconds=alone))
         needs += needs_on_devices(
             need,
             cache,
             count,
             axes=PLANS,
+            left_out=left_out,
             tokens=settings.block_tokens(),
             longest=functools.partial(_longest, settings, name, need, memory),
             seconds=seconds,
             weights=shared_weight_bytes(networks["transformer"], count) if share else None,
         )
+    left_out.say()
     slots = settings.sizes.dit.text_slots
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, slots)}
     best = max(needs, key=lambda need: need.longest)
@@ -99,7 +100,11 @@ def make_plan(
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a shorter --span, a --window, "
         "a smaller --height and --width, --decode-last, or a codec of fewer bits (`qvg codecs`)",
-        notes=(SOURCE,) if any(need.seconds is not None for need in needs) else (),
+        larger="a device with more memory, or several with --share-weights",
+        notes=(
+            *precision_notes({name: settings.cache(name) for name in settings.histories}, options),
+            *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),
+        ),
     )
 
 

@@ -5,10 +5,10 @@ with jax 0.11.2 (docs/benchmarks/self-forcing.md and attention.md, pallas_kernel
 2026-11-28). Times of attention grow with queries and keys, those of the network with the block's tokens.
 """
 
+from models.runs.reading import LINKS, reading_of
 from models.self_forcing.config import SelfForcingConfig
 from models.self_forcing.settings import Settings
 from qvg_jax.app.memory_plan import shape_bytes
-from qvg_jax.attention.formats import scheme_of
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.plan import Plan
 from qvg_jax.study.scale import Measured, Workload, predict
@@ -17,11 +17,11 @@ __all__ = ["SOURCE", "block_seconds"]
 
 SOURCE = (
     "seconds of the last block: predicted by qvg_jax.study.scale from times of one H100 "
-    "(docs/benchmarks/self-forcing.md, attention.md), with links of 300 GB/s and 10 us, which were not measured"
+    f"(docs/benchmarks/self-forcing.md, attention.md), {LINKS}"
 )
 
 # Seconds of attention of 4,680 queries and 12 heads to 117,000 keys, by what reads the cache.
-ATTENTION = {"bf16": 6.33e-3, "kernels": 6.09e-3, "cudnn": 7.57e-3}
+ATTENTION = {"bf16": 6.33e-3, "mosaic": 6.09e-3, "mosaic_fp8": 4.24e-3}
 QUERIES, KEYS, HEADS = 4_680, 117_000, 12
 # Block 2 of 63 frames took 0.223 s in bf16, of which 150 calls of attention to 9,360 keys are 0.076 s.
 NETWORK = 0.223 - 150 * ATTENTION["bf16"] * 9_360 / KEYS
@@ -29,16 +29,20 @@ NETWORK = 0.223 - 150 * ATTENTION["bf16"] * 9_360 / KEYS
 ENCODE, SPAN_TOKENS = 2 * 0.116e-3 + 0.146e-3, 37_440
 
 
-def block_seconds(settings: Settings, arm: str, cache: KVCache, plan: Plan) -> float | None:
+def block_seconds(
+    settings: Settings, arm: str, cache: KVCache, plan: Plan, layer_bytes: int = 0
+) -> float | None:
     """Seconds of the last block of a video under a plan, which may be of one device.
 
-    None where nothing was measured: networks of another width, and codecs that no kernel reads.
+    None where nothing was measured: networks of another width, codecs that no kernel reads, and caches with
+    local heads.
 
     Args:
         settings: of the run.
         arm: which cache.
         cache: its shapes.
         plan: how it is spread.
+        layer_bytes: weights of a layer that the devices share, and gather in each pass; 0 if each has all.
     """
     dit, released = settings.sizes.dit, SelfForcingConfig.wan_1_3b()
     lay, history = cache.layout, settings.histories[arm]
@@ -48,11 +52,11 @@ def block_seconds(settings: Settings, arm: str, cache: KVCache, plan: Plan) -> f
         released.ffn_width,
     ):
         return None
-    if history.compressed and isinstance(scheme_of(history.key_codec, dit.head_dim), str):
+    if lay.history is not None:
         return None
-    # Attention is merged by log-sum-exps where spans are apart, and the kernels give none.
-    apart = plan.devices > 1 and plan.axis != "heads"
-    way = ("cudnn" if apart else "kernels") if lay.max_spans else "bf16"
+    codecs = (history.key_codec, history.value_codec) if lay.max_spans else (None, None)
+    if (way := reading_of(*codecs, dit.head_dim)) is None:
+        return None
     tokens, frame = max(settings.block_tokens()), lay.block_tokens
     seen = settings.frames
     if history.window_frames is not None:
@@ -79,5 +83,7 @@ def block_seconds(settings: Settings, arm: str, cache: KVCache, plan: Plan) -> f
         span_bytes=round(one_span),
         other_tokens=keys - spans * lay.span_tokens,
         span_blocks=max(1, lay.span_tokens // tokens),
+        slots=lay.max_spans,
+        layer_bytes=layer_bytes,
     )
     return predict(plan, work, measured).seconds

@@ -5,7 +5,7 @@ import logging
 
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Parts, Sizes, named_config, wanted_keys
-from models.runs.devices import check_blocks, plan_of
+from models.runs.devices import check_blocks, check_sharing, plan_of
 from models.runs.early_checks import codec_pair
 from models.runs.head_lists import history_of
 from models.runs.request_checks import arm_names, check_seed, check_size, with_layers
@@ -92,9 +92,10 @@ def settle(
         local=options.local,
         usual=LOCAL_FRAMES,
     )
+    if heads is not None:  # no run takes frames back, which a window of their own could not do
+        heads = dataclasses.replace(heads, own_window=True)
     _check_heads(options, heads)
-    if options.share_weights and plan is None:
-        raise UserError("--share-weights is for several devices; accepted: --devices N beside it")
+    check_sharing(options.share_weights, plan)
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps, release),
@@ -173,18 +174,9 @@ def _sampler(steps: int | None, release: Release) -> SamplerConfig:
 
 
 def _check_heads(options: Options, heads: HeadHistory | None) -> None:
-    """Raises UserError if what reads the cache cannot read one without some heads."""
-    if heads is None:
-        if options.local is not None:
-            raise UserError(
-                f"local={options.local} with --heads all: no head is local; leave it out"
-            )
-        return
-    if options.recent is not None and options.recent < heads.local_blocks:
-        raise UserError(
-            f"recent={options.recent} is less than the {heads.local_blocks} newest frames that local heads "
-            "read; accepted: at least that, or --local"
-        )
+    """Raises UserError if the user says what local heads read, and there are none."""
+    if heads is None and options.local is not None:
+        raise UserError(f"local={options.local} with --heads all: no head is local; leave it out")
 
 
 def _history(
@@ -204,11 +196,7 @@ def _history(
         keep_recent=options.recent,
     )
     if heads is not None and key_codec is not None:
-        least = dict(
-            sink_frames=release.sink_frames or sizes.dit.frames_per_block,
-            keep_recent=heads.local_blocks,
-        )
-        own |= least | dict(heads=heads)
+        own |= dict(sink_frames=release.sink_frames or sizes.dit.frames_per_block, heads=heads)
     bounds = {
         name: value for given in (own, asked) for name, value in given.items() if value is not None
     }

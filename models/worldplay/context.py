@@ -84,7 +84,7 @@ def context_kv(
 
     def one_layer(x_NBTM, layer):
         state, text, index = layer
-        block = nnx.merge(graphdef, state)
+        block = nnx.merge(graphdef, jax.tree.map(lambda x: whole_on_all(x, plan), state))
 
         def project(i, carry):
             queries, keys, values, kept = carry

@@ -39,6 +39,8 @@ class Options(LatentOptions):
     Attributes:
         frames: latent frames of the walk; all of it if left out.
         actions: where to go, such as w-8,right-4.
+        share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
+            as they run.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
 
@@ -46,6 +48,7 @@ class Options(LatentOptions):
     height: Side = 704
     width: Side = 1280
     actions: str | None = None
+    share_weights: bool = False
     decode_last: bool = False
 
 
@@ -57,10 +60,12 @@ class PlanOptions(LatentPlanOptions):
         frames: latent frames of the walk; those of the published one, 48, if left out.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
+        share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
+            as they run.
     """
 
     devices: Count | None = None
-
+    share_weights: bool = False
     height: Side = 704
     width: Side = 1280
     decode_last: bool = False
@@ -83,6 +88,7 @@ ENTRY = ModelEntry(
     check=deferred("models.worldplay.early_checks:check_walk"),
     protocol=PROTOCOL,
     prepare=deferred("models.worldplay.job:prepare"),
+    finished=deferred("models.worldplay.job:finished"),
     plan_options=PlanOptions,
     plan=deferred("models.worldplay.job:plan"),
     memory_advice=memory_advice,

@@ -37,8 +37,8 @@ class History:
         plan: by which the cache is spread over devices; None for one.
 
     Raises:
-        ValueError: an unknown name, one codec without the other, or codecs with "recompute", which
-            would encode the whole context anew for every block.
+        ValueError: an unknown name, one codec without the other, codecs with "recompute", which
+            would encode the whole context anew for every block, or a plan with it.
     """
 
     semantics: Literal["append", "recompute"] = "append"
@@ -62,6 +62,11 @@ class History:
             raise ValueError(
                 "codecs need semantics='append': with 'recompute' the whole context is made anew "
                 "for every block, and compressing it would save nothing"
+            )
+        if self.recomputes and self.plan is not None:
+            raise ValueError(
+                f"plan {self.plan.axis}={self.plan.devices} needs semantics='append': with 'recompute' a "
+                "block's context is made anew and has no history for devices to share; accepted: plan=None"
             )
         if self.span_blocks < 1 or self.keep_recent < 0:
             raise ValueError(

@@ -9,8 +9,10 @@ import numpy as np
 from models.runs import latent_job
 from models.runs.block_model import BlockModel, Look
 from models.runs.checkpoint_folder import Parts
+from models.runs.devices import on_all_devices, weight_placement
 from models.runs.latent_job import Run
-from models.runs.request_checks import attention_told, file_digest
+from models.runs.reading import attention_told
+from models.runs.request_checks import file_digest
 from models.worldplay.entry import NAME, NEEDS, Options, PlanOptions
 from models.worldplay.params import WEIGHTS
 from models.worldplay.picture import check_picture, picture_latent
@@ -22,7 +24,7 @@ from qvg_jax.app.job import Arm, Job
 from qvg_jax.app.memory_plan import Plan
 from qvg_jax.errors import UserError
 
-__all__ = ["plan", "prepare"]
+__all__ = ["finished", "plan", "prepare"]
 
 
 class _WorldPlay(BlockModel[Options, Settings]):
@@ -52,6 +54,14 @@ class _WorldPlay(BlockModel[Options, Settings]):
             "image": options.image and file_digest(options.image),
         }
 
+    def load_dit(self, files: tuple[Any, ...], options: Options, settings: Settings) -> Any:
+        place = weight_placement(settings.plan, share=options.share_weights)
+        return self.weights.load(files, settings.sizes.dit, device=place)
+
+    def random_dit(self, options: Options, settings: Settings) -> Any:
+        dit = super().random_dit(options, settings)
+        return on_all_devices(dit, settings.plan, share=options.share_weights)
+
     def read_given(self, options: Options, settings: Settings) -> None:
         if options.image:
             check_picture(options.image, settings.height, settings.width)
@@ -68,7 +78,10 @@ class _WorldPlay(BlockModel[Options, Settings]):
     ) -> Iterator[Any]:
         settings = run.settings
         pipeline = WorldPlay(
-            run.reader(arm.name), sampler=settings.sampler, history=settings.histories[arm.name]
+            run.reader(arm.name),
+            sampler=settings.sampler,
+            history=settings.histories[arm.name],
+            share_weights=run.options.share_weights,
         )
         walk = Walk(
             text_BUE=run.prompt,
@@ -105,6 +118,11 @@ class _WorldPlay(BlockModel[Options, Settings]):
 def prepare(options: Options) -> Job:
     """The job of a user's options; `options.frames` are latent frames. See `latent_job.prepare`."""
     return latent_job.prepare(_WorldPlay(), options)
+
+
+def finished(options: Options) -> bool:
+    """Whether `options.out` has the files of this very run; see `latent_job.finished`."""
+    return latent_job.finished(_WorldPlay(), options)
 
 
 def plan(options: PlanOptions) -> Plan:

@@ -29,6 +29,7 @@ from models.common.wan_layers import (
     per_frame,
 )
 from models.common.wan_text import TextConditioned, TextKV
+from models.runs.devices import whole_on_all
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.layers import Head, ScalarEmbedding, modulated_norm
 from qvg_jax.cache.plan import Plan
@@ -182,7 +183,7 @@ class WorldPlayDiT(TextConditioned):
 
         def one_layer(x_BTM, layer):
             state, text, index = layer
-            block = nnx.merge(graphdef, state)
+            block = nnx.merge(graphdef, jax.tree.map(lambda x: whole_on_all(x, plan), state))
             q_BTHD, *kv = block.project(x_BTM, e_BF6M)
             x_BTM = block.finish(x_BTM, e_BF6M, attention(q_BTHD, *kv, index), text, plan)
             return x_BTM, kv if keep_kv else (None, None)

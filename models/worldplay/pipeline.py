@@ -38,6 +38,8 @@ class WorldPlay:
         model: the transformer.
         sampler: the few-step schedule; None is the released one.
         history: what of the past is kept, and how; None is all of it, uncompressed.
+        share_weights: whether each device of the history's plan keeps a part of every layer's weights
+            only, and gathers a layer when it runs.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class WorldPlay:
         *,
         sampler: SamplerConfig | None = None,
         history: History | None = None,
+        share_weights: bool = False,
     ):
         self.sampler = SamplerConfig() if sampler is None else sampler
         self.history = History() if history is None else history
-        self.model = on_all_devices(model, self.history.plan)
+        self.model = on_all_devices(model, self.history.plan, share=share_weights)
 
     def generate(
         self, request: Walk, *, chunk: int = 8, progress: Progress | None = None

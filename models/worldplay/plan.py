@@ -12,16 +12,20 @@ from jax.tree_util import Partial
 from models.common.wan_text import TextKV
 from models.runs import decode
 from models.runs.checkpoint_folder import Sizes
+from models.runs.devices import check_sharing, shared_weight_bytes
 from models.runs.memory import most, text_encoder_bytes, text_kv_bytes, with_decoder
-from models.runs.shared_needs import needs_on_devices
+from models.runs.reading import precision_notes
+from models.runs.shared_needs import LeftOut, needs_on_devices
 from models.wan_vae.params import WEIGHTS as VAE_WEIGHTS
 from models.worldplay.block import BlockInput, Frames, State
 from models.worldplay.entry import Options
 from models.worldplay.params import WEIGHTS
 from models.worldplay.pipeline import generating_step
+from models.worldplay.predicted import SOURCE, block_seconds
 from models.worldplay.settings import PLANS, Settings, settle
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.cache.operations import KVCache
+from qvg_jax.cache.plan import Plan as CachePlan
 from qvg_jax.loop import run_chunk
 
 
@@ -39,7 +43,9 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     Raises:
         UserError: a value that is not accepted, named with what would be.
     """
-    count, options = options.devices or 1, dataclasses.replace(options, devices=None, plan=None)
+    count, share = options.devices or 1, options.share_weights
+    check_sharing(share, None if count == 1 else CachePlan(spans=count))
+    options = dataclasses.replace(options, devices=None, plan=None, share_weights=False)
     settings = settle(options, released)
     begin = time.perf_counter()
     dit, model = settings.sizes.dit, WEIGHTS.skeleton(settings.sizes.dit)
@@ -47,7 +53,8 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     latent = _latents(settings, 1, dit.dtype)
     past = jax.eval_shape(decode.decode_frame, vae, latent, None)[1]
     decoding = temporary_bytes(decode.decode_frame, vae, latent, past)
-    needs = []
+    layer = shape_bytes(model.blocks) // dit.layers if share else 0
+    needs, left_out = [], LeftOut()
     for name in settings.histories:
         held = {
             "transformer": shape_bytes(model),
@@ -67,16 +74,22 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         if settings.frames > few:
             grows = (need.temporaries["a block"] - block(few)) / (settings.frames - few)
         longest = functools.partial(_longest, settings, name, need, max(grows, 0.0), memory)
-        needs.append(dataclasses.replace(need, longest=longest(shape_bytes)))
         cache = settings.cache(name)
+        seconds = functools.partial(block_seconds, settings, name, cache, layer_bytes=layer)
+        alone = seconds(CachePlan()) if count > 1 else None
+        needs.append(dataclasses.replace(need, longest=longest(shape_bytes), seconds=alone))
         needs += needs_on_devices(
             need,
             cache,
             count,
             axes=PLANS,
+            left_out=left_out,
             tokens={cache.layout.block_tokens},
             longest=longest,
+            seconds=seconds,
+            weights=shared_weight_bytes(model, count) if share else None,
         )
+    left_out.say()
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, dit.text_slots)}
     best = max(needs, key=lambda need: need.longest)
     advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
@@ -89,6 +102,10 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a smaller --height and "
         "--width, storage=single, --decode-last, or a codec of fewer bits (`qvg codecs`)",
+        notes=(
+            *precision_notes({name: settings.cache(name) for name in settings.histories}, options),
+            *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),
+        ),
     )
 
 

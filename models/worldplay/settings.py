@@ -5,20 +5,21 @@ import logging
 
 from models.runs.block_settings import BlockSettings
 from models.runs.checkpoint_folder import Sizes
-from models.runs.devices import check_blocks, plan_of
+from models.runs.devices import check_blocks, check_sharing, plan_of
 from models.runs.early_checks import codec_pair
 from models.runs.request_checks import arm_names, check_seed, check_size, with_layers
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
+from models.worldplay.early_checks import without_storage
 from models.worldplay.entry import Options
 from models.worldplay.history import History, make_cache
 from models.worldplay.schedule import count_blocks
 from qvg_jax.errors import UserError, told_to_user
 
 ACTIONS = "w-8,s-8,a-8,d-8,up-8,down-8"  # of the published runs
-PLANS = ("spans", "heads")
+PLANS = ("spans", "heads", "ring")
 SHIFT = 8  # which gives the released timesteps at four steps
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def settle(options: Options, released: Sizes) -> Settings:
     check_size(height, width, side=sizes.vae.spatial_stride, patch=sizes.dit.patch)
     check_seed(options.seed)
     plan = plan_of(options, PLANS)
+    check_sharing(options.share_weights, plan)
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps),
@@ -117,10 +119,6 @@ def _sampler(steps: int | None) -> SamplerConfig:
 
 def _history(recipe: str) -> History:
     """A codec and, as one of its settings, `storage=packed` or `storage=single`."""
-    kept, storage = [], "packed"
-    for part in recipe.split(":"):
-        key, _, value = part.partition("=")
-        storage = value if key == "storage" else storage
-        kept += [] if key == "storage" else [part]
-    key_codec, value_codec = codec_pair(":".join(kept))
+    kept, storage = without_storage(recipe)
+    key_codec, value_codec = codec_pair(kept)
     return History(key_codec=key_codec, value_codec=value_codec, storage=storage)

@@ -13,7 +13,6 @@ raises its errors, where tyro (MIT), the other candidate, prints several lines a
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,8 +25,9 @@ from cyclopts import App, Parameter
 from qvg_jax.app.model_entry import ModelEntry
 from qvg_jax.app.option_types import Bits, Count, File, Names, Shape, Share, Whole
 from qvg_jax.app.protocol import VerifyOptions
+from qvg_jax.app.streams import drop_output, give_streams
 from qvg_jax.app.versions import own_version
-from qvg_jax.errors import UserError, printable
+from qvg_jax.errors import LostDeviceError, UserError, printable
 
 __all__ = ["main"]
 
@@ -53,22 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    _give_streams()
+    give_streams()
     try:
         code = _run(words)
         sys.stdout.flush()
         return code
     except cyclopts.CycloptsError as error:
         return _told(_explained(error, words))
+    except LostDeviceError as error:
+        from qvg_jax.app.lost_devices import leave
+
+        return leave(_told(str(error)))
     except UserError as error:
         return _told(str(error))
     except BrokenPipeError:  # who reads our output has seen enough, such as `head`
-        _drop_output()
+        drop_output()
         return 141
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
-        _drop_output()
+        drop_output()
         return _told(f"standard output: {error.strerror}; accepted: a disk with room")
     except KeyboardInterrupt:
         print("qvg: interrupted", file=sys.stderr)
@@ -86,19 +90,6 @@ def _run(words: list[str]) -> int:
     words = _with_model(words)
     result = _app(words)(words, exit_on_error=False, print_error=False)
     return result if isinstance(result, int) else 0
-
-
-def _give_streams() -> None:
-    """Replaces an output that was closed before the start, as by `2>&-`, by one that goes nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
-
-
-def _drop_output() -> None:
-    """Points standard output at nothing, so that what is still in its buffer raises no second error."""
-    with contextlib.suppress(OSError, ValueError):  # a stand-in without a file of its own
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _told(message: str) -> int:

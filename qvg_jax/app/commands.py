@@ -90,18 +90,17 @@ def _generated(
             with _written():
                 check_early(entry, options)
             check_alone_in(options.out)
-            from qvg_jax.app.generate import finished_report
+            going_on = leave_finished and getattr(options, "resume", False)
+            if going_on and (options.out / "report.json").is_file() and entry.finished(options):
+                return _said_finished(options)
             from qvg_jax.app.generate import generate as run
+            from qvg_jax.app.generate import is_finished
+            from qvg_jax.app.lost_devices import told_of_lost_devices
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
             job = entry.prepare(options)
-        going_on = leave_finished and getattr(options, "resume", False)
-        if going_on and finished_report(job, options.out, options.fps) is not None:
-            print(
-                f"--resume: the run in {options.out} is finished, and all its files stay as they are; "
-                "give more --frames to make it longer, or leave --resume out to make it anew"
-            )
-            return None
+        if going_on and is_finished(job, options.out, options.fps):
+            return _said_finished(options)
         if going_on and job.anew and (options.out / "report.json").is_file():
             raise UserError(
                 f"--resume: the run in {options.out} is finished and was made with other settings; "
@@ -113,6 +112,7 @@ def _generated(
         print(f"{job.model}: {real}{what}, for each of {arms}", flush=True)
         told = (NonFiniteError, CacheFullError, NotImplementedError)
         with (
+            told_of_lost_devices(options),
             _within_memory(advice),
             _one_line(*told),
             _written(),
@@ -134,6 +134,13 @@ def _generated(
         go_on = "; --resume goes on" if kept and hasattr(options, "resume") else ""
         print(f"qvg: interrupted{kept}{go_on}", file=sys.stderr)
     return outcome
+
+
+def _said_finished(options: GenerateOptions) -> None:
+    print(
+        f"--resume: the run in {options.out} is finished, and all its files stay as they are; "
+        "give more --frames to make it longer, or leave --resume out to make it anew"
+    )
 
 
 def play(entry: ModelEntry, options: PlayOptions) -> int:

@@ -1,13 +1,16 @@
 """Checks of a run's options before its model is loaded, or even imported: seconds for a typing error, not minutes."""
 
+import json
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qvg_jax.app.model_entry import GenerateOptions, ModelEntry
 from qvg_jax.errors import UserError
 from qvg_jax.files import writable_folder
 
-__all__ = ["FILES", "REPORTS", "check_early", "check_out"]
+__all__ = ["FILES", "REPORTS", "check_early", "check_out", "has_report"]
 
 REPORTS = ("report.json", "report.png", "report.html")
 FILES = ("video.mp4", *REPORTS)  # what a run writes into its folder
@@ -29,6 +32,30 @@ def check_early(entry: ModelEntry, options: GenerateOptions) -> None:
         if name in seen:
             log.warning(f"--compare {name}: this codec is asked for already, and runs once")
         seen.add(name)
+
+
+def has_report(
+    out: Path, model: str, arms: Iterable[str], expected: Mapping[str, Any], *, exact: bool = False
+) -> bool:
+    """Whether all files of a finished run are in a folder, and its report is of a model, arms and settings.
+
+    Args:
+        out: folder of an earlier run.
+        model: its name.
+        arms: names of the arms, in their order.
+        expected: entries that the report's "config" has.
+        exact: whether it must not have others.
+    """
+    out = Path(out)
+    if not all((out / name).is_file() for name in FILES):
+        return False
+    try:
+        report = json.loads((out / REPORTS[0]).read_text(encoding="utf-8"))
+        found = report["config"] if exact else {key: report["config"][key] for key in expected}
+        same = (report["model"], [*report["arms"]]) == (model, [*arms])
+    except (OSError, ValueError, KeyError, TypeError):  # not a report of ours
+        return False
+    return same and found == json.loads(json.dumps(dict(expected)))
 
 
 def check_out(out: Path) -> None:

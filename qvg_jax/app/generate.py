@@ -1,6 +1,5 @@
 """The main job, whatever the model: run all arms, write video.mp4 and the reports."""
 
-import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvg_jax.app.background import Background
-from qvg_jax.app.early_checks import FILES, REPORTS, check_out
+from qvg_jax.app.early_checks import REPORTS, check_out, has_report
 from qvg_jax.app.figure import write_figure
 from qvg_jax.app.film import Film
 from qvg_jax.app.interruption import Interruption
@@ -21,7 +20,7 @@ from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import CacheFullError, NonFiniteError
 from qvg_jax.files import writable_folder
 
-__all__ = ["Outcome", "finished_report", "generate"]
+__all__ = ["Outcome", "generate", "is_finished"]
 
 
 class Outcome(NamedTuple):
@@ -79,24 +78,16 @@ def generate(
         return _generate(job, Record(job, metrics), out, video, fps, begins, progress, command)
 
 
-def finished_report(job: Job, out: str | Path, fps: int | None = None) -> dict[str, Any] | None:
-    """The report in `out` if it is one of this very job, with its files beside it; else None.
+def is_finished(job: Job, out: str | Path, fps: int | None = None) -> bool:
+    """Whether `out` has the report of this very job, with its files beside it.
 
     Args:
         job: what would be made.
         out: folder of an earlier run.
         fps: as in `generate`.
     """
-    out = Path(out)
-    if not all((out / name).is_file() for name in FILES):
-        return None
-    try:
-        report = json.loads((out / REPORTS[0]).read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(configuration(job, fps=job.fps if fps is None else fps)))
-        same = (report["model"], report["config"]) == (job.model, wanted)
-        return report if same and [*report["arms"]] == [arm.name for arm in job.arms] else None
-    except (OSError, ValueError, KeyError, TypeError):  # not a report of ours
-        return None
+    wanted = configuration(job, fps=job.fps if fps is None else fps)
+    return has_report(Path(out), job.model, (arm.name for arm in job.arms), wanted, exact=True)
 
 
 def _generate(

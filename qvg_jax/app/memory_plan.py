@@ -4,7 +4,7 @@ Bytes of arrays come from their shapes (`jax.eval_shape`), temporaries from the 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ class Need:
         in_place_of_cache: the same of programs that run when the cache is gone.
         longest: latent frames that would fit, given the memory asked about; 0 for none, None for
             any number.
-        seconds: predicted for the last block; None for unknown.
+        seconds: predicted for the last block, or for what the plan names; None for unknown.
     """
 
     name: str
@@ -34,6 +34,11 @@ class Need:
     in_place_of_cache: dict[str, int] = dataclasses.field(default_factory=dict)
     longest: int | None = 0
     seconds: float | None = None
+
+    @property
+    def networks(self) -> dict[str, int]:
+        """Bytes of what is there whatever the cache is, by what it is."""
+        return {part: size for part, size in self.held.items() if part != "cache"}
 
     @property
     def total(self) -> int:
@@ -55,6 +60,8 @@ class Plan:
         seconds: how long that took.
         advice: what to change where nothing fits.
         notes: further sentences, such as the source of predicted seconds.
+        larger: what helps where the networks alone do not fit.
+        timed: what the predicted seconds are of.
     """
 
     what: str
@@ -64,6 +71,8 @@ class Plan:
     seconds: float
     advice: str
     notes: tuple[str, ...] = ()
+    larger: str = "a device with more memory"
+    timed: str = "a block"
 
     def fits(self, need: Need, memory: int) -> bool:
         """Whether an arm runs in so many bytes."""
@@ -94,7 +103,7 @@ def plan_table(plan: Plan, memory: int) -> str:
     gb = lambda n: f"{n / 1e9:.2f}"  # noqa: E731
     parts = list(plan.needs[0].held)
     timed = any(need.seconds is not None for need in plan.needs)
-    seconds = ("s a block",) if timed else ()
+    seconds = (f"s {plan.timed}",) if timed else ()
     rows = [("GB", *parts, "temporaries", "peak", f"in {gb(memory)}", "at most", *seconds)]
     for need in plan.needs:
         fits = "fits" if plan.fits(need, memory) else "too large"
@@ -127,7 +136,10 @@ def plan_table(plan: Plan, memory: int) -> str:
         )
     lines += [f"{note[0].upper()}{note[1:]}." for note in plan.notes]
     fitting = [need.name for need in plan.needs if plan.fits(need, memory)]
-    lines.append(f"Fits: {_joined(fitting)}." if fitting else f"Nothing fits: {plan.advice}")
+    # A codec's name may have commas.
+    lines.append(
+        f"Fits: {'; '.join(fitting)}." if fitting else f"Nothing fits: {_advice(plan, memory)}"
+    )
     return "\n".join(lines)
 
 
@@ -139,5 +151,14 @@ def _seconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.3f}"
 
 
-def _joined(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def _advice(plan: Plan, memory: int) -> str:
+    """What to change where nothing fits: a smaller cache helps only if there is room for the networks."""
+    least = min(plan.needs, key=lambda need: sum(need.networks.values())).networks
+    for sizes in (plan.before, least):
+        if (size := sum(sizes.values())) > memory:
+            names = " and ".join(filter(None, (", ".join([*sizes][:-1]), [*sizes][-1])))
+            return (
+                f"{names} alone, without any cache, take {size / 1e9:.2f} GB ({size:,} bytes); "
+                f"accepted: {plan.larger}"
+            )
+    return plan.advice

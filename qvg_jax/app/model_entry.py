@@ -165,6 +165,11 @@ def _no_check(options: Any) -> None:
     """Accepts all options."""
 
 
+def _unknown(options: Any) -> bool:
+    """Knows of no run that it is finished."""
+    return False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelEntry:
     """A model as the command knows it.
@@ -176,6 +181,8 @@ class ModelEntry:
             model's default codec.
         prepare: `prepare(options) -> Job`: checks the options, loads the weights, makes the caches.
             What the user can mend is a `UserError`.
+        finished: `finished(options) -> bool`: whether `options.out` has the files of this very run, told
+            in a moment, before `prepare` loads anything; False where that cannot be told.
         plan_options, plan: options of `qvg plan`, and `plan(options) -> Plan`; None if the model
             has none.
         capture_options, capture: options of `qvg capture`, and `capture(options) -> Captured`.
@@ -193,6 +200,7 @@ class ModelEntry:
     summary: str
     options: type[GenerateOptions]
     prepare: "Callable[[Any], Job]"
+    finished: Callable[[Any], bool] = _unknown
     plan_options: type[PlanOptions] | None = None
     plan: "Callable[[Any], Plan] | None" = None
     capture_options: type[CaptureOptions] | None = None

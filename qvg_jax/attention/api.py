@@ -17,12 +17,13 @@ from qvg_jax.attention.features import Features, features_of
 from qvg_jax.attention.spread import attend_on_devices
 from qvg_jax.attention.xla import attend_xla
 from qvg_jax.backends import Candidate
-from qvg_jax.cache.arguments import check_array, check_cache
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.layout import Layout
-from qvg_jax.cache.no_gradient import no_gradient
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.rope import Encodings, Rope
 from qvg_jax.cache.view import CacheView
+from qvg_jax.codecs.arguments import check_array
+from qvg_jax.codecs.no_gradient import no_gradient
 
 __all__ = ["attend"]
 

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from qvg_jax.attention.features import Features
-from qvg_jax.cache.head_history import HeadHistory, HeadSet
+from qvg_jax.cache.head_history import HeadHistory, HeadSet, repeated
 from qvg_jax.cache.view import CacheView
 
 __all__ = ["attend_by_head"]
@@ -43,27 +43,28 @@ def attend_by_head(
 
     def program(count: int) -> Callable[[Array], tuple[Array, Array | None]]:
         def run(layer: Array) -> tuple[Array, Array | None]:
-            out_BTHD = jnp.zeros_like(q_BTHD)
-            lse_BTH = jnp.zeros(q_BTHD.shape[:3], jnp.float32) if features.needs_lse else None
-            for has in (True, False):
-                index_Lh = history.indices(count, has)
+            indices = {has: history.indices(count, has) for has in (True, False)}
+            parts = []
+            for has, index_Lh in indices.items():
                 if not index_Lh.shape[1]:
                     continue
                 only = HeadSet(index_h=jnp.asarray(index_Lh)[layer], history=has)
-                keys, queries = only.repeated((view.copies,)), only.repeated((view.copies, group))
-                out, lse = attend_some(
-                    q_BTHD.take(queries, 2),
-                    dataclasses.replace(view, only=only),
-                    k_BTHD.take(keys, 2),
-                    v_BTHD.take(keys, 2),
-                    layer,
-                    scale,
-                    features.of_heads(queries),
+                narrowed = dataclasses.replace(view, only=only)
+                if only.count == history.heads:  # all heads of the layer, in their order
+                    return attend_some(q_BTHD, narrowed, k_BTHD, v_BTHD, layer, scale, features)
+                keys = repeated(only.index_h, (view.copies,))
+                queries = repeated(keys, (group,))
+                k, v = (x.take(keys, 2) for x in (k_BTHD, v_BTHD))
+                some = features.of_heads(queries)
+                parts.append(
+                    attend_some(q_BTHD.take(queries, 2), narrowed, k, v, layer, scale, some)
                 )
-                out_BTHD = out_BTHD.at[:, :, queries].set(out)
-                if lse_BTH is not None:
-                    lse_BTH = lse_BTH.at[:, :, queries].set(lse)
-            return out_BTHD, lse_BTH
+            # A gather brings heads back into their order: a scatter would cost a GPU more.
+            place_LH = np.argsort(np.concatenate(list(indices.values()), 1), 1).astype(np.int32)
+            back = repeated(jnp.asarray(place_LH)[layer], (view.copies, group))
+            joined = lambda x: jnp.concatenate(x, 2).take(back, 2)  # noqa: E731
+            out, lse = zip(*parts, strict=True)
+            return joined(out), joined(lse) if features.needs_lse else None
 
         return run
 

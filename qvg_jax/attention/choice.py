@@ -10,13 +10,15 @@ from jaxtyping import Array, Float
 from qvg_jax.attention import xla
 from qvg_jax.attention.features import PLAIN, Features, features_of
 from qvg_jax.backends import Candidate, Choice, no_hopper, no_triton, resolve
-from qvg_jax.cache.arguments import check_array, check_cache
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.head_history import HeadHistory
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.view import CacheView
+from qvg_jax.codecs.arguments import check_array
+from qvg_jax.codecs.base import Codec
 from qvg_jax.codecs.storage import Centroids, Levels, Storage
 
-__all__ = ["CANDIDATES", "Explanation", "choose", "explain"]
+__all__ = ["CANDIDATES", "Explanation", "choose", "explain", "wants_bf16"]
 
 ALIASES = {"mosaic_fp8": ("mosaic", "fp8")}  # names of earlier releases
 
@@ -69,12 +71,14 @@ def _too_fine(call: _Call) -> str | None:
     lay = call.view.cache.layout
     if not lay.max_spans:
         return "the cache has no compressed spans; products in fp8 would be its largest error"
-    for name, codec in (("key", lay.key_codec), ("value", lay.value_codec)):
-        why = _finer_than_two_bits(codec.storage)
-        if why is not None:
-            return (
-                f"{name} codec {codec.name} has {why}; products in fp8 would show beside its error"
-            )
+    return wants_bf16(lay.key_codec, lay.value_codec)
+
+
+def wants_bf16(key_codec: Codec, value_codec: Codec) -> str | None:
+    """The reason why a cache with these codecs is read in bf16 where nothing is named; None for fp8."""
+    for name, codec in (("key", key_codec), ("value", value_codec)):
+        if (why := _finer_than_two_bits(codec.storage)) is not None:
+            return f"{name} codec {codec.name} has {why}; its error is not larger than that of fp8"
     return None
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from qvg_jax.cache.layer_codecs import groups_of, parts_of
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.own_window import by_head, near_order, read_rows
 from qvg_jax.cache.slots import decode_slot, read_slot
 from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec, Packed
@@ -23,10 +24,9 @@ __all__ = ["NearKeys", "decoded_span", "near_keys", "packed_keys", "read_dense",
 def read_dense(view: CacheView, buffer: Array, layer: Array, start: Array, size: int) -> Array:
     """Tokens `start` to `start` + `size` of the dense buffer of K or V in one layer, (B, H, size, D)."""
     lay: Layout = view.cache.layout
-    corner = [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, start, 0)]  # with x64, too
-    form = (1, lay.batch, lay.heads, size, lay.head_dim)
-    x_BHTD = lax.dynamic_slice(buffer, corner, form)[0]
-    return x_BHTD if view.only is None else view.only.of(x_BHTD)
+    rows = None if view.only is None else view.only.count
+    x_BHTD = by_head(lay, read_rows(lay, buffer, layer, rows, start, size))
+    return x_BHTD if view.only is None or lay.own_window else view.only.of(x_BHTD)
 
 
 def decoded_span(view: CacheView, layer: Array, slot: Array, dtype: Any) -> tuple[Array, Array]:
@@ -88,6 +88,8 @@ class NearKeys(NamedTuple):
 def near_keys(view: CacheView, layer: Array, dtype: Any) -> NearKeys:
     """The near keys of the local heads that a view is narrowed to."""
     cache, lay = view.cache, view.cache.layout
+    if lay.own_window:
+        return _near_of_own(view, layer, dtype)
     size, valid = lay.block_tokens, cache.dense_tokens
     sink, recent = lay.sink_blocks * size, lay.history.local_blocks * size
     # The window may hold more blocks than these, which wait to be compressed.
@@ -110,3 +112,24 @@ def near_keys(view: CacheView, layer: Array, dtype: Any) -> NearKeys:
     v_BHTD = jnp.where(counts_BT[:, None, :, None], v_BHTD, 0)
     table = None if view.rope is None else joined(view.dense_table, 1)
     return NearKeys(k_BHTD, v_BHTD, table, counts_BT)
+
+
+def _near_of_own(view: CacheView, layer: Array, dtype: Any) -> NearKeys:
+    """The near keys of local heads that have a window of their own."""
+    cache, lay = view.cache, view.cache.layout
+    order_T, valid = near_order(cache)
+    tokens = order_T.shape[0]
+    counts_T = jnp.arange(tokens) < valid
+
+    def read(buffer: Array) -> Array:
+        rows = read_rows(lay, buffer, layer, view.only.count, 0, tokens, history=False)
+        return by_head(lay, rows).take(order_T, 2).astype(dtype)
+
+    k_BHTD, v_BHTD = read(cache.near_k), read(cache.near_v)
+    # A hidden value has weight zero, and zero times a NaN left there would still be NaN.
+    v_BHTD = jnp.where(counts_T[None, None, :, None], v_BHTD, 0)
+    table = None
+    if view.rope is not None:
+        in_sink_T = jnp.arange(tokens) < lay.sink_blocks * lay.block_tokens
+        table = view.table_of(cache.near_pos.take(order_T, 1), in_sink_T)
+    return NearKeys(k_BHTD, v_BHTD, table, counts_T[None])

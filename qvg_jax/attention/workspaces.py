@@ -29,6 +29,7 @@ from qvg_jax.attention.formats import E4M3, encoded, halves, scheme_of
 from qvg_jax.attention.new_block import NewBlock, pairing_in, scale_of
 from qvg_jax.attention.stored import NearKeys, slots_and_place
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.own_window import first_row
 from qvg_jax.cache.rope import Encodings
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.cache.view import CacheView
@@ -144,11 +145,11 @@ def of_dense(
     rows, total = lay.batch * lay.heads, cache.dense_pos.shape[1]
 
     def source(x: Array) -> Tokens | Window:
-        x_RTD, first = x.reshape(-1, *x.shape[-2:]), layer * rows
+        x_RTD = x.reshape(-1, *x.shape[-2:])
         if view.only is None:
-            tokens = Tokens(x_RTD, first, rows)
+            tokens = Tokens(x_RTD, layer * rows, rows)
         else:
-            row_n = first + view.only.rows(lay.batch, lay.heads)
+            row_n = _rows(view, layer)
             some = 0, row_n.shape[0]
             listed = implementation != "triton"  # which reads rows that follow one another
             tokens = Tokens(x_RTD, *some, row_n) if listed else Tokens(x_RTD[row_n], *some)
@@ -158,6 +159,15 @@ def of_dense(
     return _plain(
         view, [source(x) for x in (cache.dense_k, cache.dense_v)], valid, tables, implementation
     )
+
+
+def _rows(view: CacheView, layer: Array) -> Array:
+    """Rows of sink and window of the heads with a history that a view is narrowed to, videos first."""
+    lay, only = view.cache.layout, view.only
+    if not lay.own_window:
+        return layer * (lay.batch * lay.heads) + only.rows(lay.batch, lay.heads)
+    head_h = first_row(lay, layer, True) + jnp.arange(only.count)
+    return (jnp.arange(lay.batch)[:, None] + head_h[None] * lay.batch).reshape(-1)
 
 
 def of_near(view: CacheView, near: NearKeys, implementation: str) -> tuple[Array, Array]:

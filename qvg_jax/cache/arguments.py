@@ -1,4 +1,4 @@
-"""Checks of the kinds of arguments: what is no cache, no array or no codec is named with what is accepted."""
+"""Checks of the kinds of arguments: what is no cache or no codec is named with what is accepted."""
 
 from collections.abc import Iterable
 from numbers import Integral
@@ -9,7 +9,7 @@ from qvg_jax.cache.view import CacheView
 from qvg_jax.codecs.base import Codec
 from qvg_jax.errors import wrong_kind
 
-__all__ = ["check_array", "check_cache", "check_codec", "whole_numbers"]
+__all__ = ["check_cache", "check_codec", "whole_numbers"]
 
 
 def check_cache(value: Any, name: str = "cache", *, or_view: bool = False) -> None:
@@ -22,18 +22,6 @@ def check_cache(value: Any, name: str = "cache", *, or_view: bool = False) -> No
     elif isinstance(value, CacheView):
         accepted += "; this is a view, whose cache is view.cache"
     raise wrong_kind(name, value, accepted)
-
-
-def check_array(value: Any, name: str, axes: str) -> None:
-    """Raises TypeError unless a value has a shape and a dtype, as arrays, tracers and `ShapeDtypeStruct` do.
-
-    Args:
-        value: the argument.
-        name: of the argument.
-        axes: for the message, such as "(B, T, Hq, D)".
-    """
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise wrong_kind(name, value, f"an array {axes}")
 
 
 def check_codec(value: Any, name: str) -> None:

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 OF_TOKENS = ("pos", "valid", "table")
+OF_HEADS = ("dense_k", "dense_v", "near_k", "near_v")
 
 
 def axis_specs(
@@ -74,7 +75,11 @@ def axis_specs(
         return jax.tree.map(of, tree, rows)
 
     specs = jax.tree.map(lambda x: placed(), cache)
-    fields = dict.fromkeys(("dense_k", "dense_v"), placed(None, batch, heads))
+    fields = {
+        name: jax.tree.map(lambda _: placed(None, batch, heads), getattr(cache, name))
+        for name in OF_HEADS
+    }
+    fields["near_pos"] = jax.tree.map(lambda _: placed(batch), cache.near_pos)
     for side, codec in (("k", lay.key_codec), ("v", lay.value_codec)):
         trees = [getattr(cache, f"{name}_{side}") for name in ("span", "state")]
         rows = [jax.tree.map(lambda _: False, tree) for tree in trees]
@@ -108,7 +113,8 @@ def cache_specs(cache: "KVCache", plan: Plan) -> "KVCache":
     fields = {f"span_{side}": at(f"span_{side}", None, axis) for side in ("k", "v")}
     fields |= {f"span_{name}": at(f"span_{name}", axis) for name in OF_TOKENS}
     if plan.part.splits_blocks:
-        fields |= {f"dense_{side}": at(f"dense_{side}", *(None,) * 3, axis) for side in ("k", "v")}
+        fields |= {name: at(name, *(None,) * 3, axis) for name in OF_HEADS}
+        fields["near_pos"] = at("near_pos", None, axis)
         fields |= {f"dense_{name}": at(f"dense_{name}", None, axis) for name in OF_TOKENS}
     return dataclasses.replace(everywhere, **fields)
 
@@ -251,11 +257,12 @@ def in_order_of(cache: "KVCache", old: Plan | None) -> "KVCache":
         cache: the cache, with its own plan in the layout.
         old: the plan by which its arrays lie; None is one device.
     """
-    new, fields, blocks = cache.layout.plan, {}, cache.layout.dense_blocks
+    new, fields, lay = cache.layout.plan, {}, cache.layout
+    blocks = dict(dense=lay.dense_blocks, near=lay.near_blocks, span=None)
     if (None if old is None else old.part) == (None if new is None else new.part):
         return cache if new is None else jax.device_put(cache, plan_shardings(cache, new))
     for name, axis in _orders(cache):
-        order = (axis, blocks) if name.startswith("dense") else (axis, None)
+        order = axis, blocks[name.partition("_")[0]]
         fields[name] = jax.tree.map(
             lambda x, order=order: _reorder(x, *order, old, new), getattr(cache, name)
         )
@@ -266,7 +273,8 @@ def in_order_of(cache: "KVCache", old: Plan | None) -> "KVCache":
 def _orders(cache: "KVCache") -> list[tuple[str, int]]:
     """The fields whose order depends on the plan, and the axis along which it does."""
     spans = [("span_k", 1), ("span_v", 1), *((f"span_{name}", 0) for name in OF_TOKENS)]
-    dense = [("dense_k", 3), ("dense_v", 3), *((f"dense_{name}", 1) for name in OF_TOKENS)]
+    of_tokens = (*(f"dense_{name}" for name in OF_TOKENS), "near_pos")
+    dense = [*((name, 3) for name in OF_HEADS), *((name, 1) for name in of_tokens)]
     return (spans if cache.layout.max_spans else []) + dense
 
 

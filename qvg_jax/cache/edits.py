@@ -60,8 +60,9 @@ def truncate(cache: KVCache, tokens: int | Int[Array, ""]) -> KVCache:
         The cache with `tokens` tokens. Codecs go on from the state that they have.
 
     Raises:
-        ValueError: the cache is a ring, whose overwritten tokens cannot come back; more tokens than it
-            has; or a number inside of a span, or of a block that stays whole.
+        ValueError: the cache is a ring, or its local heads have windows of their own, whose overwritten
+            tokens cannot come back; more tokens than it has; or a number inside of a span, or of a block
+            that stays whole.
     """
     check_cache(cache)
     lay = cache.layout
@@ -69,6 +70,11 @@ def truncate(cache: KVCache, tokens: int | Int[Array, ""]) -> KVCache:
         raise ValueError(
             "truncate: with overflow='drop' and max_spans=0 newer tokens overwrote older ones, which "
             "do not come back; accepted: a cache with slots, or with overflow='error'"
+        )
+    if lay.own_window:
+        raise ValueError(
+            f"truncate: the cache has a {lay.history}, and newer blocks overwrote older ones of local heads, "
+            "which do not come back; accepted: a HeadHistory with own_window=False"
         )
     if tokens is None or isinstance(tokens, str):
         raise wrong_kind("tokens", tokens, "a number >= 0")
@@ -165,7 +171,9 @@ def _take_rows(cache: KVCache, rows: Array) -> KVCache:
         take = lambda x, here: jnp.take(x, rows, axis, mode="clip") if here else x  # noqa: E731
         return jax.tree.map(take, tree, apart)
 
-    fields = dict(dense_k=taken(cache.dense_k, 1), dense_v=taken(cache.dense_v, 1))
+    of_heads = ("dense_k", "dense_v", "near_k", "near_v")
+    fields = {name: taken(getattr(cache, name), 1) for name in of_heads}
+    fields["near_pos"] = taken(cache.near_pos, 0)
     for name in ("pos", "valid", "table"):
         fields[f"dense_{name}"] = taken(getattr(cache, f"dense_{name}"), 0)
         fields[f"span_{name}"] = taken(getattr(cache, f"span_{name}"), 1)

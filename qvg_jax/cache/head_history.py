@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 if TYPE_CHECKING:
     from qvg_jax.cache.layout import Layout
 
-__all__ = ["HeadHistory", "HeadSet"]
+__all__ = ["HeadHistory", "HeadSet", "history_of", "repeated"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -27,15 +27,20 @@ class HeadHistory:
 
     Attributes:
         table: bool, [layers][heads]: whether a head has a history. Any array or nested list of bools.
-        local_blocks: newest blocks that a local head reads beside the sink, at most `keep_recent` of
-            the cache. It never reads more of them, also while more of them wait to be compressed.
+        local_blocks: newest blocks that a local head reads beside the sink. It never reads more of
+            them, also while more of them wait to be compressed. Without `own_window` they are at most
+            `keep_recent` of the cache.
+        own_window: whether local heads keep what they read and no more: the sink and a small ring of
+            blocks, in place of the cache's window. Attention gives the same bits. Such a cache has
+            blocks="whole", and `truncate` refuses it.
 
     Raises:
-        ValueError: a table that is not bool or not of two axes, or a number below 0.
+        ValueError: a table that is not bool or not of two axes, a number below 0, or `own_window` not bool.
     """
 
     table: tuple[tuple[bool, ...], ...]
     local_blocks: int
+    own_window: bool = False
 
     def __post_init__(self):
         try:
@@ -53,6 +58,8 @@ class HeadHistory:
         number = self.local_blocks
         if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
             raise ValueError(f"local_blocks={number!r} is not accepted: give an integer >= 0")
+        if not isinstance(self.own_window, bool):
+            raise ValueError(f"own_window={self.own_window!r} is not accepted: give True or False")
 
     @property
     def layers(self) -> int:
@@ -92,7 +99,7 @@ class HeadHistory:
         table = np.array(self.table)
         for row in table:
             row[np.flatnonzero(~row)[: -row.sum() % multiple]] = True
-        return HeadHistory(table, self.local_blocks)
+        return dataclasses.replace(self, table=table)
 
     def indices(self, count: int, has: bool) -> Int[np.ndarray, "L h"]:
         """Heads of each layer, with a history or local; zeros for layers of another count.
@@ -120,20 +127,27 @@ class HeadHistory:
                 "history with max_spans=0: there are no spans that a head could go without; accepted: "
                 "None, or slots for spans"
             )
-        if self.local_blocks > lay.keep_recent:
+        if self.local_blocks > lay.keep_recent and not self.own_window:
             raise ValueError(
                 f"history local_blocks={self.local_blocks} with keep_recent={lay.keep_recent}: the "
-                "window always holds the newest keep_recent blocks, and no more; accepted: at most that"
+                "window always holds the newest keep_recent blocks, and no more; accepted: at most that, or "
+                "own_window=True"
+            )
+        if self.own_window and lay.blocks != "whole":
+            raise ValueError(
+                f"history own_window=True with blocks={lay.blocks!r}: the windows of local heads are rings of "
+                "whole blocks; accepted: blocks='whole', or own_window=False"
             )
 
     def __repr__(self) -> str:
         """The classes as one hexadecimal number a layer, its last head in the lowest bit."""
         digits = -(-self.heads // 4)
         rows = (sum(full << i for i, full in enumerate(reversed(row))) for row in self.table)
+        own = "own_window, " if self.own_window else ""
         by_layer = ".".join(f"{row:0{digits}x}" for row in rows)
         return (
             f"HeadHistory({self.full} of {self.layers * self.heads} heads, "
-            f"local_blocks={self.local_blocks}, table {by_layer})"
+            f"local_blocks={self.local_blocks}, {own}table {by_layer})"
         )
 
 
@@ -178,9 +192,9 @@ class HeadSet:
         """Rows of the heads among those of all videos and heads of a layer, videos first."""
         return (np.arange(batch, dtype=np.int32)[:, None] * heads + self.index_h[None]).reshape(-1)
 
-    def repeated(self, times: Sequence[int]) -> Array:
-        """Indices of query heads or encodings, of which each head has so many next to each other."""
-        index = self.index_h
-        for n in times:
-            index = (index[:, None] * n + np.arange(n, dtype=np.int32)[None]).reshape(-1)
-        return index
+
+def repeated(index_h: Array, times: Sequence[int]) -> Array:
+    """Indices of query heads or encodings, of which each head of `index_h` has so many next to each other."""
+    for n in times:
+        index_h = (index_h[:, None] * n + np.arange(n, dtype=np.int32)[None]).reshape(-1)
+    return index_h

@@ -108,6 +108,13 @@ def _what_is_bad(cache: KVCache) -> str:
 def _layer_of_bad(cache: KVCache) -> str:
     """Says where sink and window have the first bad value; nothing if it has been compressed."""
     bad = {name: np.asarray(_bad_layers(getattr(cache, f"dense_{name}"))) for name in ("k", "v")}
+    if cache.layout.own_window:  # then a row is a head of a layer
+        table = np.asarray(cache.layout.history.table)
+        for name, found in bad.items():
+            near = np.asarray(_bad_layers(getattr(cache, f"near_{name}")))
+            of_rows = np.zeros(table.shape, bool)
+            of_rows[table], of_rows[~table] = found, near
+            bad[name] = of_rows.any(1)
     layers = np.flatnonzero(bad["k"] | bad["v"])
     if not layers.size:
         return ""
@@ -178,23 +185,27 @@ def cache_bytes(cache: KVCache) -> CacheBytes:
         return [f"{region}_{name}" for name in ("pos", "valid", "table")]
 
     dense = bytes_of("dense_k", "dense_v") // lay.dense_blocks  # bytes of one block
+    near = bytes_of("near_k", "near_v") // max(1, lay.near_blocks)
     span = bytes_of("span_k", "span_v") // max(1, lay.max_spans)
     state = bytes_of("state_k", "state_v")
     dense_pos = bytes_of(*of_tokens("dense")) // lay.dense_blocks
+    near_pos = bytes_of("near_pos") // max(1, lay.near_blocks)
     span_pos = bytes_of(*of_tokens("span")) // max(1, lay.max_spans)
     scalars = packed_bytes([x for x in jax.tree.leaves(cache) if x.shape == stacked]) // count
 
-    def regions(sink_blocks, spans, window_blocks, state, caches=count):
+    def regions(sink_blocks, spans, window_blocks, near_blocks, state, caches=count):
         pos = (sink_blocks + window_blocks) * dense_pos + spans * span_pos
+        pos += (sink_blocks + near_blocks) * near_pos
         return Regions(
-            sink=sink_blocks * dense,
+            sink=sink_blocks * (dense + near),
             spans=spans * span,
-            window=window_blocks * dense,
+            window=window_blocks * dense + near_blocks * near,
             warm_start=state,
             positions=pos + scalars * caches,
         )
 
-    full = (lay.sink_blocks, lay.max_spans, lay.window_blocks, state)
+    ring = max(0, lay.near_blocks - lay.sink_blocks)  # of local heads with a window of their own
+    full = (lay.sink_blocks, lay.max_spans, lay.window_blocks, ring, state)
     allocated = regions(*(count * n for n in full))
     if any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in jax.tree.leaves(cache)):
         return CacheBytes(allocated=allocated, in_use=None, bf16=None, tokens=None)
@@ -205,7 +216,9 @@ def cache_bytes(cache: KVCache) -> CacheBytes:
     blocks = -(-filled // lay.block_tokens)  # a block that is filling up is in use
     sink_blocks = np.minimum(blocks, lay.sink_blocks)
     tokens = int((filled + num_spans * lay.span_tokens).sum())
-    used = (sink_blocks, num_spans, blocks - sink_blocks, np.where(encoded > 0, state, 0))
+    window = blocks - sink_blocks
+    in_ring = np.minimum(window + encoded, ring)
+    used = (sink_blocks, num_spans, window, in_ring, np.where(encoded > 0, state, 0))
     return CacheBytes(
         allocated=allocated,
         in_use=regions(*(int(x.sum()) for x in used)),

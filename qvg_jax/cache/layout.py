@@ -89,6 +89,16 @@ class Layout:
         return self.sink_blocks + self.window_blocks
 
     @property
+    def own_window(self) -> bool:
+        """Whether local heads have a window of their own, see `own_window`."""
+        return self.history is not None and self.history.own_window
+
+    @property
+    def near_blocks(self) -> int:
+        """Blocks of the buffer of local heads with a window of their own: sink, then the ring."""
+        return self.sink_blocks + self.history.local_blocks if self.own_window else 0
+
+    @property
     def span_tokens(self) -> int:
         """Tokens of one span, which is whole also where each device has a part of each block."""
         shares = self.part.devices if self.part is not None and self.part.splits_blocks else 1

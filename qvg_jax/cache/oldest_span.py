@@ -13,9 +13,10 @@ from jaxtyping import Array, PRNGKeyArray
 from qvg_jax.cache.devices import whole_span
 from qvg_jax.cache.layer_codecs import groups_of, joined, parts_of
 from qvg_jax.cache.layout import Layout
-from qvg_jax.cache.no_gradient import no_gradient
+from qvg_jax.cache.own_window import by_head, read_rows, write_rows
 from qvg_jax.cache.slots import write_slot
 from qvg_jax.cache.state import KVCache
+from qvg_jax.codecs.no_gradient import no_gradient
 
 __all__ = ["all_slots", "encode_oldest"]
 
@@ -37,31 +38,28 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
         slot //= lay.part.devices
     key = jax.random.fold_in(key, cache.encoded_blocks // lay.span_blocks)
 
-    def read(dense, l, start, length):
-        form = (1, lay.batch, lay.heads, length, lay.head_dim)
-        return lax.dynamic_slice(dense, _at(l, start), form)
-
     def one_layer(l, carry, codecs, places, head_h):
         def one(codec, place, dense, spans, states, key):
             state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, place, 0, False), states)
-            span = read(dense, l, begin, size)[0]
-            span = span if head_h is None else span.take(head_h, 1)
-            span = no_gradient(whole_span(lay, span, 2), "compress")
-            packed, state = codec.encode(span, state, key=key)
+            rows = None if head_h is None else head_h.shape[0]
+            span = by_head(lay, read_rows(lay, dense, l, rows, begin, size))
+            span = span if head_h is None or lay.own_window else span.take(head_h, 1)
+            encoded = codec.encode(whole_span(lay, span, 2), state, key=key)
+            packed, state = no_gradient(encoded, "compress")
             # All reading before all writing, or XLA copies the whole buffer to be safe.
-            moved = read(dense, l, begin + size, tail)
+            moved = read_rows(lay, dense, l, rows, begin + size, tail)
             packed, state, moved = lax.optimization_barrier((packed, state, moved))
             spans = write_slot(spans, place, slot, packed, store)
             states = jax.tree.map(lambda s, new: s.at[place].set(new), states, state)
-            return lax.dynamic_update_slice(dense, moved, _at(l, begin)), spans, states
+            return write_rows(lay, dense, l, begin, moved), spans, states
 
         keys = jax.random.split(jax.random.fold_in(key, l))
         sides = zip(codecs, places, carry, keys, strict=True)
         return tuple(one(codec, place, *x, key) for codec, place, x, key in sides)
 
     def no_head(l, dense):
-        moved = lax.optimization_barrier(read(dense, l, begin + size, tail))
-        return lax.dynamic_update_slice(dense, moved, _at(l, begin))
+        moved = lax.optimization_barrier(read_rows(lay, dense, l, None, begin + size, tail))
+        return write_rows(lay, dense, l, begin, moved)
 
     sides = _for_each_layer(cache, one_layer, no_head)
     (dense_k, span_k, state_k), (dense_v, span_v, state_v) = sides
@@ -104,11 +102,6 @@ def encode_oldest(cache: KVCache, key: PRNGKeyArray) -> KVCache:
 def all_slots(lay: Layout) -> int:
     """Slots of the whole cache, on all devices."""
     return lay.max_spans * (1 if lay.part is None else lay.part.devices)
-
-
-def _at(layer: Array, token: int) -> list[Array]:
-    """Where tokens of a layer begin, all indices of one dtype: with `jax_enable_x64` numbers are int64."""
-    return [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, token, 0)]
 
 
 def _for_each_layer(
@@ -161,7 +154,7 @@ def _for_each_layer(
             carry = _loop(len(layers), step, carry)
             for s, g in enumerate((i, j)):
                 dense[s], slots[s][g], states[s][g] = carry[s]
-    if lay.history is not None and 0 in lay.history.counts:
+    if lay.history is not None and 0 in lay.history.counts and not lay.own_window:
         alone = np.flatnonzero(np.asarray(lay.history.counts) == 0).astype(np.int32)
         for s in range(2):
             move = lambda n, x: no_head(jnp.asarray(alone)[n], x)  # noqa: E731

@@ -18,12 +18,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qvg_jax.backends import divided_automatically, row_major
-from qvg_jax.cache.arguments import check_array, check_cache
+from qvg_jax.cache.arguments import check_cache
 from qvg_jax.cache.devices import on_each_device
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.oldest_span import all_slots, encode_oldest
+from qvg_jax.cache.own_window import near_place, rows_of
 from qvg_jax.cache.state import KVCache
 from qvg_jax.cache.view import checked_lengths, checked_positions
+from qvg_jax.codecs.arguments import check_array
 
 __all__ = ["KVCache", "append", "compress", "evict"]
 
@@ -102,14 +104,16 @@ def _append_here(
         # Padding is stored as zeros, so that neither a NaN nor an outlier of it meets a codec.
         k, v = (jnp.where(valid[None, :, None, :, None], x, 0) for x in (k, v))
 
-    def write(buffer: Array, new: Array, axis: int) -> Array:
+    def write(
+        buffer: Array, new: Array, axis: int, at: Array | None = place.at, store: Any = place.store
+    ) -> Array:
         if place.token_T is not None:
             front = (slice(None),) * axis
             return buffer.at[(*front, place.token_T)].set(new.astype(buffer.dtype))
         # Reads back what is there when the block is refused: no branch, and in place if donated.
-        old = lax.dynamic_slice_in_dim(buffer, place.at, tokens, axis)
-        new = row_major(jnp.where(place.store, new, old))
-        return lax.dynamic_update_slice_in_dim(buffer, new, place.at, axis)
+        old = lax.dynamic_slice_in_dim(buffer, at, tokens, axis)
+        new = row_major(jnp.where(store, new, old))
+        return lax.dynamic_update_slice_in_dim(buffer, new, at, axis)
 
     # Padding may have any position: no query sees it.
     counted_pos = pos if valid is None else jnp.where(valid[..., None], pos, 0)
@@ -123,6 +127,16 @@ def _append_here(
         (cache.dense_valid, cache.dense_table),
         (valid, table),
     )
+    near = {}
+    if lay.own_window:
+        if lay.near_blocks:
+            at, kept = near_place(cache)
+            kept &= place.store
+            for name, x in (("near_k", k), ("near_v", v)):
+                new = rows_of(lay, x, False)
+                near[name] = write(getattr(cache, name), new, 3, at, kept)
+            near["near_pos"] = write(cache.near_pos, pos, 1, at, kept)
+        k, v = (rows_of(lay, x, True) for x in (k, v))
     return dataclasses.replace(
         cache,
         dense_k=write(cache.dense_k, k, 3),
@@ -134,6 +148,7 @@ def _append_here(
         nonfinite=jnp.minimum(cache.nonfinite, INT32_MAX - bad) + bad,
         first_bad_block=jnp.maximum(cache.first_bad_block, first),
         **place.counters,
+        **near,
     )
 
 

@@ -16,7 +16,9 @@ from jaxtyping import Array, Float
 
 from qvg_jax.codecs.spec import Spec, Value, factory
 
-__all__ = ["Encodings", "Rope", "axial_rope", "frequency_ladder"]
+__all__ = ["Encodings", "Rope", "Table", "axial_rope", "frequency_ladder"]
+
+type Table = Any  # a pytree of arrays: what a rope makes of positions, with their leading axes
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -36,8 +38,8 @@ class Rope(Value):
         spec: the factory and the settings that made the rope; None if it was made by hand.
     """
 
-    table: Callable[[Array], Any]
-    rotate: Callable[[Array, Any], Array]
+    table: Callable[[Array], Table]
+    rotate: Callable[[Array, Table], Array]
     pairing: Literal["half", "interleaved"] | None = None
     spec: Spec | None = dataclasses.field(default=None, init=False)
 

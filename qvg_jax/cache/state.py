@@ -18,12 +18,13 @@ from qvg_jax.cache.head_history import HeadHistory, history_of
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.layer_codecs import of_layers
 from qvg_jax.cache.layout import Layout
+from qvg_jax.cache.own_window import dense_shape, near_shape
 from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.relative import RelativeTime
-from qvg_jax.cache.rope import Encodings, Rope
+from qvg_jax.cache.rope import Encodings, Rope, Table
 from qvg_jax.cache.slots import empty_slots
 from qvg_jax.cache.view import CacheView, view_of
-from qvg_jax.codecs.base import Codec, identity
+from qvg_jax.codecs.base import Codec, Packed, State, identity
 from qvg_jax.errors import wrong_kind
 
 __all__ = ["KVCache"]
@@ -37,29 +38,34 @@ class KVCache:
     Axes: L layers, N span slots, B batch, H heads, T tokens, D head dim, P position components.
     """
 
-    dense_k: Any  # [L, B, H, T, D] before RoPE; T = (sink_blocks + window_blocks) * block_tokens
-    dense_v: Any  # [L, B, H, T, D]
-    dense_pos: Any  # [B, T, P] float32
-    span_k: Any  # packed spans of the key codec, leaves [L, N, ...] (see slots.py); None if N = 0
-    span_v: Any  # packed spans of the value codec
-    span_pos: Any  # [N, B, T, P] float32; T = span_blocks * block_tokens
-    state_k: Any  # what the key codec hands from span to span, leaves [L, ...]
-    state_v: Any
-    dense_blocks: Any  # int32, valid blocks of the dense buffer: sink first, then window
-    first_span: Any  # int32, slot of the oldest span
-    num_spans: Any  # int32, valid spans: slots first_span, first_span + 1, ... modulo N
-    seen_blocks: Any  # int32, calls of append
-    dropped_blocks: Any  # int32, blocks that were stored and are gone (evict, overflow="drop")
-    rejected_blocks: Any  # int32, blocks that found no room (overflow="error")
-    nonfinite: Any  # int32, NaN and Inf among all appended values; stops at 2**31 - 1
-    first_bad_block: Any  # int32, number of the first block that had one; -1 if none
-    filled: Any = None  # int32, tokens of the block behind the valid ones; None if blocks="whole"
-    dense_valid: Any = None  # bool [B, T], False for padding; None unless blocks="padded"
-    span_valid: Any = None  # bool [N, B, T]
-    dense_table: Any = (
+    dense_k: Array  # [L, B, H, T, D] before RoPE; T = (sink_blocks + window_blocks) * block_tokens
+    dense_v: Array  # [L, B, H, T, D]
+    dense_pos: Array  # [B, T, P] float32
+    span_k: (
+        Packed  # packed spans of the key codec, leaves [L, N, ...] (see slots.py); None if N = 0
+    )
+    span_v: Packed  # packed spans of the value codec
+    span_pos: Array  # [N, B, T, P] float32; T = span_blocks * block_tokens
+    state_k: State  # what the key codec hands from span to span, leaves [L, ...]
+    state_v: State
+    dense_blocks: Array  # int32, valid blocks of the dense buffer: sink first, then window
+    first_span: Array  # int32, slot of the oldest span
+    num_spans: Array  # int32, valid spans: slots first_span, first_span + 1, ... modulo N
+    seen_blocks: Array  # int32, calls of append
+    dropped_blocks: Array  # int32, blocks that were stored and are gone (evict, overflow="drop")
+    rejected_blocks: Array  # int32, blocks that found no room (overflow="error")
+    nonfinite: Array  # int32, NaN and Inf among all appended values; stops at 2**31 - 1
+    first_bad_block: Array  # int32, number of the first block that had one; -1 if none
+    filled: Array | None = None  # int32, tokens of the block behind the valid ones; None if whole
+    dense_valid: Array | None = None  # bool [B, T], False for padding; None unless blocks="padded"
+    span_valid: Array | None = None  # bool [N, B, T]
+    dense_table: Table = (
         None  # rope table of sink and window, leaves [B, T, ...]; None without `rope`
     )
-    span_table: Any = None  # rope tables of the spans, leaves [N, B, T, ...]
+    span_table: Table = None  # rope tables of the spans, leaves [N, B, T, ...]
+    near_k: Array | None = None  # of local heads with a window of their own (own_window.py)
+    near_v: Array | None = None
+    near_pos: Array | None = None  # [B, T, P] float32
     layout: Layout = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -164,7 +170,6 @@ class KVCache:
         """A cache of this layout with zeros in all buffers."""
         batch = lay.batch
         tokens = lay.dense_blocks * lay.block_tokens
-        dense_shape = (lay.layers, batch, lay.heads, tokens, lay.head_dim)
         span_k, state_k = empty_slots(lay, lay.key_codec, dtype)
         span_v, state_v = empty_slots(lay, lay.value_codec, dtype)
         # One array per counter: donation refuses a buffer that appears twice.
@@ -176,6 +181,10 @@ class KVCache:
             span=jnp.zeros((lay.max_spans, batch, lay.span_tokens, lay.pos_dims), jnp.float32),
         )
         more = {}
+        if lay.own_window:
+            shape = near_shape(lay)
+            more |= {name: jnp.zeros(shape, dtype) for name in ("near_k", "near_v")}
+            more["near_pos"] = jnp.zeros((batch, shape[3], lay.pos_dims), jnp.float32)
         for name, pos_xP in pos.items():
             if lay.blocks == "padded":
                 more[f"{name}_valid"] = jnp.zeros(pos_xP.shape[:-1], bool)
@@ -183,8 +192,8 @@ class KVCache:
                 table = jax.eval_shape(lay.rope.table, pos_xP)
                 more[f"{name}_table"] = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), table)
         return cls(
-            dense_k=jnp.zeros(dense_shape, dtype),
-            dense_v=jnp.zeros(dense_shape, dtype),
+            dense_k=jnp.zeros(dense_shape(lay), dtype),
+            dense_v=jnp.zeros(dense_shape(lay), dtype),
             dense_pos=pos["dense"],
             span_k=span_k,
             span_v=span_v,

@@ -64,6 +64,7 @@ class Summary:
         if self.history is not None:
             table = self.history
             others = f"the others read the sink and the newest {table.local_blocks} blocks"
+            others += ", and keep no more" if table.own_window else ""
             lines.append(f"history: {table.full} of {table.layers * table.heads} heads; {others}")
             if not table.full:
                 lines.append("no head has a history, so there are no compressed spans")

@@ -13,7 +13,7 @@ from qvg_jax.cache.devices import span_tables_of
 from qvg_jax.cache.head_history import HeadSet
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.relative import Moves, RelativeTime
-from qvg_jax.cache.rope import Encodings, Rope
+from qvg_jax.cache.rope import Encodings, Rope, Table
 from qvg_jax.errors import wrong_kind
 
 if TYPE_CHECKING:
@@ -27,12 +27,10 @@ __all__ = ["CacheView", "checked_lengths", "checked_positions", "known", "view_o
 class CacheView:
     """A cache with rope tables; shared by all layers of one forward pass. See `KVCache.view`."""
 
-    cache: Any  # KVCache
-    table_new: (
-        Any  # rope table of the new tokens, leaves [B, T, ...]; None if they are not to be rotated
-    )
-    table_dense: Any  # of sink and window, leaves [B, T, ...]; None if not precomputed
-    table_spans: Any  # of all slots, leaves [N, B, T, ...]; None if not precomputed
+    cache: "KVCache"
+    table_new: Table  # of the new tokens, leaves [B, T, ...]; None if they are not to be rotated
+    table_dense: Table  # of sink and window, leaves [B, T, ...]; None if not precomputed
+    table_spans: Table  # of all slots, leaves [N, B, T, ...]; None if not precomputed
     rope: Rope | Encodings | None = dataclasses.field(metadata=dict(static=True))
     moves: Moves | None = None  # how far times move; None if they are the stored ones
     relative: RelativeTime | None = dataclasses.field(default=None, metadata=dict(static=True))

@@ -15,14 +15,17 @@ Arrays carry their axes in their names: B batch, H heads, T tokens of one span, 
 import dataclasses
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from qvg_jax.codecs.arguments import checked_decode, checked_encode
 from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
 from qvg_jax.codecs.spec import Spec, Value, factory
 from qvg_jax.codecs.storage import Centroids, Storage, Values
+from qvg_jax.errors import wrong_kind
 
 __all__ = [
     "Codec",
@@ -129,6 +132,11 @@ class Codec(Value):
     deficit: Callable[[Packed], Array] | None = None
     spec: Spec | None = dataclasses.field(default=None, init=False)
 
+    def checked(self) -> "Codec":
+        """The same codec, whose `encode` and `decode` name arguments of another kind."""
+        encode, decode = checked_encode(self.encode), checked_decode(self.decode, self.nbytes)
+        return dataclasses.replace(self, encode=encode, decode=decode)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Smoothing(Value):
@@ -156,6 +164,11 @@ class Smoothing(Value):
     isometric: bool = True
     spec: Spec | None = dataclasses.field(default=None, init=False)
 
+    def checked(self) -> "Smoothing":
+        """The same smoothing, whose `encode` and `decode` name arguments of another kind."""
+        encode, decode = checked_encode(self.encode), checked_decode(self.decode)
+        return dataclasses.replace(self, encode=encode, decode=decode)
+
 
 class IdentityPacked(NamedTuple):
     """The packed form of `identity`: the values themselves."""
@@ -164,7 +177,13 @@ class IdentityPacked(NamedTuple):
 
 
 def check_span(shape: Shape, dtype: Any = jnp.float32) -> None:
-    """Raises ValueError unless `shape` is (B, H, T, D) with every axis > 0 and `dtype` floats."""
+    """Raises ValueError unless `shape` is (B, H, T, D) with every axis > 0 and `dtype` floats.
+
+    Raises:
+        TypeError: `shape` is no tuple or list of integers.
+    """
+    if not isinstance(shape, tuple | list) or not all(isinstance(n, Integral) for n in shape):
+        raise wrong_kind("shape", shape, "(B, H, T, D), such as x.shape")
     if len(shape) != 4:
         raise ValueError(f"shape={tuple(shape)} has rank {len(shape)}; accepted: (B, H, T, D)")
     if any(n < 1 for n in shape):

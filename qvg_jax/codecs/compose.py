@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.backends import Candidate, no_hopper, no_triton, resolve
+from qvg_jax.codecs.arguments import FIRST
 from qvg_jax.codecs.base import (
     Codec,
     Packed,
@@ -25,6 +26,7 @@ from qvg_jax.codecs.base import (
 from qvg_jax.codecs.kernel_encoding import KernelEncoding, kernel_encoding
 from qvg_jax.codecs.spec import FACTORIES, Spec, factory
 from qvg_jax.codecs.storage import Storage
+from qvg_jax.errors import wrong_kind
 
 __all__ = ["ENCODERS", "chain", "encoded_by", "labelled"]
 
@@ -112,6 +114,8 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
         return (*nodes, node), (*states, s)
 
     def decode(packed: Packed, dtype: Any = jnp.bfloat16) -> Array:
+        if not isinstance(packed, tuple | list) or len(packed) != len(transforms):
+            raise wrong_kind("packed", packed, f"a tuple of {len(transforms)}, {FIRST}")
         if not smoothings:
             return last.decode(packed[0], dtype)
         x_BHTD = last.decode(packed[-1], jnp.float32)

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -78,6 +78,10 @@ class Value:
 
     spec: Spec | None
 
+    def checked(self) -> Self:
+        """The same value, whose functions check their arguments."""
+        return self
+
     def _key(self) -> tuple[Any, ...]:
         if self.spec is not None:
             return type(self), self.spec
@@ -131,7 +135,7 @@ def factory[F: Callable[..., Any]](function: F) -> F:
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             bound.arguments[name] = _checked(name, value, hints.get(name))
-        made = function(*bound.args, **bound.kwargs)
+        made = function(*bound.args, **bound.kwargs).checked()
         object.__setattr__(made, "spec", Spec(make.__name__, tuple(bound.arguments.items())))
         return made
 

@@ -6,7 +6,7 @@ where u >= 1 says how unevenly n devices share the spans. Exchanges of one layer
 device sends, of a block of T tokens, M = heads x head dim and b bytes an element, r = (n - 1) / n:
     spans: r b T M for queries, 4 r T (M + heads) for merged outputs, 8 r T heads for their maxima
     heads: 4 r b T M / n, there and back
-    ring:  r (packed spans of the layer + 2 b T M), while attention runs: only the longer one counts
+    ring:  r (packed slots of the layer + 2 b T M), while attention runs: only the longer one counts
     weights, under any of them: r of the bytes of a layer's weights, where devices share those
 and each costs the latency of its steps. Encoding is not divided: all devices encode a span, which they
 gather once.
@@ -36,6 +36,7 @@ class Workload:
         other_tokens: of sink, window and new block.
         element_bytes: of an activation.
         span_blocks: blocks of a span: one of so many blocks waits for an encoding.
+        slots: of the cache, which a ring sends full or not; None for as many as spans.
         layer_bytes: weights of a layer that devices share, and gather in each pass; 0 if each has all.
     """
 
@@ -51,6 +52,7 @@ class Workload:
     other_tokens: int
     element_bytes: int = 2
     span_blocks: int = 8
+    slots: int | None = None
     layer_bytes: int = 0
 
 
@@ -63,16 +65,16 @@ class Measured:
         attention: seconds of self-attention.
         encode: seconds of encoding a span in all layers.
         fixed: seconds that more devices do not shorten, such as launches.
-        link: bytes a second that a device sends to others.
-        latency: seconds of one step of an exchange.
+        link: bytes a second that a device sends to others; by default as between two H200s of a host.
+        latency: seconds of one step of an exchange; likewise.
     """
 
     network: float
     attention: float
     encode: float = 0.0
     fixed: float = 0.0
-    link: float = 300e9
-    latency: float = 10e-6
+    link: float = 197e9
+    latency: float = 60e-6
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -130,7 +132,8 @@ def predict(plan: Plan, work: Workload, measured: Measured) -> Prediction:
         sent, gathered = rest * (2 * of_block + kv) / n, 0.0
         steps = 2
     else:
-        sent, gathered = rest * (work.spans * work.span_bytes + kv), 0.0
+        slots = work.spans if work.slots is None else work.slots
+        sent, gathered = rest * (slots * work.span_bytes + kv), 0.0
         steps = n - 1
     if n == 1:
         sent, steps = 0.0, 0

@@ -78,6 +78,20 @@ def test_blocks_of_another_run_are_none_of_ours(tmp_path):
 def test_another_request_is_named(tmp_path):
     written(tmp_path)
     other = REQUEST | {"seed": 2}
+    prompt = "a" * 100
+    for before, now, said in (
+        ({"steps": 5}, {"steps": 4}, r"made with sampler.steps=5, now it is 4; give"),
+        ({"steps": 5, "shift": 1}, {"steps": 5}, "made with sampler.shift, now without it;"),
+        ({"steps": 5}, {"steps": 5, "shift": 1}, "made with no sampler.shift, now with it;"),
+        (
+            f"{prompt}b",
+            f"{prompt}c",
+            r"made with sampler=\.\.\.a{40}b', now it is \.\.\.a{40}c';",
+        ),
+    ):
+        written(tmp_path / said[:30], REQUEST | {"sampler": before})
+        with pytest.raises(UserError, match=said):
+            saved(tmp_path / said[:30], REQUEST | {"sampler": now}, resume=True)
     with pytest.raises(UserError, match="made with seed=1, now it is 2"):
         saved(tmp_path, other, resume=True)
     with pytest.raises(UserError, match="unfinished run, made with seed=1.*--restart"):

@@ -1,9 +1,7 @@
 """The path of `implementation="cudnn"` with XLA's flash attention in cuDNN's place."""
 
-import collections
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ from jax.sharding import AxisType
 
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.cudnn import Workspaces, attend_cudnn, unsupported
-from qvg_jax.attention.flash import no_keys, parts_for, split, visit
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress, evict
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
@@ -286,35 +283,6 @@ def test_the_program_copies_neither_the_cache_nor_a_layer():
     assert f"bf16{one}" not in program and f"f32{one}" not in program
 
 
-# --- one call ----------------------------------------------------------------------------------
-
-
-def test_parts_without_a_key_count_nothing():
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, n, 8)) for i, n in enumerate((5, 12, 12)))
-    run = visit(no_keys(q), q, k, v, 3, backend="xla", parts=4)
-    logits = jnp.einsum("nqd,nkd->nqk", q, k[:, :3]) * 8**-0.5
-    want = jnp.einsum("nqk,nkd->nqd", jax.nn.softmax(logits, -1), v[:, :3])
-    np.testing.assert_allclose(run.out_nQD, want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(run.lse_nQ, jax.nn.logsumexp(logits, -1), rtol=1e-5, atol=1e-5)
-    more = visit(run, q, k, v, 0, backend="xla", parts=4)
-    np.testing.assert_allclose(more.out_nQD, run.out_nQD, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(more.lse_nQ, run.lse_nQ, rtol=1e-6, atol=1e-6)
-
-
-def test_few_queries_are_split_and_many_are_not():
-    # 24 blocks of threads for 132 multiprocessors: five parts run at once. 66 x 132 fill them alone.
-    assert parts_for(12, 256, 32_768, 132) == 5
-    assert parts_for(132, 128 * 66, 32_768, 132) == 1
-    assert parts_for(12, 256, 100, 132) == 1
-
-
-def test_parts_are_equal_and_hold_all_keys():
-    assert split(1, 1, 100) == (1, 100)
-    assert split(1, 1, 100, 3) == (3, 102)
-    parts, keys = split(12, 256, 32_768)
-    assert keys >= 32_768 and keys % (64 * parts) == 0
-
-
 # --- what is not served ------------------------------------------------------------------------
 
 
@@ -343,22 +311,3 @@ def test_an_unknown_backend_is_an_error():
     q, k, v, _ = query(3, cache.layout)
     with pytest.raises(ValueError, match=r"backend='triton' is not accepted: give one of"):
         ours(q, cache.view(rope=False), k, v, backend="triton")
-
-
-@pytest.mark.parametrize("name", ["dither", "dither-asym"])
-def test_a_dither_adds_only_elementwise_operations_to_decoding(name):
-    """So XLA can decode it in one fusion, as it does mid-rise levels: one gather, of centroids, each."""
-    shape = (1, 2, 96, 64)
-    texts = []
-    for recipe in (name, "midrise"):
-        codec = presets.pair(recipe, num_centroids=8)[0]
-        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        form = jax.eval_shape(lambda x, c=codec: c.encode(x, c.init(x.shape, x.dtype))[0], x)
-        traced = jax.jit(codec.decode).trace(form)
-        texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
-    ours, midrise = (collections.Counter(re.findall(r"stablehlo\.(\w+)", t)) for t in texts)
-    assert ours["gather"] == midrise["gather"] and not re.search(r"tensor<[^>]*[iu]64>", texts[0])
-    elementwise = {"iota", "broadcast_in_dim", "reshape", "convert", "bitcast_convert", "constant"}
-    elementwise |= {"add", "subtract", "multiply", "divide", "shift_left"}
-    elementwise |= {"shift_right_logical", "and", "or"}
-    assert set(ours - midrise) <= elementwise

@@ -3,8 +3,10 @@
 So it runs anywhere, and is compared with what `attend` gives by XLA.
 """
 
+import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,10 @@ import pytest
 from models.worldplay.history import side_by_side
 from pallas_kernels.dequant_attention import Schedule
 from pallas_kernels.dequant_attention import reference as attention_reference
-from qvg_jax.attention import by_head, choice, kernel_plan, new_block, workspaces
+from qvg_jax.attention import api, by_head, choice, kernel_plan, new_block, workspaces
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
-from qvg_jax.attention.features import PLAIN
+from qvg_jax.attention.features import Features
 from qvg_jax.attention.kernel_plan import Plan
 from qvg_jax.cache.devices import spread
 from qvg_jax.cache.head_history import HeadHistory
@@ -171,17 +173,20 @@ HISTORY = HeadHistory(
 
 
 @pytest.mark.parametrize(
-    "name, fp8, precompute",
+    "name, fp8, precompute, own_window",
     [
-        ("dither", True, False),
-        ("bf16", False, True),
-        ("joined", False, False),
+        ("dither", True, False, True),
+        ("bf16", False, True, False),
+        ("joined", False, False, True),
     ],
 )
-def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, fp8, precompute):
+def test_heads_with_a_history_and_local_ones_read_by_kernels(
+    references, name, fp8, precompute, own_window
+):
     """All layers in a scan, two videos and two branches, a ring of slots that has turned; then an empty cache."""
     codec = (codecs() | ODD)[name]
-    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=HISTORY)
+    history = dataclasses.replace(HISTORY, own_window=own_window)
+    sizes = dict(layers=4, heads=4, block=32, batch=2, keep_recent=2, history=history)
     cache = with_window_garbage(evict(filled_cache(codec, blocks=9, **sizes), spans=1))
     assert int(cache.first_span) == 1 and int(cache.num_spans) > 0
     empty = dataclasses.replace(
@@ -193,7 +198,7 @@ def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, f
     at = jnp.concatenate([positions(9, 32)] * 2)
 
     def by_kernels(*call):
-        return mosaic.attend_kernels(*call[:-1], fp8=fp8), None
+        return mosaic.attend_kernels(*call[:-1], fp8=fp8, return_lse=True)
 
     @jax.jit
     def both(cache, q, k, v):
@@ -202,13 +207,17 @@ def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, f
         def layer(_, x):
             *x, l = x
             call = (x[0], view, *x[1:], l)
-            ours, _ = by_head.attend_by_head(by_kernels, *call, jnp.float32(128**-0.5), PLAIN)
-            return None, (ours, attend(*call[:4], layer=l, implementation="xla"))
+            scale, features = jnp.float32(128**-0.5), Features(return_lse=True)
+            ours = by_head.attend_by_head(by_kernels, *call, scale, features)
+            right = attend(*call[:4], layer=l, implementation="xla", return_lse=True)
+            return None, (ours, right)
 
         return jax.lax.scan(layer, None, (q, k, v, jnp.arange(4)))[1]
 
     for which in (cache, empty):
-        ours, right = (x.astype(jnp.float32) for x in both(which, q, k, v))
+        (ours, ours_lse), (right, lse) = both(which, q, k, v)
+        np.testing.assert_allclose(ours_lse, lse, atol=0.1 if fp8 else 0.03)
+        ours, right = (x.astype(jnp.float32) for x in (ours, right))
         error = jnp.linalg.norm((ours - right).reshape(4, -1), axis=1)
         bound = 6e-2 if fp8 else 1e-2
         assert (error / jnp.linalg.norm(right.reshape(4, -1), axis=1) < bound).all()
@@ -226,12 +235,13 @@ def test_heads_with_a_history_and_local_ones_read_by_kernels(references, name, f
 )
 def test_every_plan_of_devices_reads_by_kernels(references, monkeypatch, devices, implementation):
     monkeypatch.setattr(choice, "no_hopper", lambda: None)
-    run = []
-    monkeypatch.setattr(
-        mosaic,
-        "attend_kernels",
-        lambda *a, to=mosaic.attend_kernels, **k: run.append(1) or to(*a, **k),
-    )
+    found = []
+
+    def chosen(*call, choose=api.choose):
+        found.append(choose(*call))
+        return found[-1]
+
+    monkeypatch.setattr(api, "choose", chosen)
     cache = filled_cache(codecs()["midrise"], blocks=9, block=64, max_spans=4)
     cache = with_window_garbage(cache)
     rng = np.random.default_rng(3)
@@ -243,13 +253,35 @@ def test_every_plan_of_devices_reads_by_kernels(references, monkeypatch, devices
         return attend(q, view, k, v, layer=1, **names).astype(jnp.float32)
 
     right = read(cache, implementation="xla")
-    assert not run
-    jax.clear_caches()  # a plan whose devices see the same shapes would take its trace from there
+    found.clear()
     apart = spread(cache, CachePlan(**devices))
     ours = jax.jit(functools.partial(read, implementation=implementation))(apart)
-    assert run
-    bound = 1e-2 if implementation == "mosaic" else 6e-2  # None is fp8 for these codes
+    assert {one.chosen.implementation for one in found} == {"mosaic"}
+    bound = 1e-2 if implementation == "mosaic" else 6e-2  # two bits are read in fp8
     assert float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axis, exchanged",
+    [("spans", {"all_reduce": 1, "reduce_scatter": 1}), ("heads", {"all_to_all": 2})],
+)
+def test_kernels_and_exchanges_of_a_plan_are_lowered_for_gpus(monkeypatch, axis, exchanged):
+    monkeypatch.setattr(choice, "no_hopper", lambda: None)
+    cache = filled_cache(codecs()["midrise"], blocks=5, block=64, max_spans=2)
+    cache = spread(cache, CachePlan(**{axis: 2}, split_tokens=True))
+    q, k = (jnp.zeros((1, 64, heads, 128), jnp.bfloat16) for heads in (4, 2))
+
+    @jax.jit
+    def read(q, cache, k):
+        view = cache.view(positions(5, 64), HALF)
+        return attend(q, view, k, k, layer=1, implementation="mosaic_fp8")
+
+    text = read.trace(q, cache, k).lower(lowering_platforms=("cuda",)).as_text()
+    kinds = collections.Counter(
+        re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text)
+    )
+    assert text.count("mosaic_gpu") > 6 and kinds == exchanged
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])

@@ -1,10 +1,16 @@
-"""Arguments of another kind are named with what is accepted, in place of an AttributeError of our own code."""
+"""Arguments of another kind or size are named with what is accepted, in place of an error of our own code."""
+
+import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import qvg_jax as qvg
+from qvg_jax.cache.operations import KVCache, append, evict
+from qvg_jax.codecs.base import identity
+from tests.support.cache_model import SIZES, block, coarse
 
 CODEC = qvg.presets.get("rtn", group=8)
 Q = jnp.zeros((1, 4, 2, 8))
@@ -62,3 +68,80 @@ def test_shapes_and_tracers_are_arrays(cache):
     assert jax.eval_shape(qvg.attend, shape, cache, shape, shape).shape == Q.shape
     with pytest.raises(ValueError, match="to_saved"):
         qvg.from_saved(None, cache)
+
+
+def test_fields_of_a_cache_are_of_the_types_that_an_editor_shows(cache):
+    rope = qvg.axial_rope([[1.0] * 4])
+    padded = qvg.KVCache.create(
+        heads=1, head_dim=8, block_tokens=1, pos_dims=1, blocks="padded", rope=rope
+    )
+    hints = typing.get_type_hints(qvg.KVCache)
+    assert hints["layout"] is type(cache.layout)
+    for each in (cache, padded):
+        for field in dataclasses.fields(each):
+            hint, value = hints[field.name], getattr(each, field.name)
+            assert hint is not typing.Any, field.name
+            if not isinstance(hint, typing.TypeAliasType):  # a tree of arrays
+                assert isinstance(value, hint), field.name
+
+
+COARSE = coarse()
+
+
+def small(**sizes):
+    defaults = dict(sink_blocks=1, span_blocks=2, max_spans=2, keep_recent=1)
+    return KVCache.create(
+        **(SIZES | defaults | dict(key_codec=COARSE, value_codec=identity()) | sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(layers=0), "layers=0 is not accepted: give an integer >= 1"),
+        (dict(heads=2.0), "heads=2.0 is not accepted: give an integer >= 1"),
+        (dict(block_tokens=-3), "block_tokens=-3 is not accepted"),
+        (dict(sink_blocks=-1), "sink_blocks=-1 is not accepted: give an integer >= 0"),
+        (dict(max_spans=True), "max_spans=True is not accepted"),
+        (dict(span_blocks=0), "span_blocks=0 is not accepted: give an integer >= 1"),
+        (dict(window_blocks=2), "window_blocks=2 is not accepted: .*keep_recent=1 blocks"),
+        (dict(overflow="grow"), r"overflow='grow' is not accepted: give one of \('error', 'drop"),
+        (dict(dtype=jnp.int8), "dtype=int8 is not accepted: give a floating point dtype"),
+        (dict(key_codec="qvg"), "key_codec='qvg' is not a qvg_jax Codec"),
+    ],
+)
+def test_create_says_what_is_wrong(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        small(**wrong)
+
+
+def test_create_refuses_a_codec_whose_state_changes_shape():
+    def grows(x_BHTD, state, *, key=None):
+        packed, state = COARSE.encode(x_BHTD, state)
+        return packed, jnp.concatenate([state, state])
+
+    with pytest.raises(ValueError, match="coarse 3: encode changes the shape or dtype"):
+        small(key_codec=dataclasses.replace(COARSE, encode=grows))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda k, v, p: (k[0], v, p), r"k has shape \(1, 3, 2, 8\); accepted: \(2, 1, 3, 2, 8\)"),
+        (lambda k, v, p: (k, v[..., :4], p), r"v has shape \(2, 1, 3, 2, 4\)"),
+        (lambda k, v, p: (k.astype(int), v, p), "k has dtype int32; accepted: floating point"),
+        (lambda k, v, p: (k, v), r"positions=None; the cache has pos_dims=3: give \(1, 3, 3\)"),
+        (lambda k, v, p: (k, v, p[..., :2]), r"positions have shape \(1, 3, 2\); accepted"),
+    ],
+)
+def test_append_says_what_is_wrong(change, message):
+    cache = small()
+    with pytest.raises(ValueError, match=message):
+        append(cache, *change(*block(0, cache.layout)))
+
+
+def test_evict_says_what_is_wrong():
+    with pytest.raises(ValueError, match="max_spans=0 and so no spans"):
+        evict(small(max_spans=0, window_blocks=4))
+    with pytest.raises(ValueError, match="spans=-1 is not accepted"):
+        evict(small(), -1)

@@ -1,5 +1,7 @@
 """Caches some of whose heads have no history, against softmax written out with a mask for each head."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,9 @@ from qvg_jax.attention.by_head import attend_by_head
 from qvg_jax.attention.choice import explain
 from qvg_jax.attention.cudnn import attend_cudnn
 from qvg_jax.attention.features import features_of
-from qvg_jax.cache.edits import take_rows
+from qvg_jax.cache.edits import reset, take_rows, truncate
 from qvg_jax.cache.head_history import HeadHistory
-from qvg_jax.cache.health import cache_bytes
+from qvg_jax.cache.health import NonFiniteError, cache_bytes, raise_if_bad
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress, evict
 from qvg_jax.cache.plan import Plan
@@ -173,6 +175,92 @@ def test_other_ways_to_the_same_cache_read_the_same():
         from_saved(to_saved(KVCache.create(**sizes | dict(history=None))), other)
 
 
+def test_windows_of_their_own_hold_fewer_bytes_and_give_the_same_bits():
+    """At every fill; and of spans, saved and restored, spread over devices, rows taken, emptied."""
+    data, plain = blocks_of(), HeadHistory(TABLE, 2)
+    own = dataclasses.replace(plain, own_window=True)
+    sizes = SIZES | dict(sink_blocks=1, overflow="drop")
+    whole, ragged = (KVCache.create(**sizes, history=history) for history in (plain, own))
+    spread = KVCache.create(**sizes, history=own, sharding=Plan(spans=2))
+    for b in range(BLOCKS):
+        q, k, v, positions = (x[b] for x in data)
+        same = [attended(cache, q, k, v, positions, None) for cache in (whole, ragged)]
+        jax.tree.map(np.testing.assert_array_equal, *same)
+        whole, ragged, spread = (step(c, k, v, positions) for c in (whole, ragged, spread))
+    for name in ("span_k", "span_v", "dense_pos", "seen_blocks", "dropped_blocks", "num_spans"):
+        jax.tree.map(np.testing.assert_array_equal, *(getattr(c, name) for c in (whole, ragged)))
+    assert int(ragged.dropped_blocks) > 0
+    # Five heads of layers have a history, seven a ring of two blocks; a block of one head is so many bytes.
+    block = 2 * BATCH * TOKENS * DIM * 4
+    for size in (cache_bytes(c).allocated for c in (ragged, jax.eval_shape(lambda: ragged))):
+        assert (size.sink, size.window) == (12 * block, (5 * 5 + 7 * 2) * block)
+    used = cache_bytes(ragged).in_use.window
+    assert used == (5 * (int(ragged.dense_blocks) - 1) + 7 * 2) * block
+    back = from_saved(to_saved(spread), KVCache.create(**sizes, history=own))
+    jax.tree.map(np.testing.assert_array_equal, back, ragged)
+    turned = take_rows(ragged, jnp.array([1, 0]))
+    q, k, v, positions = (x[BLOCKS - 1] for x in data)
+    want, other = (
+        np.asarray(attended(cache, *x, None)[0])
+        for cache, x in (
+            (ragged, (q, k, v, positions)),
+            (turned, (q[:, ::-1], k[:, ::-1], v[:, ::-1], positions[::-1])),
+        )
+    )
+    np.testing.assert_allclose(other[:, ::-1], want, atol=1e-6)
+    np.testing.assert_allclose(read_all(spread, q, k, v, positions), want, atol=1e-5)
+    with pytest.raises(ValueError, match="history=HeadHistory.*own_window.*this cache has"):
+        from_saved(to_saved(ragged), whole)
+    with pytest.raises(ValueError, match="truncate: the cache has a HeadHistory.*own_window=False"):
+        truncate(ragged, 0)
+    whole, ragged = reset(whole), reset(ragged)
+    for b in range(2):
+        whole, ragged = (step(c, *(x[b] for x in data[1:])) for c in (whole, ragged))
+    same = [attended(cache, *(x[2] for x in data), None) for cache in (whole, ragged)]
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    assert "and keep no more" in str(summary(ragged)) and "own_window" in repr(own)
+
+
+def test_a_window_of_its_own_may_be_longer_than_what_is_kept_recent():
+    """The ring of three blocks is full after the newest of them were compressed, and local heads read it."""
+    data, local = blocks_of(), 3
+    history = HeadHistory(TABLE, local, own_window=True)
+    tight = SIZES | dict(keep_recent=0, window_blocks=2, max_spans=4, sink_blocks=1)
+    cache = KVCache.create(**tight, history=history, overflow="drop")
+    for b in range(7):
+        cache = step(cache, *(x[b] for x in data[1:]))
+    assert int(cache.num_spans) == 3 and int(cache.dense_blocks) == 1  # nothing waits
+    want = softmax_with_masks(data, 7, seen_by(cache, 7, TABLE, local))
+    for out in attended(cache, *(x[7] for x in data), None):
+        np.testing.assert_allclose(out, want, atol=1e-5)
+    k, v, positions = (x[7] for x in data[1:])
+    k = k.copy()
+    k[1, 0, 0, 2, 0] = np.nan  # of a local head
+    with pytest.raises(NonFiniteError, match="of block 7 is not finite.*first in K of layer 1"):
+        raise_if_bad(step(cache, k, v, positions))
+
+
+def test_a_window_of_its_own_may_hold_nothing():
+    """Neither sink nor newest blocks: local heads read the new block alone, and nothing of them is stored."""
+    data, plain = blocks_of(), HeadHistory(TABLE, 0)
+    both = (plain, dataclasses.replace(plain, own_window=True))
+    caches = [KVCache.create(**SIZES, sink_blocks=0, history=history) for history in both]
+    for b in range(4):
+        caches = [step(cache, *(x[b] for x in data[1:])) for cache in caches]
+    assert (
+        cache_bytes(caches[1]).allocated.window * 12 == cache_bytes(caches[0]).allocated.window * 5
+    )
+    read = [read_all(cache, *(x[4] for x in data)) for cache in caches]
+    np.testing.assert_array_equal(*read)
+
+
+@jax.jit
+def read_all(cache, q, k, v, positions):
+    view = cache.view(positions, ROPE)
+    one = lambda x: attend(x[0], view, *x[1:3], layer=x[3])  # noqa: E731
+    return jax.lax.map(one, (q, k, v, jnp.arange(LAYERS)))
+
+
 def test_padding_is_hidden_from_local_heads_too():
     data, sizes = blocks_of(), SIZES | dict(sink_blocks=1, blocks="padded", max_spans=1)
     lengths = np.array([[4, 3], [2, 4], [4, 4], [1, 2]], np.int32)
@@ -232,6 +320,10 @@ def test_without_any_history_there_are_no_spans_and_the_summary_says_so():
         (dict(history=HeadHistory(TABLE, 2), max_spans=0), "max_spans=0: there are no spans"),
         (dict(history=TABLE), "history=list is not accepted"),
         (dict(history=HeadHistory(TABLE, 2), sharding=Plan(ring=2)), "accepted: plan spans"),
+        (
+            dict(history=HeadHistory(TABLE, 2, True), blocks="partial"),
+            "own_window=True with blocks=",
+        ),
     ],
 )
 def test_create_says_what_is_wrong_with_a_history(changes, message):

@@ -1,7 +1,6 @@
-"""Caches with blocks of any size, padding, truncation, rows, kept rope tables, and codecs by layer."""
+"""Caches with blocks of any size, padding, truncation, rows, and kept rope tables."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,63 +8,23 @@ import numpy as np
 import pytest
 
 import qvg_jax as qvg
-from qvg_jax.attention.cudnn import Workspaces, attend_cudnn
 from qvg_jax.cache.slots import read_slot
 from tests.support.cache_model import coarse
-
-F32, BLOCK, B, H, D = qvg.identity("f32"), 4, 2, 2, 8
-ROPE = qvg.axial_rope([qvg.frequency_ladder(D)])
-append, compress = jax.jit(qvg.append), jax.jit(qvg.compress)
-
-
-def make(**settings):
-    sizes = dict(layers=2, batch=B, heads=H, head_dim=D, block_tokens=BLOCK, span_blocks=2)
-    sizes |= dict(max_spans=2, keep_recent=1, pos_dims=0, blocks="partial", dtype=jnp.float32)
-    return qvg.KVCache.create(**(sizes | dict(key_codec=F32, value_codec=F32) | settings))
-
-
-def tokens(count, seed=0, layers=2):
-    rng = np.random.default_rng(seed)
-    shape = (2, layers, B, count, H, D)
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames="by")
-def read(cache, q, by="xla", layer=1):
-    """Attention to the cache alone, so that only what it holds is seen."""
-    if by == "xla":
-        return qvg.attend(q, cache, None, None, layer=layer, rope=False)
-    none = jnp.zeros((B, 0, H, D))
-    call = (q, cache.view(rope=False), none, none, jnp.int32(layer), jnp.float32(D**-0.5))
-    sizes = Workspaces(dense_bytes=1024, span_bytes=1536, parts=3)
-    return attend_cudnn(*call, backend="xla", workspaces=sizes)[0]
-
-
-QUERY = jnp.asarray(np.random.default_rng(9).normal(size=(B, 3, H, D)), jnp.float32)
-
-
-def dense(kv, counts=None, layer=1):
-    """Attention to some tokens, in float64."""
-    k, v = (np.asarray(x[layer], np.float64) for x in kv)
-    s = np.einsum("bqhd,bkhd->bhqk", np.asarray(QUERY, np.float64), k) / D**0.5
-    if counts is not None:
-        s = np.where(counts[:, None, None], s, -np.inf)
-    p = np.exp(s - s.max(-1, keepdims=True))
-    return np.einsum("bhqk,bkhd->bqhd", p / p.sum(-1, keepdims=True), v)
-
-
-def filled(cache, kv, sizes, lengths=None, **more):
-    begin = 0
-    for i, size in enumerate(sizes):
-        new = kv[:, :, :, begin : begin + size]
-        here = {} if lengths is None else dict(lengths=jnp.asarray(lengths[i]))
-        cache = compress(append(cache, *new, **here, **more))
-        begin += size
-    return cache
-
-
-# 29 tokens: sink, two spans of 8, and a window that is not full.
-SIZES = [3, 1, 4, 1, 4, 4, 4, 1, 3, 4]
+from tests.support.token_caches import (
+    BLOCK,
+    F32,
+    QUERY,
+    ROPE,
+    SIZES,
+    B,
+    append,
+    compress,
+    dense,
+    filled,
+    make,
+    read,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("by", ["xla", "cudnn"])
@@ -309,63 +268,7 @@ def test_reading_positions_without_a_rope_is_an_error():
         make(rope=ROPE)
 
 
-# --- codecs by layer ---------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_each_layer_is_read_by_its_own_codec():
-    one, other = coarse(7), coarse(2)
-    kv = jnp.concatenate([tokens(29), tokens(29, seed=1, layers=1)], 1)
-    mixed = make(layers=3, key_codec=[one, other, one], value_codec=[other, F32, F32])
-    mixed = filled(mixed, kv, SIZES)
-    assert int(mixed.num_spans) == 2
-    for layer, (key_codec, value_codec) in enumerate([(one, other), (other, F32), (one, F32)]):
-        alone = make(layers=1, key_codec=key_codec, value_codec=value_codec)
-        alone = filled(alone, kv[:, layer : layer + 1], SIZES)
-        want = read(alone, QUERY, "xla", 0)
-        for by in ("xla", "cudnn"):
-            got = read(mixed, QUERY, by, jnp.int32(layer))
-            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
-    assert len(mixed.span_k) == len(mixed.span_v) == 2
-    assert "2 x coarse 7 + 1 x coarse 2" in mixed.layout.key_codec.name
-    assert len(repr(mixed)) < 300
-
-
-def test_lists_of_codecs_say_what_is_wrong():
-    with pytest.raises(
-        ValueError, match="key_codec is a list of 3; accepted: 2, one for each layer"
-    ):
-        make(key_codec=[F32] * 3)
-    with pytest.raises(
-        ValueError, match=r"key_codec='tuple' is not a qvg_jax Codec.*presets\.pair"
-    ):
-        make(key_codec=qvg.presets.pair("kivi"))
-    with pytest.raises(
-        ValueError, match=r"value_codec='midrise' is not a qvg_jax Codec.*presets\.pair"
-    ):
-        make(value_codec="midrise")
-    assert make(key_codec=[F32, F32]).layout.key_codec == F32
-    mixed = make(key_codec=[F32, coarse(7)])
-    with pytest.raises(NotImplementedError, match="recode: codecs that differ by layer"):
-        qvg.recode(mixed, F32, F32)
-
-
 # --- what it costs -----------------------------------------------------------------------------
-
-
-def test_the_summary_tells_compression_by_layer():
-    mixed = make(layers=3, key_codec=[qvg.presets.get("rtn"), F32, F32], head_dim=64)
-    found = qvg.summary(mixed)
-    assert [(x.first, x.last, x.key_codec) for x in found.layers] == [(0, 0, "rtn"), (1, 2, "f32")]
-    rtn = qvg.bits_per_element(qvg.presets.get("rtn"), mixed.layout.span_shape)
-    assert found.layers[0].bits == (rtn + 32) / 2 and found.layers[1].ratio == 0.5
-    assert mixed.layout.span_bits == pytest.approx(((rtn + 64) / 3 + 32) / 2)
-    text = str(found)
-    assert "1-2" in text and "in use for 0 tokens" in text
-    window = qvg.summary(make(max_spans=0, window_blocks=2, overflow="drop"))
-    assert [(x.key_codec, x.bits) for x in window.layers] == [("float32", 32.0)]
-    shapes = jax.eval_shape(lambda: mixed)
-    assert qvg.summary(shapes).layers == found.layers and "in use" not in str(qvg.summary(shapes))
 
 
 def test_bytes_of_stacked_caches_and_of_shapes():

@@ -1,5 +1,9 @@
 """The dithered grid: its formula, its dither, its ends, channels of any size, and what is not finite."""
 
+import collections
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -194,3 +198,22 @@ def test_bits():
     for name, more in (("dither", 0), ("dither-asym", 8 / 128)):
         for codec in presets.pair(name):
             assert codec.bits_per_element(shape) == pytest.approx(bits + more, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["dither", "dither-asym"])
+def test_a_dither_adds_only_elementwise_operations_to_decoding(name):
+    """So XLA can decode it in one fusion, as it does mid-rise levels: one gather, of centroids, each."""
+    shape = (1, 2, 96, 64)
+    texts = []
+    for recipe in (name, "midrise"):
+        codec = presets.pair(recipe, num_centroids=8)[0]
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        form = jax.eval_shape(lambda x, c=codec: c.encode(x, c.init(x.shape, x.dtype))[0], x)
+        traced = jax.jit(codec.decode).trace(form)
+        texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
+    ours, midrise = (collections.Counter(re.findall(r"stablehlo\.(\w+)", t)) for t in texts)
+    assert ours["gather"] == midrise["gather"] and not re.search(r"tensor<[^>]*[iu]64>", texts[0])
+    elementwise = {"iota", "broadcast_in_dim", "reshape", "convert", "bitcast_convert", "constant"}
+    elementwise |= {"add", "subtract", "multiply", "divide", "shift_left"}
+    elementwise |= {"shift_right_logical", "and", "or"}
+    assert set(ours - midrise) <= elementwise

@@ -275,9 +275,13 @@ def test_attend_equals_xla_inside_a_scan_over_layers(name, implementation, bound
 
 
 @pytest.mark.parametrize("implementation, bound", [("mosaic", 1e-2), ("mosaic_fp8", 6e-2)])
-def test_heads_with_a_history_and_local_ones_are_attended_as_xla_does(implementation, bound):
+@pytest.mark.parametrize("own_window", [False, True], ids=["one window", "own windows"])
+def test_heads_with_a_history_and_local_ones_are_attended_as_xla_does(
+    implementation, bound, own_window
+):
     """Layers with both heads, one and none; two layers of one program."""
-    history = HeadHistory([[True, True], [True, False], [False, False], [False, True]], 1)
+    table = [[True, True], [True, False], [False, False], [False, True]]
+    history = HeadHistory(table, 1, own_window)
     cache = filled_cache(codecs()["dither"], layers=4, history=history)
     cache = with_window_garbage(cache)
     ours, right = (_layers(cache, HALF, i) for i in (implementation, "xla"))

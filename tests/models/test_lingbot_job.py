@@ -102,6 +102,9 @@ def test_an_interrupted_walk_goes_on_bit_for_bit(whole, picture, tmp_path, monke
     assert command(*both, "--resume", out=tmp_path, picture=picture) == 0
     for arm in ("bf16", "qvg"):
         np.testing.assert_array_equal(latents(tmp_path, arm), latents(whole, arm))
+    with monkeypatch.context() as patch:  # a finished walk is left alone, and nothing is loaded
+        patch.setattr(job, "prepare", lambda _: pytest.fail("prepared"))
+        assert command(*both, "--resume", out=tmp_path, picture=picture) == 0
 
 
 def test_a_walk_of_poses_from_a_checkpoint_folder(tmp_path, picture):
@@ -161,7 +164,7 @@ def test_plan_says_what_fits(capsys):
     assert bf16.longest == 24  # the rows of the RoPE table
     small = ["plan", "lingbot", "--height", "32", "--width", "48", "--frames", "8"]
     assert cli.main([*small, "--codec", "bf16", "--memory", "10KB"]) == 1
-    assert "Nothing fits: not one block" in capsys.readouterr().out
+    assert "Nothing fits: text encoder alone, without any cache" in capsys.readouterr().out
 
 
 def test_the_download_goes_where_a_run_looks():

@@ -139,6 +139,9 @@ def test_an_interrupted_walk_goes_on_bit_for_bit(whole, picture, tmp_path, monke
     assert command(*both, "--resume", out=tmp_path, picture=picture) == 0
     for arm in ("bf16", "qvg"):
         np.testing.assert_array_equal(latents(tmp_path, arm), latents(whole, arm))
+    with monkeypatch.context() as patch:  # a finished walk is left alone, and nothing is loaded
+        patch.setattr(job, "prepare", lambda _: pytest.fail("prepared"))
+        assert command(*both, "--resume", out=tmp_path, picture=picture) == 0
     code = command("--resume", "--prompt", "a hall", out=tmp_path, picture=picture)
     assert code == 2 and "'a hall'" in capsys.readouterr().err
 
@@ -260,4 +263,4 @@ def test_plan_says_what_fits_and_how_far_a_walk_could_go(capsys):
     common = ["plan", "worldplay", "--codec", tiny.CODEC]
     common += ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--frames", "12"]
     assert cli.main([*common, "--memory", "10KB"]) == 1
-    assert "Nothing fits: not one block" in capsys.readouterr().out
+    assert "Nothing fits: text encoder alone, without any cache" in capsys.readouterr().out

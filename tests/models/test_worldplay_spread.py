@@ -1,4 +1,4 @@
-"""WorldPlay on several devices: the frames of one device, by spans and by heads."""
+"""WorldPlay on several devices: the frames of one device, by spans, by heads and by a ring."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig, WorldPlayConfig
@@ -26,7 +27,7 @@ CONFIG = WorldPlayConfig(
 )  # fmt: skip
 
 
-def video(plan, progress=None):
+def video(plan, progress=None, share=False):
     history = History.qvg(coarse(7), storage="single", span_blocks=1, plan=plan)
     text_BUE = np.random.default_rng(0).normal(size=(1, 4, CONFIG.text_width)).astype(np.float32)
     walk = Walk(
@@ -37,8 +38,14 @@ def video(plan, progress=None):
         noise=jax.random.key(1),
     )
     pipeline = WorldPlay(
-        WEIGHTS.random(CONFIG), sampler=SamplerConfig(steps=(1000.0, 500.0)), history=history
+        WEIGHTS.random(CONFIG),
+        sampler=SamplerConfig(steps=(1000.0, 500.0)),
+        history=history,
+        share_weights=share,
     )
+    weights = [x for x in jax.tree.leaves(nnx.state(pipeline.model.blocks)) if x.ndim > 1]
+    here = sum(x.addressable_shards[0].data.nbytes for x in weights)
+    assert (here < 0.6 * sum(x.nbytes for x in weights)) == share
     return pipeline.generate(walk, chunk=4, progress=progress)
 
 
@@ -54,9 +61,15 @@ def test_a_walk_is_that_of_one_device(axis):
     got = video(
         Plan(**{axis: 2}, split_tokens=True),
         lambda *told: spans.append(int(told[2].cache.num_spans)),
+        share=axis == "spans",
     )
     assert spans[-1] >= 2 and got.shape == (1, 8, 4, 4, 4)
     np.testing.assert_allclose(got, on_one_device(), rtol=0, atol=1e-4)
+
+
+def test_a_context_that_is_made_anew_is_not_shared():
+    with pytest.raises(ValueError, match="plan spans=2 needs semantics='append'.*plan=None"):
+        History(semantics="recompute", plan=Plan(spans=2))
 
 
 def test_devices_that_cannot_share_a_walk_are_named_before_anything_is_loaded():
@@ -68,7 +81,8 @@ def test_devices_that_cannot_share_a_walk_are_named_before_anything_is_loaded():
     for more, message in (
         (dict(devices=5), "plan spans=5 does not divide"),
         (dict(devices=4, plan="heads"), "plan heads=4 does not divide heads=2"),
-        (dict(devices=2, plan="ring"), "--plan ring is not accepted by this model: give spans"),
+        (dict(share_weights=True), "--share-weights is for several devices"),
+        (dict(devices=5, plan="ring"), "q has .* tokens, and plan ring=5 .* a multiple of 5"),
     ):
         with pytest.raises(UserError, match=message):
             settle(asked(codec=tiny_worldplay.CODEC, **more), sizes)

@@ -140,16 +140,13 @@ def test_self_forcing_takes_a_published_list(tmp_path):
     cache, plain = (settings.cache(name) for name in (tiny.CODEC, "bf16"))
     lay = cache.layout
     assert plain.layout.history is None and lay.history is not None
-    assert lay.history.table == ((True, False), (False, False))
-    assert (lay.sink_blocks, lay.keep_recent, lay.history.local_blocks) == (3, 2, 2)
-    same = dataclasses.replace(options, heads="all", local=None, sink=3, recent=2)
+    assert lay.history.table == ((True, False), (False, False)) and lay.own_window
+    assert (lay.sink_blocks, lay.keep_recent, lay.history.local_blocks) == (3, 0, 2)
+    same = dataclasses.replace(options, heads="all", local=None, sink=3)
     whole = settle(same, tiny.sizes(jnp.float32)).cache(tiny.CODEC)
     pairs = zip((cache.span_k, cache.span_v), (whole.span_k, whole.span_v), strict=True)
     assert all(4 * _size(a) == _size(b) for a, b in pairs)
-    for wrong, message in (
-        (dict(recent=1), "recent=1 is less than the 2 newest frames"),
-        (dict(heads="all"), "local=2 with --heads all"),
-    ):
+    for wrong, message in ((dict(heads="all"), "local=2 with --heads all"),):
         with pytest.raises(UserError, match=message):
             settle(dataclasses.replace(options, **wrong), tiny.sizes(jnp.float32))
 

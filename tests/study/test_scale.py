@@ -53,6 +53,18 @@ def test_a_ring_waits_only_for_what_attention_does_not_hide():
     sent = 150 * 0.5 * (6 * WORK.span_bytes + kv)
     assert ring.sent == pytest.approx(sent)
     assert ring.exchange == pytest.approx(sent / 1e9 - 1.0)
+    more = predict(
+        Plan(ring=2), dataclasses.replace(WORK, slots=8), slow
+    )  # two are empty, and go along
+    assert more.sent - ring.sent == pytest.approx(150 * 0.5 * 2 * WORK.span_bytes)
+
+
+def test_shared_weights_are_gathered_for_each_layer_and_pass():
+    shared = dataclasses.replace(WORK, layer_bytes=80_000_000)
+    for plan in (Plan(spans=4), Plan(heads=4)):
+        more, less = (predict(plan, w, TIMES) for w in (shared, WORK))
+        assert more.sent - less.sent == pytest.approx(150 * 0.75 * 80_000_000)
+        assert more.seconds - less.seconds == pytest.approx((more.sent - less.sent) / 300e9)
 
 
 def test_the_table_has_the_plans_that_divide_the_work():

@@ -155,6 +155,13 @@ def filled_cache(
     spans = min(spans, lay.max_spans)
     dense = blocks - spans * lay.span_blocks
     k, v = (_random_dense(x, dense * block, rng) for x in (cache.dense_k, cache.dense_v))
+    near = {}
+    if lay.own_window:
+        for name in ("near_k", "near_v"):
+            near[name] = _random_dense(getattr(cache, name), lay.near_blocks * block, rng)
+        at = [*range(lay.sink_blocks), *range(blocks - lay.history.local_blocks, blocks)]
+        at = jnp.concatenate([positions(i, block) for i in at], 1)
+        near["near_pos"] = jnp.broadcast_to(at, cache.near_pos.shape)
     # As in a video: the sink is oldest, the window newest.
     old = [lay.sink_blocks + i for i in range(spans * lay.span_blocks)]
     new = [i for i in range(blocks) if i not in old]
@@ -168,7 +175,7 @@ def filled_cache(
         cache, dense_k=k, dense_v=v, dense_pos=jnp.asarray(dense_pos),
         span_k=_random_packed(cache.span_k, rng), span_v=_random_packed(cache.span_v, rng),
         span_pos=jnp.asarray(span_pos), dense_blocks=jnp.int32(dense), num_spans=jnp.int32(spans),
-        seen_blocks=jnp.int32(blocks),
+        seen_blocks=jnp.int32(blocks), **near,
     )  # fmt: skip
 
 

@@ -183,6 +183,15 @@ def kmeans_smoothing(
                 f"shape={tuple(shape)}; accepted: 1 to {shape[2]}"
             )
 
+    def check_state(state: Any, shape: Shape) -> None:
+        found = state.centroids_BHSKD.shape if isinstance(state, KMeansState) else None
+        want = (*shape[:2], stages, num_centroids, shape[3])
+        if found != want:
+            raise ValueError(
+                f"state has centroids of shape {found}, and a span of shape {tuple(shape)} takes {want}; "
+                "accepted: init(x_BHTD.shape, x_BHTD.dtype), or the state of the span before"
+            )
+
     def init(shape: Shape, dtype: Any = jnp.bfloat16) -> KMeansState | EmptyState:
         check(shape, dtype)
         if not warm_start:
@@ -197,6 +206,8 @@ def kmeans_smoothing(
         del key  # the start is deterministic
         check(x_BHTD.shape, x_BHTD.dtype)
         some_t = subsample_tokens(x_BHTD.shape[2], num_centroids, subsample)
+        if warm_start:
+            check_state(state, x_BHTD.shape)
         start = start_tokens(x_BHTD.shape[2] if some_t is None else len(some_t), num_centroids)
         residual_BHTD, ids, tables, learned = x_BHTD, [], [], []
         for s in range(stages):

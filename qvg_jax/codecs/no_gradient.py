@@ -7,6 +7,8 @@ our own and not `custom_vjp`, which forbids forward derivatives, or `linear_call
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -20,14 +22,19 @@ def no_gradient(x: Any, where: str, why: str = CODES) -> Any:
     """Returns x. Forward derivatives pass; a reverse one raises, in place of being silently zero.
 
     Args:
-        x: an array.
+        x: an array, or a tree of arrays whose floats carry derivatives.
         where: what the gradient would have to go through, the subject of the message.
         why: what is in its way.
 
     Raises:
         ValueError: when JAX goes back through it.
     """
-    return _no_gradient_p.bind(x, where=where, why=why)
+
+    def ended(x: Any) -> Any:
+        floats = jnp.issubdtype(x.dtype, jnp.floating)
+        return _no_gradient_p.bind(x, where=where, why=why) if floats else x
+
+    return jax.tree.map(ended, x)
 
 
 def _refuse(cotangent: Any, x: Any, *, where: str, why: str) -> Any:
