@@ -270,7 +270,9 @@ def test_attend_equals_xla_inside_a_scan_over_layers(name, implementation, bound
     rope = INTERLEAVED if name == "midrise" else HALF
     ours, right = (_layers(cache, rope, i) for i in (implementation, "xla"))
     assert difference(ours, right) < bound
-    if implementation == "mosaic":  # what is chosen when nothing is named
+    chosen = explain(cache.view(rope=False), jnp.zeros((1, 96, 2, 128), jnp.bfloat16))
+    assert chosen.implementation == "mosaic"
+    if implementation == ("mosaic_fp8" if chosen.precision == "fp8" else "mosaic"):
         np.testing.assert_array_equal(_layers(cache, rope, None), ours)
 
 
@@ -297,10 +299,12 @@ def test_two_encodings_of_one_k_and_v_are_attended_as_xla_does(implementation, b
 
 
 @pytest.mark.parametrize(
-    "codec", [grid_quantize(grid="lloyd_max"), side_by_side(codecs()["qvg"])], ids=["odd", "joined"]
+    "codec, bound",
+    [(grid_quantize(grid="lloyd_max"), 1e-2), (side_by_side(codecs()["qvg"]), 6e-2)],
+    ids=["odd", "joined"],
 )
-def test_a_codec_that_the_kernels_cannot_read_comes_in_by_xla(codec):
-    """Levels not equally spaced; two heads in one vector, which become two rows.
+def test_a_codec_that_the_kernels_cannot_read_comes_in_by_xla(codec, bound):
+    """Levels not equally spaced; two heads in one vector, which become two rows, read in fp8.
 
     Nothing is named: a named kernel would refuse the levels, the choice takes its attention.
     """
@@ -310,7 +314,7 @@ def test_a_codec_that_the_kernels_cannot_read_comes_in_by_xla(codec):
         == "mosaic"
     )
     ours, right = (_layers(cache, HALF, i) for i in (None, "xla"))
-    assert difference(ours, right) < 1e-2
+    assert difference(ours, right) < bound
 
 
 def _layers(cache, rope, implementation, block=96, plan=None):
