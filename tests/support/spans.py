@@ -13,6 +13,17 @@ from qvg_jax.codecs.base import EmptyState
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+# Codecs are values, so that equal ones share their programs.
+@functools.partial(jit, static_argnums=0)
+def _encode(codec, x, state):
+    return codec.encode(x, state)
+
+
+@functools.partial(jit, static_argnums=0)
+def _decode(codec, packed):
+    return codec.decode(packed, jnp.float32)
+
+
 def normal_tokens(seed, shape=(2, 2, 24, 32), spread=0.6):
     """Normal channels, token sizes that differ, float32."""
     rng = np.random.default_rng(seed)
@@ -30,15 +41,15 @@ def correlated_tokens(seed, shape=(1, 2, 64, 128)):
 
 def code(codec, x):
     """Packed form and reconstruction of a codec without state, whose bytes are as promised."""
-    packed, state = jit(codec.encode)(x, codec.init(x.shape, x.dtype))
+    packed, state, hat = round_trip(codec, x)
     assert state == EmptyState() and packed_bytes(packed) == codec.nbytes(x.shape)
-    return packed, np.asarray(jit(codec.decode, static_argnums=1)(packed, jnp.float32))
+    return packed, hat
 
 
 def round_trip(codec, x):
     """Packed form, state and reconstruction in float32."""
-    packed, state = jit(codec.encode)(x, codec.init(x.shape, x.dtype))
-    return packed, state, np.asarray(jit(codec.decode, static_argnums=1)(packed, jnp.float32))
+    packed, state = _encode(codec, x, codec.init(x.shape, x.dtype))
+    return packed, state, np.asarray(_decode(codec, packed))
 
 
 def energy(x):
