@@ -61,12 +61,14 @@ class PlanOptions(LatentPlanOptions):
 
     Attributes:
         frames: latent frames of the walk; those of the published one, 48, if left out.
+        recall: spans of eight latent frames that a block reads; the others are in host memory.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
         share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
             as they run.
     """
 
+    recall: Count | None = None
     devices: Count | None = None
     share_weights: bool = False
     height: Side = 704

@@ -145,6 +145,12 @@ class History:
             )
         return most
 
+    def room_frames(self, config: WorldPlayConfig, frames: int) -> int:
+        """Latent frames that the buffers of a video of `frames` are made for: with `sight`, of those alone."""
+        if self.sight is None:
+            return frames
+        return self.context_frames(config, frames) + config.frames_per_block
+
     def spans_in_sight(self, blocks: int) -> tuple[int, int]:
         """What a block reads that has so many before it: old spans, and blocks behind the last span.
 

@@ -122,10 +122,7 @@ class WorldPlay:
         """An empty cache and empty buffers, and the prompt's K and V for cross-attention."""
         config, text_BUE = self.model.config, jnp.asarray(request.text_BUE)
         B, Y, X = text_BUE.shape[0], request.latent_height, request.latent_width
-        capacity = frames_of_room(config, request)
-        if self.history.sight is not None:  # frames in sight and the block that reads them
-            most = self.history.context_frames(config, capacity)
-            capacity = most + config.frames_per_block
+        capacity = self.history.room_frames(config, frames_of_room(config, request))
         cache = make_cache(
             config, self.history, frames=capacity, latent_height=Y, latent_width=X, batch=B
         )

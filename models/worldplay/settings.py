@@ -65,6 +65,11 @@ def settle(options: Options, released: Sizes) -> Settings:
     check_seed(options.seed)
     plan = plan_of(options, PLANS)
     check_sharing(options.share_weights, plan)
+    if options.recall is not None and plan is not None:
+        raise UserError(
+            f"recall={options.recall} and --devices {plan.devices}: spans are recalled on one device; "
+            "accepted: one of the two"
+        )
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps),
