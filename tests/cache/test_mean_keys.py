@@ -17,7 +17,9 @@ TOKENS = SIZES["block_tokens"]
 
 def small(**changes):
     sizes = dict(sink_blocks=1, span_blocks=2, max_spans=3, keep_recent=1, overflow="drop")
-    codecs = dict(key_codec=identity(jnp.float32), value_codec=identity(), pos_dims=1)
+    codecs = dict(
+        key_codec=identity(jnp.float32), value_codec=identity(), pos_dims=1, dtype=jnp.float32
+    )
     return qvg.KVCache.create(**(SIZES | sizes | codecs | changes))
 
 
