@@ -136,7 +136,15 @@ def test_blocks_that_devices_do_not_divide_are_attended_by_the_first():
 def test_k_means_is_that_of_one_device():
     pair = qvg.presets.pair("qvg", num_centroids=4, group=8, cold_iters=2, iters=1)
     codecs = dict(key_codec=pair[0], value_codec=pair[1])
-    same(on_one_device(grown(Plan(spans=4), 6, **codecs)), grown(None, 6, **codecs))
+    one = grown(None, 6, **codecs)
+    for plan in (Plan(spans=4), Plan(heads=4)):
+        cache = grown(plan, 6, **codecs)
+        same(on_one_device(cache), one)
+        # Inside of a shard_map kernels can encode, and heads do not meet.
+        text = str(jax.make_jaxpr(qvg.compress)(cache))
+        assert "shard_map" in text
+    compiled = jax.jit(lambda cache: qvg.compress(cache)).lower(cache).compile()
+    assert collectives(compiled) == {}
 
 
 @pytest.mark.slow
