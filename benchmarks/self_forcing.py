@@ -204,7 +204,7 @@ def arms(setup: Setup, result: dict[str, Any]) -> None:
                 setup, arm, found, frames=args.frames, capacity=_capacity(setup), budget=args.budget
             )
         for history in args.histories:
-            _block_at(setup, arm, history, found)
+            block_at(setup, arm, history, found)
         found["peak_bytes_so_far"] = peak()
 
 
@@ -285,7 +285,7 @@ def _video(
             break
 
 
-def _block_at(
+def block_at(
     setup: Setup,
     arm: str,
     history: int,

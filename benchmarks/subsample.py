@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--out", type=pathlib.Path, help="a JSON file with all numbers")
     args = parser.parse_args(argv)
     frames, height, width, heads = args.clip
-    sizes = dict(frames=frames, height=height, width=width, heads=heads, queries=128)
+    queries = min(128, height * width)
+    sizes = dict(frames=frames, height=height, width=width, heads=heads, queries=queries)
     kinds = {"made up": of_captured(stress(0, **sizes))}
     if args.data:
         kinds["captured"] = of_captured(load_captured(args.data))

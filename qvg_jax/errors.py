@@ -72,8 +72,7 @@ def _shown(value: Any) -> str:
         return repr(value)[:60]
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array {tuple(value.shape)} of {value.dtype}"
-    count = f" of {len(value)}" if type(value) in (tuple, list) else ""
-    return article(type(value).__name__) + count
+    return article(type(value).__name__)
 
 
 def article(noun: str) -> str:

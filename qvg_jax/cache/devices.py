@@ -153,7 +153,11 @@ def own_part(lay: Layout) -> Layout:
 
 
 def on_each_device(
-    f: Callable[..., "KVCache"], cache: "KVCache", *args: Any, specs: tuple[Any, ...] = ()
+    f: Callable[..., "KVCache"],
+    cache: "KVCache",
+    *args: Any,
+    specs: tuple[Any, ...] = (),
+    by_head: bool = False,
 ) -> "KVCache":
     """The cache f(cache, *args), computed by each device on its own part; plainly f without a plan.
 
@@ -163,16 +167,19 @@ def on_each_device(
             divides what it computes.
         cache: the cache.
         args, specs: further arguments, and the `PartitionSpec` of each.
+        by_head: whether f treats each head by itself. Then it is given this device's heads under a plan
+            of heads, too, where it may call kernels.
     """
     lay = cache.layout
     if lay.plan is None:
         return f(cache, *args)
-    if lay.plan.part is None:
+    if lay.plan.part is None and not by_head:
         return lax.with_sharding_constraint(f(cache, *args), plan_shardings(cache, lay.plan))
     cut = cache_specs(cache, lay.plan)
 
     def here(cache: "KVCache", *args: Any) -> "KVCache":
-        own = dataclasses.replace(cache, layout=own_part(lay))
+        layout = dataclasses.replace(lay, plan=None, heads=lay.heads // lay.plan.devices)
+        own = dataclasses.replace(cache, layout=layout if lay.plan.part is None else own_part(lay))
         return dataclasses.replace(f(own, *args), layout=lay)
 
     names = dict(mesh=lay.plan.mesh, in_specs=(cut, *specs), out_specs=cut)

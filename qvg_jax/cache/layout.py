@@ -90,7 +90,7 @@ class Layout:
 
     @property
     def own_window(self) -> bool:
-        """Whether local heads have a window of their own, see `own_window`."""
+        """Whether local heads have a window of their own, see `HeadHistory`."""
         return self.history is not None and self.history.own_window
 
     @property

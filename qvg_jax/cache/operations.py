@@ -245,7 +245,10 @@ def compress(cache: KVCache, key: PRNGKeyArray | None = None) -> KVCache:
 
 @jax.jit
 def _compress(cache: KVCache, key: PRNGKeyArray) -> KVCache:
-    return on_each_device(_compress_here, cache, key, specs=(jax.P(),))
+    codecs = cache.layout.key_codec, cache.layout.value_codec
+    stored = [getattr(codec, "storage", None) for codec in codecs]
+    by_head = all(storage is not None and storage.by_head for storage in stored)
+    return on_each_device(_compress_here, cache, key, specs=(jax.P(),), by_head=by_head)
 
 
 def _compress_here(cache: KVCache, key: PRNGKeyArray) -> KVCache:

@@ -115,7 +115,8 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
 
     def decode(packed: Packed, dtype: Any = jnp.bfloat16) -> Array:
         if not isinstance(packed, tuple | list) or len(packed) != len(transforms):
-            raise wrong_kind("packed", packed, f"a tuple of {len(transforms)}, {FIRST}")
+            other = f", not of {len(packed)}" if isinstance(packed, tuple | list) else ""
+            raise wrong_kind("packed", packed, f"a tuple of {len(transforms)}{other}, {FIRST}")
         if not smoothings:
             return last.decode(packed[0], dtype)
         x_BHTD = last.decode(packed[-1], jnp.float32)

@@ -30,6 +30,7 @@ from qvg_jax.codecs.quantize.grid import GridPacked
 from qvg_jax.codecs.quantize.integer import IntegerPacked
 from qvg_jax.codecs.quantize.scales import (
     SCALE_SHIFT,
+    gained,
     span_exponent,
     store_scale,
     times_power_of_two,
@@ -286,7 +287,7 @@ class KernelEncoding:
             return IntegerPacked(codes_BHTC, *stored)
         lsq_BHT, match_BHT, largest_BHT = (scales[:, :, i] for i in range(3))
         gain = self.levels.fit.gain
-        scale_BHT = lsq_BHT ** (1 - gain) * match_BHT**gain if gain else lsq_BHT
+        scale_BHT = gained(lsq_BHT, match_BHT, gain) if gain else lsq_BHT
         exponent_BH = span_exponent(largest_BHT)
         scale_BHT1 = times_power_of_two(scale_BHT, -exponent_BH)[..., None]
         stored_BHT1, exponents_BH, _ = store_scale(scale_BHT1, exponent_BH, E4M3)
@@ -312,9 +313,7 @@ class KernelEncoding:
 
         lsq_RT, match_RT, *middle_RT = (scales_RNT[:, i] for i in range(scales_RNT.shape[1]))
         gain = self.levels.fit.gain
-        some_RT = jnp.where(lsq_RT > 0, lsq_RT, 1)
-        scale_RT = jnp.where(lsq_RT > 0, some_RT ** (1 - gain) * match_RT**gain, 0)
-        scales_BHT1, exponents_BH, _ = stored(scale_RT)
+        scales_BHT1, exponents_BH, _ = stored(gained(lsq_RT, match_RT, gain))
         zeros_BHT1 = stored(middle_RT[0])[0] if middle_RT else None
         codes_BHTC = codes_RTC.reshape(*r_BHTD.shape[:3], -1)
         return DitheredPacked(codes_BHTC, scales_BHT1, zeros_BHT1, exponents_BH, w_BHD)

@@ -138,3 +138,10 @@ class Storage:
     smoothings: tuple[Centroids | str, ...] = ()
     chained: bool = False
     heads: int = 1
+
+    @property
+    def by_head(self) -> bool:
+        """Whether each head is encoded by itself and without randomness, as far as it is declared."""
+        fitted = isinstance(self.codes, Levels) and self.codes.fit is not None
+        known = fitted and all(isinstance(s, Centroids) for s in self.smoothings)
+        return known and self.chained and self.heads == 1

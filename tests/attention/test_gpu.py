@@ -13,7 +13,9 @@ from models.self_forcing.params import WEIGHTS
 from models.self_forcing.plan import _step
 from models.self_forcing.settings import released_sizes, settle
 from qvg_jax.attention.api import attend
+from qvg_jax.cache.devices import spread
 from qvg_jax.cache.operations import KVCache, append, compress
+from qvg_jax.cache.plan import Plan
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.base import identity
@@ -51,9 +53,9 @@ def test_encode_gives_the_same_bytes_twice(name):
     assert float(error(first)) < 0.5 * float(jnp.linalg.norm(x.astype(jnp.float32)))
 
 
-def _filled(codec, blocks, *, block_tokens, span_blocks, heads=12, head_dim=128):
+def _filled(codec, blocks, *, block_tokens, span_blocks, heads=12, head_dim=128, max_spans=3):
     cache = KVCache.create(
-        heads=heads, head_dim=head_dim, block_tokens=block_tokens, span_blocks=span_blocks, max_spans=3,
+        heads=heads, head_dim=head_dim, block_tokens=block_tokens, span_blocks=span_blocks, max_spans=max_spans,
         keep_recent=1, sink_blocks=1, pos_dims=1, key_codec=codec, value_codec=codec,
     )  # fmt: skip
     add = jax.jit(lambda c, k, v, p: compress(append(c, k, v, p)), donate_argnums=0)
@@ -95,6 +97,31 @@ def test_attend_in_bf16_equals_exact_softmax_over_the_stored_history():
         exact = jnp.einsum("bhqt,bthd->bqhd", weights, f32(jnp.concatenate(values, 1)))
     error = jnp.linalg.norm(f32(ours) - exact) / jnp.linalg.norm(exact)
     assert float(error) < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_kernels_on_parts_of_a_cache_give_what_they_give_on_all_of_it(precision):
+    """Their log-sum-exp is that of XLA, and on two GPUs, where there are two, plans merge by it."""
+    cache = _filled(presets.get("qvg"), 20, block_tokens=256, span_blocks=6)
+    q, k, v = jax.random.normal(jax.random.key(7), (3, 1, 256, 12, 128)).astype(jnp.bfloat16)
+    now = (20 * 256 + jnp.arange(256, dtype=jnp.float32))[None, :, None]
+    rope = axial_rope([frequency_ladder(128)])
+
+    def read(cache, **names):
+        read = functools.partial(attend, rope=rope, return_lse=True, **names)
+        return jax.jit(read)(q, cache, k, v, positions=now)
+
+    right = read(cache, implementation="xla")
+    caches = [cache]
+    if jax.device_count() > 1:
+        longer = _filled(presets.get("qvg"), 20, block_tokens=256, span_blocks=6, max_spans=4)
+        caches += [spread(longer, Plan(spans=2)), spread(longer, Plan(heads=2))]
+        caches += [spread(longer, Plan(ring=2))]
+    for some in caches:
+        out, lse = jax.device_get(read(some, implementation="mosaic", precision=precision))
+        error = np.linalg.norm(np.float32(out) - np.float32(right[0]))
+        assert error < (6e-2 if precision == "fp8" else 2e-2) * np.linalg.norm(np.float32(right[0]))
+        np.testing.assert_allclose(lse, right[1], rtol=0, atol=0.1 if precision == "fp8" else 2e-2)
 
 
 def test_reading_three_long_spans_takes_the_memory_of_one():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import qvg_jax as qvg
 from qvg_jax.cache.devices import share_bytes
@@ -136,7 +137,15 @@ def test_blocks_that_devices_do_not_divide_are_attended_by_the_first():
 def test_k_means_is_that_of_one_device():
     pair = qvg.presets.pair("qvg", num_centroids=4, group=8, cold_iters=2, iters=1)
     codecs = dict(key_codec=pair[0], value_codec=pair[1])
-    same(on_one_device(grown(Plan(spans=4), 6, **codecs)), grown(None, 6, **codecs))
+    one = grown(None, 6, **codecs)
+    for plan in (Plan(spans=4), Plan(heads=4)):
+        cache = grown(plan, 6, **codecs)
+        same(on_one_device(cache), one)
+        # Inside of a shard_map kernels can encode, and heads do not meet.
+        text = str(jax.make_jaxpr(qvg.compress)(cache))
+        assert "shard_map" in text
+    compiled = jax.jit(lambda cache: qvg.compress(cache)).lower(cache).compile()
+    assert collectives(compiled) == {}
 
 
 @pytest.mark.slow
@@ -217,3 +226,32 @@ def test_a_plan_that_does_not_fit_the_memory_of_a_device_is_refused():
     message = r"spans=2: the cache takes .* GB of each device, which has .*; give more devices"
     with pytest.raises(ValueError, match=message):
         fits_memory(Plan(spans=2), shares[2], shares[8])
+
+
+def _sent(jaxpr):
+    """The bytes that each device sends by `ppermute`, loops counted once."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "ppermute":
+            found += sum(x.aval.size * x.aval.dtype.itemsize for x in eqn.invars)
+        found += sum(_sent(inner) for inner in jaxprs_in_params(eqn.params))
+    return found
+
+
+@pytest.mark.parametrize("codec, least", [("qvg", 6.3), ("dither", 6.5)])
+def test_a_ring_sends_a_sixth_of_the_bytes_of_a_plain_cache(codec, least):
+    """At the size of Self-Forcing with eight spans: packed spans, positions, and the new block, which is plain."""
+    key_codec, value_codec = qvg.presets.parse_pair(codec)
+    sizes = dict(heads=12, head_dim=128, block_tokens=4680, span_blocks=8, max_spans=8)
+    create = functools.partial(
+        qvg.KVCache.create, **sizes, keep_recent=0, pos_dims=3, sharding=Plan(ring=2)
+    )
+    plain = jax.eval_shape(create)
+    packed = jax.eval_shape(functools.partial(create, key_codec=key_codec, value_codec=value_codec))
+    x = jax.ShapeDtypeStruct((1, 4680, 12, 128), jnp.bfloat16)
+
+    def sent(cache):
+        attend = lambda cache, x: qvg.attend(x, cache.view(rope=False), x, x)  # noqa: E731
+        return _sent(jax.make_jaxpr(attend)(cache, x).jaxpr)
+
+    assert least < sent(plain) / sent(packed) < 7

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from benchmarks.collectives import exchanges
-from benchmarks.spread import ring_bytes
+from benchmarks.spread_table import ring_bytes
 
 LOOPS = """HloModule loops
 
@@ -69,7 +69,7 @@ def test_a_ring_is_compared_with_bf16_of_the_same_slots():
     assert found["bf16_bytes"] == spans + new and found["of_spans_alone"] == 5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_devices_and_one_at_hardly_any_size(tmp_path):
     argv = ["--tiny", "--layers", "1", "--height", "32", "--width", "64", "--capacity", "39"]
     argv += ["--histories", "12,24", "--repeats", "1", "--encodes", "27", "--span", "6"]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qvg_jax.codecs.quantize import (
     allocated_quantize,
+    dithered_quantize,
     grid_quantize,
     lattice_quantize,
     minmax_quantize,
@@ -52,6 +53,13 @@ def test_any_size_of_numbers(codec, dtype, size, seed):
     if size < 1e36:  # beyond that, scales saturate
         relative = np.asarray(x, np.float64) / size - hat.astype(np.float64) / size
         assert energy(relative) < 0.45 * energy(np.asarray(x, np.float64) / size)
+
+
+@pytest.mark.parametrize("codec", [grid_quantize(gain=2.0), dithered_quantize(gain=2.0)])
+def test_a_token_of_zeros_is_zero_whatever_the_gain(codec):
+    """Zero has no negative power."""
+    _, hat = code(codec, tokens(3).at[:, :, 1].set(0))
+    assert np.isfinite(hat).all() and not hat[:, :, 1].any() and hat[:, :, 0].all()
 
 
 @pytest.mark.parametrize("codec", SPREADS, ids=lambda c: c.name)

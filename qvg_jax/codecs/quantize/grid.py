@@ -27,6 +27,7 @@ from qvg_jax.codecs.quantize.radix import (
     unpack_levels,
 )
 from qvg_jax.codecs.quantize.scales import (
+    gained,
     load_scale,
     scale_format,
     span_exponent,
@@ -165,7 +166,7 @@ def grid_quantize(
                 scale_BHTG = _ratio(along_BHTG, square_BHTG, scale_BHTG)
         if gain_power:
             match_BHTG = _ratio(energy_BHTG, along_BHTG, scale_BHTG)
-            scale_BHTG = scale_BHTG ** (1 - gain_power) * match_BHTG**gain_power
+            scale_BHTG = gained(scale_BHTG, match_BHTG, gain_power)
         stored_BHTG, exponents_BH, rounded_BHTG = store_scale(scale_BHTG, exponent_BH, dtype)
         # A stretched scale does not decide codes again: theirs is the best cosine there is.
         codes_BHTGg = to_codes(x_BHTGg, decided_BHTG if gain_power else rounded_BHTG)

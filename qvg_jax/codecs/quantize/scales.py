@@ -12,6 +12,7 @@ from qvg_jax.codecs.number_format import FormatLike, dtype_of, format_name
 
 __all__ = [
     "SCALE_SHIFT",
+    "gained",
     "load_scale",
     "saturate",
     "scale_format",
@@ -76,6 +77,14 @@ def store_scale(
         return stored, exponents, stored.astype(jnp.float32) * 2.0**-SCALE_SHIFT
     stored = saturate(times_power_of_two(scale_BH, exponent_BH), dtype)
     return stored, None, times_power_of_two(stored, -exponent_BH)
+
+
+def gained(
+    lsq: Float[Array, "..."], match: Float[Array, "..."], power: float
+) -> Float[Array, "..."]:
+    """Returns lsq^(1 - p) match^p of a least-squares and a matching scale; zero where there is nothing to match."""
+    some = jnp.where(lsq > 0, lsq, 1)  # zero has no negative power, which a gain above 1 asks for
+    return jnp.where(lsq > 0, some ** (1 - power) * match**power, 0)
 
 
 def load_scale(
