@@ -284,3 +284,11 @@ def test_a_walk_with_recall_needs_as_much_whatever_its_length(monkeypatch):
     assert long.held["cache"] < shape_bytes(everything.cache(tiny.CODEC))
     with pytest.raises(UserError, match="recall=1 and --devices 2"):
         job.plan(dataclasses.replace(asked, devices=2))
+
+
+@pytest.mark.slow
+def test_a_run_with_all_spans_recalled_makes_the_same_latents(whole, picture, tmp_path):
+    out = tmp_path / "recalled"
+    assert command("--recall", "2", out=out, picture=picture) == 0
+    np.testing.assert_array_equal(latents(out, "qvg"), latents(whole, "qvg"))
+    assert json.loads((out / "report.json").read_text())["config"]["recall"] == 2
