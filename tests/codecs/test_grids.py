@@ -22,7 +22,7 @@ from qvg_jax.codecs.quantize.radix import (
     packed_levels_width,
     unpack_levels,
 )
-from tests.support.spans import code, energy
+from tests.support.spans import code, energy, jit
 from tests.support.spans import normal_tokens as tokens
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -80,15 +80,19 @@ def test_trits_by_hand():
         packed_levels_width(128, 17)
 
 
+pack = jit(pack_bits, static_argnums=1)
+unpack = jit(unpack_bits, static_argnums=(1, 2))
+
+
 @given(bits=st.integers(1, 8), count=st.integers(1, 50), seed=st.integers(0, 1000))
 @settings(max_examples=10, deadline=None, derandomize=True)
 def test_bitstream(bits, count, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (2, count), dtype=np.uint8)
     stream = np.unpackbits(codes[..., None], axis=-1)[..., 8 - bits :].reshape(2, -1)
-    packed = pack_bits(jnp.asarray(codes), bits)
+    packed = pack(codes, bits)
     np.testing.assert_array_equal(packed, np.packbits(stream, axis=-1))
     assert packed.shape[1] == packed_bits_width(count, bits)
-    np.testing.assert_array_equal(unpack_bits(packed, bits, count), codes)
+    np.testing.assert_array_equal(unpack(packed, bits, count), codes)
 
 
 # Grids.
