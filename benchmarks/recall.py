@@ -3,9 +3,11 @@
     uv run python -m benchmarks.recall --json recall.json        # tours of 4,000 frames in two worlds
 
 All spans of a tour of real frames are kept packed in host memory, with the nearest few in sight. Then the
-oldest frames are rendered once more from the same memory: with every span in sight, with the nearest few and
-with the newest few, and with frame numbers as they are or counted back from each block. `--filled-by
-everything` reads every span during the tour too, which takes long.
+oldest frames are rendered once more from the same memory: with every span in sight, with the nearest few, the
+newest few and the few whose mean keys fit the block's mean query, rotated or before RoPE, and with frame numbers
+as they are or counted back from each block. The queries are those of one more pass over the block's noise, with
+the spans of the block before in sight. `--filled-by everything` reads every span during the tour too, which takes
+long.
 """
 
 import argparse
@@ -17,11 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from models.pocket_world import camera, pipeline, route
 from models.pocket_world.config import ENDLESS
 from models.pocket_world.evaluate import FIRST_WORLD
+from models.pocket_world.modeling import PocketWorld
 from models.pocket_world.params import load_weights
 from models.pocket_world.pipeline import BlockInput, WorldState
 from models.pocket_world.recalling import Recaller
@@ -29,10 +34,65 @@ from models.pocket_world.sampling import Sampler
 from models.pocket_world.trial import psnr
 from qvg_jax.app.job import Block
 from qvg_jax.app.metrics import to_uint8
+from qvg_jax.attention.api import attend
+from qvg_jax.cache.mean_keys import MeanKeys
 from qvg_jax.cache.recall import recall
 from qvg_jax.loop import stream
+from qvg_jax.study.capture import Recorder
 
-WAYS = ("everything", "nearest", "newest")
+FILLERS = ("everything", "nearest", "newest")
+MEAN_KEYS = ("mean keys", "mean keys before RoPE")
+WAYS = (*FILLERS, *MEAN_KEYS)
+
+
+class Asker:
+    """Queries of a block before it is made: those of one pass over its noise."""
+
+    def __init__(self, model: PocketWorld, steps: int):
+        """Prepares the pass; `steps` is that of the sampler, whose first noise level it has."""
+        cfg, graph = model.cfg, nnx.graphdef(model)
+        self._recorder, self._weights, rope = Recorder(), nnx.state(model), cfg.rope()
+        level = Sampler(steps).levels()[0]
+
+        @jax.jit
+        def ask(weights, state, x):
+            positions = self.positions(x)
+            view = state.cache.view(positions, rope, relative=ENDLESS)
+            features = jax.vmap(camera.frame_features, (0, 0, None))(x.pose, x.before, x.time)
+            shape = (len(x.pose), cfg.block_tokens, cfg.token_channels)
+            noise = jax.random.normal(jax.random.fold_in(state.key, x.number), shape)
+            heard = self._recorder.listening(lambda i, q, k, v: attend(q, view, k, v, layer=i))
+            levels = jnp.full((len(x.pose), cfg.block_frames), level)
+            return nnx.merge(graph, weights)(noise, levels, features, heard, jnp.arange(cfg.layers))
+
+        self._cfg, self._ask = cfg, ask
+
+    def positions(self, x: BlockInput) -> jax.Array:
+        """Positions [B, T, 4] of the block's tokens."""
+        return jax.vmap(camera.token_positions, (0, None, None))(x.pose, x.time, self._cfg.patch)
+
+    def queries(self, state: WorldState, x: BlockInput) -> np.ndarray:
+        """Queries [L, B, T, H, D] of the block, before RoPE."""
+        jax.block_until_ready(self._ask(self._weights, state, jax.tree.map(jnp.asarray, x)))
+        found = self._recorder.queries()
+        return np.stack([found[i] for i in range(self._cfg.layers)])
+
+
+def by_mean_keys(
+    recaller: Recaller, asker: Asker, means: MeanKeys
+) -> Callable[[WorldState, BlockInput], WorldState]:
+    """`before` of a stream that brings the spans into sight whose mean keys fit the block's mean query."""
+
+    def before(state: WorldState, x: BlockInput) -> WorldState:
+        nonlocal means
+        store = recaller.store = recaller.store.keep(state.cache)
+        means = means.keep(store)
+        positions = np.asarray(asker.positions(jax.tree.map(jnp.asarray, x)))
+        ids = means.nearest(asker.queries(state, x), positions, count=recaller.sight)
+        cache, recaller.store = recall(state.cache, store, ids)
+        return WorldState(cache, state.key)
+
+    return before
 
 
 def reader(recaller: Recaller, way: str) -> Callable[[WorldState, BlockInput], WorldState]:
@@ -88,12 +148,17 @@ def tour_and_back(args: argparse.Namespace, seed: int) -> Iterator[dict]:
     )
     rest: list[Block] = list(blocks)
     truth = np.concatenate([block.truth_FHW3 for block in rest])
+    asker = Asker(model, args.steps)
     for way in args.ways:
         for name in args.times:
             own, state = copied(recaller, filling.state)
-            replay = stream(
-                steps[name], state, (block.x for block in rest), before=reader(own, way)
-            )
+            if way in MEAN_KEYS:
+                before = by_mean_keys(
+                    own, asker, MeanKeys(cfg.rope() if way == MEAN_KEYS[0] else None)
+                )
+            else:
+                before = reader(own, way)
+            replay = stream(steps[name], state, (block.x for block in rest), before=before)
             frames, seconds, clocks = [], [], []
             for _ in rest:
                 clock, processor = time.perf_counter(), time.process_time()
@@ -132,7 +197,7 @@ def main() -> None:
     parser.add_argument("--codec", default="midrise-k2v4", help="(midrise-k2v4)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of a block (4)")
     parser.add_argument("--half-width", type=float, default=400.0, help="of the tours, world units")
-    parser.add_argument("--filled-by", choices=WAYS, default="nearest", help="(nearest)")
+    parser.add_argument("--filled-by", choices=FILLERS, default="nearest", help="(nearest)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--times", nargs="+", default=("as they are", "counted back"))
     parser.add_argument("--json", type=Path, help="a file for the numbers")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         raise_if_not_finite,
     )
     from qvg_jax.cache.key_bias import KeyBias
+    from qvg_jax.cache.mean_keys import MeanKeys
     from qvg_jax.cache.operations import KVCache, append, compress, evict
     from qvg_jax.cache.plan import Plan
     from qvg_jax.cache.recall import recall
@@ -63,6 +64,7 @@ _MODULES = {
     "from_saved": "cache.saved",
     "to_saved": "cache.saved",
     "KeyBias": "cache.key_bias",
+    "MeanKeys": "cache.mean_keys",
     "KVCache": "cache.operations",
     "append": "cache.operations",
     "compress": "cache.operations",
@@ -100,6 +102,7 @@ __all__ = [
     "HeadHistory",
     "KVCache",
     "KeyBias",
+    "MeanKeys",
     "NonFiniteError",
     "Plan",
     "RelativeTime",

@@ -41,12 +41,15 @@ class Options(LatentOptions):
         actions: where to go, such as w-8,right-4.
         poses: in the place of actions, a NumPy file of camera-to-world matrices, one for each video
             frame.
+        recall: keep the spans that leave the window packed in host memory, and have those in sight that share
+            most of the field of view.
         decode_last: make the pictures when all latents are there, which needs less memory.
     """
 
     codec: str = recommended(NAME)
     actions: str | None = None
     poses: Name | None = None
+    recall: bool = False
     decode_last: bool = False
 
 

@@ -52,6 +52,7 @@ class _LingBot(BlockModel[Options, Settings]):
             "poses": options.poses and file_digest(options.poses),
             "steps": list(settings.sampler.steps),
             "image": options.image and file_digest(options.image),
+            **({"recall": True} if options.recall else {}),
         }
 
     def read_given(self, options: Options, settings: Settings) -> None:
@@ -81,7 +82,8 @@ class _LingBot(BlockModel[Options, Settings]):
             done_BFZYX=stored,
         )
         history = settings.histories[arm.name]
-        return stream(run.reader(arm.name), settings.sampler, history, walk, progress=look)
+        how = dict(recall=run.options.recall, progress=look)
+        return stream(run.reader(arm.name), settings.sampler, history, walk, **how)
 
     def report(self, run: Run[Options, Settings]) -> dict[str, Any]:
         sampler = run.settings.sampler

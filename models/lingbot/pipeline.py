@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from models.lingbot.camera import CameraMaps
 from models.lingbot.modeling import LingBotDiT, Steered
+from models.lingbot.recalling import Recaller, world_to_camera
 from models.self_forcing.block import Known, State, draw_noise, generate_block
 from models.self_forcing.config import SamplerConfig
 from models.self_forcing.history import History, make_cache
@@ -98,12 +99,29 @@ def stream(
     history: History,
     request: SteeredWalk,
     *,
+    recall: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Float[np.ndarray, "B F Z Y X"]]:
-    """Yields the same blocks one by one, as they are done; arguments and errors as for `generate`."""
+    """Yields the same blocks one by one, as they are done; arguments and errors as for `generate`.
+
+    Args:
+        model, sampler, history, request, progress: as for `generate`.
+        recall: keep the spans that make room in host memory, and have those in sight that share most of
+            each block's field of view. The request's camera must be `CameraMaps`. Where no compressed span
+            ever makes room, it changes nothing.
+    """
     inputs = _Inputs(model, request)
     state, step = _start(model, sampler, history, request)
-    yield from stream_blocks(step, state, inputs, progress=progress)
+    lay, before = state.cache.layout, None
+    if recall:
+        if not isinstance(request.camera_BFCYX, CameraMaps):
+            raise ValueError(
+                "recall needs the motions of the camera; accepted: CameraMaps, not maps"
+            )
+        if lay.max_spans and lay.overflow == "drop":
+            w2c_F44 = world_to_camera(request.camera_BFCYX.motion_F44)
+            before = Recaller(state.cache, w2c_F44, model.config.frames_per_block)
+    yield from stream_blocks(step, state, inputs, progress=progress, before=before)
 
 
 class _Inputs:

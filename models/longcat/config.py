@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from msgspec import Meta, Struct
 
+from qvg_jax.attention.tiles import TileRule
 from qvg_jax.reading.schema import Size, checked
+
+
+class _Tiles(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The field `bsa_params` of LongCat's `config.json`, with the defaults of its code."""
+
+    sparsity: float | None = 0.875
+    cdf_threshold: float | None = None
+    chunk_3d_shape_q: tuple[Size, Size, Size] = (4, 4, 8)
+    chunk_3d_shape_k: tuple[Size, Size, Size] = (4, 4, 8)
 
 
 class _File(Struct, kw_only=True):
@@ -26,6 +36,7 @@ class _File(Struct, kw_only=True):
     caption_channels: Size = 4096
     text_tokens_zero_pad: bool = False
     enable_bsa: bool | None = False
+    bsa_params: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,8 @@ class LongCatConfig:
         rope_theta: base of the RoPE frequencies.
         dtype: dtype of the weights and of the activations between the float32 islands.
         attention, precision: how attention to the cache is computed, see `qvg_jax.attend`.
+        tiles: which key tiles a tile of queries reads in the plain and the joint pass, as the refinement at
+            720p has it; None is dense attention. The cached pass refuses it.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -70,6 +83,7 @@ class LongCatConfig:
     dtype: DTypeLike = jnp.bfloat16
     attention: str | None = None
     precision: str | None = None
+    tiles: TileRule | None = None
 
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 2 or self.head_dim < 6:
@@ -107,17 +121,13 @@ class LongCatConfig:
             dtype: dtype of weights and activations.
 
         Raises:
-            ValueError: a variant whose arithmetic differs (patches over time, sparse attention),
-                or a size is missing.
+            ValueError: a variant whose arithmetic differs (patches over time), block-sparse attention
+                without its parameters or with wrong ones, or a size is missing.
         """
         file = checked(sizes, _File)
         if file.patch_size[0] != 1:
             raise ValueError(
                 f"patch_size={file.patch_size} is not supported; need (1, rows, columns)"
-            )
-        if file.enable_bsa:
-            raise ValueError(
-                "enable_bsa=True (block-sparse attention) is not supported; need False"
             )
         return cls(
             layers=file.depth,
@@ -132,6 +142,7 @@ class LongCatConfig:
             text_width=file.caption_channels,
             zero_pad=file.text_tokens_zero_pad,
             dtype=dtype,
+            tiles=_tiles(file),
         )
 
     def grid(self, latent_height: int, latent_width: int) -> tuple[int, int]:
@@ -143,3 +154,17 @@ class LongCatConfig:
                 f"the patch {rows} x {columns}"
             )
         return latent_height // rows, latent_width // columns
+
+
+def _tiles(file: _File) -> TileRule | None:
+    if not file.enable_bsa:  # the released file has the parameters and leaves them off
+        return None
+    if file.bsa_params is None:
+        raise ValueError("enable_bsa=True without bsa_params; accepted: with sparsity and tiles")
+    asked = checked(file.bsa_params, _Tiles, "bsa_params")
+    return TileRule(
+        query_tile=asked.chunk_3d_shape_q,
+        key_tile=asked.chunk_3d_shape_k,
+        sparsity=asked.sparsity,
+        mass=asked.cdf_threshold,
+    )

@@ -6,6 +6,7 @@ from a cache that was built once per clip (`condition.py`). Given frames have ti
 read the text, so joint and cached passes agree, whatever prompt, noise and step.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from models.longcat.modeling import LongCatDiT, Output, TextKV
 from models.longcat.rope import clip_positions, model_rope
 from models.longcat.sharding import AXIS, by_heads, spread_out
 from qvg_jax.attention.api import attend
+from qvg_jax.attention.tiles import tile_attention
 from qvg_jax.cache.view import CacheView
 from qvg_jax.sharding import attend_by_heads
 
@@ -27,11 +29,15 @@ def clip_attention(
 ) -> Callable[..., Array]:
     """Attention among the frames of a clip, as `LongCatDiT` takes it.
 
+    With `config.tiles` it is block-sparse, the given frames among themselves and the rest with all keys, each
+    with tiles of its own; a clip of one frame stays dense, as in the original.
+
     Args:
         config: sizes of the model.
         shape: (B, F, Z, Y, X) of the latents.
         given_frames: the first frames, which see only themselves.
     """
+    grid = config.grid(*shape[-2:])
     rope = model_rope(config)
     positions_BTP = clip_positions(config, 0, (1, *shape[1:]))
     table, first = rope.table(positions_BTP), given_frames * positions_BTP.shape[1] // shape[1]
@@ -44,9 +50,15 @@ def clip_attention(
 
     def among(q, k, v):
         if not first:
+            return reading(q, k, v)
+        given = reading(*(x[:, :first] for x in (q, k, v)))
+        return jnp.concatenate([given, reading(q[:, first:], k, v)], axis=1)
+
+    def reading(q, k, v):
+        if config.tiles is None or shape[1] == 1:
             return dense_attention(q, k, v)
-        given = dense_attention(*(x[:, :first] for x in (q, k, v)))
-        return jnp.concatenate([given, dense_attention(q[:, first:], k, v)], axis=1)
+        of_q, of_k = ((x.shape[1] // math.prod(grid), *grid) for x in (q, k))
+        return tile_attention(q, k, v, config.tiles, query_grid=of_q, key_grid=of_k)
 
     return attention
 
@@ -71,7 +83,8 @@ def clip_forward(
         keep: as the model takes it.
 
     Raises:
-        ValueError: `given_frames` leaves no frame to predict.
+        ValueError: `given_frames` leaves no frame to predict, or the tiles of block-sparse attention do not
+            divide the given or the other frames.
     """
     if not 0 <= given_frames < x_BFZYX.shape[1]:
         raise ValueError(
@@ -102,8 +115,13 @@ def cached_forward(
         view: from `condition.view_condition`.
 
     Raises:
-        ValueError: B is not a multiple of the cache's batch.
+        ValueError: B is not a multiple of the cache's batch, or a model with block-sparse attention.
     """
+    if model.config.tiles is not None:
+        raise ValueError(
+            f"tiles={model.config.tiles} is not accepted in the cached pass: block-sparse attention does not "
+            "read a compressed cache; accepted: None, or the joint pass"
+        )
     videos = view.cache.layout.batch
     if x_BFZYX.shape[0] % videos:
         raise ValueError(

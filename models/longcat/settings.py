@@ -154,6 +154,11 @@ def chosen_sizes(options: Options, parts: Parts | None, released: Sizes) -> Size
     if parts and parts.config:
         with named_config(options.weights):
             dit = LongCatConfig.from_json(parts.config, dtype=dit.dtype)
+            if dit.tiles is not None:
+                raise UserError(
+                    "enable_bsa=True is not accepted for videos from segments, which read a compressed cache: "
+                    "block-sparse attention belongs to the refinement at 720p; accepted: false"
+                )
     return dataclasses.replace(released, dit=with_layers(dit, options))
 
 

@@ -64,10 +64,12 @@ def window_frames(model: PocketWorld, codec, frames: int) -> int:
     return max(1, full // one) * model.cfg.block_frames
 
 
-def run_arm(model, cache, xs, args, sampler) -> tuple[np.ndarray, float, object]:
+def run_arm(
+    model, cache, xs, seed, sampler, precision: str | None = None
+) -> tuple[np.ndarray, float, object]:
     """All frames [W, F, 64, 96, 3] of one arm, seconds, and the last state."""
-    state = WorldState(cache, jax.random.key(args.seed))
-    step = pipeline.make_step(model, sampler, precision=args.precision)
+    state = WorldState(cache, jax.random.key(seed))
+    step = pipeline.make_step(model, sampler, precision=precision)
     start = time.monotonic()
     state, frames = rollout(step, state, xs)
     seconds = time.monotonic() - start
@@ -88,7 +90,7 @@ def replay(model, arm: str, args) -> dict:
         cache = pipeline.make_cache(model.cfg, pipeline.world_codec(arm), total, batch=args.worlds)
     xs = pipeline.block_inputs(model.cfg, worlds, path, args.tour)
     sampler = Sampler(args.steps, args.shift, overlap=args.overlap)
-    frames, seconds, state = run_arm(model, cache, xs, args, sampler)
+    frames, seconds, state = run_arm(model, cache, xs, args.seed, sampler, args.precision)
     truth = pipeline.render_path(worlds, path[:, args.tour :], first_time=args.tour)
     out, size = frames[:, args.tour :], cache_bytes(state.cache)
     return dict(
@@ -112,7 +114,7 @@ def free_run(model, codec: str, args) -> dict:
     sampler = Sampler(
         args.free_steps, args.shift, sharpness=args.free_sharpness, overlap=args.overlap
     )
-    frames, seconds, state = run_arm(model, cache, xs, args, sampler)
+    frames, seconds, state = run_arm(model, cache, xs, args.seed, sampler, args.precision)
     out, size = frames[:, args.free_tour :], cache_bytes(state.cache)
     truth = np.asarray(
         pipeline.render_path(worlds, path[:, args.free_tour :], first_time=args.free_tour)

@@ -39,6 +39,8 @@ class Options(LatentOptions):
     Attributes:
         frames: latent frames of the walk; all of it if left out.
         actions: where to go, such as w-8,right-4.
+        recall: spans of eight latent frames that a block reads; the walk may be of any length. All spans are
+            kept packed in host memory, and those come back that share most of the field of view.
         share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
             as they run.
         decode_last: make the pictures when all latents are there, which needs less memory.
@@ -48,6 +50,7 @@ class Options(LatentOptions):
     height: Side = 704
     width: Side = 1280
     actions: str | None = None
+    recall: Count | None = None
     share_weights: bool = False
     decode_last: bool = False
 
@@ -58,12 +61,14 @@ class PlanOptions(LatentPlanOptions):
 
     Attributes:
         frames: latent frames of the walk; those of the published one, 48, if left out.
+        recall: spans of eight latent frames that a block reads; the others are in host memory.
         decode_last: make the pictures when all latents are there and the cache is gone.
         devices: devices that would share a run; each plan for them gets a line.
         share_weights: with --devices, keep a part of every layer's weights on each; layers are gathered
             as they run.
     """
 
+    recall: Count | None = None
     devices: Count | None = None
     share_weights: bool = False
     height: Side = 704

@@ -35,10 +35,14 @@ class History:
         memory_frames, recent_frames: most frames of a recomputed context, and how many of them are
             the newest.
         plan: by which the cache is spread over devices; None for one.
+        sight: most spans that a block reads, chosen by fields of view from all spans of the walk, which
+            a store in host memory keeps; None reads all. A walk may then be longer than the RoPE table,
+            and the device holds as much for a walk of any length.
 
     Raises:
         ValueError: an unknown name, one codec without the other, codecs with "recompute", which
-            would encode the whole context anew for every block, or a plan with it.
+            would encode the whole context anew for every block, a plan with it, or `sight` below 1 or
+            with anything that a recalled span does not serve.
     """
 
     semantics: Literal["append", "recompute"] = "append"
@@ -50,6 +54,7 @@ class History:
     memory_frames: int = 16
     recent_frames: int = 12
     plan: Plan | None = None
+    sight: int | None = None
 
     def __post_init__(self):
         names = dict(semantics=("append", "recompute"), storage=("packed", "single"))
@@ -73,6 +78,31 @@ class History:
                 f"span_blocks={self.span_blocks} must be at least 1 and "
                 f"keep_recent={self.keep_recent} at least 0"
             )
+        self._check_sight()
+
+    def _check_sight(self) -> None:
+        if self.sight is None:
+            return
+        asked = f"sight={self.sight!r}"
+        if isinstance(self.sight, bool) or not isinstance(self.sight, int) or self.sight < 1:
+            raise ValueError(
+                f"{asked} has no room for a span; accepted: an integer above 0, or None"
+            )
+        if self.recomputes:
+            raise ValueError(
+                f"{asked} needs semantics='append': with 'recompute' the context of each block is made "
+                "anew from chosen frames, and there are no spans to recall"
+            )
+        if self.storage != "single":
+            raise ValueError(
+                f"{asked} needs storage='single': packed keys are rotated to the place that they had, and "
+                "a recalled span takes another"
+            )
+        if self.plan is not None:
+            raise ValueError(
+                f"{asked} and plan {self.plan.axis}={self.plan.devices}: spans are recalled on one device; "
+                "accepted: plan=None"
+            )
 
     @classmethod
     def qvg(cls, codec: Codec, **changes) -> "History":
@@ -95,6 +125,8 @@ class History:
     def context_frames(self, config: WorldPlayConfig, frames: int) -> int:
         """Most frames in the context of any block of a video of `frames` latent frames.
 
+        With `sight` it is the same for videos of all lengths.
+
         Raises:
             ValueError: context and block together are longer than the RoPE table.
         """
@@ -103,6 +135,8 @@ class History:
         if self.recomputes:
             check_window(self.memory_frames, self.recent_frames, n)
             most = min(most, self.memory_frames)
+        if self.sight is not None:
+            most = ((self.sight + 1) * self.span_blocks + self.keep_recent - 1) * n
         if most + n > config.rope_frames:
             raise ValueError(
                 f"a block of a video of {frames} frames sees {most + n} frames, more than the "
@@ -110,6 +144,24 @@ class History:
                 "beyond it were never defined"
             )
         return most
+
+    def room_frames(self, config: WorldPlayConfig, frames: int) -> int:
+        """Latent frames that the buffers of a video of `frames` are made for: with `sight`, of those alone."""
+        if self.sight is None:
+            return frames
+        return self.context_frames(config, frames) + config.frames_per_block
+
+    def spans_in_sight(self, blocks: int) -> tuple[int, int]:
+        """What a block reads that has so many before it: old spans, and blocks behind the last span.
+
+        The blocks are those of the window, and the newest one. If they make up a span, it is compressed
+        before the block is denoised and then is one of the spans in sight.
+        """
+        waiting = self.span_blocks + self.keep_recent
+        spans = max((blocks - 1 - self.keep_recent) // self.span_blocks, 0)
+        behind = blocks - spans * self.span_blocks
+        most = spans if self.sight is None else self.sight - (behind == waiting)
+        return min(spans, most), behind
 
 
 @factory
@@ -172,8 +224,9 @@ def make_cache(
     blocks = history.context_frames(config, frames) // config.frames_per_block
     packed = history.storage == "packed"
     spans = max(blocks - history.keep_recent, 0) // history.span_blocks
-    if history.compressed and spans:
-        codecs = (history.key_codec, history.value_codec)
+    if (history.compressed or history.sight) and spans:
+        plain = identity(config.dtype)
+        codecs = (history.key_codec or plain, history.value_codec or plain)
         waiting = history.span_blocks + history.keep_recent
     else:
         codecs, spans, waiting = (identity(config.dtype),) * 2, 0, blocks
@@ -195,6 +248,7 @@ def make_cache(
         pos_dims=POSITION,
         key_codec=key_codec,
         value_codec=value_codec,
+        overflow="error" if history.sight is None else "drop",
         sharding=history.plan,
         dtype=config.dtype,
     )

@@ -51,6 +51,7 @@ class _WorldPlay(BlockModel[Options, Settings]):
         return {
             "actions": options.actions,
             "steps": list(settings.sampler.steps),
+            **({} if options.recall is None else {"recall": options.recall}),
             "image": options.image and file_digest(options.image),
         }
 

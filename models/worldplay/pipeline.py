@@ -25,7 +25,14 @@ from models.worldplay.cameras import CameraPath
 from models.worldplay.config import SamplerConfig
 from models.worldplay.history import History, make_cache
 from models.worldplay.modeling import WorldPlayDiT
-from models.worldplay.request import Walk, block_inputs, frames_of_room, frames_wanted
+from models.worldplay.recalling import Recaller
+from models.worldplay.request import (
+    Walk,
+    block_inputs,
+    frames_of_room,
+    frames_wanted,
+    points_of,
+)
 from qvg_jax.loop import rollout, stream
 
 type Progress = Callable[[int, int | None, State], None]  # progress(blocks_done, blocks, state)
@@ -57,7 +64,7 @@ class WorldPlay:
     def generate(
         self, request: Walk, *, chunk: int = 8, progress: Progress | None = None
     ) -> Float[np.ndarray, "B F Z Y X"]:
-        """Generates a whole video, many blocks in each device call.
+        """Generates a whole video, many blocks in each device call; with spans in sight, one.
 
         Args:
             request: what to generate.
@@ -74,6 +81,9 @@ class WorldPlay:
             NonFiniteError: see `qvg_jax.loop`.
         """
         config = self.model.config
+        if self.history.sight is not None:  # spans are brought into sight between the blocks
+            frames_wanted(config, self.history, request)
+            return np.concatenate(list(self.stream(request, progress=progress)), axis=1)
         xs = jax.tree.map(lambda *x: np.stack(x), *block_inputs(config, self.history, request))
         state = self.start(request)
         _, y_NBFZYX = rollout(self._step(), state, xs, chunk=chunk, progress=progress)
@@ -98,9 +108,12 @@ class WorldPlay:
             An iterator of blocks, whose `state` is the state after the last of them.
         """
         config, history = self.model.config, self.history
-        frames_wanted(config, history, request, known=pieces is None)  # raises at once
-        xs = block_inputs(config, history, request, pieces)
-        return stream(self._step(), self.start(request), xs, progress=progress)
+        frames = frames_wanted(config, history, request, known=pieces is None)  # raises at once
+        xs, state = block_inputs(config, history, request, pieces), self.start(request)
+        before = None
+        if history.sight is not None:
+            before = Recaller(config, history, state, frames=frames, points_N3=points_of(request))
+        return stream(self._step(), state, xs, progress=progress, before=before)
 
     def _step(self) -> Partial:
         return Partial(generating_step(self.sampler, self.history), self.model)
@@ -109,7 +122,7 @@ class WorldPlay:
         """An empty cache and empty buffers, and the prompt's K and V for cross-attention."""
         config, text_BUE = self.model.config, jnp.asarray(request.text_BUE)
         B, Y, X = text_BUE.shape[0], request.latent_height, request.latent_width
-        capacity = frames_of_room(config, request)
+        capacity = self.history.room_frames(config, frames_of_room(config, request))
         cache = make_cache(
             config, self.history, frames=capacity, latent_height=Y, latent_width=X, batch=B
         )

@@ -26,6 +26,7 @@ from models.worldplay.settings import PLANS, Settings, settle
 from qvg_jax.app.memory_plan import Need, Plan, shape_bytes, temporary_bytes
 from qvg_jax.cache.operations import KVCache
 from qvg_jax.cache.plan import Plan as CachePlan
+from qvg_jax.errors import UserError
 from qvg_jax.loop import run_chunk
 
 
@@ -45,6 +46,10 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     """
     count, share = options.devices or 1, options.share_weights
     check_sharing(share, None if count == 1 else CachePlan(spans=count))
+    if options.recall is not None and count > 1:
+        raise UserError(
+            f"recall={options.recall} and --devices {count}: spans are recalled on one device"
+        )
     options = dataclasses.replace(options, devices=None, plan=None, share_weights=False)
     settings = settle(options, released)
     begin = time.perf_counter()
@@ -55,11 +60,12 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
     decoding = temporary_bytes(decode.decode_frame, vae, latent, past)
     layer = shape_bytes(model.blocks) // dit.layers if share else 0
     needs, left_out = [], LeftOut()
-    for name in settings.histories:
+    for name, history in settings.histories.items():
+        room = history.room_frames(dit, settings.frames)
         held = {
             "transformer": shape_bytes(model),
             "cache": shape_bytes(settings.cache(name)),
-            "latents": shape_bytes(_latents(settings, settings.frames, dit.dtype)),
+            "latents": shape_bytes(_latents(settings, room, dit.dtype)),
             "prompt K/V": text_kv_bytes(dit, dit.text_slots),
             "VAE": shape_bytes(vae),
         }
@@ -71,9 +77,11 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         need = with_decoder(*parts, last=options.decode_last)
         few = 3 * dit.frames_per_block
         grows = 0.0
-        if settings.frames > few:
+        if settings.frames > few and history.sight is None:
             grows = (need.temporaries["a block"] - block(few)) / (settings.frames - few)
         longest = functools.partial(_longest, settings, name, need, max(grows, 0.0), memory)
+        if history.sight is not None:  # the same for every length
+            longest = lambda _, need=need: None if need.total <= memory else 0  # noqa: E731
         cache = settings.cache(name)
         seconds = functools.partial(block_seconds, settings, name, cache, layer_bytes=layer)
         alone = seconds(CachePlan()) if count > 1 else None
@@ -91,7 +99,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         )
     left_out.say()
     before = {"text encoder": text_encoder_bytes(settings.sizes.text, dit.text_slots)}
-    best = max(needs, key=lambda need: need.longest)
+    best = max(needs, key=lambda need: need.longest or 0)
     advice = f"{best.name} could make at most {best.longest} latent frames" if best.longest else ""
     return Plan(
         what=f"WorldPlay, {settings.frames} latent frames of {settings.height} x "
@@ -101,7 +109,7 @@ def make_plan(options: Options, memory: int, released: Sizes) -> Plan:
         backend=jax.default_backend(),
         seconds=time.perf_counter() - begin,
         advice=f"{advice or 'not one block'}; accepted: fewer --frames, a smaller --height and "
-        "--width, storage=single, --decode-last, or a codec of fewer bits (`qvg codecs`)",
+        "--width, storage=single, --recall, --decode-last, or a codec of fewer bits (`qvg codecs`)",
         notes=(
             *precision_notes({name: settings.cache(name) for name in settings.histories}, options),
             *((SOURCE,) if any(need.seconds is not None for need in needs) else ()),
@@ -117,6 +125,7 @@ def _latents(settings: Settings, frames: int, dtype):
 def _step(settings: Settings, model, arm: str, frames: int):
     """Arguments of the program that makes a block, as the command runs it."""
     dit, history = settings.sizes.dit, settings.histories[arm]
+    room = history.room_frames(dit, frames)
 
     def like(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -128,8 +137,8 @@ def _step(settings: Settings, model, arm: str, frames: int):
     state = State(
         cache=settings.cache(arm, frames),
         text_kv=TextKV(text, text),
-        latents_BFZYX=_latents(settings, frames, dit.dtype),
-        frames=cameras(1, frames),
+        latents_BFZYX=_latents(settings, room, dit.dtype),
+        frames=cameras(1, room),
         blocks=like(dtype=jnp.int32),
     )
     n = dit.frames_per_block

@@ -29,11 +29,12 @@ class Walk:
         frames: latent frames of the video; None is as many whole blocks as the path has frames for.
         image_BZYX: normalised latent of a picture, which becomes the first frame.
         contexts: frames that each block looks back at, in order; None retrieves them by their
-            fields of view, or takes all with "append".
+            fields of view, or takes all with "append"; with spans in sight only they are counted here
+            and chosen by `recalling.Recaller`, and `contexts` must be None.
         done_BFZYX: latents that an earlier run of the same request has made, whole blocks from the
             first on: they are read, not made again, and the video goes on as that one would have.
         capacity: latent frames that the buffers are made for; None is `frames`. Videos of any
-            length up to it run the same compiled program.
+            length up to it run the same compiled program. With spans in sight they are made for those.
         points_N3: points for the retrieval; None draws them with a fixed seed.
     """
 
@@ -78,6 +79,11 @@ def frames_wanted(
     elif frames is None:
         raise ValueError("frames=None with pieces: give the most frames that may be asked for")
     count_blocks(config, frames)
+    if history.sight is not None and request.contexts is not None:
+        raise ValueError(
+            f"contexts with sight={history.sight}: the spans of a block are chosen when it is due, by their "
+            "fields of view; accepted: contexts=None"
+        )
     capacity = frames_of_room(config, request)
     if frames > capacity:
         raise ValueError(f"frames={frames} is more than capacity={capacity}")
@@ -144,13 +150,16 @@ def _context(
         context_S = request.contexts[block]
     elif history.recomputes:
         context_S = select_frames(
-            _fixed_points() if request.points_N3 is None else request.points_N3,
+            points_of(request),
             joined(walked).w2c_F44,
             block * n,
             memory_frames=history.memory_frames,
             recent_frames=history.recent_frames,
             block_frames=n,
         )
+    elif history.sight is not None:
+        spans, behind = history.spans_in_sight(block)
+        context_S = np.arange((spans * history.span_blocks + behind) * n)
     else:
         context_S = np.arange(block * n)
     return np.asarray(context_S, np.int32)
@@ -164,11 +173,16 @@ def _check_context(context_S: np.ndarray, n: int, first: int, slots: int, histor
             f"context {context_S.tolist()} of the block at frame {first}; accepted: at most "
             f"{slots} rising frame numbers below {first}, a multiple of {n} of them"
         )
-    if not history.recomputes and len(context_S) != first:
+    if not history.recomputes and history.sight is None and len(context_S) != first:
         raise ValueError(
             f"context {context_S.tolist()} of the block at frame {first}: semantics='append' "
             "never forgets, so it must be all frames before; use semantics='recompute'"
         )
+
+
+def points_of(request: Walk) -> Float[np.ndarray, "N 3"]:
+    """The points on which a walk's fields of view are compared."""
+    return _fixed_points() if request.points_N3 is None else request.points_N3
 
 
 @functools.cache

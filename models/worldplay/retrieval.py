@@ -1,4 +1,4 @@
-"""Which old frames to look at: those whose cameras saw what the next cameras will see.
+"""Which old frames or spans to look at: those whose cameras saw what the next cameras will see.
 
 Two cameras are as similar as their views overlap. The overlap is counted on random points around
 the asking camera; they are drawn once for a video, so that all comparisons share them.
@@ -104,20 +104,62 @@ def select_frames(
         return np.arange(first)
     ahead_N3, queries = _ahead(points_N3), w2c_F44[first : first + block_frames]
     clips = np.arange(0, first - recent_frames, block_frames)
-    distance = [
-        np.mean(
-            [
-                1 - _overlap(ahead_N3, q, w2c_F44[s + half])
-                for q in queries
-                for half in (0, block_frames // 2)
-            ]
-        )
-        for s in clips
-    ]
+    distance = [_clip_distance(ahead_N3, queries, w2c_F44, s, block_frames) for s in clips]
     wanted = (memory_frames - recent_frames) // block_frames
     taken = clips[np.argsort(distance, kind="stable")[:wanted]]
     old = (taken[:, None] + np.arange(block_frames)).ravel()
     return np.union1d(old, np.arange(first - recent_frames, first))
+
+
+def select_spans(
+    points_N3: Float[np.ndarray, "N 3"],
+    w2c_F44: Float[np.ndarray, "F 4 4"],
+    queries_Q44: Float[np.ndarray, "Q 4 4"],
+    count: int,
+    *,
+    span_frames: int,
+    block_frames: int = 4,
+) -> tuple[int, ...]:
+    """Numbers of the spans whose cameras overlap most with those of a block, at most `count`.
+
+    The distance of a span is that of its closest clip, as `select_frames` has it; ties go to the older
+    span.
+
+    Args:
+        points_N3: from `ball_points`.
+        w2c_F44: world to camera, of the frames of all spans, one after another.
+        queries_Q44: world to camera, of the block that is to read.
+        count: how many.
+        span_frames: frames of a span, whole blocks.
+        block_frames: frames of a block, and of a clip.
+
+    Returns:
+        Rising numbers.
+    """
+    starts = range(0, len(w2c_F44), span_frames)
+    if len(starts) <= count:
+        return tuple(range(len(starts)))
+    ahead_N3 = _ahead(points_N3)
+    distance = [
+        min(
+            _clip_distance(ahead_N3, queries_Q44, w2c_F44, clip, block_frames)
+            for clip in range(start, start + span_frames, block_frames)
+        )
+        for start in starts
+    ]
+    return tuple(sorted(int(i) for i in np.argsort(distance, kind="stable")[:count]))
+
+
+def _clip_distance(
+    ahead_N3: np.ndarray,
+    queries_Q44: np.ndarray,
+    w2c_F44: np.ndarray,
+    start: int,
+    block_frames: int,
+) -> float:
+    """Distance of the clip that begins at a frame from the cameras of a block."""
+    seen = (start, start + block_frames // 2)
+    return np.mean([1 - _overlap(ahead_N3, q, w2c_F44[i]) for q in queries_Q44 for i in seen])
 
 
 def check_window(memory_frames: int, recent_frames: int, block_frames: int) -> None:

@@ -65,11 +65,17 @@ def settle(options: Options, released: Sizes) -> Settings:
     check_seed(options.seed)
     plan = plan_of(options, PLANS)
     check_sharing(options.share_weights, plan)
+    if options.recall is not None and plan is not None:
+        raise UserError(
+            f"recall={options.recall} and --devices {plan.devices}: spans are recalled on one device; "
+            "accepted: one of the two"
+        )
     settings = Settings(
         sizes=sizes,
         sampler=_sampler(options.steps),
         histories={
-            name: dataclasses.replace(_history(name), plan=plan) for name in arm_names(options)
+            name: dataclasses.replace(_history(name, options.recall), plan=plan)
+            for name in arm_names(options)
         },
         path=_path(options, sizes.dit),
         height=height,
@@ -93,10 +99,10 @@ def _path(options: Options, config: WorldPlayConfig) -> CameraPath:
     n, room = config.frames_per_block, config.rope_frames
     frames = max(len(path) // n * n, n) if options.frames is None else options.frames
     count_blocks(config, frames)
-    if frames > room:
+    if frames > room and options.recall is None:
         raise UserError(
             f"frames={frames} leaves the RoPE table of {room} frames: positions beyond it were "
-            f"never defined; accepted: at most {room // n * n}"
+            f"never defined; accepted: at most {room // n * n}, or --recall with the spans that a block reads"
         )
     if frames > len(path):
         raise UserError(
@@ -117,8 +123,13 @@ def _sampler(steps: int | None) -> SamplerConfig:
     return SamplerConfig(steps=tuple(1000 * SHIFT * s / (1 + (SHIFT - 1) * s) for s in levels))
 
 
-def _history(recipe: str) -> History:
-    """A codec and, as one of its settings, `storage=packed` or `storage=single`."""
+def _history(recipe: str, sight: int | None) -> History:
+    """A codec and, as one of its settings, `storage=packed` or `storage=single`; and spans in sight."""
     kept, storage = without_storage(recipe)
     key_codec, value_codec = codec_pair(kept)
-    return History(key_codec=key_codec, value_codec=value_codec, storage=storage)
+    if sight is not None and storage == "packed":
+        raise UserError(
+            f"recall={sight} needs one k and v of each token, and {recipe} keeps packed ones, which are "
+            f"rotated already; accepted: {recipe.replace(':storage=packed', '')}:storage=single"
+        )
+    return History(key_codec=key_codec, value_codec=value_codec, storage=storage, sight=sight)

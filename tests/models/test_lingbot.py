@@ -12,10 +12,12 @@ from models.lingbot.camera import CameraMaps, camera_map, latent_poses, steps_of
 from models.lingbot.condition import image_condition
 from models.lingbot.config import LingBotConfig, history, sampler
 from models.lingbot.modeling import LingBotDiT, Residual
-from models.lingbot.pipeline import SteeredWalk, generate
+from models.lingbot.pipeline import SteeredWalk, generate, stream
+from models.lingbot.recalling import Recaller, world_to_camera
 from models.self_forcing.history import History, make_cache
 from models.self_forcing.sampler import Ladder
 from models.worldplay.cameras import parse_actions, walk
+from models.worldplay.retrieval import ball_points, similarity
 from qvg_jax.codecs.base import identity
 
 TINY = LingBotConfig(
@@ -121,7 +123,7 @@ def model():
     return nnx.merge(graphdef, jax.tree.map(draw, state))
 
 
-def run(frames=8, kept=None, image=1.0, path=PATH, **changes):
+def request(frames=8, image=1.0, path=PATH, **changes):
     rng = np.random.default_rng(1)
     latents = np.zeros((1, frames, 16, 4, 4), np.float32)
     latents[:, 0] = image * rng.normal(size=latents.shape[2:])
@@ -131,8 +133,12 @@ def run(frames=8, kept=None, image=1.0, path=PATH, **changes):
         camera_BFCYX=camera_map(path[:frames], K, 32, 32)[None],
         noise=jax.random.key(0),
     )
-    request = SteeredWalk(**(fields | changes))
-    return generate(model(), sampler(2), kept or History(), request, chunk=1)
+    return SteeredWalk(**(fields | changes))
+
+
+def run(frames=8, kept=None, image=1.0, path=PATH, **changes):
+    asked = request(frames, image, path, **changes)
+    return generate(model(), sampler(2), kept or History(), asked, chunk=1)
 
 
 def test_a_walk_depends_on_image_and_camera_and_not_on_how_memory_is_stored():
@@ -143,6 +149,44 @@ def test_a_walk_depends_on_image_and_camera_and_not_on_how_memory_is_stored():
     assert np.abs(other[:, 2:] - video[:, 2:]).max() > 1e-3
     spans = History.qvg(identity(jnp.float32), span_frames=2, keep_recent=2, sink_frames=2)
     np.testing.assert_allclose(run(kept=spans), video, atol=1e-4)
+
+
+def test_spans_that_left_the_window_come_back_by_field_of_view(monkeypatch):
+    """A walk that turns away and comes back, with two spans in sight; also one that goes on."""
+    motion = steps_of(walk(parse_actions("right-7,left-8")))
+    spans = History.qvg(identity(jnp.float32), span_frames=2, sink_frames=2, window_frames=9)
+    chosen, call = [], Recaller.__call__
+
+    def watched(self, state, x):
+        state = call(self, state, x)
+        chosen.append((self.chosen, self.store.next))
+        return state
+
+    monkeypatch.setattr(Recaller, "__call__", watched)
+
+    def video(recall, done=0):
+        maps = CameraMaps(motion, K, 32, 32)
+        asked = request(16, camera_BFCYX=maps, done_BFZYX=known[:, :done])
+        return np.concatenate([*stream(model(), sampler(2), spans, asked, recall=recall)], 1)
+
+    known = np.zeros((1, 16, 16, 4, 4), np.float32)
+    plain, known = video(False), video(True)
+    np.testing.assert_array_equal(known[:, :10], plain[:, :10])  # all spans are in sight until then
+    assert np.abs(known[:, 10:] - plain[:, 10:]).max() > 1e-4
+    points, w2c = ball_points(np.random.default_rng(0)), world_to_camera(motion)
+    assert len(chosen) == 8 and chosen[-1][1] == 5
+    for block, (ids, kept) in enumerate(chosen):
+        queries = w2c[2 * block : 2 * block + 2]
+        view = [
+            np.mean([similarity(points, q, w2c[2 + 2 * i + h]) for q in queries for h in (0, 1)])
+            for i in range(kept)
+        ]
+        assert len(ids) == min(kept, 2)
+        np.testing.assert_allclose(sorted(view[i] for i in ids), sorted(view)[kept - len(ids) :])
+    assert chosen[-1][0] != (3, 4)  # the newest, which stay without recall
+    np.testing.assert_array_equal(video(True, done=10), known)
+    with pytest.raises(ValueError, match="accepted: CameraMaps"):
+        next(stream(model(), sampler(2), spans, request(), recall=True))
 
 
 def test_the_camera_scales_and_shifts_a_layer():

@@ -108,7 +108,12 @@ def test_wrong_checkpoint_lists_every_problem(weights, tmp_path):
 def test_other_variants_are_refused():
     sizes = dict(depth=2, hidden_size=24, num_heads=2)
     assert LongCatConfig.from_json(sizes).head_dim == 12
-    changes = (dict(patch_size=[2, 2, 2]), dict(enable_bsa=True))
+    changes = (
+        dict(patch_size=[2, 2, 2]),
+        dict(enable_bsa=True),
+        dict(bsa_params=dict(chunk_3d_shape_q=[4, 4]), enable_bsa=True),
+        dict(bsa_params=dict(sparse=0.5), enable_bsa=True),
+    )
     for change in changes:
         with pytest.raises(ValueError, match=next(iter(change))):
             LongCatConfig.from_json(sizes | change)

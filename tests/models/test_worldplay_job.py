@@ -23,6 +23,7 @@ from qvg_jax.app import cli
 from qvg_jax.app.memory_plan import shape_bytes
 from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import NonFiniteError
+from qvg_jax.errors import UserError
 from tests.support import tiny_self_forcing
 from tests.support import tiny_worldplay as tiny
 from tests.support.checkpoint_shapes import worldplay_shapes
@@ -212,6 +213,9 @@ def test_weights_from_a_folder(tmp_path, picture):
         (["--layers", "2", "--weights", "nowhere"], ["--layers is for random"]),
         (["--weights", "nowhere"], ["not a folder"]),
         (["--steps", "0"], ["'0'"]),
+        (["--actions", "w-25", "--recall", "1"], []),  # further than the RoPE table
+        (["--recall", "0"], ["'0'"]),
+        (["--recall", "1", "--compare", "bf16"], ["recall=1", "accepted: bf16:storage=single"]),
     ],
 )
 def test_bad_input(argv, parts, tmp_path, capsys, monkeypatch):
@@ -264,3 +268,27 @@ def test_plan_says_what_fits_and_how_far_a_walk_could_go(capsys):
     common += ["--height", str(tiny.HEIGHT), "--width", str(tiny.WIDTH), "--frames", "12"]
     assert cli.main([*common, "--memory", "10KB"]) == 1
     assert "Nothing fits: text encoder alone, without any cache" in capsys.readouterr().out
+
+
+def test_a_walk_with_recall_needs_as_much_whatever_its_length(monkeypatch):
+    traced = lambda program, *args: 0 * len(jax.tree.leaves(jax.eval_shape(program, *args)))  # noqa: E731
+    monkeypatch.setattr("models.worldplay.plan.temporary_bytes", traced)
+    monkeypatch.setattr("models.worldplay.plan.text_encoder_bytes", lambda *args: 0)
+    size = dict(height=tiny.HEIGHT, width=tiny.WIDTH)
+    asked = PlanOptions(codec=(tiny.CODEC,), memory=10**9, recall=1, frames=12, **size)
+    short, long = (
+        job.plan(dataclasses.replace(asked, frames=frames)).needs[0] for frames in (12, 100)
+    )
+    assert short == long and long.longest is None
+    everything = job.settle(Options(frames=24, codec=tiny.CODEC, **size), tiny.sizes())
+    assert long.held["cache"] < shape_bytes(everything.cache(tiny.CODEC))
+    with pytest.raises(UserError, match="recall=1 and --devices 2"):
+        job.plan(dataclasses.replace(asked, devices=2))
+
+
+@pytest.mark.slow
+def test_a_run_with_all_spans_recalled_makes_the_same_latents(whole, picture, tmp_path):
+    out = tmp_path / "recalled"
+    assert command("--recall", "2", out=out, picture=picture) == 0
+    np.testing.assert_array_equal(latents(out, "qvg"), latents(whole, "qvg"))
+    assert json.loads((out / "report.json").read_text())["config"]["recall"] == 2
