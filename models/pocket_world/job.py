@@ -116,7 +116,7 @@ def prepare(options: Options) -> Job:
         arms.append(Arm(name=name, state=pipeline.WorldState(cache, noise_key(options.seed))))
     config = _config(options, tour, frames, sampler, cfg, weights, arms[0].state.cache.layout)
     if history is not None:
-        config["heads_with_history"] = str(history)
+        config["heads"] = str(history)
     block = (1, n, world.HEIGHT, world.WIDTH, 3)
     which = dict(resume=options.resume, restart=options.restart)
     saved = SavedBlocks(Path(options.out) / SAVED, config, block, np.float32, **which)

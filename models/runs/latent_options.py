@@ -24,7 +24,8 @@ class LatentOptions(ResumableOptions):
         image: file with the first frame of the video.
         layers: layers of a transformer of random weights.
         attention: what reads the cache; the fastest that serves if left out.
-        precision: precision in which the cache is read; bf16 if left out.
+        precision: precision in which the cache is read. If it is left out, fp8 on Hopper GPUs for codecs of
+            at most two bits and one stage of k-means, else bf16.
         devices: devices that share a run; what the model does by itself if left out.
         plan: what they divide: compressed spans, heads, or spans that go around; the model's best if
             left out.

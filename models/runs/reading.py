@@ -47,7 +47,9 @@ def precision_notes(caches: Mapping[str, KVCache], options: LatentOptions) -> tu
         fine = not lay.max_spans or wants_bf16(lay.key_codec, lay.value_codec) is not None
         found["bf16" if fine else "fp8"].append(name)
     said = [f"{' and '.join(names)} in {precision}" for precision, names in found.items() if names]
-    return (f"attention on a Hopper GPU reads {', '.join(said)}; --precision says otherwise",)
+    return (
+        f"attention on a Hopper GPU reads {', '.join(said)}; --precision of qvg generate says otherwise",
+    )
 
 
 def reading_of(

@@ -17,6 +17,7 @@ from models.self_forcing.schedule import plan_blocks
 from models.umt5.config import UMT5Config
 from models.wan_vae.config import WanVAEConfig
 from qvg_jax.cache.head_history import HeadHistory
+from qvg_jax.cache.plan import Plan
 from qvg_jax.errors import UserError, told_to_user
 
 PLANS = ("spans", "heads", "ring")
@@ -94,7 +95,7 @@ def settle(
     )
     if heads is not None:  # no run takes frames back, which a window of their own could not do
         heads = dataclasses.replace(heads, own_window=True)
-    _check_heads(options, heads)
+    _check_heads(options, heads, plan)
     check_sharing(options.share_weights, plan)
     settings = Settings(
         sizes=sizes,
@@ -173,10 +174,15 @@ def _sampler(steps: int | None, release: Release) -> SamplerConfig:
     return SamplerConfig(steps=tuple(top - i * top // steps for i in range(steps)))
 
 
-def _check_heads(options: Options, heads: HeadHistory | None) -> None:
-    """Raises UserError if the user says what local heads read, and there are none."""
+def _check_heads(options: Options, heads: HeadHistory | None, plan: Plan | None) -> None:
+    """Raises UserError if there are no local heads, and options about them; or devices that cannot have them."""
     if heads is None and options.local is not None:
         raise UserError(f"local={options.local} with --heads all: no head is local; leave it out")
+    if heads is not None and plan is not None and plan.axis != "spans":
+        raise UserError(
+            f"--heads and --plan {plan.axis} do not go together, as layers differ in the heads that they "
+            "store; accepted: --plan spans, or --heads all"
+        )
 
 
 def _history(

@@ -92,19 +92,20 @@ def _generated(
             check_alone_in(options.out)
             going_on = leave_finished and getattr(options, "resume", False)
             if going_on and (options.out / "report.json").is_file() and entry.finished(options):
-                return _said_finished(options)
+                return _said_finished(options, longer=True)
+            from qvg_jax.app.generate import difference_of_finished, is_finished
             from qvg_jax.app.generate import generate as run
-            from qvg_jax.app.generate import is_finished
             from qvg_jax.app.lost_devices import told_of_lost_devices
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
             job = entry.prepare(options)
         if going_on and is_finished(job, options.out, options.fps):
-            return _said_finished(options)
+            return _said_finished(options, longer=not job.anew)
         if going_on and job.anew and (options.out / "report.json").is_file():
+            differs = difference_of_finished(job, options.out, options.fps)
             raise UserError(
-                f"--resume: the run in {options.out} is finished and was made with other settings; "
-                "accepted: its settings, another --out, or no --resume to replace it"
+                f"--resume: the run in {options.out} is finished and was made with other settings: "
+                f"{differs}; accepted: its settings, another --out, or no --resume to replace it"
             )
         arms = ", ".join(arm.name for arm in job.arms)
         real = f"{job.tour} real frames, then " if job.tour else ""
@@ -136,10 +137,12 @@ def _generated(
     return outcome
 
 
-def _said_finished(options: GenerateOptions) -> None:
+def _said_finished(options: GenerateOptions, *, longer: bool) -> None:
+    """Says that a finished run stays as it is, and how to make it longer if its blocks were kept."""
+    more = "give more --frames to make it longer, or " if longer else ""
     print(
         f"--resume: the run in {options.out} is finished, and all its files stay as they are; "
-        "give more --frames to make it longer, or leave --resume out to make it anew"
+        f"{more}leave --resume out to make it anew"
     )
 
 

@@ -1,5 +1,6 @@
 """The main job, whatever the model: run all arms, write video.mp4 and the reports."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvg_jax.app.background import Background
+from qvg_jax.app.differences import difference
 from qvg_jax.app.early_checks import REPORTS, check_out, has_report
 from qvg_jax.app.figure import write_figure
 from qvg_jax.app.film import Film
@@ -88,6 +90,22 @@ def is_finished(job: Job, out: str | Path, fps: int | None = None) -> bool:
     """
     wanted = configuration(job, fps=job.fps if fps is None else fps)
     return has_report(Path(out), job.model, (arm.name for arm in job.arms), wanted, exact=True)
+
+
+def difference_of_finished(job: Job, out: str | Path, fps: int | None = None) -> str:
+    """The first setting in which the finished run in `out` is another one than a job, in words.
+
+    Args:
+        job, out, fps: as in `is_finished`.
+    """
+    try:
+        theirs = json.loads((Path(out) / REPORTS[0]).read_text(encoding="utf-8"))
+        theirs = {"model": theirs["model"], "arms": [*theirs["arms"]]} | theirs["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a report that is not readable"
+    ours = configuration(job, fps=job.fps if fps is None else fps)
+    ours = {"model": job.model, "arms": [arm.name for arm in job.arms]} | ours
+    return difference(theirs, json.loads(json.dumps(ours))) or "files that are gone"
 
 
 def _generate(

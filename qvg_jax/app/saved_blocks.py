@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
+from qvg_jax.app.differences import difference
 from qvg_jax.app.versions import versions
 from qvg_jax.errors import UserError
 from qvg_jax.files import replacing
@@ -21,7 +22,6 @@ __all__ = ["SavedBlocks"]
 REQUEST = "request.json"
 FORMAT = 2  # 1: records without checksums
 CHECKSUM_BYTES = 16
-LONGEST = 80  # characters of a setting in a message
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class SavedBlocks:
 
     def _difference(self, stored: dict[str, Any]) -> str | None:
         """The first setting in which the stored request is another one."""
-        return _difference(stored["request"], self._request)
+        return difference(stored["request"], self._request)
 
     def _check_same(self) -> None:
         path = self._folder / REQUEST
@@ -231,33 +231,6 @@ class SavedBlocks:
             f"--out: {self._folder} has the first {blocks} blocks of this run, interrupted; "
             "accepted: --resume to go on from them, --restart to start anew, or another --out"
         )
-
-
-def _difference(theirs: Any, ours: Any, name: str = "") -> str | None:
-    """The innermost entry that differs between two trees of JSON types, in words; None if none does."""
-    if theirs == ours:
-        return None
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted({*theirs, *ours}):
-            inner = f"{name}.{key}" if name else key
-            if (key in theirs) != (key in ours):
-                return f"{inner}, now without it" if key in theirs else f"no {inner}, now with it"
-            if differs := _difference(theirs[key], ours[key], inner):
-                return differs
-    return f"{name}={_excerpt(theirs, ours)}, now it is {_excerpt(ours, theirs)}"
-
-
-def _excerpt(value: Any, other: Any) -> str:
-    """A value as Python writes it; of a long one, what is around its first difference from another."""
-    text, against = repr(value), repr(other)
-    if len(text) <= LONGEST:
-        return text
-    same = next(
-        (i for i, (a, b) in enumerate(zip(text, against, strict=False)) if a != b), len(against)
-    )
-    begin = max(0, min(same, len(text)) - LONGEST // 2)
-    end = begin + LONGEST
-    return ("..." if begin else "") + text[begin:end] + ("..." if end < len(text) else "")
 
 
 def _write_at(file: Path, offset: int, data: bytes) -> None:

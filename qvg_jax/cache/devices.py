@@ -178,8 +178,11 @@ def on_each_device(
     cut = cache_specs(cache, lay.plan)
 
     def here(cache: "KVCache", *args: Any) -> "KVCache":
-        layout = dataclasses.replace(lay, plan=None, heads=lay.heads // lay.plan.devices)
-        own = dataclasses.replace(cache, layout=layout if lay.plan.part is None else own_part(lay))
+        if lay.plan.part is None:
+            layout = dataclasses.replace(lay, plan=None, heads=lay.heads // lay.plan.devices)
+        else:
+            layout = own_part(lay)
+        own = dataclasses.replace(cache, layout=layout)
         return dataclasses.replace(f(own, *args), layout=lay)
 
     names = dict(mesh=lay.plan.mesh, in_specs=(cut, *specs), out_specs=cut)

@@ -68,8 +68,8 @@ class RelativeTime:
         """Raises ValueError if the horizon is shorter than a block of so many units of time."""
         if self.horizon < block:
             raise ValueError(
-                f"horizon={self.horizon:g} is shorter than a block of {block:g}: the block before would "
-                f"be out of its place; accepted: at least {block:g}"
+                f"horizon={self.horizon:g} is shorter than a block of {block:g} by its positions: the block "
+                f"before would be out of its place; accepted: at least {block:g}"
             )
 
     def moves(

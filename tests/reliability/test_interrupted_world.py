@@ -91,7 +91,7 @@ def test_sigterm_leaves_a_video_and_the_run_goes_on(run, whole, tmp_path, monkey
     code, err = run(tmp_path, "--resume")  # nothing is left to do, and nothing is touched
     assert code == 0 and "from the beginning" not in err
     code, err = run(tmp_path, "--seed", "1", "--resume")
-    assert code == 2 and "is finished and was made with other settings" in err
+    assert code == 2 and "is finished and was made with other settings: " in err
     assert (tmp_path / "video.mp4").stat().st_mtime_ns == made and products(tmp_path) == whole
 
 

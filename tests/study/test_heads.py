@@ -173,10 +173,7 @@ def test_a_world_runs_with_local_heads_and_the_report_says_so(tmp_path, capsys):
         "by_layer": [1, 0],
         "local_blocks": 1,
     }
-    assert (
-        "heads_with_history" not in bf16
-        and "1 of 2 heads" in report["config"]["heads_with_history"]
-    )
+    assert "heads_with_history" not in bf16 and "1 of 2 heads" in report["config"]["heads"]
     per_element = said["bits_per_element"]
     assert per_element["from_buffers"] == pytest.approx(per_element["from_formats"], rel=1e-6)
 
