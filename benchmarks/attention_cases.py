@@ -48,8 +48,8 @@ class Row:
 
     @property
     def dense_keys(self) -> int:
-        """Keys of the uncompressed opponent: `keys` rounded up to what cuDNN takes for any count of queries."""
-        return -(-self.keys // 64) * 64
+        """Keys of the uncompressed opponent: `keys`, of few queries rounded up to what cuDNN takes."""
+        return -(-self.keys // 64) * 64 if self in FEW else self.keys
 
     @property
     def flops(self) -> int:
@@ -57,7 +57,12 @@ class Row:
         return 4 * self.heads * self.queries * self.keys * self.head_dim
 
 
-FEW = (1, 4, 16)  # queries of a decoder of tokens
+# What a decoder of tokens asks.
+FEW = tuple(
+    Row(f"{t} queries, {name}", 12, t, tokens, spans)
+    for name, tokens, spans in (("16k", 16_384, 1), ("131k", 32_768, 4))
+    for t in (1, 4, 16)
+)
 
 ROWS = (
     Row("self-forcing", 12, 4_680, 37_440, 3),
@@ -66,8 +71,7 @@ ROWS = (
     Row("few queries", 12, 256, 32_768, 4),
     Row("short history", 12, 4_680, 28_080, 1),
     Row("long history", 12, 4_680, 46_800, 6),
-    *(Row(f"{t} queries, 16k", 12, t, 16_384, 1) for t in FEW),
-    *(Row(f"{t} queries, 131k", 12, t, 32_768, 4) for t in FEW),
+    *FEW,
     Row("64 channels", 24, 4_680, 37_440, 1, head_dim=64),
     Row("256 channels", 8, 4_680, 37_440, 1, head_dim=256),
 )

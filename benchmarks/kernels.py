@@ -261,7 +261,7 @@ def attention_table(
                 lambda q, k, v, by=name: jax.nn.dot_product_attention(q, k, v, implementation=by),
                 (q, *whole),
             )
-            for name in (rival, *(("xla",) if row.queries in FEW and rival != "xla" else ()))
+            for name in (rival, *(("xla",) if row in FEW and rival != "xla" else ()))
         }
         rivals = tuple(jobs)
         for name in sorted(reads, key=lambda name: name != "xla"):

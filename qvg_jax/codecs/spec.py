@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class Value:
 
     spec: Spec | None
 
-    def checked(self) -> Self:
+    def checked[V](self: V) -> V:
         """The same value, whose functions check their arguments."""
         return self
 
