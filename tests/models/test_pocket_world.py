@@ -20,6 +20,7 @@ from models.pocket_world import (
     pipeline,
     sampling,
     train,
+    trial,
     world,
 )
 from models.pocket_world.config import PocketWorldConfig
@@ -304,3 +305,15 @@ def test_evaluation_runs_and_tabulates(trained, tmp_path, capsys):
     assert set(rows) == {"bf16", "window", "free_bf16"}
     assert np.isfinite(rows["bf16"]["psnr"])
     assert "replay" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_trial_of_recipes_runs_and_tabulates(trained, tmp_path, capsys):
+    small = "--worlds 2 --seeds 1 --tour 16 --frames 8 --steps 1 --span-blocks 2"
+    argv = ["--out", str(tmp_path), "--weights", str(trained[3]), *small.split()]
+    trial.main([*argv, "--codecs", "bf16,rtn:group=32", "--against", "rtn:group=32"])
+    shown = capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("*.npz")} == {"bf16.npz", "rtn+group_32.npz"}
+    with np.load(tmp_path / "rtn+group_32.npz") as arm:
+        assert int(arm["spans"]) > 0
+    assert shown.count("rtn:group=32") >= 2
