@@ -8,7 +8,7 @@ tokens three times in a layer. With r = (n - 1) / n, T tokens of both branches, 
 
 from models.longcat.config import LongCatConfig
 from models.longcat.settings import Settings
-from models.runs.reading import LINKS, reading_of
+from models.runs.predicted import LINKS, reading_of
 from qvg_jax.study.scale import Measured
 
 __all__ = ["SOURCE", "evaluation_seconds"]

@@ -7,13 +7,9 @@ import jax
 from models.runs.latent_options import LatentOptions
 from qvg_jax.app.job import BASELINE
 from qvg_jax.attention.choice import explain, wants_bf16
-from qvg_jax.attention.formats import scheme_of
 from qvg_jax.cache.operations import KVCache
-from qvg_jax.codecs.base import Codec
 
-__all__ = ["LINKS", "attention_of", "attention_told", "precision_notes", "reading_of"]
-
-LINKS = "with links of 197 GB/s and 60 us, as between two H200s (docs/benchmarks/devices.md)"
+__all__ = ["attention_of", "attention_told", "precision_notes"]
 
 
 def attention_of(arm: str, options: LatentOptions) -> tuple[str | None, str | None]:
@@ -50,22 +46,3 @@ def precision_notes(caches: Mapping[str, KVCache], options: LatentOptions) -> tu
     return (
         f"attention on a Hopper GPU reads {', '.join(said)}; --precision of qvg generate says otherwise",
     )
-
-
-def reading_of(
-    key_codec: Codec | None, value_codec: Codec | None, head_dim: int, joined: int = 1
-) -> str | None:
-    """What `attend` chooses on an H100: "bf16" without codecs, "mosaic" or "mosaic_fp8"; None for the rest.
-
-    Args:
-        key_codec, value_codec: of compressed spans; None for no spans.
-        head_dim: channels of a head.
-        joined: heads in one vector of a codec.
-    """
-    codecs = [codec for codec in (key_codec, value_codec) if codec is not None]
-    if not codecs:
-        return "bf16"
-    if any(isinstance(scheme_of(codec, head_dim, joined), str) for codec in codecs):
-        return None
-    coarse = wants_bf16(codecs[0], codecs[-1]) is None
-    return "mosaic_fp8" if coarse else "mosaic"

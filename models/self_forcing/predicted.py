@@ -5,7 +5,7 @@ with jax 0.11.2 (docs/benchmarks/self-forcing.md and attention.md, pallas_kernel
 2026-11-28). Times of attention grow with queries and keys, those of the network with the block's tokens.
 """
 
-from models.runs.reading import LINKS, reading_of
+from models.runs.predicted import ENCODE, LINKS, measured_network, reading_of
 from models.self_forcing.config import SelfForcingConfig
 from models.self_forcing.settings import Settings
 from qvg_jax.app.memory_plan import shape_bytes
@@ -25,8 +25,6 @@ ATTENTION = {"bf16": 6.33e-3, "mosaic": 6.09e-3, "mosaic_fp8": 4.24e-3}
 QUERIES, KEYS, HEADS = 4_680, 117_000, 12
 # Block 2 of 63 frames took 0.223 s in bf16, of which 150 calls of attention to 9,360 keys are 0.076 s.
 NETWORK = 0.223 - 150 * ATTENTION["bf16"] * 9_360 / KEYS
-# Two k-means iterations and packing of one span of 24 frames, K or V of one layer.
-ENCODE, SPAN_TOKENS = 2 * 0.116e-3 + 0.146e-3, 37_440
 
 
 def block_seconds(
@@ -44,15 +42,9 @@ def block_seconds(
         plan: how it is spread.
         layer_bytes: weights of a layer that the devices share, and gather in each pass; 0 if each has all.
     """
-    dit, released = settings.sizes.dit, SelfForcingConfig.wan_1_3b()
+    dit = settings.sizes.dit
     lay, history = cache.layout, settings.histories[arm]
-    if (dit.width, dit.heads, dit.ffn_width) != (
-        released.width,
-        released.heads,
-        released.ffn_width,
-    ):
-        return None
-    if lay.history is not None:
+    if lay.history is not None or not measured_network(dit, SelfForcingConfig.wan_1_3b()):
         return None
     codecs = (history.key_codec, history.value_codec) if lay.max_spans else (None, None)
     if (way := reading_of(*codecs, dit.head_dim)) is None:
@@ -69,7 +61,7 @@ def block_seconds(
     measured = Measured(
         network=NETWORK * share,
         attention=ATTENTION[way] * calls * tokens / QUERIES * keys / KEYS * dit.heads / HEADS,
-        encode=2 * dit.layers * ENCODE * lay.span_tokens / SPAN_TOKENS if spans else 0.0,
+        encode=2 * dit.layers * ENCODE * lay.span_tokens * dit.heads if spans else 0.0,
     )
     work = Workload(
         layers=dit.layers,

@@ -6,7 +6,7 @@ whose attention is that of every frame to every frame. Devices divide the tokens
 gather the keys and values of each layer.
 """
 
-from models.runs.reading import LINKS, reading_of
+from models.runs.predicted import ENCODE, LINKS, measured_network, reading_of
 from models.worldplay.config import WorldPlayConfig
 from models.worldplay.settings import Settings
 from qvg_jax.app.memory_plan import shape_bytes
@@ -32,8 +32,6 @@ NETWORK["mosaic_fp8"] = NETWORK["mosaic"] = 1.079 - _CALLS * ATTENTION["mosaic_f
 # The context pass over 44 frames took 2.549 s. In all layers but the last eleven blocks attend to 38,720 keys.
 CONTEXT_ATTENTION = 29 * 2 * 11 * ATTENTION["bf16"] * 38_720 / KEYS
 CONTEXT_NETWORK = 2.549 - CONTEXT_ATTENTION
-# Two k-means iterations and packing of one span of 37,440 tokens and 12 heads, K or V of one layer.
-ENCODE = (2 * 0.116e-3 + 0.146e-3) / (37_440 * 12)
 
 
 def block_seconds(
@@ -51,13 +49,9 @@ def block_seconds(
         plan: how it is spread.
         layer_bytes: weights of a layer that the devices share, and gather in each pass; 0 if each has all.
     """
-    dit, released = settings.sizes.dit, WorldPlayConfig.wan_5b()
+    dit = settings.sizes.dit
     lay, history = cache.layout, settings.histories[arm]
-    known = (dit.width, dit.heads, dit.ffn_width) == (
-        released.width,
-        released.heads,
-        released.ffn_width,
-    )
+    known = measured_network(dit, WorldPlayConfig.wan_5b())
     way = reading_of(history.key_codec, history.value_codec, dit.head_dim)
     if not known or way is None or (history.compressed and history.storage == "packed"):
         return None
