@@ -1,8 +1,6 @@
 """Decoding kernels on a Hopper GPU: `python -m pytest -m gpu tests/kernels/test_kernels_decode_gpu.py`.
 
-Everything is compared with a reference on the same packed bytes: 2e-3 relative in bf16, 4e-3 where tables of
-8 bits are one more rounding; in e4m3 the reference rounds the same values, so differences are those of one
-rounding now and then. References are computed on the CPU.
+References and bounds are those of test_kernels_gpu.py.
 """
 
 import jax

@@ -21,7 +21,7 @@ from qvg_jax.app.panels import Sheet
 from qvg_jax.app.video import Mp4
 from qvg_jax.errors import UserError
 from tests.support import tiny_self_forcing as tiny
-from tests.support.self_forcing_command import LATENTS, command, error_line, tiny_process
+from tests.support.self_forcing_command import LATENTS, command, error_line, runner, tiny_process
 
 FRAMES = 1 + 4 * (LATENTS - 1)
 STAND_IN = dict(slots=7, width=12, dtype=np.float32)
@@ -35,13 +35,7 @@ def process(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """run("--codec", "qvg") -> exit code, stdout, stderr; files go to tmp_path / "out"."""
-
-    def run(*argv, frames=LATENTS, out=tmp_path / "out", weights="random"):
-        code = command(*argv, frames=frames, out=out, weights=weights)
-        return code, *capsys.readouterr()
-
-    return run
+    return runner(tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")

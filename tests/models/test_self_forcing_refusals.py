@@ -9,7 +9,7 @@ from qvg_jax.app import cli
 from qvg_jax.app.video import Mp4
 from tests.support import tiny_self_forcing as tiny
 from tests.support.outputs import beside_progress
-from tests.support.self_forcing_command import LATENTS, command, error_line, tiny_process
+from tests.support.self_forcing_command import error_line, runner, tiny_process
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,13 +20,7 @@ def process(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """run("--codec", "qvg") -> exit code, stdout, stderr; files go to tmp_path / "out"."""
-
-    def run(*argv, frames=LATENTS, out=tmp_path / "out", weights="random"):
-        code = command(*argv, frames=frames, out=out, weights=weights)
-        return code, *capsys.readouterr()
-
-    return run
+    return runner(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("part", ["dit", "vae", "text"])

@@ -31,6 +31,16 @@ def command(*argv, frames=LATENTS, out, weights="random"):
     return cli.main([*common, "--prompt", "a red fox", *argv])
 
 
+def runner(tmp_path, capsys):
+    """run("--codec", "qvg") -> exit code, stdout, stderr; files go to tmp_path / "out"."""
+
+    def run(*argv, frames=LATENTS, out=tmp_path / "out", weights="random"):
+        code = command(*argv, frames=frames, out=out, weights=weights)
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def error_line(stderr):
     line = stderr.splitlines()[-1]
     assert line.startswith("qvg: error: ") and "Traceback" not in stderr
