@@ -93,16 +93,16 @@ def _generated(
             going_on = leave_finished and getattr(options, "resume", False)
             if going_on and (options.out / "report.json").is_file() and entry.finished(options):
                 return _said_finished(options, longer=True)
-            from qvg_jax.app.generate import difference_of_finished, is_finished
+            from qvg_jax.app.generate import difference_of_finished
             from qvg_jax.app.generate import generate as run
             from qvg_jax.app.lost_devices import told_of_lost_devices
             from qvg_jax.cache.health import CacheFullError, NonFiniteError
 
             job = entry.prepare(options)
-        if going_on and is_finished(job, options.out, options.fps):
+        differs = difference_of_finished(job, options.out, options.fps) if going_on else ""
+        if differs is None:
             return _said_finished(options, longer=not job.anew)
         if going_on and job.anew and (options.out / "report.json").is_file():
-            differs = difference_of_finished(job, options.out, options.fps)
             raise UserError(
                 f"--resume: the run in {options.out} is finished and was made with other settings: "
                 f"{differs}; accepted: its settings, another --out, or no --resume to replace it"

@@ -34,24 +34,21 @@ def check_early(entry: ModelEntry, options: GenerateOptions) -> None:
         seen.add(name)
 
 
-def has_report(
-    out: Path, model: str, arms: Iterable[str], expected: Mapping[str, Any], *, exact: bool = False
-) -> bool:
+def has_report(out: Path, model: str, arms: Iterable[str], expected: Mapping[str, Any]) -> bool:
     """Whether all files of a finished run are in a folder, and its report is of a model, arms and settings.
 
     Args:
         out: folder of an earlier run.
         model: its name.
         arms: names of the arms, in their order.
-        expected: entries that the report's "config" has.
-        exact: whether it must not have others.
+        expected: entries that the report's "config" has, beside others.
     """
     out = Path(out)
     if not all((out / name).is_file() for name in FILES):
         return False
     try:
         report = json.loads((out / REPORTS[0]).read_text(encoding="utf-8"))
-        found = report["config"] if exact else {key: report["config"][key] for key in expected}
+        found = {key: report["config"][key] for key in expected}
         same = (report["model"], [*report["arms"]]) == (model, [*arms])
     except (OSError, ValueError, KeyError, TypeError):  # not a report of ours
         return False

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from qvg_jax.app.background import Background
 from qvg_jax.app.differences import difference
-from qvg_jax.app.early_checks import REPORTS, check_out, has_report
+from qvg_jax.app.early_checks import FILES, REPORTS, check_out
 from qvg_jax.app.figure import write_figure
 from qvg_jax.app.film import Film
 from qvg_jax.app.interruption import Interruption
@@ -22,7 +22,7 @@ from qvg_jax.app.video import Mp4
 from qvg_jax.cache.health import CacheFullError, NonFiniteError
 from qvg_jax.files import writable_folder
 
-__all__ = ["Outcome", "generate", "is_finished"]
+__all__ = ["Outcome", "difference_of_finished", "generate"]
 
 
 class Outcome(NamedTuple):
@@ -80,32 +80,25 @@ def generate(
         return _generate(job, Record(job, metrics), out, video, fps, begins, progress, command)
 
 
-def is_finished(job: Job, out: str | Path, fps: int | None = None) -> bool:
-    """Whether `out` has the report of this very job, with its files beside it.
+def difference_of_finished(job: Job, out: str | Path, fps: int | None = None) -> str | None:
+    """What the finished run in `out` has otherwise than a job, in words; None if it is that job's.
 
     Args:
         job: what would be made.
         out: folder of an earlier run.
         fps: as in `generate`.
     """
-    wanted = configuration(job, fps=job.fps if fps is None else fps)
-    return has_report(Path(out), job.model, (arm.name for arm in job.arms), wanted, exact=True)
-
-
-def difference_of_finished(job: Job, out: str | Path, fps: int | None = None) -> str:
-    """The first setting in which the finished run in `out` is another one than a job, in words.
-
-    Args:
-        job, out, fps: as in `is_finished`.
-    """
+    out = Path(out)
+    if not all((out / name).is_file() for name in FILES):
+        return "files that are gone"
     try:
-        theirs = json.loads((Path(out) / REPORTS[0]).read_text(encoding="utf-8"))
-        theirs = {"model": theirs["model"], "arms": [*theirs["arms"]]} | theirs["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        report = json.loads((out / REPORTS[0]).read_text(encoding="utf-8"))
+        theirs = {"model": report["model"], "arms": [*report["arms"]]}, report["config"]
+    except (OSError, ValueError, KeyError, TypeError):  # not a report of ours
         return "a report that is not readable"
-    ours = configuration(job, fps=job.fps if fps is None else fps)
-    ours = {"model": job.model, "arms": [arm.name for arm in job.arms]} | ours
-    return difference(theirs, json.loads(json.dumps(ours))) or "files that are gone"
+    config = json.loads(json.dumps(configuration(job, fps=job.fps if fps is None else fps)))
+    ours = {"model": job.model, "arms": [arm.name for arm in job.arms]}, config
+    return difference(theirs[0], ours[0]) or difference(theirs[1], ours[1])
 
 
 def _generate(
