@@ -178,8 +178,10 @@ READS = {
     "xla": _with("xla"),
     "official style": _official,
 }
-# The plan before, one change to it at a time, and more of the last one.
+# What is measured when it is named: Triton, which not every machine has; the plan before, one change to it at a time,
+# and more of the last one.
 PLANS = {
+    "triton": _with("triton"),
     "fp8, span by span": _planned(True, SPAN_BY_SPAN),
     "bf16, span by span": _planned(False, SPAN_BY_SPAN),
     "fp8, even": _planned(True, Plan(even=True)),

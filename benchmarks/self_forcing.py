@@ -3,9 +3,12 @@
     python -m benchmarks.self_forcing --out DIR                 # 63 frames, three arms, all parts
     python -m benchmarks.self_forcing --out DIR --parts arms --frames 180 --budget 600
     python -m benchmarks.self_forcing --out DIR --parts arms --frames 0 --histories 60,150 --heads published
+    python -m benchmarks.self_forcing --out DIR --model krea-realtime --parts limit \
+        --limit 80e9 --limit-frames 63 --limit-arm dither --span 6
 
 The last has local heads in the compressed arms: --heads takes a file, or makes a list up (`benchmarks.heads`).
-Prints a table and writes DIR/self_forcing.json; DIR/log.txt says what is going on:
+Models of the same family come by name. Prints a table and writes DIR/self_forcing.json; DIR/log.txt says what
+is going on:
 
 - arms: a video of --frames latent frames (0 for none), block by block as the command makes it, for
   each arm with the same noise; stops after --budget seconds for each arm. Then, with a history that
@@ -63,6 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True)
+    add("--model", default="self-forcing", help="self-forcing or a release of its family")
     add("--parts", type=names, default=PARTS, help=",".join(PARTS))
     add("--arms", type=names, default=("qvg@mosaic_fp8", "qvg", "bf16"), help=ARMS_HELP)
     add("--frames", type=int, default=63, help="latent frames of a whole video")
@@ -88,7 +92,7 @@ def _arguments() -> argparse.Namespace:
     add("--capacity", type=int, help="frames that caches of arms are made for (as many as needed)")
     add("--height", type=int, default=480)
     add("--width", type=int, default=832)
-    add("--layers", type=int, default=30)
+    add("--layers", type=int, help="fewer layers than the model has")
     add("--seed", type=int, default=0)
     add("--child", type=names, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -101,7 +105,7 @@ def _child(args: argparse.Namespace) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
     decodes = "limit" in args.child or ("arms" in args.child and args.frames > 0)
-    setup = Setup(args, vae=decodes)
+    setup = Setup(args, vae=decodes, release=args.model)
     for part in args.child:
         result = {"device": device()} | ({} if setup.heads is None else {"heads": setup.heads})
         try:
@@ -113,18 +117,27 @@ def _child(args: argparse.Namespace) -> None:
 class Setup:
     """The networks with random weights, and a prompt."""
 
-    def __init__(self, args: argparse.Namespace, *, vae: bool = True, sizes: Any = None):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        *,
+        vae: bool = True,
+        sizes: Any = None,
+        release: str = "self-forcing",
+    ):
         import jax
 
         from models.runs.prompts import stand_in_embedding
         from models.self_forcing.entry import Options
         from models.self_forcing.params import WEIGHTS
-        from models.self_forcing.settings import released_sizes
+        from models.self_forcing.releases import RELEASES
+        from models.self_forcing.settings import released_sizes, sizes_of
         from models.wan_vae.params import WEIGHTS as VAE
 
         self.args = args
-        sizes = released_sizes() if sizes is None else sizes
-        dit = dataclasses.replace(sizes.dit, layers=args.layers)
+        self.release = RELEASES[release]
+        sizes = sizes_of(self.release, released_sizes()) if sizes is None else sizes
+        dit = dataclasses.replace(sizes.dit, layers=args.layers or sizes.dit.layers)
         self.sizes = dataclasses.replace(sizes, dit=dit)
         listed, self.heads = {}, None
         if args.heads != "all":
@@ -156,7 +169,8 @@ class Setup:
         """The settings for videos of so many latent frames."""
         from models.self_forcing.settings import settle
 
-        return settle(dataclasses.replace(self.options, frames=frames, **devices), self.sizes)
+        options = dataclasses.replace(self.options, frames=frames, **devices)
+        return settle(options, self.sizes, release=self.release)
 
     def pipeline(self, arm: str, frames: int, capacity: int | None = None, **devices: Any):
         """The pipeline of an arm, and a request for a video of so many latent frames.
@@ -188,7 +202,10 @@ class Setup:
         codec, way = split_arm(arm)
         model = with_attention(self.model, way)
         share = devices.get("share_weights", False)
-        return SelfForcing(model, history=plan.histories[codec], share_weights=share), request
+        pipeline = SelfForcing(
+            model, sampler=plan.sampler, history=plan.histories[codec], share_weights=share
+        )
+        return pipeline, request
 
 
 def arms(setup: Setup, result: dict[str, Any]) -> None:
