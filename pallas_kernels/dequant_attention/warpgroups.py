@@ -169,7 +169,7 @@ class Compute:
             self._release_tensor_cores()
 
         s = self._first_logits(tiles_done)
-        s = jnp.where(self._columns() + (task.end - 1) * config.tile < valid, s, MASK_VALUE)
+        s = jnp.where(self._columns() < valid - (task.end - 1) * config.tile, s, MASK_VALUE)
         p, l, m = self._probabilities(s, constant((ROWS,), MASK_VALUE), scale)
         accs = tuple(constant((ROWS, config.acc_channels), 0.0) for _ in range(config.num_accs))
         alpha = constant((ROWS,), 1.0)

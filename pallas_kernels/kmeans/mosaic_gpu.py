@@ -55,8 +55,8 @@ def nearest(x_smem: Any, c_smem: Any, bias_smem: Any, tuning: Tuning, chunks: An
         c_smem: centroids (K, D).
         bias_smem: -|c|^2 / 2.
         tuning: sizes.
-        chunks: how many products of `tuning.columns` centroids there are, where the loop over them is rolled:
-            all, or none for a result that nobody reads; None for all.
+        chunks: steps of a loop over products of `tuning.columns` centroids: all of them, or 0 for a result
+            that nobody reads; None for all, as `tuning` says.
 
     Returns:
         ids (int32) and scores (float32).
@@ -76,7 +76,7 @@ def nearest(x_smem: Any, c_smem: Any, bias_smem: Any, tuning: Tuning, chunks: An
         )  # the number of the eight of columns, a constant of every register
         return fold(lax.bitcast_convert_type(bits, jnp.float32), jnp.maximum, 8)
 
-    if tuning.rolled_columns and all_chunks > 1:
+    if chunks is not None or (tuning.rolled_columns and all_chunks > 1):
         lowest = constant((ROWS, 8), -jnp.inf)
         more = lambda n, best: jnp.maximum(best, largest(n * columns))  # noqa: E731
         best = lax.fori_loop(0, all_chunks if chunks is None else chunks, more, lowest)
@@ -199,7 +199,7 @@ def sums(
                 hot = hot.astype(jnp.bfloat16)
                 return multiply_into(total, hot, x_smem.at[slot, half]), number
 
-            if tuning.rolled_halves:
+            if halves is not None or tuning.rolled_halves:
                 carry = lax.fori_loop(0, 2 if halves is None else halves, add_half, carry)
             else:
                 carry = add_half(1, add_half(0, carry))

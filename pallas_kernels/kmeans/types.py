@@ -48,7 +48,7 @@ class Tuning:
             centroids, are a loop in the program.
         rolled_halves: whether the two products that add a tile to the sums are a loop in the program.
         peeled: whether the first tile is assigned, and the last one added, outside of the loop over tiles;
-            without it both loops must be in the program. Only with `late`.
+            without it products are loops in the program. Only with `late`.
     """
 
     stages: int = 4
