@@ -17,7 +17,7 @@ from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.codecs import presets
 
-__all__ = ["DECODE", "FEW", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
+__all__ = ["BETWEEN", "DECODE", "FEW", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
 
 
 @functools.cache
@@ -76,6 +76,9 @@ ROWS = (
     Row("64 channels", 24, 4_680, 37_440, 1, head_dim=64),
     Row("256 channels", 8, 4_680, 37_440, 1, head_dim=256),
 )
+
+# Between "few queries" and a video's: measured when they are named.
+BETWEEN = tuple(Row(f"{t} queries", 12, t, 32_768, 4) for t in (64, 512, 1024, 2048))
 
 
 def noise(shape: tuple[int, ...], seed: int, dtype: Any = jnp.bfloat16) -> jax.Array:

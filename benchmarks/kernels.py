@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.attention_cases import DECODE, FEW, PLANS, READS, ROWS, Row, inputs, noise
+from benchmarks.attention_cases import BETWEEN, DECODE, FEW, PLANS, READS, ROWS, Row, inputs, noise
 from benchmarks.decode_cases import DECODERS
 from benchmarks.device_time import table, traced
 
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", nargs="*", help="names of attention shapes; default: all")
+    parser.add_argument(
+        "--rows", nargs="*", help="names of attention shapes; default: all of `ROWS`"
+    )
     parser.add_argument(
         "--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS | PLANS)}"
     )
@@ -200,13 +202,14 @@ def attention_table(
         reads: of `READS` and `PLANS`.
         profile: whether to say what the GPU does meanwhile.
         also: name: function(row, arrays) of other implementations, see the module.
-        rows: shapes; None is `ROWS`.
+        rows: shapes; None is `ROWS`, and `BETWEEN` where rows are named.
         rival: implementation of the dense bf16 attention that the others are compared with.
         until: time of `time.monotonic` after which no shape begins; None for no end.
     """
     print(f"{'attention':32} {'ms':>8} {'TFLOP/s':>8} {'/ ' + rival:>8} {'/ xla - 1':>10}")
     dense, found = f"{rival} bf16", []
-    for row in ROWS if rows is None else rows:
+    every = (*ROWS, *BETWEEN) if names else ROWS
+    for row in every if rows is None else rows:
         late = until is not None and time.monotonic() > until
         if late or (names and row.name not in names):
             continue
