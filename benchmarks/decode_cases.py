@@ -35,9 +35,10 @@ CODECS = {
     "group 128": lambda: presets.pair("midrise")[0],
     "dithered": lambda: presets.pair("dither")[0],
 }
+# Other sizes than their own: heads and tokens of a CTA.
 SIZES = {
-    f", {heads} heads, {tokens} tokens": Tuning(heads=heads, tokens=tokens)
-    for heads, tokens in ((1, 64), (4, 64), (1, 128), (2, 32), (4, 32))
+    "mosaic": ((1, 64), (4, 64), (1, 128), (2, 32), (4, 32)),
+    "triton": ((1, 32), (2, 32), (4, 16), (2, 64), (4, 64)),
 }
 
 
@@ -49,8 +50,10 @@ Case = tuple[str, Callable, tuple, int]  # name, function, its arguments, bytes 
 
 
 def _kernel_decoding(heads: int, tokens: int, variants: bool, by: str) -> Iterator[Case]:
-    """Yields the cases of decoding a span by kernels, with `variants` also by Mosaic's of other sizes."""
-    sizes = {"": None} | (SIZES if variants and by == "mosaic" else {})
+    """Yields the cases of decoding a span by kernels, with `variants` also in other sizes of a CTA."""
+    sizes: dict[str, Tuning | None] = {"": None}
+    for h, t in SIZES[by] if variants else ():
+        sizes[f", {h} heads, {t} tokens"] = Tuning(heads=h, tokens=t)
     rotation = Rotation(tuple(noise((1, tokens, 64), i, jnp.float32) for i in (1, 2)))
     for form, scheme in FORMS.items():
         source = Encoded(

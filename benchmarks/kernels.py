@@ -146,7 +146,7 @@ def decode_table(
     Args:
         repeats: timings of each.
         profile: whether times are the device's: those of the host are longer than a small kernel's.
-        variants: whether Mosaic's kernels are measured in other sizes too.
+        variants: whether kernels are measured in other sizes too.
         decoders: of `DECODERS`.
     """
     print(f"{'decode':56} {'ms':>8} {'TB/s':>6} {'of copy':>8}")

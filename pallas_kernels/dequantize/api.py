@@ -81,7 +81,7 @@ def decode_keys(
             For "triton" and "reference", in bfloat16 and in place of room.
         implementation: "mosaic", "triton" (bfloat16) or "reference"; the kernels know head_dim 64,
             128 and 256.
-        tuning: sizes for "mosaic"; None takes the measured ones.
+        tuning: sizes of the kernels; None takes their own. For "triton" tokens are a power of two.
 
     Raises:
         NotImplementedError: the kernel cannot read this format, or jax_triton is not installed.
@@ -91,7 +91,7 @@ def decode_keys(
     source, rotation = _checked(source, dtype, scale_n, rotation, room, implementation, width)
     valid = jnp.asarray(valid, jnp.int32)
     if implementation == "triton":
-        return _kernels(implementation).decode_keys(source, valid, rotation, width)
+        return _kernels(implementation).decode_keys(source, valid, rotation, width, tuning)
     if implementation == "reference":
         return reference.decode_keys(source, valid, dtype, scale_n, rotation, room, width)
     return _kernels(implementation).decode_keys(

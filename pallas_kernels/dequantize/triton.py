@@ -20,6 +20,7 @@ from pallas_kernels.dequantize.types import (
     Rotation,
     Spans,
     Tokens,
+    Tuning,
     padded,
     picked,
 )
@@ -28,7 +29,7 @@ from pallas_kernels.gpu.triton_words import e4m3_float, e4m3_signed, rotate
 
 __all__ = ["decode_keys", "decode_values", "launch_for"]
 
-_TILE = 32  # tokens of a program
+_SIZES = Tuning(tokens=32, heads=4)  # of a program
 _PAD = tl.constexpr(PAD)
 _FINE, _CHANNEL_STEP = tl.constexpr(FINE), tl.constexpr(CHANNEL_STEP)
 _TOKEN_STEP, _TOKEN_SHIFT = tl.constexpr(TOKEN_STEP), tl.constexpr(TOKEN_SHIFT)
@@ -193,7 +194,11 @@ def _decode(
 
 
 def launch_for(
-    source: Spans | Tokens, valid: Array, rotation: Rotation | None, width: int | None = None
+    source: Spans | Tokens,
+    valid: Array,
+    rotation: Rotation | None,
+    width: int | None = None,
+    tuning: Tuning | None = None,
 ) -> tuple[Launch, tuple[Array, ...], jax.ShapeDtypeStruct]:
     """The kernel, its arrays and its output; arguments as in `api.decode_keys`."""
     stored, scheme, rows = source.stored, source.scheme, source.rows
@@ -232,17 +237,19 @@ def launch_for(
             DEVIATIONS=False,
         )  # fmt: skip
     tokens, heads = source.tokens, rows if rotation is None else rows // rotation.batch
-    together = 1 if rotation is None else next(n for n in (4, 2, 1) if heads % n == 0)
+    tuning = _SIZES if tuning is None else tuning
+    tile, most = tuning.tokens, 1 if rotation is None else tuning.heads
+    together = next(n for n in (4, 2, 1) if n <= most and heads % n == 0)
     whole, width = width is not None, padded(spans * tokens) if width is None else width
     last = width - (spans - 1) * tokens  # tokens of the last span and behind it
     launch = Launch(
         kernel=_decode,
-        grid=(rows // together, (spans - 1) * -(-tokens // _TILE) + -(-last // _TILE)),
+        grid=(rows // together, (spans - 1) * -(-tokens // tile) + -(-last // tile)),
         constants=form | dict(
             D=d, TOKENS=tokens, SPANS=spans, ROWS=rows, WIDTH=width, WHOLE=whole,
-            MASKED=last % _TILE != 0 or (spans > 1 and tokens % _TILE != 0), HEADS=heads,
+            MASKED=last % tile != 0 or (spans > 1 and tokens % tile != 0), HEADS=heads,
             TOGETHER=together, PAIRING="none" if rotation is None else rotation.pairing,
-            TILE=_TILE,
+            TILE=tile,
         ),
     )  # fmt: skip
     cos, sin = (factor_n, factor_n) if rotation is None else rotation.cos_sin
@@ -251,10 +258,14 @@ def launch_for(
 
 
 def decode_keys(
-    source: Spans | Tokens, valid: Array, rotation: Rotation | None, width: int | None = None
+    source: Spans | Tokens,
+    valid: Array,
+    rotation: Rotation | None,
+    width: int | None = None,
+    tuning: Tuning | None = None,
 ) -> Array:
     """See `api.decode_keys`; the result is always bfloat16."""
-    launch, operands, out = launch_for(source, valid, rotation, width)
+    launch, operands, out = launch_for(source, valid, rotation, width, tuning)
     return launch(*operands, out=out)
 
 
