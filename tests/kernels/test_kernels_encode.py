@@ -43,15 +43,21 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "tokens, clusters, parts, late, equal",
-    [(300, 256, 2, True, False), (100, 40, 1, False, True)],
+    "tokens, clusters, parts, tuning, equal",
+    [
+        (300, 256, 2, Tuning(), False),
+        (300, 256, 1, Tuning(peeled=False), False),
+        (100, 40, 1, Tuning(late=False), True),
+        (130, 40, 2, Tuning(peeled=False), True),
+    ],
+    ids=["late", "nothing peeled", "at once, by a metric", "nothing peeled, by a metric"],
 )
-def test_sums_equal_the_reference(interpreted, tokens, clusters, parts, late, equal):
+def test_sums_equal_the_reference(interpreted, tokens, clusters, parts, tuning, equal):
     """A partial last tile, fewer centroids than the table holds, several CTAs per row; by a metric."""
     x, c = clustered(2, tokens, clusters)
     here = dict(scores=True, metric=metric_of(x) if equal else None)
     right = kmeans_sums(x, c, implementation="xla", **here)
-    ours = kmeans_sums(x, c, parts=parts, tuning=Tuning(late=late), **here)
+    ours = kmeans_sums(x, c, parts=parts, tuning=tuning, **here)
     np.testing.assert_array_equal(ours.ids_RT, right.ids_RT)
     np.testing.assert_array_equal(ours.number_RK, right.number_RK)
     np.testing.assert_allclose(ours.total_RKD, right.total_RKD, rtol=1e-5, atol=1e-5)
@@ -124,7 +130,7 @@ def test_packing_equals_the_reference(interpreted, form, equal):
     x = x.at[0, 10].set(c[0, 4] + 2.0**-9)  # a scale among e4m3's smallest
     metric = metric_of(x) if equal else None
     right = assign_and_pack(x, c, form, metric=metric, implementation="xla")
-    ours = assign_and_pack(x, c, form, metric=metric)
+    ours = assign_and_pack(x, c, form, metric=metric, tuning=Tuning(rolled_columns=equal))
     np.testing.assert_array_equal(ours[0], right[0])
     assert (np.asarray(ours[1]) != np.asarray(right[1])).mean() < 1e-3  # ties
     if isinstance(form, Integers):
