@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.numpy import load_file, save
 
 from qvg_jax.app import fetch as fetching
@@ -117,6 +118,8 @@ def test_an_offer_states_bytes_and_commit_before_anything_is_downloaded(hub):
 
 def test_an_interrupted_download_goes_on_where_it_ended(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
+    at_once = types.SimpleNamespace(sleep=lambda _: None)  # the client waits between its attempts
+    monkeypatch.setattr(file_download, "time", at_once)
     hub.break_after = BIG // 2
     with pytest.raises(UserError, match="lab/tiny at revision main"):
         fetch(NEEDED, accept=agree, cache=tmp_path / "own")

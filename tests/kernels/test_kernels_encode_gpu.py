@@ -154,7 +154,7 @@ def test_bad_tokens_and_mapped_layers():
     jax.tree.map(lambda m, a: np.testing.assert_array_equal(m[1], a), mapped, alone)
     bad = x[0].at[0, 1, 3, 4].set(jnp.nan)
     state = codec.init(bad.shape, bad.dtype)
-    ours, _ = codec.encode(bad, state, implementation="mosaic")
-    right, _ = on_cpu(functools.partial(codec.encode, implementation="xla"), bad, state)
-    assert (np.asarray(ours[0].ids_BHST) == np.asarray(right[0].ids_BHST)).mean() > 0.99
-    assert bool(jnp.isfinite(codec.decode(ours)).all())
+    ours = codec.encode(bad, state, implementation="mosaic")
+    right = codec.encode(bad.at[0, 1, 3, 4].set(0), state, implementation="mosaic")
+    jax.tree.map(np.testing.assert_array_equal, ours, right)
+    assert bool(jnp.isfinite(codec.decode(ours[0])).all())

@@ -61,7 +61,8 @@ class LoopbackHub:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        poll = dict(poll_interval=0.01)  # so long its end may take
+        threading.Thread(target=self.server.serve_forever, kwargs=poll, daemon=True).start()
 
     def __enter__(self) -> "LoopbackHub":
         return self
