@@ -47,7 +47,9 @@ def multiply_into(acc: Array, left: Array, right: Any) -> Array:
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
 
 
-def nearest(x_smem: Any, c_smem: Any, bias_smem: Any, tuning: Tuning, chunks: Any = None) -> Any:
+def nearest(
+    x_smem: Any, c_smem: Any, bias_smem: Any, tuning: Tuning, chunks: Array | None = None
+) -> tuple[Array, Array]:
     """Nearest centroids of 64 tokens and their scores x . c - |c|^2 / 2.
 
     Args:
@@ -71,9 +73,7 @@ def nearest(x_smem: Any, c_smem: Any, bias_smem: Any, tuning: Tuning, chunks: An
         score = dot + lax.broadcast_in_dim(bias, dot.shape, [1])
         bits = lax.bitcast_convert_type(score, jnp.int32) & -256
         column = plgpu.broadcasted_iota(jnp.int32, dot.shape, 1, layout=_W) + start
-        bits = bits | (
-            248 - (column & -8)
-        )  # the number of the eight of columns, a constant of every register
+        bits = bits | (248 - (column & -8))  # the eight of columns; the compiler finds a constant
         return fold(lax.bitcast_convert_type(bits, jnp.float32), jnp.maximum, 8)
 
     if chunks is not None or (tuning.rolled_columns and all_chunks > 1):

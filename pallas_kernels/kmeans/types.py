@@ -41,7 +41,8 @@ class Tuning:
     Attributes:
         stages: tiles of x in flight.
         late: whether a tile is added to the sums only after the next one is assigned, which lets
-            the two warpgroups drift apart.
+            the two warpgroups drift apart. Without it and without `rolled_columns` registers do not suffice,
+            and the compiler makes every product wait for the one before.
         columns: centroids per product.
         registers: registers of a thread that computes and of a thread that loads.
         rolled_columns: whether the products of `columns` centroids, and in the last pass those that pick
