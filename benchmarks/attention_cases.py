@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qvg_jax.attention.api import attend
+from qvg_jax.attention.cudnn import Workspaces, attend_cudnn
 from qvg_jax.attention.kernel_plan import MEASURED, SPAN_BY_SPAN, Plan
 from qvg_jax.attention.kernels import attend_kernels
 from qvg_jax.cache.operations import KVCache
@@ -16,7 +17,7 @@ from qvg_jax.cache.rope import Rope, axial_rope, frequency_ladder
 from qvg_jax.cache.slots import read_slot
 from qvg_jax.codecs import presets
 
-__all__ = ["DECODE", "FEW", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
+__all__ = ["BETWEEN", "DECODE", "FEW", "PLANS", "READS", "ROWS", "Row", "inputs", "noise"]
 
 
 @functools.cache
@@ -75,6 +76,9 @@ ROWS = (
     Row("64 channels", 24, 4_680, 37_440, 1, head_dim=64),
     Row("256 channels", 8, 4_680, 37_440, 1, head_dim=256),
 )
+
+# Between "few queries" and a video's: measured when they are named.
+BETWEEN = tuple(Row(f"{t} queries", 12, t, 32_768, 4) for t in (64, 512, 1024, 2048))
 
 
 def noise(shape: tuple[int, ...], seed: int, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -147,6 +151,19 @@ def _planned(fp8: bool, plan: Plan) -> Any:
     )
 
 
+def _by_cudnn(**sizes: Any) -> Any:
+    """`attend` through cuDNN with other workspaces than its own."""
+    return lambda q, view, k, v: attend_cudnn(
+        q,
+        view,
+        k,
+        v,
+        jnp.int32(0),
+        jnp.float32(q.shape[-1] ** -0.5),
+        workspaces=Workspaces(**sizes),
+    )[0]
+
+
 def _whole_history(q, view, k, v):
     """Rotated queries, and all keys, rotated, and values, (B, T, H, D), as in an uncompressed cache."""
     cache, lay = view.cache, view.cache.layout
@@ -182,6 +199,9 @@ READS = {
 # and more of the last one.
 PLANS = {
     "triton": _with("triton"),
+    "cudnn, Triton decodes": _by_cudnn(decoder="triton"),
+    "cudnn, Triton decodes, half a GB": _by_cudnn(decoder="triton", span_bytes=2**29),
+    "cudnn, half a GB": _by_cudnn(span_bytes=2**29),
     "fp8, span by span": _planned(True, SPAN_BY_SPAN),
     "bf16, span by span": _planned(False, SPAN_BY_SPAN),
     "fp8, even": _planned(True, Plan(even=True)),

@@ -1,9 +1,13 @@
 """Speed of encoding spans: `python -m benchmarks.encode --json encode.json` on a Hopper GPU.
 
 One layer's span of K or V: the kernels by themselves, with the share of their arithmetic in what the
-tensor cores can do, then whole codecs, cold, on the kernels; with `--xla` also on XLA, which
-takes minutes to compile. A copy of the span stands beside them. Every row is printed when it is
-measured. Numbers as in `benchmarks.kernels`.
+tensor cores can do, then whole codecs, cold, on the kernels. A copy of the span stands beside them. Every row
+is printed when it is measured. Numbers as in `benchmarks.kernels`.
+
+`--implementation triton` measures Triton's kernels, on any GPU from Ampere on, and `xla` the same on XLA,
+of which whole codecs take minutes to compile:
+
+    python -m benchmarks.encode --implementation mosaic triton xla --codecs "qvg, 2 iterations"
 
 What no kernel encodes runs on XLA where it is named, pocket world's span of eight blocks here:
 
@@ -31,7 +35,7 @@ from pallas_kernels.quantize_pack import (
     pack_dithered,
 )
 from qvg_jax.codecs import presets
-from qvg_jax.codecs.compose import chain
+from qvg_jax.codecs.compose import ENCODERS, chain
 from qvg_jax.codecs.quantize.dithered import channel_sizes
 from qvg_jax.codecs.quantize.grid import grid_quantize
 from qvg_jax.codecs.quantize.integer import residual_quantize
@@ -86,6 +90,11 @@ DITHERED = {
 VARIANTS = {
     "stages 3": Tuning(stages=3),
     "at once": Tuning(late=False),
+    "columns in a loop": Tuning(rolled_columns=True),
+    "halves in a loop": Tuning(rolled_halves=True),
+    "both in loops": Tuning(rolled_columns=True, rolled_halves=True),
+    "nothing peeled": Tuning(rolled_columns=True, peeled=False),
+    "at once, columns in a loop": Tuning(late=False, rolled_columns=True),
     "columns 64": Tuning(columns=64),
     "columns 256": Tuning(columns=256, late=False),
 }
@@ -107,25 +116,33 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         help=f"of {list(CODECS | MORE | ON_XLA)}",
     )
     parser.add_argument("--no-kernels", action="store_true", help="only whole codecs")
-    parser.add_argument("--xla", action="store_true", help="the slow opponent too")
-    parser.add_argument("--variants", action="store_true", help="other sizes of the kernels too")
+    parser.add_argument(
+        "--implementation", nargs="+", default=["mosaic"], choices=ENCODERS, help="what encodes"
+    )
+    parser.add_argument(
+        "--variants", action="store_true", help="other sizes of Mosaic's kernels too"
+    )
     args = parser.parse_args(argv)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
     print(f"{'encode':52} {'ms':>8} {'+-':>7} {'TFLOP/s':>8} {'/ copy':>7}", flush=True)
     copies: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    # What runs on the kernels has XLA's way inside, for spans with bad tokens. It is never run
-    # here, and searching for the fastest of its matrix products takes longer than all else.
-    parts = [] if args.no_kernels else [(_kernel_jobs, dict(xla_gpu_autotune_level=0))]
-    parts.append((_codec_jobs("mosaic", CODECS | MORE), dict(xla_gpu_autotune_level=0)))
-    parts.append((_codec_jobs("xla", ON_XLA | (CODECS | MORE if args.xla else {})), {}))
-    for jobs, options in parts:
+    for shape in args.shapes:
+        rows += _measured(
+            shape, _beside(*SHAPES[shape], not args.no_kernels), {}, copies, args.repeats
+        )
+    for by in args.implementation if not args.no_kernels else []:
         for shape in args.shapes:
-            some = jobs(*SHAPES[shape], args if jobs is _kernel_jobs else args.codecs)
-            # Codecs one by one: each is printed before the next is compiled.
-            for part in [some] if jobs is _kernel_jobs else [{n: j} for n, j in some.items()]:
-                rows += _measured(shape, part, options, copies, args.repeats)
+            jobs = _kernel_jobs(*SHAPES[shape], by, args.variants and by == "mosaic")
+            rows += _measured(shape, jobs, _options(by), copies, args.repeats)
+    for by in dict.fromkeys((*args.implementation, "xla")):
+        codecs = CODECS | MORE if by in args.implementation else {}
+        jobs_of = _codec_jobs(by, codecs | (ON_XLA if by == "xla" else {}))
+        for shape in args.shapes:
+            # One by one: each is printed before the next is compiled.
+            for name, job in jobs_of(*SHAPES[shape], args.codecs).items():
+                rows += _measured(shape, {name: job}, _options(by), copies, args.repeats)
     result = {"device": device.device_kind, "jax": jax.__version__, "encode": rows}
     if args.json:
         with open(args.json, "w") as file:
@@ -153,11 +170,10 @@ def codec_rows(
     print(f"{'encode':52} {'ms':>8} {'+-':>7} {'TFLOP/s':>8} {'/ copy':>7}", flush=True)
     copies: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    options = dict(xla_gpu_autotune_level=0) if implementation == "mosaic" else {}
+    options = _options(implementation)
     for shape in shapes:
         heads, tokens = SHAPES[shape]
-        jobs: dict[str, Any] = {"copy": (lambda x: -x, (noise((heads, tokens, 128), 1),), 0)}
-        rows += _measured(shape, jobs, {}, copies, repeats)
+        rows += _measured(shape, _beside(heads, tokens), {}, copies, repeats)
         for name in codecs:
             if until is not None and time.monotonic() > until:
                 continue
@@ -166,23 +182,21 @@ def codec_rows(
     return rows
 
 
-def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The jobs by name: (function, its arguments, number of matrix products with all centroids)."""
+def _options(implementation: str) -> dict[str, Any]:
+    """Options of XLA's compiler for what an implementation encodes.
+
+    What runs on kernels has XLA's way inside, for spans with bad tokens. It is never run here, and
+    searching for the fastest of its matrix products takes longer than all else.
+    """
+    return {} if implementation == "xla" else dict(xla_gpu_autotune_level=0)
+
+
+def _beside(heads: int, tokens: int, parts: bool = False) -> dict[str, Any]:
+    """Jobs that every implementation has beside its kernels: a copy and, with `parts`, what XLA always does."""
     x, c = noise((heads, tokens, 128), 1), noise((heads, 256, 128), 2)
     jobs: dict[str, Any] = {"copy": (lambda x: -x, (x,), 0)}
-    for name, tuning in ({"": None} | (VARIANTS if args.variants else {})).items():
-        jobs[f"k-means sums {name}"] = (
-            lambda x, c, t=tuning: kmeans_sums(x, c, tuning=t)[:2], (x, c), 2,
-        )  # fmt: skip
-        jobs[f"subtract {name}"] = (
-            lambda x, c, t=tuning: assign_and_subtract(x, c, tuning=t), (x, c), 2,
-        )  # fmt: skip
-    for name, form in FORMS.items():
-        jobs[name] = (lambda x, c, f=form: assign_and_pack(x, c, f), (x, c), 2)
-    ones = jnp.ones((heads, 128))
-    jobs["subtract by a metric"] = (
-        lambda x, c, one: assign_and_subtract(x, c, metric=Metric(0 * one, one)), (x, c, ones), 2,
-    )  # fmt: skip
+    if not parts:
+        return jobs
     spare = jnp.arange(256)[None, None] % 8 == jnp.zeros((1, heads, 1), int)
     jobs["restart an eighth of the centroids, XLA"] = (
         lambda x, c, s: restarted(x[None], c[None], s, jnp.abs(x[None, ..., 0]).astype(jnp.float32)),
@@ -191,9 +205,31 @@ def _kernel_jobs(heads: int, tokens: int, args: argparse.Namespace) -> dict[str,
     jobs["channel sizes, XLA"] = (lambda x: channel_sizes(x[None]), (x,), 0)
     used = jnp.ones((1, heads, tokens), bool)
     jobs["deviations, XLA"] = (lambda x, u: deviations(x[None], u), (x, used), 0)
-    for name, dithered in DITHERED.items():
-        jobs[name] = (lambda x, one, f=dithered: pack_dithered(x, one, f), (x, ones), 0)
     return jobs
+
+
+def _kernel_jobs(
+    heads: int, tokens: int, implementation: str = "mosaic", variants: bool = False
+) -> dict[str, Any]:
+    """The jobs by name: (function, its arguments, number of matrix products with all centroids)."""
+    x, c, ones = noise((heads, tokens, 128), 1), noise((heads, 256, 128), 2), jnp.ones((heads, 128))
+    jobs: dict[str, Any] = {}
+    by = dict(implementation=implementation)
+    for name, tuning in ({"": None} | (VARIANTS if variants else {})).items():
+        jobs[f"k-means sums {name}".strip()] = (
+            lambda x, c, t=tuning: kmeans_sums(x, c, tuning=t, **by)[:2], (x, c), 2,
+        )  # fmt: skip
+        jobs[f"subtract {name}".strip()] = (
+            lambda x, c, t=tuning: assign_and_subtract(x, c, tuning=t, **by), (x, c), 2,
+        )  # fmt: skip
+    for name, form in FORMS.items():
+        jobs[name] = (lambda x, c, f=form: assign_and_pack(x, c, f, **by), (x, c), 2)
+    jobs["subtract by a metric"] = (
+        lambda x, c, one: assign_and_subtract(x, c, metric=Metric(0 * one, one), **by), (x, c, ones), 2,
+    )  # fmt: skip
+    for name, dithered in DITHERED.items():
+        jobs[name] = (lambda x, one, f=dithered: pack_dithered(x, one, f, **by), (x, ones), 0)
+    return {f"{name}, {implementation}": job for name, job in jobs.items()}
 
 
 def _codec_jobs(implementation: str, codecs: dict[str, Any]) -> Any:

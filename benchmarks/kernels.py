@@ -3,7 +3,8 @@
 Decoding of spans against a copy, and attention to a compressed cache (decoding, rotation and merge
 included) against cuDNN's bf16 attention to the same keys, uncompressed and already rotated. A
 number is the median of `--repeats` timings of several calls each; the spread is half their range.
-`--profile` adds what the GPU does meanwhile: the time of each kernel, and of none.
+`--profile` adds what the GPU does meanwhile: the time of each kernel, and of none. `--decoders mosaic triton xla`
+decodes the same forms by each of them, XLA as it does for cuDNN.
 
 Other implementations are timed beside these with `--also mine:flash`, where mine.py holds
 
@@ -29,28 +30,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.attention_cases import DECODE, FEW, PLANS, READS, ROWS, Row, inputs, noise
+from benchmarks.attention_cases import BETWEEN, DECODE, FEW, PLANS, READS, ROWS, Row, inputs, noise
+from benchmarks.decode_cases import DECODERS
 from benchmarks.device_time import table, traced
-from pallas_kernels.dequantize import (
-    Encoded,
-    Rotation,
-    Scheme,
-    Spans,
-    decode_keys,
-    decode_values,
-)
-from pallas_kernels.dequantize.types import Tuning
-
-E4M3 = jnp.float8_e4m3fn
-DECODE_FORMS = {
-    "group 64": Scheme(bits=2, group=64, offset=1.0, stages=1),
-    "group 128": Scheme(bits=2, group=128, offset=1.5, stages=1),
-    "dithered": Scheme(2, 128, 2 - 1 / 128, 1, dithered=True, deviations=True),
-}
-DECODE_SIZES = {
-    f", {heads} heads, {tokens} tokens": Tuning(heads=heads, tokens=tokens)
-    for heads, tokens in ((1, 64), (4, 64), (1, 128), (2, 32), (4, 32))
-}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -58,7 +40,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", nargs="*", help="names of attention shapes; default: all")
+    parser.add_argument(
+        "--rows", nargs="*", help="names of attention shapes; default: all of `ROWS`"
+    )
     parser.add_argument(
         "--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS | PLANS)}"
     )
@@ -66,6 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--also", nargs="*", default=[], type=_named, metavar="MODULE:FUNCTION", help="see above"
     )
     parser.add_argument("--variants", action="store_true", help="other sizes of blocks")
+    parser.add_argument("--decoders", nargs="+", default=["mosaic"], choices=tuple(DECODERS))
     parser.add_argument("--no-decode", action="store_true", help="only the attention table")
     parser.add_argument("--profile", action="store_true", help="device time of every kernel")
     args = parser.parse_args(argv)
@@ -73,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {"device": device.device_kind, "jax": jax.__version__}
     print(f"{device.device_kind}, jax {jax.__version__}")
     if not args.no_decode:
-        result["decode"] = decode_table(args.repeats, args.profile, args.variants)
+        result["decode"] = decode_table(args.repeats, args.profile, args.variants, args.decoders)
     result["attention"] = attention_table(
         args.repeats, args.rows, args.reads, args.profile, dict(args.also)
     )
@@ -150,54 +135,28 @@ def milliseconds(
     return {"ms": statistics.median(times), "spread": (max(times) - min(times)) / 2}
 
 
-def _bytes(shape: tuple[int, ...], seed: int) -> jax.Array:
-    return (noise(shape, seed, jnp.float32) * 40 + 128).astype(jnp.uint8)
-
-
 def decode_table(
-    repeats: int, profile: bool = False, variants: bool = False
+    repeats: int,
+    profile: bool = False,
+    variants: bool = False,
+    decoders: Sequence[str] = ("mosaic",),
 ) -> list[dict[str, Any]]:
     """Rows of times of decoding a span of a layer, and of a copy of the same output.
 
-    With `profile`, times are the device's: those of the host are longer than a small kernel's.
+    Args:
+        repeats: timings of each.
+        profile: whether times are the device's: those of the host are longer than a small kernel's.
+        variants: whether kernels are measured in other sizes too.
+        decoders: of `DECODERS`.
     """
-    print(f"{'decode':48} {'ms':>8} {'TB/s':>6} {'of copy':>8}")
+    print(f"{'decode':56} {'ms':>8} {'TB/s':>6} {'of copy':>8}")
     rows = []
-    sizes = {"": None} | (DECODE_SIZES if variants else {})
     for heads, tokens in DECODE:
-        jobs, traffic = {}, {}
-        rotation = Rotation(tuple(noise((1, tokens, 64), i, jnp.float32) for i in (1, 2)))
         x = noise((heads, tokens, 128), 3)
-        jobs["copy bf16"] = (lambda x: -x, (x,))
-        traffic["copy bf16"] = 2 * x.nbytes
-        for form, scheme in DECODE_FORMS.items():
-            group, deviations = scheme.group, None
-            if scheme.deviations:
-                deviations = noise((heads, 128), 8)
-            source = Encoded(
-                codes_RTC=_bytes((heads, tokens, 32), 4),
-                scales_RTG=_bytes((heads, tokens, 128 // group), 5) // 4,
-                ids_RST=_bytes((heads, 1, tokens), 6),
-                centroids_RSKD=noise((heads, 1, 256, 128), 7),
-                deviations_RD=deviations,
-            )
-            here = dict(valid=tokens, scale_n=jnp.ones((heads,), jnp.float32))
-            for dtype, name in ((jnp.bfloat16, "bf16"), (E4M3, "e4m3")):
-                for what, decode, how in (
-                    ("values", decode_values, {}),
-                    ("keys, rotated", decode_keys, dict(rotation=rotation)),
-                ):
-                    label = f"{what} to {name}, {form}"
-                    for size, tuning in (sizes if how else {"": None}).items():
-                        more = how | dict(tuning=tuning) if tuning else how
-                        jobs[label + size] = (
-                            lambda s, f=decode, c=scheme, d=dtype, m=here | more, n=heads: f(
-                                Spans(s, c, 0, n), dtype=d, **m
-                            ),
-                            (source,),
-                        )
-                        read = sum(a.nbytes for a in jax.tree.leaves(source))
-                        traffic[label + size] = read + x.size * jnp.dtype(dtype).itemsize
+        jobs, traffic = {"copy bf16": (lambda x: -x, (x,))}, {"copy bf16": 2 * x.nbytes}
+        for by in decoders:
+            for name, run, arguments, size in DECODERS[by](heads, tokens, variants):
+                jobs[f"{name}, {by}"], traffic[f"{name}, {by}"] = (run, arguments), size
         for name, call in compiled(jobs):
             row = dict(heads=heads, tokens=tokens, what=name, **milliseconds(call, repeats))
             if profile and (seen := profiled(name, call)) is not None:
@@ -208,7 +167,7 @@ def decode_table(
                 r["tb_per_s"] for r in rows if r["heads"] == heads and r["what"] == "copy bf16"
             )
             label = f"{heads} x {tokens} {name}"
-            print(f"{label:48} {row['ms']:8.4f} {row['tb_per_s']:6.2f} {share:8.2f}", flush=True)
+            print(f"{label:56} {row['ms']:8.4f} {row['tb_per_s']:6.2f} {share:8.2f}", flush=True)
     return rows
 
 
@@ -243,13 +202,14 @@ def attention_table(
         reads: of `READS` and `PLANS`.
         profile: whether to say what the GPU does meanwhile.
         also: name: function(row, arrays) of other implementations, see the module.
-        rows: shapes; None is `ROWS`.
+        rows: shapes; None is `ROWS`, and `BETWEEN` where rows are named.
         rival: implementation of the dense bf16 attention that the others are compared with.
         until: time of `time.monotonic` after which no shape begins; None for no end.
     """
     print(f"{'attention':32} {'ms':>8} {'TFLOP/s':>8} {'/ ' + rival:>8} {'/ xla - 1':>10}")
     dense, found = f"{rival} bf16", []
-    for row in ROWS if rows is None else rows:
+    every = (*ROWS, *BETWEEN) if names else ROWS
+    for row in every if rows is None else rows:
         late = until is not None and time.monotonic() > until
         if late or (names and row.name not in names):
             continue

@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
+from qvg_jax.backends import no_hopper
 from qvg_jax.cache.health import raise_if_bad
 
 __all__ = ["Stream", "rollout", "run_chunk", "stream"]
@@ -50,6 +51,17 @@ def run_chunk(step: Partial, state: Any, xs: Any, count: jax.Array) -> tuple[Any
 
     ys = jax.tree.map(lambda y: jnp.zeros((length, *y.shape), y.dtype), form)
     return lax.fori_loop(0, count, one, (state, ys))
+
+
+def _first_chunk(step: Partial, state: Any, xs: Any, count: Any) -> tuple[Any, Any]:
+    """Runs a chunk, and compiles it where it is a program's first, kernels of a Hopper GPU beside the rest."""
+    if no_hopper() is not None:
+        return run_chunk(step, state, xs, count)
+    from pallas_kernels.gpu.beside import compiled_beside
+
+    # The call takes what `lower` has made from JAX's own cache.
+    with compiled_beside(run_chunk.lower(step, state, xs, count)):
+        return run_chunk(step, state, xs, count)
 
 
 def rollout(
@@ -92,13 +104,14 @@ def rollout(
     state = _settled(state)
     leaves, tree = jax.tree.flatten(xs)
     leaves = [_host_rows(x) for x in leaves]
-    chunks = []
+    chunks, run = [], _first_chunk
     for begin in range(0, total, chunk):
         count = min(chunk, total - begin)
         # Rows past the end repeat the last block; their steps are skipped.
         rows = np.minimum(np.arange(begin, begin + chunk), total - 1)
         x = jax.tree.unflatten(tree, [take(rows) for take in leaves])
-        state, ys = run_chunk(step, state, x, np.int32(count))
+        state, ys = run(step, state, x, np.int32(count))
+        run = run_chunk
         chunks.append(jax.tree.map(lambda y, count=count: y[:count], jax.device_get(ys)))
         raise_if_bad(state)
         if progress is not None:
@@ -144,18 +157,21 @@ class Stream(Iterator):
         self._total = len(xs) if hasattr(xs, "__len__") else None
         self._progress = progress
         self._before = before
+        self._run = _first_chunk
 
     def warm(self, x: Any) -> None:
         """Compiles the step for blocks like `x` and runs it on none, so that the next one is fast."""
         x = jax.tree.map(lambda x: jnp.asarray(x)[None], x)
-        self.state, _ = run_chunk(self._step, self.state, x, np.int32(0))
+        self.state, _ = self._run(self._step, self.state, x, np.int32(0))
+        self._run = run_chunk
 
     def __next__(self) -> Any:
         x = next(self._xs)
         if self._before is not None:
             self.state = self._before(self.state, x)
         x = jax.tree.map(lambda x: jnp.asarray(x)[None], x)
-        self.state, ys = run_chunk(self._step, self.state, x, np.int32(1))
+        self.state, ys = self._run(self._step, self.state, x, np.int32(1))
+        self._run = run_chunk
         raise_if_bad(self.state)
         self.blocks_done += 1
         if self._progress is not None:

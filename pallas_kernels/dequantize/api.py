@@ -59,6 +59,7 @@ def decode_keys(
     scale_n: Float[Array, "n"] | None = None,
     rotation: Rotation | None = None,
     room: int = 0,
+    width: int | None = None,
     implementation: str = "mosaic",
     tuning: Tuning | None = None,
 ) -> Float[Array, "n W D"]:
@@ -75,21 +76,24 @@ def decode_keys(
         rotation: RoPE of the keys, or None.
         room: tokens for which the workspace has room behind the decoded ones, for `append_keys`; its
             contents are undefined.
-        implementation: "mosaic", "triton" (bfloat16, a span at a time) or "reference"; the kernels
-            know head_dim 64, 128 and 256.
-        tuning: sizes for "mosaic"; None takes the measured ones.
+        width: tokens of the workspace, of which all are written, zeros behind the valid ones. None
+            is the next multiple of `PAD`, up to which only the tiles with valid tokens are written.
+            For "triton" and "reference", in bfloat16 and in place of room.
+        implementation: "mosaic", "triton" (bfloat16) or "reference"; the kernels know head_dim 64,
+            128 and 256.
+        tuning: sizes of the kernels; None takes their own. For "triton" tokens are a power of two.
 
     Raises:
         NotImplementedError: the kernel cannot read this format, or jax_triton is not installed.
-        ValueError: an unknown implementation, e4m3 without scales, or several spans whose tokens are
-            not a multiple of 16.
+        ValueError: an unknown implementation, e4m3 without scales, several spans whose tokens are
+            not a multiple of 16 without a width, or a width that holds fewer tokens than are decoded.
     """
-    source, rotation = _checked(source, dtype, scale_n, rotation, room, implementation)
+    source, rotation = _checked(source, dtype, scale_n, rotation, room, implementation, width)
     valid = jnp.asarray(valid, jnp.int32)
     if implementation == "triton":
-        return _kernels(implementation).decode_keys(source, valid, rotation)
+        return _kernels(implementation).decode_keys(source, valid, rotation, width, tuning)
     if implementation == "reference":
-        return reference.decode_keys(source, valid, dtype, scale_n, rotation, room)
+        return reference.decode_keys(source, valid, dtype, scale_n, rotation, room, width)
     return _kernels(implementation).decode_keys(
         source, valid, dtype, scale_n, rotation, room=room, tuning=tuning
     )
@@ -102,6 +106,7 @@ def decode_values(
     dtype: Any,
     scale_n: Float[Array, "n"] | None = None,
     room: int = 0,
+    width: int | None = None,
     implementation: str = "mosaic",
 ) -> Float[Array, "n W D"] | Float[Array, "n D W"]:
     """A workspace of values: bf16 (n, W, D), or e4m3 / scale, transposed to (n, D, W).
@@ -109,12 +114,12 @@ def decode_values(
     An 8-bit matrix product reads its right operand along the summed axis, here the tokens; hence
     the transposition. Arguments and errors are those of `decode_keys`.
     """
-    source, _ = _checked(source, dtype, scale_n, None, room, implementation)
+    source, _ = _checked(source, dtype, scale_n, None, room, implementation, width)
     valid = jnp.asarray(valid, jnp.int32)
     if implementation == "triton":
-        return _kernels(implementation).decode_values(source, valid)
+        return _kernels(implementation).decode_values(source, valid, width)
     if implementation == "reference":
-        return reference.decode_values(source, valid, dtype, scale_n, room)
+        return reference.decode_values(source, valid, dtype, scale_n, room, width)
     return _kernels(implementation).decode_values(source, valid, dtype, scale_n, room=room)
 
 
@@ -204,6 +209,7 @@ def _checked(
     rotation: Rotation | None,
     room: int,
     implementation: str,
+    width: int | None = None,
 ) -> tuple[Source, Rotation | None]:
     """The source and the rotation with indices as int32 arrays; raises what `decode_keys` documents."""
     if implementation not in ("reference", "mosaic", "triton"):
@@ -231,14 +237,19 @@ def _checked(
         )
     if source.row_n is not None and source.row_n.shape != (source.rows,):
         raise ValueError(f"{source.row_n.shape=}; accepted: ({source.rows},), a row for each")
-    if spans and source.tokens % 16:
+    if width is not None:
+        _check_width(
+            width, max(1, source.first_row.size) * source.tokens, dtype, room, implementation
+        )
+    elif spans and source.tokens % 16:
         raise ValueError(
             f"spans of {source.tokens} tokens; several at once must have a multiple of 16"
         )
     if implementation == "triton":
-        if spans or source.window is not None or source.row_n is not None or room:
+        if source.window is not None or source.row_n is not None or room:
             raise NotImplementedError(
-                "implementation='triton': it decodes whole spans one at a time, of rows one after another"
+                "implementation='triton': it decodes whole spans, of rows one after another, and "
+                "leaves room by a width"
             )
         if not isinstance(source.stored, Encoded) and source.stored.ndim == 4:
             raise NotImplementedError("implementation='triton': it decodes rows, not (B, T, H, D)")
@@ -246,6 +257,16 @@ def _checked(
         first = jnp.asarray(rotation.first, jnp.int32)
         rotation = dataclasses.replace(rotation, first=first)
     return source, rotation
+
+
+def _check_width(width: int, tokens: int, dtype: Any, room: int, implementation: str) -> None:
+    if implementation == "mosaic" or dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"width={width} with implementation={implementation!r}, dtype={dtype}; 'triton' and "
+            "'reference' serve it, in bfloat16"
+        )
+    if width < tokens or room:
+        raise ValueError(f"{width=}, {room=}; accepted: no room, and at least {tokens} tokens")
 
 
 def _checked_tokens(

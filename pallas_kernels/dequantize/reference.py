@@ -122,11 +122,12 @@ def rotated(x_nTD: Array, cos_sin: tuple[Array, Array] | None, pairing: str) -> 
     return y.reshape(n, t, d)
 
 
-def _filled(x_nTD: Array, valid: Array, room: int = 0) -> Array:
+def _filled(x_nTD: Array, valid: Array, room: int = 0, width: int | None = None) -> Array:
     """Zeros behind the valid tokens, up to the size of the workspace."""
     t = x_nTD.shape[1]
     x_nTD = jnp.where((jnp.arange(t) < valid)[None, :, None], x_nTD, 0)
-    return jnp.pad(x_nTD, ((0, 0), (0, padded(t + room) - t), (0, 0)))
+    more = (padded(t + room) if width is None else width) - t
+    return jnp.pad(x_nTD, ((0, 0), (0, more), (0, 0)))
 
 
 def laid_into(workspace: Array, x: Array, at: Array, valid: Array, axis: int) -> Array:
@@ -144,6 +145,7 @@ def decode_keys(
     scale_n: Array | None,
     rotation: Rotation | None,
     room: int = 0,
+    width: int | None = None,
 ) -> Array:
     """See `api.decode_keys`."""
     cos_sin, pairing = None, "half"
@@ -151,17 +153,22 @@ def decode_keys(
         cos_sin, pairing = cos_sin_of(rotation), rotation.pairing
         if source.window is not None:
             cos_sin = tuple(cut(x, source.window) for x in cos_sin)
-    x = _filled(rotated(decoded(source), cos_sin, pairing), valid, room)
+    x = _filled(rotated(decoded(source), cos_sin, pairing), valid, room, width)
     if dtype == jnp.bfloat16:
         return x.astype(dtype)
     return in_key_rows(jnp.clip(x / scale_n[:, None, None], -448, 448).astype(dtype))
 
 
 def decode_values(
-    source: Source, valid: Array, dtype: Any, scale_n: Array | None, room: int = 0
+    source: Source,
+    valid: Array,
+    dtype: Any,
+    scale_n: Array | None,
+    room: int = 0,
+    width: int | None = None,
 ) -> Array:
     """See `api.decode_values`."""
-    x = _filled(decoded(source), valid, room)
+    x = _filled(decoded(source), valid, room, width)
     if dtype == jnp.bfloat16:
         return x.astype(dtype)
     return jnp.clip(x / scale_n[:, None, None], -448, 448).astype(dtype).swapaxes(1, 2)

@@ -11,17 +11,25 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.dequantize.dither import CHANNEL_STEP, FINE, TOKEN_SHIFT, TOKEN_STEP
-from pallas_kernels.dequantize.types import PAD, Encoded, Rotation, Spans, Tokens, padded
+from pallas_kernels.dequantize.types import (
+    PAD,
+    Encoded,
+    Rotation,
+    Spans,
+    Tokens,
+    Tuning,
+    padded,
+    picked,
+)
 from pallas_kernels.gpu.triton_launch import Launch
 from pallas_kernels.gpu.triton_words import e4m3_float, e4m3_signed, rotate
 
 __all__ = ["decode_keys", "decode_values", "launch_for"]
 
-_TILE = 32  # tokens of a program
+_SIZES = Tuning(tokens=32, heads=4)  # of a program
 _PAD = tl.constexpr(PAD)
 _FINE, _CHANNEL_STEP = tl.constexpr(FINE), tl.constexpr(CHANNEL_STEP)
 _TOKEN_STEP, _TOKEN_SHIFT = tl.constexpr(TOKEN_STEP), tl.constexpr(TOKEN_SHIFT)
@@ -103,35 +111,55 @@ def _channels(
 
 
 @triton.jit
+def _store(to, x, written, MASKED: tl.constexpr):
+    """Stores a tile of tokens, or those that are written."""
+    if MASKED:
+        tl.store(to, x.to(to.dtype.element_ty), mask=written[:, None])
+    else:
+        tl.store(to, x.to(to.dtype.element_ty))
+
+
+@triton.jit
 def _decode(
     control, factors, codes, scales, ids, centroids, cos, sin, zeros, out,
-    D: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, STAGES: tl.constexpr, CENTROIDS: tl.constexpr,
     HEADS: tl.constexpr, TOGETHER: tl.constexpr, PAIRING: tl.constexpr, TILE: tl.constexpr,
     DITHERED: tl.constexpr, ZEROS: tl.constexpr, DEVIATIONS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens of TOGETHER rows; HEADS of them share cosines and sines."""
-    first_row = tl.load(control).to(tl.int64)
-    first_angles = tl.load(control + 1).to(tl.int64)
-    valid = tl.load(control + 2)
+    """One tile of tokens of TOGETHER rows; HEADS of them share cosines and sines.
+
+    The last of SPANS spans reaches to the end of the workspace, which has WIDTH tokens.
+    """
+    valid = tl.load(control)
+    PER_SPAN: tl.constexpr = (TOKENS + TILE - 1) // TILE
+    span = tl.minimum(tl.program_id(1) // PER_SPAN, SPANS - 1)
+    start = (tl.program_id(1) - span * PER_SPAN) * TILE
+    before = span * TOKENS  # tokens of the workspace
+    first_row = tl.load(control + 1 + span).to(tl.int64)
+    first_angles = tl.load(control + 1 + SPANS + span).to(tl.int64)
     first_head = tl.program_id(0) * TOGETHER
-    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    # Attention reads whole tiles: up to the next multiple of PAD, and nothing behind it.
-    if tl.program_id(1) * TILE < (valid + _PAD - 1) // _PAD * _PAD:
-        in_span = token < valid
+    token = start + tl.arange(0, TILE)
+    written = before + token < tl.where(span == SPANS - 1, WIDTH, before + TOKENS)
+    to = out + first_head.to(tl.int64) * (WIDTH * D) + (before + token)[:, None] * D
+    HALF: tl.constexpr = D // 2
+    low = tl.arange(0, HALF)
+    channel = tl.arange(0, D)
+    # Of a workspace that is not written whole, attention reads up to the next multiple of PAD.
+    end = WIDTH if WHOLE else (valid + _PAD - 1) // _PAD * _PAD
+    if before + start < valid:
+        in_span = before + token < tl.minimum(valid, before + TOKENS)
         safe = tl.where(in_span, token, 0)
-        HALF: tl.constexpr = D // 2
-        low = tl.arange(0, HALF)
-        channel = tl.arange(0, D)
         if PAIRING != "none":
             row = first_angles + first_head // HEADS
             angle = row * (TOKENS * HALF) + safe[:, None] * HALF + low[None, :]
             c = tl.load(cos + angle)
             s = tl.load(sin + angle)
         for h in tl.static_range(TOGETHER):
-            head = first_head + h
-            row = first_row + head
-            to = out + head.to(tl.int64) * (PADDED * D) + token[:, None] * D
+            row = first_row + first_head + h
+            head = span * ROWS + first_head + h
+            at = to + h * (WIDTH * D)
             if PAIRING == "half":
                 a = _channels(
                     codes, scales, zeros, ids, centroids, factors, row, head, safe,
@@ -145,8 +173,8 @@ def _decode(
                 )  # fmt: skip
                 a, b = rotate(a, b, c, s)
                 y, z = tl.where(in_span[:, None], a, 0), tl.where(in_span[:, None], b, 0)
-                tl.store(to + low[None, :], y.to(out.dtype.element_ty))
-                tl.store(to + (HALF + low)[None, :], z.to(out.dtype.element_ty))
+                _store(at + low[None, :], y, written, MASKED)
+                _store(at + (HALF + low)[None, :], z, written, MASKED)
             else:
                 x = _channels(
                     codes, scales, zeros, ids, centroids, factors, row, head, safe,
@@ -158,32 +186,42 @@ def _decode(
                     a, b = rotate(a, b, c, s)
                     x = tl.reshape(tl.join(a, b), (TILE, D))
                 x = tl.where(in_span[:, None], x, 0)
-                tl.store(to + channel[None, :], x.to(out.dtype.element_ty))
+                _store(at + channel[None, :], x, written, MASKED)
+    elif before + start < end:
+        for h in tl.static_range(TOGETHER):
+            nothing = tl.zeros((TILE, D), tl.float32)
+            _store(to + h * (WIDTH * D) + channel[None, :], nothing, written, MASKED)
 
 
 def launch_for(
-    source: Spans | Tokens, valid: Array, rotation: Rotation | None
+    source: Spans | Tokens,
+    valid: Array,
+    rotation: Rotation | None,
+    width: int | None = None,
+    tuning: Tuning | None = None,
 ) -> tuple[Launch, tuple[Array, ...], jax.ShapeDtypeStruct]:
     """The kernel, its arrays and its output; arguments as in `api.decode_keys`."""
     stored, scheme, rows = source.stored, source.scheme, source.rows
-    first_row = jnp.asarray(source.first_row, jnp.int32)
-    first = jnp.asarray(0 if rotation is None else rotation.first, jnp.int32)
-    control = jnp.stack([first_row, first, valid]).astype(jnp.int32)
-    factor_n = jnp.ones((rows,), jnp.float32)
+    first_row_N = jnp.atleast_1d(jnp.asarray(source.first_row, jnp.int32))
+    spans = first_row_N.size
+    angles = 0 if rotation is None else rotation.first
+    angles_N = jnp.broadcast_to(jnp.asarray(angles, jnp.int32), first_row_N.shape)
+    control = jnp.concatenate([valid[None], first_row_N, angles_N]).astype(jnp.int32)
+    factor_n = jnp.ones((spans * rows,), jnp.float32)
     if isinstance(stored, Encoded):
         codes, scales = stored.codes_RTC, stored.scales_RTG
         if stored.exponents_R is not None:
-            exponents = lax.dynamic_slice_in_dim(stored.exponents_R, first_row, rows, 0)
+            exponents = picked(stored.exponents_R, first_row_N, rows)
             factor_n = jnp.exp2(exponents.astype(jnp.float32))
         ids = centroids = zeros = codes  # not read
         if scheme.zero_points:
             zeros = stored.zeros_RTG
         if scheme.deviations:
-            deviations = lax.dynamic_slice_in_dim(stored.deviations_RD, first_row, rows, 0)
+            deviations = picked(stored.deviations_RD, first_row_N, rows)
             factor_n = factor_n[:, None] * deviations.astype(jnp.float32)
         if scheme.stages:
             ids = stored.ids_RST
-            centroids = stored.centroids(first_row, rows).astype(jnp.bfloat16)
+            centroids = stored.centroids(first_row_N, rows).astype(jnp.bfloat16)
         d = codes.shape[2] * 8 // scheme.bits
         form = dict(
             BITS=scheme.bits, GROUP=scheme.group, STAGES=scheme.stages,
@@ -199,26 +237,38 @@ def launch_for(
             DEVIATIONS=False,
         )  # fmt: skip
     tokens, heads = source.tokens, rows if rotation is None else rows // rotation.batch
-    together = 1 if rotation is None else next(n for n in (4, 2, 1) if heads % n == 0)
+    tuning = _SIZES if tuning is None else tuning
+    tile, most = tuning.tokens, 1 if rotation is None else tuning.heads
+    together = next(n for n in (4, 2, 1) if n <= most and heads % n == 0)
+    whole, width = width is not None, padded(spans * tokens) if width is None else width
+    last = width - (spans - 1) * tokens  # tokens of the last span and behind it
     launch = Launch(
         kernel=_decode,
-        grid=(rows // together, padded(tokens) // _TILE),
+        grid=(rows // together, (spans - 1) * -(-tokens // tile) + -(-last // tile)),
         constants=form | dict(
-            D=d, TOKENS=tokens, PADDED=padded(tokens), HEADS=heads, TOGETHER=together,
-            PAIRING="none" if rotation is None else rotation.pairing, TILE=_TILE,
+            D=d, TOKENS=tokens, SPANS=spans, ROWS=rows, WIDTH=width, WHOLE=whole,
+            MASKED=last % tile != 0 or (spans > 1 and tokens % tile != 0), HEADS=heads,
+            TOGETHER=together, PAIRING="none" if rotation is None else rotation.pairing,
+            TILE=tile,
         ),
     )  # fmt: skip
     cos, sin = (factor_n, factor_n) if rotation is None else rotation.cos_sin
     operands = (control, factor_n, codes, scales, ids, centroids, cos, sin, zeros)
-    return launch, operands, jax.ShapeDtypeStruct((rows, padded(tokens), d), jnp.bfloat16)
+    return launch, operands, jax.ShapeDtypeStruct((rows, width, d), jnp.bfloat16)
 
 
-def decode_keys(source: Spans | Tokens, valid: Array, rotation: Rotation | None) -> Array:
+def decode_keys(
+    source: Spans | Tokens,
+    valid: Array,
+    rotation: Rotation | None,
+    width: int | None = None,
+    tuning: Tuning | None = None,
+) -> Array:
     """See `api.decode_keys`; the result is always bfloat16."""
-    launch, operands, out = launch_for(source, valid, rotation)
+    launch, operands, out = launch_for(source, valid, rotation, width, tuning)
     return launch(*operands, out=out)
 
 
-def decode_values(source: Spans | Tokens, valid: Array) -> Array:
+def decode_values(source: Spans | Tokens, valid: Array, width: int | None = None) -> Array:
     """See `api.decode_values`; the result is always bfloat16."""
-    return decode_keys(source, valid, None)
+    return decode_keys(source, valid, None, width)

@@ -251,11 +251,11 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Sizes of the Hopper kernel that do not change the result.
+    """Sizes of the kernels that do not change the result.
 
     Attributes:
-        tokens: tokens of a CTA at 128 channels, half as many at 256, twice as many at 64; a multiple
-            of 16.
+        tokens: tokens of a CTA; on Hopper at 128 channels, half as many at 256, twice as many at 64. A
+            multiple of 16.
         heads: heads of a CTA, which share cosines and sines; the largest of 1, 2, 4 up to it that
             divides the heads is taken.
     """

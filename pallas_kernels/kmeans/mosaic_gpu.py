@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.gpu.registers import fold, product
+from pallas_kernels.gpu.registers import constant, fold, product
 from pallas_kernels.kmeans.types import HEAD_DIM, TILE, Tuning
 
 __all__ = [
@@ -47,34 +47,41 @@ def multiply_into(acc: Array, left: Array, right: Any) -> Array:
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
 
 
-def nearest(x_smem: Any, c_smem: Any, bias_smem: Any, columns: int) -> tuple[Array, Array]:
+def nearest(x_smem: Any, c_smem: Any, bias_smem: Any, tuning: Tuning, chunks: Any = None) -> Any:
     """Nearest centroids of 64 tokens and their scores x . c - |c|^2 / 2.
 
     Args:
         x_smem: tokens (64, D) in shared memory.
         c_smem: centroids (K, D).
         bias_smem: -|c|^2 / 2.
-        columns: centroids per product.
+        tuning: sizes.
+        chunks: steps of a loop over products of `tuning.columns` centroids: all of them, or 0 for a result
+            that nobody reads; None for all, as `tuning` says.
 
     Returns:
         ids (int32) and scores (float32).
     """
-    clusters = c_smem.shape[0]
-    best = None
-    for start in range(0, clusters, columns):
+    columns = tuning.columns
+    all_chunks = c_smem.shape[0] // columns
+
+    def largest(start):
         chunk = pl.ds(start, columns)
         dot = product(x_smem, c_smem.at[chunk].T, (ROWS, columns))
         bias = plgpu.load(bias_smem.at[chunk], layout=_W.reduce(0))
         score = dot + lax.broadcast_in_dim(bias, dot.shape, [1])
         bits = lax.bitcast_convert_type(score, jnp.int32) & -256
-        parts = []
-        for j in range(columns // 8):  # the eights of columns, a number known to the compiler
-            eight = 31 - (start // 8 + j)
-            parts.append(bits[:, 8 * j : 8 * j + 8] | (eight << 3))
-        parts = [lax.bitcast_convert_type(p, jnp.float32) for p in parts]
-        while len(parts) > 1:
-            parts = [jnp.maximum(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        best = parts[0] if best is None else jnp.maximum(best, parts[0])
+        column = plgpu.broadcasted_iota(jnp.int32, dot.shape, 1, layout=_W) + start
+        bits = bits | (
+            248 - (column & -8)
+        )  # the number of the eight of columns, a constant of every register
+        return fold(lax.bitcast_convert_type(bits, jnp.float32), jnp.maximum, 8)
+
+    if chunks is not None or (tuning.rolled_columns and all_chunks > 1):
+        lowest = constant((ROWS, 8), -jnp.inf)
+        more = lambda n, best: jnp.maximum(best, largest(n * columns))  # noqa: E731
+        best = lax.fori_loop(0, all_chunks if chunks is None else chunks, more, lowest)
+    else:
+        best = functools.reduce(jnp.maximum, [largest(n * columns) for n in range(all_chunks)])
     inside = plgpu.broadcasted_iota(jnp.int32, best.shape, 1, layout=_W)
     bits = lax.bitcast_convert_type(best, jnp.int32) | (7 - inside)
     key = lax.bitcast_convert_type(bits, jnp.float32).max(axis=1)
@@ -103,6 +110,11 @@ def load_tiles(
     @pl.loop(jnp.maximum(count - stages, 0), count)
     def _(i):
         plgpu.barrier_wait(x_empty.at[lax.rem(i, stages)])
+
+
+def _where(steps: Any) -> Any:
+    """Runs a function where a loop has steps; None stands for a loop that always has."""
+    return (lambda f: f()) if steps is None else pl.when(steps > 0)
 
 
 # Calls of equal shapes are one function of a program: K and V share a kernel, which takes seconds to compile.
@@ -146,44 +158,71 @@ def sums(
         first, last = part * tiles // parts, (part + 1) * tiles // parts
         count = last - first
 
-        def assign(i):
-            slot = lax.rem(i, tuning.stages)
-            plgpu.barrier_wait(x_full.at[slot])
-            ids, score = nearest(
-                x_smem.at[slot, pl.ds(wg * ROWS, ROWS)], c_smem, bias_smem, tuning.columns
-            )
-            start = (first + i) * TILE + wg * ROWS
-            if scores:
-                more[0].at[row, pl.ds(start, ROWS)][...] = ids
-                more[1].at[row, pl.ds(start, ROWS)][...] = score
-            token = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_W.reduce(1)) + start
-            ids_smem.at[lax.rem(i, rings), pl.ds(wg * ROWS, ROWS)][...] = jnp.where(
-                token < tokens, ids, clusters
-            )
-            plgpu.barrier_arrive(ids_full.at[lax.rem(i, rings)])
-
-        def add(i, carry):
-            total, number = carry
+        def assign(i, chunks=None):
             slot, ring = lax.rem(i, tuning.stages), lax.rem(i, rings)
-            plgpu.barrier_wait(ids_full.at[ring])
+
+            @_where(chunks)
+            def _():
+                plgpu.barrier_wait(x_full.at[slot])
+
+            x_ref = x_smem.at[slot, pl.ds(wg * ROWS, ROWS)]
+            ids, score = nearest(x_ref, c_smem, bias_smem, tuning, chunks)
+            start = (first + i) * TILE + wg * ROWS
+
+            @_where(chunks)
+            def _():
+                if scores:
+                    more[0].at[row, pl.ds(start, ROWS)][...] = ids
+                    more[1].at[row, pl.ds(start, ROWS)][...] = score
+                token = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_W.reduce(1)) + start
+                ids_smem.at[ring, pl.ds(wg * ROWS, ROWS)][...] = jnp.where(
+                    token < tokens, ids, clusters
+                )
+                plgpu.barrier_arrive(ids_full.at[ring])
+
+        def add(i, carry, halves=None):
+            slot, ring = lax.rem(i, tuning.stages), lax.rem(i, rings)
+
+            @_where(halves)
+            def _():
+                plgpu.barrier_wait(ids_full.at[ring])
+
             shape = (own, ROWS)
-            cluster = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_W) + wg * own
-            for i_half in range(2):
+
+            def add_half(i_half, carry):
+                total, number = carry
                 half = pl.ds(i_half * ROWS, ROWS)
+                cluster = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_W) + wg * own
                 ids = plgpu.load(ids_smem.at[ring, half], layout=_W.reduce(0))
                 hot = jnp.where(cluster == lax.broadcast_in_dim(ids, shape, [1]), 1.0, 0.0)
                 number = number + fold(hot, jnp.add, 8)
-                total = multiply_into(total, hot.astype(jnp.bfloat16), x_smem.at[slot, half])
-            plgpu.barrier_arrive(x_empty.at[slot])
-            return total, number
+                hot = hot.astype(jnp.bfloat16)
+                return multiply_into(total, hot, x_smem.at[slot, half]), number
+
+            if halves is not None or tuning.rolled_halves:
+                carry = lax.fori_loop(0, 2 if halves is None else halves, add_half, carry)
+            else:
+                carry = add_half(1, add_half(0, carry))
+
+            @_where(halves)
+            def _():
+                plgpu.barrier_arrive(x_empty.at[slot])
+
+            return carry
 
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(tuning.registers[0], action="increase")
             plgpu.barrier_wait(c_full)
-            zeros = lambda n: plgpu.layout_cast(jnp.zeros((own, n), jnp.float32), _W)  # noqa: E731
-            carry = zeros(HEAD_DIM), zeros(8)
-            if tuning.late:
+            carry = constant((own, HEAD_DIM), 0.0), constant((own, 8), 0.0)
+            if not tuning.late:
+
+                def step(i, carry):
+                    assign(i)
+                    return add(i, carry)
+
+                total, number = lax.fori_loop(0, count, step, carry)
+            elif tuning.peeled:
                 assign(0)
 
                 # A first and a last step outside of the loop make the kernel a third longer. With `assign` under
@@ -195,12 +234,13 @@ def sums(
                 carry = lax.fori_loop(1, count, step, carry)
                 total, number = add(count - 1, carry)
             else:
-
+                # Nothing is assigned in the last step and nothing is added in the first, by loops of no
+                # steps: with products under a condition a pass takes twice the time.
                 def step(i, carry):
-                    assign(i)
-                    return add(i, carry)
+                    assign(i, jnp.where(i < count, clusters // tuning.columns, 0))
+                    return add(i - 1, carry, jnp.where(i > 0, 2, 0))
 
-                total, number = lax.fori_loop(0, count, step, carry)
+                total, number = lax.fori_loop(0, count + 1, step, carry)
             clusters_of_wg = pl.ds(wg * own, own)
             sums_gmem.at[row, part, clusters_of_wg][...] = total
             counts_gmem.at[row, part, clusters_of_wg][...] = number.sum(axis=1)

@@ -111,14 +111,21 @@ def encode(
         count = last - first
 
         def residual(x_ref):
-            ids, _ = nearest(x_ref, c_smem, bias_smem, tuning.columns)
+            ids, _ = nearest(x_ref, c_smem, bias_smem, tuning)
             table = picked_smem if apart else c_smem
             picked = constant((ROWS, HEAD_DIM), 0.0)
-            for start in range(0, clusters, 64):
-                shape = (ROWS, 64)
+
+            def pick(n, picked):
+                start, shape = n * 64, (ROWS, 64)
                 cluster = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_W) + start
                 hot = ones(cluster == over_columns(ids, shape)).astype(jnp.bfloat16)
-                picked = kmeans.multiply_into(picked, hot, table.at[pl.ds(start, 64)])
+                return kmeans.multiply_into(picked, hot, table.at[pl.ds(start, 64)])
+
+            if tuning.rolled_columns:
+                picked = lax.fori_loop(0, clusters // 64, pick, picked)
+            else:
+                for n in range(clusters // 64):
+                    picked = pick(n, picked)
             return ids, plgpu.load(x_ref, layout=_W).astype(jnp.float32) - picked
 
         def step(i):

@@ -20,6 +20,10 @@ from qvg_jax.codecs.storage import Centroids, Levels, Storage
 
 __all__ = ["CANDIDATES", "Explanation", "choose", "explain", "wants_bf16"]
 
+# Of a key-value head. Up to so many, 256 being the most that were measured, Triton's attention is faster
+# than cuDNN's, which has too few tiles to hide decoding (docs/benchmarks/attention.md).
+FEW_QUERIES = 256
+
 ALIASES = {"mosaic_fp8": ("mosaic", "fp8")}  # names of earlier releases
 
 
@@ -60,6 +64,15 @@ def _no_cudnn(call: _Call) -> str | None:
     from qvg_jax.attention import cudnn
 
     return cudnn.unsupported(call.view, call.q_BTHD, call.features)
+
+
+def _cudnn_is_faster(call: _Call) -> str | None:
+    """The reason why Triton attends only for callers who name it: cuDNN serves the call, and faster."""
+    view, (rows, tokens, heads, _) = call.view, call.q_BTHD.shape
+    queries = tokens * (heads // view.heads) * (rows // view.cache.layout.batch)
+    if queries <= FEW_QUERIES or _no_cudnn(call) is not None:
+        return None
+    return f"{queries} queries of a head; cuDNN is faster for more than {FEW_QUERIES}"
 
 
 def _too_fine(call: _Call) -> str | None:
@@ -106,11 +119,11 @@ CANDIDATES = (
     _mosaic("fp8", "kernels", None),
     _mosaic("bf16", "kernels", None),
     _mosaic("bf16", "xla", False),
-    Candidate("cudnn", _no_cudnn, "bf16", "xla"),
     Candidate(
         "triton", lambda call: _no_kernels(call, lambda: no_triton(), False, "kernels"), "bf16",
-        "kernels", named=True,
+        "kernels", why_name=_cudnn_is_faster,
     ),
+    Candidate("cudnn", _no_cudnn, "bf16", "xla"),
     Candidate("xla", lambda call: xla.unsupported(call.view, call.features), None, "xla"),
 )  # fmt: skip
 

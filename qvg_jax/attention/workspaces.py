@@ -215,12 +215,13 @@ def _plain(
 
 
 def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> Callable[..., Any]:
-    """The function that decodes and rotates spans by kernels: `read(slot, valid, new=None)`.
+    """The function that decodes and rotates spans by kernels: `read(slot, valid, new=None, width=None)`.
 
     It returns the scales of keys and values, and their workspaces.
 
     Given several slots, their spans lie behind each other, and their scales are those of all spans.
-    With a `NewBlock` its tokens lie behind the valid ones, a multiple of 16.
+    With a `NewBlock` its tokens lie behind the valid ones, a multiple of 16. A width is that of
+    `decode_keys`.
     """
     cache, lay, fp8 = view.cache, view.cache.layout, dtype != jnp.bfloat16
     rows, rotated = lay.batch * view.stored_heads, view.rope is not None
@@ -254,8 +255,8 @@ def of_spans(view: CacheView, layer: Array, dtype: Any, implementation: str) -> 
             first = jnp.arange(slot.shape[0]) * lay.batch
         return Rotation(cos_sin, pairing_in(view), lay.batch, first)
 
-    def read(slot: Array, valid: Any, new: NewBlock | None = None) -> Any:
-        here = dict(valid=valid, dtype=dtype, implementation=implementation)
+    def read(slot: Array, valid: Any, new: NewBlock | None = None, width: int | None = None) -> Any:
+        here = dict(valid=valid, dtype=dtype, width=width, implementation=implementation)
         first_row = (place * lay.max_spans + slot) * rows
         scales = [scale(keys, slot, math.sqrt(2) if rotated else 1), scale(values, slot, 1)]
         if new is not None:

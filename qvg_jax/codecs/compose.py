@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from qvg_jax.backends import Candidate, no_hopper, no_triton, resolve
@@ -96,12 +95,7 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
         kernels = _kernels(implementation or encoder, storage, last, x_BHTD)
         if kernels is None:
             return by_xla(x_BHTD, state, key)
-        first = kernels.first_stage(x_BHTD, state)
-        return lax.cond(
-            kernels.usual(first),
-            lambda: kernels.encode(x_BHTD, state, first, key),
-            lambda: by_xla(x_BHTD, state, key),
-        )
+        return kernels.encode(x_BHTD, state, key)
 
     def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
         keys = [None if key is None else jax.random.fold_in(key, i) for i in range(len(state))]

@@ -10,7 +10,8 @@ where channels are made equal for distances, their means and sizes.
 The result differs from that of XLA: nearest centroids are found with centroids rounded to bfloat16 and scores
 compared to 16 bits, so a token nearly as near to two of them may go to the other; the residual is
 relative to the stored centroids rounded to bfloat16 (as decoding kernels read them; XLA subtracts them as
-they are), and between stages it is bfloat16. The objective agrees to a part in a thousand.
+they are), and between stages it is bfloat16. The objective agrees to a part in a thousand. An entry that is not a
+number, infinite or beyond 1e15 counts as zero.
 
 Axes: B batch, H heads, R both flattened, T tokens, D head dim, K centroids, S stages.
 """
@@ -111,10 +112,7 @@ class Clustered(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class KernelEncoding:
-    """The encoding of a chain of k-means and levels by kernels, in the order in which it happens.
-
-    `first_stage` finds the first stage's centroids, and tells whether the span can go on this way (`usual`);
-    `encode` does the rest.
+    """The encoding of a chain of k-means and levels by kernels.
 
     Attributes:
         centroids, levels: what is stored, and how it is chosen; no levels if it is not `Levels`.
@@ -150,25 +148,28 @@ class KernelEncoding:
     def fit(self) -> Lloyd:
         return self.centroids.fit
 
-    def first_stage(self, x_BHTD: Array, state: State) -> Clustered:
-        """Returns the first stage's centroids, and what was found on the way to them."""
-        return self._clustered(x_BHTD, state, 0)
-
-    @staticmethod
-    def usual(first: Clustered) -> Array:
-        """Whether all tokens are finite and not too large to take part, and no channel too quiet.
-
-        It shows in the sums of an iteration, so that no pass looks for it.
-        """
-        usual = jnp.all(jnp.abs(first.sums.total_RKD) <= LARGEST)
-        if first.metric is not None:
-            usual &= jnp.all(first.metric.size_RD >= 1 / LARGEST)
-        return usual
-
     def encode(
-        self, x_BHTD: Array, state: State, first: Clustered, key: PRNGKeyArray | None = None
+        self, x_BHTD: Array, state: State, key: PRNGKeyArray | None = None
     ) -> tuple[Packed, State]:
-        """Returns the packed form and the state of the chain, from the result of `first_stage`."""
+        """Returns the packed form and the state of the chain.
+
+        Entries that would turn the means of a cluster into NaN show in the sums of the first iteration, so
+        no pass looks for them; a span that has some is encoded once more without them, by the same kernels.
+        """
+
+        def from_start(x_BHTD: Array, first: Clustered) -> tuple[Packed, State]:
+            return self._encoded(x_BHTD, state, first, key)
+
+        def without_bad_entries() -> tuple[Packed, State]:
+            known_BHTD = jnp.where(jnp.abs(x_BHTD) <= LARGEST, x_BHTD, 0)
+            return from_start(known_BHTD, self._clustered(known_BHTD, state, 0))
+
+        first = self._clustered(x_BHTD, state, 0)
+        usual = jnp.all(jnp.abs(first.sums.total_RKD) <= LARGEST)
+        return lax.cond(usual, lambda: from_start(x_BHTD, first), without_bad_entries)
+
+    def _encoded(self, x_BHTD: Array, state: State, first: Clustered, key: PRNGKeyArray | None):
+        """Returns the packed form and the state, from the centroids of the first stage."""
         from pallas_kernels import kmeans, quantize_pack
 
         heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
@@ -228,7 +229,11 @@ class KernelEncoding:
         some_t = subsample_tokens(tokens, _SIZES_FROM // 8, tokens)
         x_BHTD = x_BHTD if some_t is None else x_BHTD[:, :, some_t]
         used_BHT = jnp.ones(x_BHTD.shape[:3], bool)
-        return Metric(*(_rows(x)[:, 0] for x in deviations(x_BHTD, used_BHT)))
+        centre_BH1D, size_BH1D = deviations(x_BHTD, used_BHT)
+        size_BH1D = jnp.maximum(
+            size_BH1D, 1 / LARGEST
+        )  # what kernels divide by stays in float32's range
+        return Metric(_rows(centre_BH1D)[:, 0], _rows(size_BH1D)[:, 0])
 
     def _how(self, metric: Any) -> dict[str, Any]:
         return dict(implementation=self.kernels) | ({} if metric is None else dict(metric=metric))
@@ -236,10 +241,9 @@ class KernelEncoding:
     def _sums(self, x_BHTD: Array, c_BHKD: Array, metric: Any, scores: bool) -> Any:
         from pallas_kernels import kmeans
 
-        heads = lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:])  # noqa: E731
         args = (_rows(x_BHTD), _rows(c_BHKD))
         out = kmeans.kmeans_sums(*args, scores=scores, **self._how(metric))
-        return jax.tree.map(heads, out)
+        return jax.tree.map(lambda x: x.reshape(*x_BHTD.shape[:2], *x.shape[1:]), out)
 
     def _clustered(self, x_BHTD: Array, state: State, stage: int) -> Clustered:
         """Returns the centroids of a stage after all its iterations."""
@@ -283,8 +287,8 @@ class KernelEncoding:
     ) -> IntegerPacked | GridPacked:
         """Returns the quantizer's packed form of the codes and scales that `assign_and_pack` gives."""
         if not isinstance(self.levels.fit, LeastSquaresFit):
-            stored = (None if x is None else _e4m3_of_bytes(x) for x in (scales, zeros_BHTG))
-            return IntegerPacked(codes_BHTC, *stored)
+            read = lambda x: None if x is None else lax.bitcast_convert_type(x, E4M3)  # noqa: E731
+            return IntegerPacked(codes_BHTC, read(scales), read(zeros_BHTG))
         lsq_BHT, match_BHT, largest_BHT = (scales[:, :, i] for i in range(3))
         gain = self.levels.fit.gain
         scale_BHT = gained(lsq_BHT, match_BHT, gain) if gain else lsq_BHT
@@ -317,10 +321,6 @@ class KernelEncoding:
         zeros_BHT1 = stored(middle_RT[0])[0] if middle_RT else None
         codes_BHTC = codes_RTC.reshape(*r_BHTD.shape[:3], -1)
         return DitheredPacked(codes_BHTC, scales_BHT1, zeros_BHT1, exponents_BH, w_BHD)
-
-
-def _e4m3_of_bytes(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, E4M3)
 
 
 def _rows(x_BH: Array) -> Array:

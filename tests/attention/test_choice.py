@@ -19,8 +19,16 @@ def cache_of(codec="qvg:num_centroids=8", head_dim=128, **settings):
     )  # fmt: skip
 
 
-def queries(head_dim=128, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct((1, 32, 2, head_dim), dtype)
+def queries(head_dim=128, dtype=jnp.bfloat16, tokens=32, heads=2, rows=1):
+    return jax.ShapeDtypeStruct((rows, tokens, heads, head_dim), dtype)
+
+
+def gpu(monkeypatch, capability, triton=True):
+    """As on a GPU that is not Hopper, with jax_triton or without; nothing is run."""
+    monkeypatch.setattr(backends, "capability", lambda: capability)
+    monkeypatch.setattr(cudnn, "capability", lambda: capability)
+    missing = None if triton and capability >= (8, 0) else "Triton kernels need jax_triton"
+    monkeypatch.setattr(choice, "no_triton", lambda: missing)
 
 
 @pytest.fixture
@@ -48,10 +56,31 @@ def test_the_order_of_preference_on_hopper(hopper):
 
 
 def test_ampere_gets_cudnn_and_a_t4_xla(monkeypatch):
-    for capability, name in (((8, 6), "cudnn"), ((8, 9), "cudnn"), ((7, 5), "xla"), (None, "xla")):
-        monkeypatch.setattr(backends, "capability", lambda c=capability: c)
-        monkeypatch.setattr(cudnn, "capability", lambda c=capability: c)
+    for capability, name in (((8, 6), "cudnn"), ((8, 9), "cudnn"), ((7, 5), "xla")):
+        gpu(monkeypatch, capability, triton=False)
         assert chosen(cache_of())[0] == name
+
+
+def test_triton_attends_to_few_queries_where_it_is_installed(monkeypatch):
+    few, many = queries(tokens=choice.FEW_QUERIES), queries(tokens=choice.FEW_QUERIES + 1)
+    triton = ("triton", "bf16", "kernels")
+    gpu(monkeypatch, (8, 6))
+    cache = cache_of()
+    assert chosen(cache, few) == chosen(cache, few, precision="bf16") == triton
+    for q in (many, queries(tokens=129, heads=4), queries(tokens=129, rows=2)):  # of a head
+        assert chosen(cache, q)[0] == chosen(cache, q, precision="bf16")[0] == "cudnn"
+    assert chosen(cache, many, implementation="triton") == triton
+    assert chosen(cache_of("kivi"), few)[0] == "cudnn"
+    why = choice.explain(cache, many).others["triton in bf16, spans decoded by kernels"]
+    assert (
+        why
+        == "it serves the call if it is named: 257 queries of a head; cuDNN is faster for more than 256"
+    )
+    # Ampere's cuDNN does not read 256 channels, for which XLA is the only other way.
+    assert chosen(cache_of(head_dim=256), queries(256, tokens=999)) == triton
+    gpu(monkeypatch, (8, 6), triton=False)
+    assert chosen(cache, few)[0] == "cudnn"
+    assert "need jax_triton" in str(choice.explain(cache, few))
 
 
 def test_names_choose_precision_and_implementation(hopper):

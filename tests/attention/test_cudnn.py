@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from qvg_jax.attention.api import attend
-from qvg_jax.attention.cudnn import Workspaces, attend_cudnn, unsupported
+from qvg_jax.attention.cudnn import Workspaces, attend_cudnn, undecodable, unsupported
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.operations import KVCache, append, compress, evict
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
@@ -19,7 +19,13 @@ from qvg_jax.codecs import presets
 from qvg_jax.codecs.quantize.integer import residual_quantize
 from qvg_jax.sharding import head_shardings
 from tests.support.cache_model import SIZES, ListCache, block, coarse, query
-from tests.support.kernel_cases import encodings, filled_cache, with_window_garbage
+from tests.support.kernel_cases import (
+    difference,
+    encodings,
+    filled_cache,
+    rope_of,
+    with_window_garbage,
+)
 
 COARSE = coarse(7)
 ROPE = axial_rope([frequency_ladder(4), frequency_ladder(2), frequency_ladder(2)])
@@ -165,6 +171,62 @@ def test_encodings_of_stored_keys_and_values():
     same(q, view, k, v, tolerance=2e-2)
     sizes = Workspaces(dense_bytes=2**15, span_bytes=2**20, parts=2)
     same(q, view, k, v, tolerance=2e-2, workspaces=sizes)
+
+
+# --- spans decoded by kernels ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, blocks, rotated, settings, sizes",
+    [
+        # Both spans in a call; then of 48 tokens and one by one.
+        ("qvg", 7, "half", dict(heads=2), dict(span_bytes=2**20, parts=3)),
+        ("qvg", 7, "interleaved", dict(block=24, batch=2), dict(span_bytes=1)),
+        # Room for three spans in a call, and one there; and none.
+        ("dither", 6, None, dict(block=24), dict(parts=2)),
+        ("midrise", 3, "half", dict(), dict()),
+        # 40 tokens, which kernels do not cut into tiles.
+        ("bf16", 7, "half", dict(block=20), dict(parts=1)),
+    ],
+)
+def test_spans_decoded_by_kernels(name, blocks, rotated, settings, sizes):
+    pair = presets.pair(name) if name == "bf16" else presets.pair(name, num_centroids=16)
+    settings = dict(layers=1, heads=1, block=16) | settings
+    cache = with_window_garbage(filled_cache(pair, blocks=blocks, **settings))
+    rope = False if rotated is None else rope_of(rotated, 128)
+    heads = 2 * cache.layout.heads
+    q, k, v, pos = query(3, cache.layout, tokens=21, heads=heads, dtype=jnp.bfloat16)
+    view = cache.view(pos if rope else None, rope)
+    # XLA rounds keys once more, before it rotates them.
+    by_kernels, by_xla = (
+        ours(q, view, k, v, workspaces=Workspaces(**sizes, decoder=by))
+        for by in ("reference", "xla")
+    )
+    assert difference(by_kernels, by_xla) < 4e-3
+
+
+def test_what_kernels_do_not_decode_for_cudnn():
+    kernels = Workspaces(decoder="reference")
+    cases = [
+        (dict(key_codec=presets.pair("kivi")[0]), "do not decode the key codec kivi"),
+        (dict(value_codec=presets.pair("klt")[1]), "do not decode the value codec klt"),
+        (dict(blocks="padded"), "blocks='padded'"),
+    ]
+    plain = dict(key_codec=presets.get("rtn"), value_codec=presets.get("rtn"))
+    for settings, message in cases:
+        cache = KVCache.create(
+            heads=1, head_dim=128, block_tokens=16, span_blocks=2, max_spans=2, pos_dims=0,
+            **(plain | settings),
+        )  # fmt: skip
+        q, k, v, _ = query(3, cache.layout, dtype=jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match=f"decoder='reference': .*{message}.*'xla'"):
+            ours(q, cache.view(rope=False), k, v, workspaces=kernels)
+    cache = filled_cache(presets.get("rtn"), layers=1, heads=2, block=16)
+    q, k, v, _ = query(3, cache.layout, dtype=jnp.float32)
+    assert undecodable(cache.view(rope=False), q).startswith("q has dtype float32")
+    q = q.astype(jnp.bfloat16)
+    assert undecodable(cache.view(None, encodings()), q).startswith("the kernels do not apply Enco")
+    assert undecodable(cache.view(rope=False), q) is None
 
 
 def test_nan_in_unused_slots_is_never_seen():

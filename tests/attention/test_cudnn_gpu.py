@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from qvg_jax.attention.cudnn import Workspaces, attend_cudnn, unsupported
+from qvg_jax.backends import no_triton
 from qvg_jax.cache.key_bias import KeyBias
 from qvg_jax.cache.rope import axial_rope, frequency_ladder
 from qvg_jax.codecs import presets
@@ -165,3 +166,23 @@ def test_memory_is_that_of_one_call_and_no_layer_is_copied():
     one_span = 2 * 2 * heads * 4 * block * 128
     tables = 4 * 128 * (cache.span_pos.size + cache.dense_pos.size) // 3
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * one_span + 2 * tables
+
+
+@pytest.mark.skipif(no_triton() is not None, reason=str(no_triton()))
+@pytest.mark.parametrize(
+    "name, blocks, sizes",
+    [
+        ("qvg", 7, dict()),  # both spans in a call
+        ("dither", 7, dict(span_bytes=1)),  # one span in a call
+        ("qvg", 5, dict(parts=3)),  # room for three spans, one there
+    ],
+)
+def test_triton_decodes_spans(name, blocks, sizes):
+    cache = filled_cache(presets.pair(name, num_centroids=16), block=33, blocks=blocks)
+    q, k, v, pos = tokens(2, 128, query_heads=4)
+    view = with_window_garbage(cache).view(pos, rope_of(128))
+    triton = Workspaces(**sizes, decoder="triton")
+    want = ours(q, view, k, v, layer=1, backend="xla", workspaces=Workspaces(**sizes))
+    out = ours(q, view, k, v, layer=1, workspaces=triton)
+    assert difference(out, want) < ROUNDING
+    np.testing.assert_array_equal(out, ours(q, view, k, v, layer=1, workspaces=triton))

@@ -4,8 +4,10 @@ import argparse
 
 import pytest
 
-from benchmarks import kernels
+from benchmarks import encode, kernels
 from benchmarks.attention_cases import Row
+from benchmarks.decode_cases import CODECS, FORMS
+from qvg_jax.attention.formats import scheme_of
 
 
 @pytest.mark.slow
@@ -29,6 +31,25 @@ def test_other_implementations_are_timed_beside_ours(monkeypatch, capsys):
     assert "tiny, mine:f" in capsys.readouterr().out
     (row,) = kernels.attention_table(1, ["wide"], ["xla"])
     assert row["row"] == "wide"
+
+
+@pytest.mark.slow
+def test_decoding_and_encoding_by_xla_stand_beside_a_copy(monkeypatch):
+    monkeypatch.setattr(kernels, "DECODE", ((2, 512),))
+    monkeypatch.setattr(encode, "SHAPES", {"tiny": (2, 256)})
+    rows = kernels.decode_table(1, decoders=["xla"])
+    names = {f"{x} to bf16, {form}, xla" for x in ("values", "keys, rotated") for form in CODECS}
+    assert {r["what"] for r in rows} == names | {"copy bf16"}
+    only_kernels = ["--codecs", "--shapes", "tiny", "--repeats", "1"]
+    rows = encode.main(["--implementation", "xla", *only_kernels])["encode"]
+    names = {"k-means sums", "subtract", "subtract by a metric", *encode.FORMS, *encode.DITHERED}
+    assert {f"{name}, xla" for name in names} < {r["what"] for r in rows}
+    assert all(r["ms"] > 0 for r in rows)
+
+
+def test_codecs_that_xla_decodes_have_the_forms_that_kernels_decode():
+    for form, codec in CODECS.items():
+        assert scheme_of(codec(), 128) == FORMS[form]
 
 
 @pytest.mark.parametrize("text", ["json", "json:nothing", "no_such_module:f", ":f"])

@@ -37,14 +37,21 @@ def _distances(x, c, ids):
     return np.square(np.asarray(x, np.float32) - _picked(c, ids)).sum(-1)
 
 
-@pytest.mark.parametrize("late", [True, False], ids=["late", "at once"])
+FORMS = {  # of the kernel, which all give the same bytes
+    "at once": Tuning(late=False),
+    "columns in a loop": Tuning(rolled_columns=True),
+    "at once, columns in a loop": Tuning(late=False, rolled_columns=True),
+    "nothing peeled": Tuning(peeled=False),
+}
+
+
+@pytest.mark.parametrize("tuning", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize(
     "tokens, clusters, parts", [(1000, 256, 3), (5003, 100, 1), (1, 1, 1), (4096, 129, None)]
 )
-def test_sums_are_those_of_the_nearest_centroids(tokens, clusters, parts, late):
+def test_sums_are_those_of_the_nearest_centroids(tokens, clusters, parts, tuning):
     x, c = clustered(3, tokens, clusters)
-    tuning = Tuning(late=late)
-    ours = kmeans_sums(x, c, scores=True, parts=parts, tuning=tuning)
+    ours = kmeans_sums(x, c, scores=True, parts=parts)
     xla = functools.partial(kmeans_sums, scores=True, implementation="xla")
     right = on_cpu(xla, x, c)
     near, nearest = (_distances(x, c, s.ids_RT) for s in (ours, right))
@@ -56,8 +63,9 @@ def test_sums_are_those_of_the_nearest_centroids(tokens, clusters, parts, late):
     np.testing.assert_allclose(ours.total_RKD, total, rtol=1e-4, atol=1e-3)
     score = np.asarray(right.score_RT)
     np.testing.assert_allclose(ours.score_RT, score, rtol=2**-13, atol=1e-3)
-    again = kmeans_sums(x, c, parts=parts, tuning=tuning)
-    np.testing.assert_array_equal(again.total_RKD, ours.total_RKD)
+    again = kmeans_sums(x, c, scores=True, parts=parts, tuning=tuning)
+    for other, first in zip(again, ours, strict=True):
+        np.testing.assert_array_equal(other, first)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +91,9 @@ def test_packing_equals_the_reference(form):
             assert (mine[same] != want[same]).mean() < 1e-3
     else:
         np.testing.assert_allclose(a[same], b[same], rtol=2e-3, atol=1e-6)
-    for again, first in zip(assign_and_pack(x, c, form), ours, strict=True):
-        np.testing.assert_array_equal(again, first)
+    again = assign_and_pack(x, c, form, tuning=Tuning(rolled_columns=True))
+    for other, first in zip(again, ours, strict=True):
+        np.testing.assert_array_equal(other, first)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +154,7 @@ def test_bad_tokens_and_mapped_layers():
     jax.tree.map(lambda m, a: np.testing.assert_array_equal(m[1], a), mapped, alone)
     bad = x[0].at[0, 1, 3, 4].set(jnp.nan)
     state = codec.init(bad.shape, bad.dtype)
-    ours, _ = codec.encode(bad, state, implementation="mosaic")
-    right, _ = on_cpu(functools.partial(codec.encode, implementation="xla"), bad, state)
-    assert (np.asarray(ours[0].ids_BHST) == np.asarray(right[0].ids_BHST)).mean() > 0.99
-    assert bool(jnp.isfinite(codec.decode(ours)).all())
+    ours = codec.encode(bad, state, implementation="mosaic")
+    right = codec.encode(bad.at[0, 1, 3, 4].set(0), state, implementation="mosaic")
+    jax.tree.map(np.testing.assert_array_equal, ours, right)
+    assert bool(jnp.isfinite(codec.decode(ours[0])).all())

@@ -36,6 +36,7 @@ from qvg_jax import backends
 from qvg_jax.attention import choice
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
+from qvg_jax.attention.cudnn import Workspaces, attend_cudnn
 from qvg_jax.attention.formats import scheme_of
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.quantize.grid import grid_quantize
@@ -91,14 +92,14 @@ def _source(name: str, rows: int, tokens: int) -> tuple[Encoded | jax.Array, Sch
     return _random(scheme, head_dim, rows, tokens), scheme, head_dim
 
 
-def _launch(name, pairing, *, tokens=300, valid=300):
+def _launch(name, pairing, *, tokens=300, valid=300, width=None):
     source, scheme, d = _source(name, 12, tokens)
     rotation = None
     if pairing is not None:
         cos_sin = tuple(jnp.concatenate([t, t], -1)[..., : d // 2] for t in angles(0, 6, tokens))
         rotation = Rotation(cos_sin, pairing, batch=2, first=i32(2))
     args = Spans(source, scheme, i32(4), 6), i32(valid), rotation
-    return args, dequantize.launch_for(*args)
+    return args, dequantize.launch_for(*args, width)
 
 
 # -- compiled
@@ -119,7 +120,8 @@ def _launch(name, pairing, *, tokens=300, valid=300):
     ],
 )
 def test_decoding_compiles_for_every_gpu(name, pairing, cc):
-    _, (launch, operands, out) = _launch(name, pairing)
+    width = 999 if name in ("qvg", "3 bits") else None  # tiles that are cut, and zeros behind them
+    _, (launch, operands, out) = _launch(name, pairing, width=width)
     used = usage(compiled(launch, operands, out, cc))
     assert used.spills == 0 and used.shared <= 16 * 1024  # many programs on a multiprocessor
     assert used.registers <= 168, used
@@ -156,6 +158,40 @@ def test_decoding_equals_the_reference(name, pairing):
     bound = 4e-3 if rounded else 1e-6
     assert ours.shape == right.shape
     assert np.linalg.norm(ours - right) <= bound * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize(
+    "name, pairing, tokens, valid, width",
+    [
+        ("qvg", "half", 70, 180, 300),  # part of the last span
+        ("dither", "half", 64, 128, 192),  # no tile is cut
+        ("qvg-asym", "interleaved", 40, 30, 131),  # of the second span nothing
+        ("midrise", None, 33, 99, 99),  # no room behind the last span
+        ("dither", None, 70, 0, 220),
+        ("qvg", "half", 70, 180, None),
+        ("plain", "half", 70, 210, 256),
+    ],
+)
+def test_several_spans_lie_behind_each_other_in_a_workspace_that_is_written_whole(
+    name, pairing, tokens, valid, width
+):
+    source, scheme, _ = _source(name, 12, tokens)
+    rotation = None
+    if pairing is not None:
+        rotation = Rotation(angles(0, 6, tokens), pairing, batch=2, first=jnp.asarray([4, 0, 2]))
+    spans = Spans(source, scheme, jnp.asarray([8, 0, 4]), 4)
+    with interpreted(dequantize):
+        launch, operands, out = dequantize.launch_for(spans, i32(valid), rotation, width)
+        ours = run_interpreted(launch, *operands, out=jax.ShapeDtypeStruct(out.shape, f32))
+    right = reference.decoded(spans)
+    right = reference.rotated(right, rotation and reference.cos_sin_of(rotation), pairing)
+    right = np.asarray(reference._filled(right, valid, width=width))
+    written = width if width is not None else -(-valid // 256) * 256
+    assert ours.shape == right.shape and np.isnan(ours[:, written:]).all()
+    ours, right = ours[:, :written], right[:, :written]
+    bound = 4e-3 if name in ("dither", "midrise") else 1e-6  # tables of 8 bits, as above
+    assert np.linalg.norm(ours - right) <= bound * np.linalg.norm(right)
+    assert not ours[:, valid:].any()
 
 
 @pytest.mark.parametrize("tokens, valid", [(1, 1), (300, 257), (300, 0), (600, 30)])
@@ -215,14 +251,27 @@ def test_attend_traces_in_a_scan_over_layers_to_calls_that_update_their_state(on
         layer = lambda h, i: (read(h, k_BTHD=k, v_BTHD=v, layer=i), None)  # noqa: E731
         return lax.scan(layer, q, jnp.arange(3))[0]
 
-    for implementation, calls in (("triton", 9), (None, 0)):
+    for implementation, calls in (("triton", 9), (None, 9), ("xla", 0)):
         program = str(
             jax.make_jaxpr(functools.partial(model, implementation=implementation))(
                 x, cache, x, x, pos
             )
         )
-        # Three decoded and attended: the new block, sink and window, spans. Only if it is named.
+        # Three decoded and attended: the new block, sink and window, spans. Unnamed for few queries.
         assert program.count("triton_kernel_call[") == calls and "pallas_call" not in program
+
+
+def test_triton_decodes_for_cudnn(on_a_gpu):
+    cache = form_of_cache(codecs()["midrise"])
+    x, pos = jax.ShapeDtypeStruct((1, 160, 2, 128), jnp.bfloat16), positions(9, 160)
+
+    def read(decoder, q, cache, k, v, pos):
+        sizes, view = Workspaces(decoder=decoder), cache.view(pos, HALF)
+        return attend_cudnn(q, view, k, v, i32(0), f32(1), backend="xla", workspaces=sizes)[0]
+
+    for decoder, calls in (("triton", 2), ("xla", 0)):  # keys and values, in the loop over spans
+        program = str(jax.make_jaxpr(functools.partial(read, decoder))(x, cache, x, x, pos))
+        assert program.count("triton_kernel_call[") == calls
 
 
 @pytest.mark.parametrize("name", ["qvg", "midrise, int8 tables", "odd", "1 and 3 bits"])
@@ -271,8 +320,12 @@ def test_what_is_missing_is_named(monkeypatch):
     spans, here = Spans(source, scheme, 0, 2), dict(valid=64, implementation="triton")
     with pytest.raises(NotImplementedError, match="dtype=float8_e4m3fn; the kernel writes bf"):
         decode_keys(spans, dtype=E4M3, scale_n=jnp.ones(2), **here)
-    with pytest.raises(NotImplementedError, match="whole spans one at a time"):
+    with pytest.raises(NotImplementedError, match="leaves room by a width"):
         decode_keys(spans, dtype=jnp.bfloat16, room=64, **here)
+    with pytest.raises(ValueError, match="width=63, room=0; accepted: no room, and at least 64"):
+        decode_values(spans, dtype=jnp.bfloat16, width=63, **here)
+    with pytest.raises(NotImplementedError, match="width=64 with implementation='mosaic'"):
+        decode_keys(spans, dtype=jnp.bfloat16, width=64, valid=64)
     with pytest.raises(NotImplementedError, match="no workspace in place"):
         append_keys(jnp.zeros((2, 256, 128), jnp.bfloat16), 0, Tokens(q, 0, 1), **here)
     odd = Scheme(bits=2, group=24, offset=1, stages=1)

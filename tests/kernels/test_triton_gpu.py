@@ -29,7 +29,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(no_triton() is not None, reaso
 def test_decoding_equals_the_reference(name):
     source, scheme = encoded(name, 12, 300)
     spans, here = Spans(source, scheme, 4, 6), dict(valid=300, dtype=jnp.bfloat16)
-    bound = 4e-3 if name.startswith("midrise") else 2e-3  # 8-bit tables are rounded once more
+    # Tables of int8 with a step for each channel are rounded to bfloat16: 2.7e-3, of whatever codes.
+    rounded = source.centroids_RSKD is not None and source.centroids_RSKD.dtype == jnp.int8
+    bound = 4e-3 if rounded else 2e-3
     for pairing in ("half", "interleaved"):
         rotation = Rotation(angles(0, 6, 300), pairing, batch=2, first=2)
         keys = functools.partial(decode_keys, spans, **here, rotation=rotation)
@@ -38,6 +40,18 @@ def test_decoding_equals_the_reference(name):
     values = functools.partial(decode_values, spans, **here)
     ours, right = values(implementation="triton"), values(implementation="reference")
     assert difference(ours, right) < bound
+
+
+@pytest.mark.parametrize("pairing, tokens, width", [("half", 312, 1088), ("interleaved", 320, 999)])
+def test_several_spans_fill_a_workspace(pairing, tokens, width):
+    source, scheme = encoded("qvg", 12, tokens)
+    spans = Spans(source, scheme, jnp.asarray([8, 0, 4]), 4)
+    rotation = Rotation(angles(0, 6, tokens), pairing, batch=2, first=jnp.asarray([4, 0, 2]))
+    here = dict(valid=2 * tokens + 100, dtype=jnp.bfloat16, width=width)
+    for decode in (functools.partial(decode_keys, rotation=rotation), decode_values):
+        ours, right = (decode(spans, **here, implementation=by) for by in ("triton", "reference"))
+        assert difference(ours, right) < 2e-3
+        assert not ours[:, 2 * tokens + 100 :].any()  # zeros, which NaN is not
 
 
 @pytest.mark.parametrize("name", [*codecs(), "1 and 3 bits"])
