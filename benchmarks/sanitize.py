@@ -186,11 +186,13 @@ def _attention(head_dim: int, dtype: jnp.dtype, name: str) -> Iterator[tuple[str
 def main(argv: list[str] | None = None) -> int:
     """Runs all calls and returns the number of those that failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="calls whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="calls whose name contains one of these"
+    )
     args = parser.parse_args(argv)
     failed = 0
     for name, function, arguments in calls():
-        if args.only not in name:
+        if not any(part in name for part in args.only):
             continue
         start = time.perf_counter()
         try:

@@ -14,7 +14,9 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 # Most programs run a few times on tiny sizes, so that a CPU spends its time on compiling them.
 # `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do; the checks of a push say so.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    # XLA's older code for fusions compiles in half the time; without optimizations it is all one.
+    os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 
 import jax
 import pytest
@@ -35,6 +37,12 @@ collect_ignore_glob = ["kernels/*", "attention/test_kernels_*"] if OTHER_JAX els
 def pytest_report_header() -> list[str]:
     """Says which tests are left out on another JAX than the kernels'."""
     return [f"jax {jax.__version__}: no tests of kernels, which are for {KERNELS_JAX}"] * OTHER_JAX
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with slow tests first, so that none of them is alone on a worker at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 # A shell starts background jobs with Ctrl-C ignored, and a command that ignores it stays so.

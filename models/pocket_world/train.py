@@ -215,7 +215,8 @@ def train(
             stage = next(s for s in cfg.stages if now < s.until)
             state, loss = train_chunk(cfg, graph, stage, state, jnp.float32(now), attention)
             spent = before + (time.monotonic() - start) / 60
-            state["minutes"], chunks = jnp.float32(spent), chunks + 1
+            # Placed as it was, or the next chunk would be compiled anew after a checkpoint was read.
+            state["minutes"], chunks = jnp.full_like(state["minutes"], spent), chunks + 1
             row = dict(
                 step=int(state["step"]),
                 loss=float(loss),

@@ -154,8 +154,10 @@ def trained(tmp_path_factory):
     rows = []
     train.train(cfg, out, steps=6, pause_after=0.0, dtype=jnp.float32, log=rows.append)
     assert not rows  # no time at all: nothing but a checkpoint of step 0
+    programs = train.train_chunk._cache_size()
     _, state = train.train(cfg, out, steps=4, dtype=jnp.float32, log=rows.append)
     _, state = train.train(cfg, out, steps=6, dtype=jnp.float32, log=rows.append)
+    assert train.train_chunk._cache_size() == programs + 1  # from a checkpoint on, too
     weights = out / "weights.safetensors"
     params.save_weights(weights, cfg.model, state["ema"], dict(steps=6))
     return out, state, rows, weights
