@@ -146,14 +146,14 @@ def sums(
         count = last - first
 
         def assign(i):
-            slot, ring, on = lax.rem(i, tuning.stages), lax.rem(i, rings), i < count
-            pl.when(on)(lambda: plgpu.barrier_wait(x_full.at[slot]))
+            steps = jnp.where(i < count, clusters // tuning.columns, 0)
+            slot, ring = lax.rem(i, tuning.stages), lax.rem(i, rings)
+            pl.when(steps > 0)(lambda: plgpu.barrier_wait(x_full.at[slot]))
             x_ref = x_smem.at[slot, pl.ds(wg * ROWS, ROWS)]
-            steps = jnp.where(on, clusters // tuning.columns, 0)
             ids, score = nearest(x_ref, c_smem, bias_smem, tuning.columns, steps)
             start = (first + i) * TILE + wg * ROWS
 
-            @pl.when(on)
+            @pl.when(steps > 0)
             def _():
                 if scores:
                     more[0].at[row, pl.ds(start, ROWS)][...] = ids
@@ -164,9 +164,9 @@ def sums(
                 )
                 plgpu.barrier_arrive(ids_full.at[ring])
 
-        def add(i, carry):
-            slot, ring, on = lax.rem(i, tuning.stages), lax.rem(i, rings), i >= 0
-            pl.when(on)(lambda: plgpu.barrier_wait(ids_full.at[ring]))
+        def add(i, carry, halves):
+            slot, ring = lax.rem(i, tuning.stages), lax.rem(i, rings)
+            pl.when(halves > 0)(lambda: plgpu.barrier_wait(ids_full.at[ring]))
             shape = (own, ROWS)
 
             def add_half(i_half, carry):
@@ -179,8 +179,8 @@ def sums(
                 hot = hot.astype(jnp.bfloat16)
                 return multiply_into(total, hot, x_smem.at[slot, half]), number
 
-            carry = lax.fori_loop(0, jnp.where(on, 2, 0), add_half, carry)
-            pl.when(on)(lambda: plgpu.barrier_arrive(x_empty.at[slot]))
+            carry = lax.fori_loop(0, halves, add_half, carry)
+            pl.when(halves > 0)(lambda: plgpu.barrier_arrive(x_empty.at[slot]))
             return carry
 
         # A tile is added one step after it is assigned, so that the two warpgroups may drift apart.
@@ -189,7 +189,7 @@ def sums(
         # steps outside of the loop the kernel is twice as long and 6 % slower.
         def step(i, carry):
             assign(i)
-            return add(i - 1, carry)
+            return add(i - 1, carry, jnp.where(i > 0, 2, 0))
 
         @pl.when(wg < 2)
         def _():
