@@ -22,7 +22,7 @@ import jax
 from benchmarks import attention_cases, encode, kernels
 from benchmarks.attention_cases import Row
 from qvg_jax.app.report import aligned
-from qvg_jax.backends import capability, no_hopper
+from qvg_jax.backends import capability, no_hopper, no_triton
 from qvg_jax.codecs import presets
 
 ACCEPTED = Path(__file__).with_name("accepted.json")
@@ -77,7 +77,7 @@ def measure(repeats: int, *, tiny: bool = False) -> dict[str, Any]:
     else:
         rows = [row for row in attention_cases.ROWS if row.name in ROWS]
         rival, codecs, shapes = "cudnn", encode.CODECS, encode.LARGE
-        by = "mosaic" if hopper else "xla"
+        by = "mosaic" if hopper else "triton" if no_triton() is None else "xla"
     attention = kernels.attention_table(repeats, None, reads, rows=rows, rival=rival, until=until)
     encoding = encode.codec_rows(shapes, codecs, by, repeats, until=until)
     measured = {entry["row"] for entry in attention}

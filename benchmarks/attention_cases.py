@@ -200,8 +200,8 @@ READS = {
 PLANS = {
     "triton": _with("triton"),
     "cudnn, Triton decodes": _by_cudnn(decoder="triton"),
+    "cudnn, XLA decodes": _by_cudnn(decoder="xla"),
     "cudnn, Triton decodes, half a GB": _by_cudnn(decoder="triton", span_bytes=2**29),
-    "cudnn, half a GB": _by_cudnn(span_bytes=2**29),
     "fp8, span by span": _planned(True, SPAN_BY_SPAN),
     "bf16, span by span": _planned(False, SPAN_BY_SPAN),
     "fp8, even": _planned(True, Plan(even=True)),

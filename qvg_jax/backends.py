@@ -204,8 +204,7 @@ def resolve(
         if value is not None and value not in names:
             raise ValueError(f"{argument}={value!r} is not accepted: give one of {tuple(names)}")
     meant = [c for c in candidates if c.is_meant(implementation, precision)]
-    # "bf16" names none of the candidates that have it.
-    chosen, refused = _first(meant, call, named=implementation is not None or precision == "fp8")
+    chosen, refused = _first(meant, call, named=implementation is not None or precision is not None)
     if chosen is not None:
         return Choice(chosen, refused)
     given = {"implementation": implementation, "precision": precision}

@@ -84,12 +84,12 @@ def attend(
             no value.
         return_lse: whether to return the log-sum-exp of the logits too: (output, float32 (B, T, Hq)).
             It includes `sink_logits`.
-        implementation: "mosaic", kernels for Hopper GPUs that decode spans into a workspace; "triton",
-            the like for NVIDIA GPUs of compute capability 8.0 and more, which need jax_triton; "cudnn",
-            spans decoded by XLA and attended by cuDNN, for the same GPUs; "xla", anywhere. None
-            takes the first of these that serves the call, "triton" only for at most 256 queries of a
-            head or where cuDNN does not serve (`explain` says which, and why). A named one is
-            never replaced: what it cannot read is an error.
+        implementation: "mosaic", kernels for Hopper GPUs that decode spans into a workspace; "cudnn",
+            for NVIDIA GPUs of compute capability 8.0 and more: cuDNN attends to spans that Triton
+            decodes where jax_triton is installed, and else XLA; "triton", kernels for the same GPUs,
+            which need jax_triton; "xla", anywhere. None takes the first of these that serves the call
+            (`explain` says which, and why). A named one is never replaced: what it cannot read is an
+            error.
             "mosaic_fp8" is an older name of "mosaic" in fp8.
         precision: precision of the matrix products: "bf16", or "fp8" with "mosaic", where spans and
             the new block are read in e4m3: faster, for an error small beside that of 2-bit codes.
@@ -173,7 +173,10 @@ def _attend(
     if chosen.implementation == "xla":
         attend_some = attend_xla
     elif chosen.implementation == "cudnn":
-        from qvg_jax.attention.cudnn import attend_cudnn as attend_some
+        from qvg_jax.attention.cudnn import Workspaces, attend_cudnn
+
+        decoder = "triton" if chosen.decoding == "kernels" else "xla"
+        attend_some = functools.partial(attend_cudnn, workspaces=Workspaces(decoder=decoder))
     else:
         attend_some = functools.partial(_attend_kernels, chosen)
     if view.cache.layout.history is not None:

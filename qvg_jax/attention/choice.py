@@ -20,10 +20,6 @@ from qvg_jax.codecs.storage import Centroids, Levels, Storage
 
 __all__ = ["CANDIDATES", "Explanation", "choose", "explain", "wants_bf16"]
 
-# Of a key-value head. Up to so many, 256 being the most that were measured, Triton's attention is faster
-# than cuDNN's, which has too few tiles to hide decoding (docs/benchmarks/attention.md).
-FEW_QUERIES = 256
-
 ALIASES = {"mosaic_fp8": ("mosaic", "fp8")}  # names of earlier releases
 
 
@@ -66,13 +62,11 @@ def _no_cudnn(call: _Call) -> str | None:
     return cudnn.unsupported(call.view, call.q_BTHD, call.features)
 
 
-def _cudnn_is_faster(call: _Call) -> str | None:
-    """The reason why Triton attends only for callers who name it: cuDNN serves the call, and faster."""
-    view, (rows, tokens, heads, _) = call.view, call.q_BTHD.shape
-    queries = tokens * (heads // view.heads) * (rows // view.cache.layout.batch)
-    if queries <= FEW_QUERIES or _no_cudnn(call) is not None:
-        return None
-    return f"{queries} queries of a head; cuDNN is faster for more than {FEW_QUERIES}"
+def _no_triton_for_cudnn(call: _Call) -> str | None:
+    """The reason why cuDNN does not attend to spans that Triton decodes, or None if it does."""
+    from qvg_jax.attention import cudnn
+
+    return _no_cudnn(call) or no_triton() or cudnn.undecodable(call.view, call.q_BTHD)
 
 
 def _too_fine(call: _Call) -> str | None:
@@ -113,17 +107,19 @@ def _mosaic(precision: str, decoding: str, named: bool | None) -> Candidate:
     return Candidate("mosaic", why_not, precision, decoding, named, why_name)
 
 
-# In order of preference. Who names "mosaic" or "triton" has spans decoded by them, or an error; who
-# names nothing may get the attention of the one and the decoding of XLA.
+# In order of preference, which is the order of their speed (docs/benchmarks/attention.md). Who names "mosaic"
+# or "triton" has spans decoded by them, or an error; who names "cudnn" by Triton where it can; who names
+# nothing may get the attention of Mosaic and the decoding of XLA.
 CANDIDATES = (
     _mosaic("fp8", "kernels", None),
     _mosaic("bf16", "kernels", None),
     _mosaic("bf16", "xla", False),
+    Candidate("cudnn", _no_triton_for_cudnn, "bf16", "kernels"),
+    Candidate("cudnn", _no_cudnn, "bf16", "xla"),
     Candidate(
         "triton", lambda call: _no_kernels(call, lambda: no_triton(), False, "kernels"), "bf16",
-        "kernels", why_name=_cudnn_is_faster,
+        "kernels",
     ),
-    Candidate("cudnn", _no_cudnn, "bf16", "xla"),
     Candidate("xla", lambda call: xla.unsupported(call.view, call.features), None, "xla"),
 )  # fmt: skip
 
@@ -153,7 +149,7 @@ class Explanation:
     Attributes:
         implementation: "mosaic", "cudnn", "triton" or "xla".
         precision: "bf16" or "fp8", of the matrix products; None is that of the queries.
-        decoding: "kernels" or "xla", by which compressed spans are decoded.
+        decoding: "kernels" or "xla", by which compressed spans are decoded; for "cudnn" kernels are Triton's.
         others: why each other way does not run: the reason why it cannot, or that it must be named.
         heads: how heads differ in what they read; None if all of them read the whole cache.
     """

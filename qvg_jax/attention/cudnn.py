@@ -4,6 +4,7 @@ The keys of a call lie in one workspace of bounded size: the new block with the 
 window, or more tokens of those, or a few spans. `flash` merges the results of the calls.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -17,7 +18,7 @@ from qvg_jax.attention.flash import BACKENDS, Softmax, no_keys, split, visit
 from qvg_jax.attention.formats import scheme_of
 from qvg_jax.attention.workspaces import by_kernels
 from qvg_jax.attention.xla import attend_new_block
-from qvg_jax.backends import capability, on_several_devices
+from qvg_jax.backends import capability, no_triton, on_several_devices
 from qvg_jax.cache.layer_codecs import LayerCodecs
 from qvg_jax.cache.layout import Layout
 from qvg_jax.cache.view import CacheView
@@ -99,7 +100,11 @@ def attend_cudnn(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not accepted: give one of {tuple(BACKENDS)}")
-    if workspaces.decoder != "xla" and (why := undecodable(view, q_BTHD)) is not None:
+    why = undecodable(view, q_BTHD)
+    if workspaces.decoder is None:
+        decoder = "triton" if why is None and no_triton() is None else "xla"
+        workspaces = dataclasses.replace(workspaces, decoder=decoder)
+    elif workspaces.decoder != "xla" and why is not None:
         raise NotImplementedError(f"decoder={workspaces.decoder!r}: {why}; 'xla' serves it")
     lay: Layout = view.cache.layout
     batches, tokens, query_heads = q_BTHD.shape[:3]

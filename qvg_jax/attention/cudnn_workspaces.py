@@ -28,13 +28,14 @@ class Workspaces:
         span_bytes: K and V of spans; one span is always allowed.
         parts: into how many parts the keys of a call are split; None chooses (`parts_for`).
         decoder: what decodes spans: "xla"; "triton", which rotates keys and fills the workspace in the
-            same pass; or "reference", which computes what "triton" does on any device.
+            same pass; or "reference", which computes what "triton" does on any device. None is "triton"
+            where jax_triton is installed and its kernels decode the codecs, else "xla".
     """
 
     dense_bytes: int = 2**26
     span_bytes: int = 2**28
     parts: int | None = None
-    decoder: str = "xla"
+    decoder: str | None = None
 
 
 MEASURED = Workspaces()

@@ -45,7 +45,8 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
             be a chain).
         encoder: what encodes: "xla", anywhere; "mosaic", kernels for Hopper GPUs, and "triton",
             those for NVIDIA GPUs from Ampere on, for one `kmeans_smoothing` before any codec (XLA
-            encodes residuals for which there is no kernel); None is "mosaic" where that serves, else "xla".
+            encodes residuals for which there is no kernel); None is the first of "mosaic", "triton" and
+            "xla" that serves, "triton" where jax_triton is installed.
 
     Returns:
         A codec whose `packed` and `state` are tuples with one entry per transform. Its encode
@@ -197,7 +198,7 @@ class _Encoding(NamedTuple):
 # In order of preference.
 CANDIDATES = (
     Candidate("mosaic", lambda call: no_hopper() or call.without("mosaic")),
-    Candidate("triton", lambda call: call.without("triton") or no_triton(), named=True),
+    Candidate("triton", lambda call: no_triton() or call.without("triton")),
     Candidate("xla", lambda call: None),
 )
 

@@ -247,7 +247,7 @@ def get(name: str, **overrides: Any) -> Codec:
     Args:
         name: a key of `PRESETS`.
         **overrides: keywords of its constructor, e.g. `num_centroids=64`, and `encoder`: what a
-            chain encodes with, "xla" (the default), "mosaic" or "triton".
+            chain encodes with, "xla", "mosaic" or "triton"; see `chain` for what it is otherwise.
 
     Returns:
         The codec; its name is the recipe's, and `str(codec)` the recipe with its overrides.

@@ -19,8 +19,8 @@ def cache_of(codec="qvg:num_centroids=8", head_dim=128, **settings):
     )  # fmt: skip
 
 
-def queries(head_dim=128, dtype=jnp.bfloat16, tokens=32, heads=2, rows=1):
-    return jax.ShapeDtypeStruct((rows, tokens, heads, head_dim), dtype)
+def queries(head_dim=128, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((1, 32, 2, head_dim), dtype)
 
 
 def gpu(monkeypatch, capability, triton=True):
@@ -52,7 +52,7 @@ def test_the_order_of_preference_on_hopper(hopper):
     # cuDNN takes widths that the kernels do not.
     assert chosen(cache_of("rtn", head_dim=96), queries(96)) == ("cudnn", "bf16", "xla")
     assert chosen(cache_of(), queries(dtype=jnp.float32)) == ("xla", None, "xla")
-    assert chosen(cache_of(key_bias=KeyBias(offset=-0.5))) == ("cudnn", "bf16", "xla")
+    assert chosen(cache_of(key_bias=KeyBias(offset=-0.5))) == ("cudnn", "bf16", "kernels")
 
 
 def test_ampere_gets_cudnn_and_a_t4_xla(monkeypatch):
@@ -61,26 +61,24 @@ def test_ampere_gets_cudnn_and_a_t4_xla(monkeypatch):
         assert chosen(cache_of())[0] == name
 
 
-def test_triton_attends_to_few_queries_where_it_is_installed(monkeypatch):
-    few, many = queries(tokens=choice.FEW_QUERIES), queries(tokens=choice.FEW_QUERIES + 1)
-    triton = ("triton", "bf16", "kernels")
+def test_triton_decodes_for_cudnn_where_it_is_installed_and_can(monkeypatch):
     gpu(monkeypatch, (8, 6))
-    cache = cache_of()
-    assert chosen(cache, few) == chosen(cache, few, precision="bf16") == triton
-    for q in (many, queries(tokens=129, heads=4), queries(tokens=129, rows=2)):  # of a head
-        assert chosen(cache, q)[0] == chosen(cache, q, precision="bf16")[0] == "cudnn"
-    assert chosen(cache, many, implementation="triton") == triton
-    assert chosen(cache_of("kivi"), few)[0] == "cudnn"
-    why = choice.explain(cache, many).others["triton in bf16, spans decoded by kernels"]
-    assert (
-        why
-        == "it serves the call if it is named: 257 queries of a head; cuDNN is faster for more than 256"
-    )
-    # Ampere's cuDNN does not read 256 channels, for which XLA is the only other way.
-    assert chosen(cache_of(head_dim=256), queries(256, tokens=999)) == triton
+    cache, by_xla = cache_of(), ("cudnn", "bf16", "xla")
+    for names in ({}, dict(precision="bf16"), dict(implementation="cudnn")):
+        assert chosen(cache, **names) == ("cudnn", "bf16", "kernels")
+        assert chosen(cache_of("kivi"), **names) == by_xla
+    found = choice.explain(cache, queries())
+    assert found.runs == "cudnn in bf16, spans decoded by kernels"
+    assert found.others["cudnn in bf16, spans decoded by xla"].endswith("comes later")
+    assert found.others["triton in bf16, spans decoded by kernels"].endswith("comes later")
+    why = choice.explain(cache_of("kivi"), queries()).others[found.runs]
+    assert "do not decode the key codec kivi" in why
+    assert chosen(cache, implementation="triton") == ("triton", "bf16", "kernels")
+    # Ampere's cuDNN does not read 256 channels: Triton attends.
+    assert chosen(cache_of(head_dim=256), queries(256)) == ("triton", "bf16", "kernels")
     gpu(monkeypatch, (8, 6), triton=False)
-    assert chosen(cache, few)[0] == "cudnn"
-    assert "need jax_triton" in str(choice.explain(cache, few))
+    assert chosen(cache) == by_xla
+    assert "need jax_triton" in choice.explain(cache, queries()).others[found.runs]
 
 
 def test_names_choose_precision_and_implementation(hopper):
@@ -93,7 +91,8 @@ def test_names_choose_precision_and_implementation(hopper):
     assert chosen(cache, precision="bf16") == ("mosaic", "bf16", "kernels")
     assert chosen(cache_of("qvg-pro:num_centroids=8"), precision="fp8") == fp8
     assert chosen(cache, implementation="triton") == ("triton", "bf16", "kernels")
-    assert chosen(cache, implementation="cudnn") == ("cudnn", "bf16", "xla")
+    assert chosen(cache, implementation="cudnn") == ("cudnn", "bf16", "kernels")
+    assert chosen(cache_of("kivi"), implementation="cudnn") == ("cudnn", "bf16", "xla")
     assert chosen(cache, implementation="xla") == ("xla", None, "xla")
 
 

@@ -33,7 +33,7 @@ from pallas_kernels.dequantize import (
 from pallas_kernels.dequantize import api as dequantize_api
 from pallas_kernels.dequantize import triton as dequantize
 from qvg_jax import backends
-from qvg_jax.attention import choice
+from qvg_jax.attention import choice, cudnn
 from qvg_jax.attention import kernels as mosaic
 from qvg_jax.attention.api import attend
 from qvg_jax.attention.cudnn import Workspaces, attend_cudnn
@@ -235,7 +235,7 @@ def test_attention_equals_the_reference(head_dim, splits):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """As on a GPU with jax_triton, which only lowering would need."""
-    for module in (backends, choice):
+    for module in (backends, choice, cudnn):
         monkeypatch.setattr(module, "no_triton", lambda: None)
     for api in (attention_api, dequantize_api):
         monkeypatch.setattr(api, "missing", lambda: None)
@@ -257,7 +257,7 @@ def test_attend_traces_in_a_scan_over_layers_to_calls_that_update_their_state(on
                 x, cache, x, x, pos
             )
         )
-        # Three decoded and attended: the new block, sink and window, spans. Unnamed for few queries.
+        # Three decoded and attended: the new block, sink and window, spans. Unnamed where cuDNN is not.
         assert program.count("triton_kernel_call[") == calls and "pallas_call" not in program
 
 
@@ -269,7 +269,8 @@ def test_triton_decodes_for_cudnn(on_a_gpu):
         sizes, view = Workspaces(decoder=decoder), cache.view(pos, HALF)
         return attend_cudnn(q, view, k, v, i32(0), f32(1), backend="xla", workspaces=sizes)[0]
 
-    for decoder, calls in (("triton", 2), ("xla", 0)):  # keys and values, in the loop over spans
+    # Keys and values, in the loop over spans.
+    for decoder, calls in (("triton", 2), (None, 2), ("xla", 0)):
         program = str(jax.make_jaxpr(functools.partial(read, decoder))(x, cache, x, x, pos))
         assert program.count("triton_kernel_call[") == calls
 

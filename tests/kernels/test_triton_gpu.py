@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from qvg_jax.backends import no_triton
 from qvg_jax.codecs import presets
 from tests.kernels.test_kernels_gpu import _layers
 from tests.support.kernel_cases import (
+    ENCODERS,
     FORMATS,
     HALF,
     INTERLEAVED,
@@ -18,7 +20,10 @@ from tests.support.kernel_cases import (
     codecs,
     difference,
     encoded,
+    encoded_twice,
     filled_cache,
+    on_cpu,
+    round_trip_error,
     with_window_garbage,
 )
 
@@ -62,3 +67,16 @@ def test_attend_equals_xla_inside_a_scan_over_layers(name):
     ours, again, right = (_layers(cache, rope, i) for i in ("triton", "triton", "xla"))
     assert difference(ours, right) < 1e-2
     np.testing.assert_array_equal(ours, again)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_codecs_encode_as_well_as_xla(name):
+    codec = ENCODERS[name]()
+    ours, again = (encoded_twice(codec, "triton", tokens=1000) for _ in range(2))
+    right = on_cpu(lambda: encoded_twice(codec, "xla", tokens=1000))
+    error = functools.partial(on_cpu, functools.partial(round_trip_error, codec))
+    for a, b in zip(ours, right, strict=True):
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        assert error(a) < 1.03 * error(b)
+    for a, b in zip(ours, again, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
