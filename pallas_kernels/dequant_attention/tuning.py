@@ -24,14 +24,11 @@ class Tuning:
         stages: tiles of K and of V in flight.
         registers: registers of a thread that computes and of a thread that loads; twice the first
             and once the second are at most 504, which is what three warpgroups start with.
-        peeled: whether logits and probabilities of the first tile are computed outside of the loop over tiles;
-            otherwise every step has conditions that the first one is another.
     """
 
     tile: int
     stages: int
     registers: tuple[int, int] = (232, 40)
-    peeled: bool = True
 
 
 # By dtype and head dim. Sizes for 128 are measured; 64 has the same; those for 256 are what registers

@@ -96,11 +96,6 @@ def smem_types(config: Config) -> Smem:
     )
 
 
-def _where(condition: Any) -> Any:
-    """Runs a function where the condition holds; None holds everywhere."""
-    return (lambda f: f()) if condition is None else pl.when(condition)
-
-
 def load_queries(task: Task, wg: Any, gmem: Gmem, smem: Smem) -> None:
     """Starts the copy of a compute warpgroup's queries into shared memory."""
     rows = pl.ds(task.query + wg * ROWS, ROWS)
@@ -173,56 +168,33 @@ class Compute:
         def _():
             self._release_tensor_cores()
 
-        in_last = (
-            valid - (task.end - 1) * config.tile
-        )  # keys of the last tile, which comes first, that count
+        s = self._first_logits(tiles_done)
+        s = jnp.where(self._columns() < valid - (task.end - 1) * config.tile, s, MASK_VALUE)
+        p, l, m = self._probabilities(s, constant((ROWS,), MASK_VALUE), scale)
         accs = tuple(constant((ROWS, config.acc_channels), 0.0) for _ in range(config.num_accs))
-        m, alpha = constant((ROWS,), MASK_VALUE), constant((ROWS,), 1.0)
-        if config.tuning.peeled:
-            p, l, m = self._probabilities(
-                self._masked(self._first_logits(tiles_done), in_last), m, scale
-            )
-        else:
-            p, l = self._left_of_zeros(), constant((ROWS, 8), 0.0)
+        alpha = constant((ROWS,), 1.0)
 
         def step(i, carry):
             """P V of tile i - 1, then logits of tile i."""
             accs, p, l, m, alpha = carry
             slot = lax.rem(tiles_done + i, config.stages)
-            v_slot = lax.rem(tiles_done + i - 1, config.stages)
-
-            def multiply(accs):
-                return tuple(
-                    self._accumulated(acc, alpha, p, self._values(v_slot, c))
-                    for c, acc in enumerate(accs)
-                )
-
-            @_where(before := None if config.tuning.peeled else i > 0)
-            def _():
-                plgpu.barrier_wait(smem.v_full.at[v_slot])
-
+            v_slot = self._slot_of_values(i - 1, tiles_done)
             plgpu.barrier_wait(smem.k_full.at[slot])
             self._wait_for_tensor_cores()
-            accs = (
-                multiply(accs) if before is None else lax.cond(before, multiply, lambda a: a, accs)
+            accs = tuple(
+                self._accumulated(acc, alpha, p, self._values(v_slot, c))
+                for c, acc in enumerate(accs)
             )
-
-            @_where(before)
-            def _():
-                plgpu.barrier_arrive(smem.v_empty.at[v_slot])
-
+            plgpu.barrier_arrive(smem.v_empty.at[v_slot])
             s = product(smem.q.at[self.wg], smem.k.at[slot].T, (ROWS, config.tile))
             self._release_tensor_cores()
             plgpu.barrier_arrive(smem.k_empty.at[slot])
-            if before is not None:
-                s = lax.cond(before, lambda s: s, lambda s: self._masked(s, in_last), s)
             p, l_tile, m_new = self._probabilities(s, m, scale)
             alpha = jnp.exp2(m - m_new)
             l = l * over_columns(alpha, l.shape) + l_tile
             return accs, p, l, m_new, alpha
 
-        start = 1 if config.tuning.peeled else 0
-        accs, p, l, m, alpha = lax.fori_loop(start, task.num_tiles, step, (accs, p, l, m, alpha))
+        accs, p, l, m, alpha = lax.fori_loop(1, task.num_tiles, step, (accs, p, l, m, alpha))
         if config.persistent:
             plgpu.barrier_arrive(smem.q_empty.at[self.wg])
         out = []
@@ -252,15 +224,6 @@ class Compute:
             return s
 
         return pl.run_scoped(logits, plgpu.ACC((ROWS, config.tile), jnp.float32))
-
-    def _masked(self, s: Array, valid: Any) -> Array:
-        """The logits of a tile of which the first `valid` keys count."""
-        return jnp.where(self._columns() < valid, s, MASK_VALUE)
-
-    def _left_of_zeros(self) -> Array:
-        """The left operand of P V before the first tile."""
-        p = constant((ROWS, self.config.tile), 0.0).astype(self.config.dtype)
-        return as_words(p) if self.config.fp8 else p
 
     def _columns(self) -> Array:
         """The token of a tile that each column of the logits belongs to."""
