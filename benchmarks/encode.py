@@ -89,14 +89,7 @@ DITHERED = {
 }
 VARIANTS = {
     "stages 3": Tuning(stages=3),
-    "at once": Tuning(late=False),
-    "columns in a loop": Tuning(rolled_columns=True),
-    "halves in a loop": Tuning(rolled_halves=True),
-    "both in loops": Tuning(rolled_columns=True, rolled_halves=True),
-    "nothing peeled": Tuning(rolled_columns=True, peeled=False),
-    "at once, columns in a loop": Tuning(late=False, rolled_columns=True),
     "columns 64": Tuning(columns=64),
-    "columns 256": Tuning(columns=256, late=False),
 }
 SHAPES = {f"{heads}x{tokens}": (heads, tokens) for heads, tokens in (*DECODE, (3, 1536))}
 LARGE = list(SHAPES)[: len(DECODE)]

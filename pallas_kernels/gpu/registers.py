@@ -34,12 +34,31 @@ def over_columns(x_Q: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(x_Q, shape, [0])
 
 
+_REDUCTIONS = {
+    jnp.add: lambda a, b: a + b,
+    jnp.maximum: lambda a, b: a.max(b),
+    jnp.minimum: lambda a, b: a.min(b),
+}
+
+
 def fold(x: Array, op: Any, width: int) -> Array:
-    """Reduces the columns by `op` to `width` of them, by halves: independent steps, unlike one long sum."""
-    while x.shape[1] > width:
-        half = x.shape[1] // 2
-        x = op(x[:, :half], x[:, half:])
-    return x
+    """Reduces the columns by `op` to `width` of them, by halves: independent steps, unlike one long sum.
+
+    For the compiler it is one operation. As slices of arrays its steps took most of the time of inferring
+    layouts.
+    """
+    shape = (x.shape[0], width)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_W,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=_W)
+    )
+    def run(ctx, x):
+        del ctx
+        while (half := x.shape[1] // 2) >= width:
+            x = _REDUCTIONS[op](x[:, :half], x[:, half:])
+        return x
+
+    return run(x)
 
 
 def _layout_of_words() -> Any:

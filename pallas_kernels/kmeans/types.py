@@ -40,21 +40,10 @@ class Tuning:
 
     Attributes:
         stages: tiles of x in flight.
-        late: whether a tile is added to the sums only after the next one is assigned, which lets
-            the two warpgroups drift apart.
         columns: centroids per product.
         registers: registers of a thread that computes and of a thread that loads.
-        rolled_columns: whether the products of `columns` centroids, and in the last pass those that pick
-            centroids, are a loop in the program.
-        rolled_halves: whether the two products that add a tile to the sums are a loop in the program.
-        peeled: whether the first tile is assigned, and the last one added, outside of the loop over tiles;
-            without it products are loops in the program. Only with `late`.
     """
 
     stages: int = 4
-    late: bool = True
     columns: int = 128
     registers: tuple[int, int] = (240, 24)
-    rolled_columns: bool = False
-    rolled_halves: bool = False
-    peeled: bool = True

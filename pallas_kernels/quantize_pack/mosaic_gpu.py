@@ -111,7 +111,7 @@ def encode(
         count = last - first
 
         def residual(x_ref):
-            ids, _ = nearest(x_ref, c_smem, bias_smem, tuning)
+            ids, _ = nearest(x_ref, c_smem, bias_smem, tuning.columns)
             table = picked_smem if apart else c_smem
             picked = constant((ROWS, HEAD_DIM), 0.0)
 
@@ -121,11 +121,7 @@ def encode(
                 hot = ones(cluster == over_columns(ids, shape)).astype(jnp.bfloat16)
                 return kmeans.multiply_into(picked, hot, table.at[pl.ds(start, 64)])
 
-            if tuning.rolled_columns:
-                picked = lax.fori_loop(0, clusters // 64, pick, picked)
-            else:
-                for n in range(clusters // 64):
-                    picked = pick(n, picked)
+            picked = lax.fori_loop(0, clusters // 64, pick, picked)
             return ids, plgpu.load(x_ref, layout=_W).astype(jnp.float32) - picked
 
         def step(i):

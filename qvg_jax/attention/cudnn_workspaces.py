@@ -21,14 +21,14 @@ __all__ = ["MEASURED", "Keys", "Reader", "Workspaces", "behind", "joined"]
 
 @dataclasses.dataclass(frozen=True)
 class Workspaces:
-    """Sizes of what one call of cuDNN reads; results differ by rounding only.
+    """How large the workspaces of a call of cuDNN are, and what decodes into them; results differ by rounding only.
 
     Attributes:
         dense_bytes: K and V of sink and window. All of them are rotated, the empty ones too.
         span_bytes: K and V of spans; one span is always allowed.
         parts: into how many parts the keys of a call are split; None chooses (`parts_for`).
-        decoder: of spans: "xla"; "triton", whose kernels rotate keys on the way and write nothing
-            else; or "reference", the way of "triton" on any device.
+        decoder: what decodes spans: "xla"; "triton", which rotates keys and fills the workspace in the
+            same pass; or "reference", which computes what "triton" does on any device.
     """
 
     dense_bytes: int = 2**26
@@ -83,9 +83,10 @@ class Reader:
             most = min(lay.max_spans, max(1, sizes.span_bytes // (token * lay.span_tokens)))
             groups = -(-lay.max_spans // most)
             self.at_once = -(-lay.max_spans // groups)  # groups of nearly equal size
-        self.read = None
+        self.read, self.turned = None, None
         if sizes.decoder != "xla" and view.reads_spans:
             self.read = of_spans(view, layer, jnp.bfloat16, sizes.decoder)
+            self.turned = None if new is None else (view.new(new[0]), new[1])
 
     def valid_parts(self) -> Array:
         """Parts of sink and window to visit: those that hold a token, or the first for the new block."""
@@ -185,14 +186,10 @@ class Reader:
         size = self.at_once * view.cache.layout.span_tokens + self.new_tokens
         parts, room = split(*self.q_nQD.shape[:2], size, self.parts)
         _, k_nWD, v_nWD = self.read(slot, valid, width=room)
-        if self.new is not None:  # in place, as nothing else reads what kernels wrote
-            k_new_BHTD, v_new_BHTD = self.new
-            k_nWD, v_nWD = (
-                lax.dynamic_update_slice_in_dim(
-                    x, new.reshape(x.shape[0], -1, x.shape[2]), valid, 1
-                )
-                for x, new in ((k_nWD, view.new(k_new_BHTD)), (v_nWD, v_new_BHTD))
-            )
+        if self.turned is not None:  # in place, as nothing else reads what kernels wrote
+            k_nTD, v_nTD = (x.reshape(k_nWD.shape[0], *x.shape[2:]) for x in self.turned)
+            k_nWD = lax.dynamic_update_slice_in_dim(k_nWD, k_nTD, valid, 1)
+            v_nWD = lax.dynamic_update_slice_in_dim(v_nWD, v_nTD, valid, 1)
         k_BHTD, v_BHTD = (x.reshape(-1, view.heads, *x.shape[1:]) for x in (k_nWD, v_nWD))
         return Keys(k_BHTD, v_BHTD, valid + jnp.where(joins, self.new_tokens, 0), parts)
 

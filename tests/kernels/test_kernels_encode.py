@@ -46,11 +46,10 @@ def interpreted(monkeypatch):
     "tokens, clusters, parts, tuning, equal",
     [
         (300, 256, 2, Tuning(), False),
-        (300, 256, 1, Tuning(peeled=False), False),
-        (100, 40, 1, Tuning(late=False), True),
-        (130, 40, 2, Tuning(peeled=False), True),
+        (100, 40, 1, Tuning(), True),
+        (130, 40, 2, Tuning(stages=3, columns=64), True),
     ],
-    ids=["late", "nothing peeled", "at once, by a metric", "nothing peeled, by a metric"],
+    ids=["two parts", "one tile, by a metric", "other sizes, by a metric"],
 )
 def test_sums_equal_the_reference(interpreted, tokens, clusters, parts, tuning, equal):
     """A partial last tile, fewer centroids than the table holds, several CTAs per row; by a metric."""
@@ -130,7 +129,7 @@ def test_packing_equals_the_reference(interpreted, form, equal):
     x = x.at[0, 10].set(c[0, 4] + 2.0**-9)  # a scale among e4m3's smallest
     metric = metric_of(x) if equal else None
     right = assign_and_pack(x, c, form, metric=metric, implementation="xla")
-    ours = assign_and_pack(x, c, form, metric=metric, tuning=Tuning(rolled_columns=equal))
+    ours = assign_and_pack(x, c, form, metric=metric)
     np.testing.assert_array_equal(ours[0], right[0])
     assert (np.asarray(ours[1]) != np.asarray(right[1])).mean() < 1e-3  # ties
     if isinstance(form, Integers):

@@ -4,6 +4,8 @@ Of decoding and of grouping queries every thread, in numpy; of attention all but
 interpreter.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from pallas_kernels.dequant_attention import (
     visit,
 )
 from pallas_kernels.dequant_attention import reference as attention_reference
+from pallas_kernels.dequant_attention.tuning import TUNING
 from pallas_kernels.dequantize import (
     Rotation,
     Spans,
@@ -188,7 +191,7 @@ def test_queries_are_rotated_and_grouped(machine, pairing, heads, branches, fp8,
         assert np.all(np.linalg.norm(logits(x) - exact, axis=-1) <= bound * norms)
 
 
-def _attended(monkeypatch, dtype, head_dim, rows, queries, segments, splits):
+def _attended(monkeypatch, dtype, head_dim, rows, queries, segments, splits, peeled=True):
     """The state that the kernel leaves after segments of one workspace, and the reference's output."""
     rng, tokens = np.random.default_rng(2), 512
     q = jnp.asarray(rng.standard_normal((rows, queries, head_dim)), jnp.bfloat16)
@@ -203,7 +206,8 @@ def _attended(monkeypatch, dtype, head_dim, rows, queries, segments, splits):
     right = attention_reference.empty(1, *prepared.q_nQD.shape)
     for valid in segments:
         right = attention_reference.segment(*prepared, *workspace, valid, scales, scales, right)
-    two = dict(k_scale_n=scales, v_scale_n=scales, splits=splits)
+    tuning = dataclasses.replace(TUNING[jnp.dtype(dtype).name][head_dim], peeled=peeled)
+    two = dict(k_scale_n=scales, v_scale_n=scales, splits=splits, tuning=tuning)
     with interpreted_attention(monkeypatch):
         refs = [jax.new_ref(x) for x in visit(prepared, *workspace, segments[0], **two)]
         for valid in segments[1:]:
@@ -227,21 +231,33 @@ def test_attention_equals_the_reference(monkeypatch, dtype, head_dim):
 # Warpgroups that miss each other at a barrier either raise an error or wait for ever.
 @pytest.mark.timeout(300, method="thread")
 @pytest.mark.parametrize(
-    "schedule, dtype, head_dim",
+    "schedule, dtype, head_dim, peeled",
     [
-        (Schedule(4, 3, 2, num_sms=2), jnp.bfloat16, 64),
-        (Schedule(4, 2, 3, num_sms=3), jnp.bfloat16, 128),
-        (Schedule(4, 0, 3, num_sms=1), jnp.bfloat16, 256),
-        (Schedule(4, 3, 2, num_sms=2), E4M3, 128),
+        (Schedule(4, 3, 2, num_sms=2), jnp.bfloat16, 64, True),
+        (Schedule(4, 2, 3, num_sms=3), jnp.bfloat16, 128, True),
+        (Schedule(4, 0, 3, num_sms=1), jnp.bfloat16, 256, True),
+        (Schedule(4, 3, 2, num_sms=2), E4M3, 128, True),
+        (Schedule(4, 2, 3, num_sms=3), jnp.bfloat16, 64, False),
+        (Schedule(4, 3, 2, num_sms=2), E4M3, 256, False),
     ],
-    ids=["3 and 2 parts, bf16", "2 and 6 parts, bf16", "12 parts, bf16", "3 and 2 parts, e4m3"],
+    ids=[
+        "3 and 2 parts, bf16",
+        "2 and 6 parts, bf16",
+        "12 parts, bf16",
+        "3 and 2 parts, e4m3",
+        "2 and 6 parts, bf16, nothing peeled",
+        "3 and 2 parts, e4m3, nothing peeled",
+    ],
 )
-def test_pieces_one_after_another_equal_the_reference(monkeypatch, schedule, dtype, head_dim):
+def test_pieces_one_after_another_equal_the_reference(
+    monkeypatch, schedule, dtype, head_dim, peeled
+):
     """First one tile, so that some pieces have none; no keys at all; odd and even numbers of tiles.
 
     In e4m3 every piece is a CTA of its own, and the state between visits is bf16.
     """
     assert schedule.ctas < schedule.pieces
-    state, right = _attended(monkeypatch, dtype, head_dim, 2, 200, (50, 0, 300, 512), schedule)
+    segments = (50, 0, 300, 512)
+    state, right = _attended(monkeypatch, dtype, head_dim, 2, 200, segments, schedule, peeled)
     assert state[0].dtype == (jnp.float32 if dtype == jnp.bfloat16 else jnp.bfloat16)
     _attends(combine_splits(state, 200, schedule), right, dtype)

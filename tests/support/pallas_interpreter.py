@@ -1,8 +1,9 @@
 """Pallas's interpreter of GPU kernels: everything that the tests take from JAX's private modules.
 
-The interpreter has no products with an operand in registers, and no accumulators. So accumulators become
-plain arrays, and products become dot products of the operands. The rest is as on a GPU: warpgroups that
-wait for each other at barriers, tiles that are loaded and released, the state in place.
+The interpreter has no products with an operand in registers, no accumulators and no operations on the
+registers of a thread. So accumulators become plain arrays, products become dot products of the operands, and
+columns are folded as slices of arrays. The rest is as on a GPU: warpgroups that wait for each other at
+barriers, tiles that are loaded and released, the state in place.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.dequant_attention import warpgroups
 from pallas_kernels.dequantize.reference import key_row_of_token
 from pallas_kernels.kmeans import mosaic_gpu as kmeans
+from pallas_kernels.quantize_pack import levels
 
 __all__ = ["interpreted_attention", "interpreted_encoding"]
 
@@ -78,6 +80,12 @@ def _multiply_into(acc: Array, left: Array, right: Any) -> Array:
     return acc + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
 
 
+def _fold(x: Array, op: Any, width: int) -> Array:
+    while (half := x.shape[1] // 2) >= width:
+        x = op(x[:, :half], x[:, half:])
+    return x
+
+
 def _in_tokens(p: Array, dtype: Any) -> Array:
     """Probabilities, whose columns are rows of keys, in the order of the values."""
     del dtype
@@ -104,7 +112,12 @@ def interpreted_attention(monkeypatch: Any) -> Iterator[None]:
     gpu.wgmma, gpu.ACC = _Accumulator.add, _Shape
     with monkeypatch.context() as patch:
         for name, fake in dict(
-            pl=pl, plgpu=gpu, product=_product, as_words=lambda p: p, left_operand=_in_tokens
+            pl=pl,
+            plgpu=gpu,
+            product=_product,
+            fold=_fold,
+            as_words=lambda p: p,
+            left_operand=_in_tokens,
         ).items():
             patch.setattr(warpgroups, name, fake)
         patch.setattr(shared_memory.Barrier, "deallocate", _let_go)
@@ -120,6 +133,8 @@ def interpreted_encoding(monkeypatch: Any) -> Iterator[None]:
     """The encoding kernels run in the interpreter, which must find no race in the last call."""
     with monkeypatch.context() as patch:
         patch.setattr(kmeans, "multiply_into", _multiply_into)
+        for module in (kmeans, levels):
+            patch.setattr(module, "fold", _fold)
         with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
             yield
             assert not interpret_pallas_call.get_races().races_found
