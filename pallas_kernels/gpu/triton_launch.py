@@ -10,6 +10,9 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 __all__ = ["Launch", "missing"]
 
 
@@ -48,7 +51,7 @@ class Launch:
         return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
 
     def __call__(self, *operands: Any, out: Any) -> Any:
-        """Runs the kernel.
+        """Runs the kernel; under `vmap` once for each element, one after the other, unless references are among the operands.
 
         Args:
             operands: arrays, or jax references, which the kernel may write.
@@ -61,11 +64,14 @@ class Launch:
             raise NotImplementedError(f"implementation='triton': {why}")
         from jax_triton import triton_call
 
-        return triton_call(
-            *operands,
+        run = functools.partial(
+            triton_call,
             kernel=self.kernel,
             out_type=out,
             grid=self.grid,
             backend_options=self.options,
             **self.constants,
         )
+        if all(isinstance(x, jax.Array | np.ndarray) for x in operands):  # no references
+            run = jax.custom_batching.sequential_vmap(run)  # jax_triton has no rule of its own
+        return run(*operands)

@@ -223,3 +223,16 @@ def test_what_a_codec_lacks_is_named():
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="'triton': .* cpu; .*'xla' serves it"):
             codec.encode(x, codec.init(x.shape, x.dtype), implementation="triton")
+
+
+@pytest.mark.parametrize("name", ["qvg", "dither-asym values"])
+def test_layers_are_mapped_one_after_the_other(monkeypatch, name):
+    """jax_triton has no rule for `vmap`, which caches of several layers use."""
+    monkeypatch.setattr(compose, "no_triton", lambda: None)
+    codec = ENCODERS[name]()
+    x = jax.ShapeDtypeStruct((3, 1, 2, 300, 128), jnp.bfloat16)
+    state = jax.eval_shape(jax.vmap(lambda x: codec.init(x.shape, x.dtype)), x)
+    encode = lambda x, s: codec.encode(x, s, implementation="triton")  # noqa: E731
+    packed, after = jax.eval_shape(jax.vmap(encode), x, state)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(packed))
