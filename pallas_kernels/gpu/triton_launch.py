@@ -51,7 +51,9 @@ class Launch:
         return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
 
     def __call__(self, *operands: Any, out: Any) -> Any:
-        """Runs the kernel; under `vmap` once for each element, one after the other, unless references are among the operands.
+        """Runs the kernel; under `vmap` once for each element, one after the other.
+
+        With references among the operands there is no `vmap`.
 
         Args:
             operands: arrays, or jax references, which the kernel may write.
