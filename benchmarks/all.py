@@ -21,6 +21,7 @@ import jax
 
 from benchmarks import attention_cases, encode, kernels
 from benchmarks.attention_cases import Row
+from benchmarks.common import positive
 from qvg_jax.app.report import aligned
 from qvg_jax.backends import capability, no_hopper, no_triton
 from qvg_jax.codecs import presets
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, compares, prints and writes; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--tolerance", type=float, default=0.08, help="of a ratio; 0.08 is 8 %%")
     parser.add_argument("--accepted", type=Path, default=ACCEPTED, help="file of accepted ratios")
     parser.add_argument("--accept", action="store_true", help="write this run's ratios there")

@@ -1,11 +1,12 @@
 """What the benchmarks of models share: processes of their own, clocks, the device's memory."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,53 @@ from typing import Any
 def names(text: str) -> tuple[str, ...]:
     """An argument with commas."""
     return tuple(text.split(","))
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """Returns a reader of an argument that is one of the known names."""
+    accepted = tuple(known)
+
+    def read(text: str) -> str:
+        if text not in accepted:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not known; accepted: {', '.join(accepted)}"
+            )
+        return text
+
+    return read
+
+
+def several_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Returns a reader of an argument of known names with commas."""
+    read = one_of(known)
+    return lambda text: tuple(read(name) for name in names(text))
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number of at least 1")
+    return int(text)
+
+
+def an_arm(text: str) -> str:
+    """An argument that is an arm, CODEC or CODEC@IMPLEMENTATION."""
+    from qvg_jax.attention.choice import ALIASES, CANDIDATES
+    from qvg_jax.codecs import presets
+
+    codec, way = split_arm(text)
+    try:
+        presets.parse_pair(codec)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if way is not None:
+        one_of((*dict.fromkeys(c.implementation for c in CANDIDATES), *ALIASES))(way)
+    return text
+
+
+def some_arms(text: str) -> tuple[str, ...]:
+    """An argument of arms with commas."""
+    return tuple(map(an_arm, names(text)))
 
 
 def split_arm(arm: str) -> tuple[str, str | None]:

@@ -56,7 +56,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The device, the seconds of the first block, and what JAX says of them, by program."""
     import jax
 
-    from benchmarks.self_forcing import Setup, block_at
+    from benchmarks.self_forcing import block_at
+    from benchmarks.self_forcing_setup import Setup
 
     if args.keep:
         jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.attention_cases import DECODE, noise
+from benchmarks.common import one_of, positive
 from benchmarks.kernels import compiled, milliseconds
 from pallas_kernels.kmeans import Metric, Tuning, kmeans_sums
 from pallas_kernels.quantize_pack import (
@@ -100,8 +101,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints a table, and returns and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shapes", nargs="*", default=LARGE, help=f"of {list(SHAPES)}")
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument(
+        "--shapes", nargs="*", type=one_of(SHAPES), default=LARGE, help=f"of {list(SHAPES)}"
+    )
     parser.add_argument(
         "--codecs",
         nargs="*",

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.attention_cases import BETWEEN, DECODE, FEW, PLANS, READS, ROWS, Row, inputs, noise
+from benchmarks.common import one_of, positive
 from benchmarks.decode_cases import DECODERS
 from benchmarks.device_time import table, traced
 
@@ -39,12 +40,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints two tables, and returns and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument(
-        "--rows", nargs="*", help="names of attention shapes; default: all of `ROWS`"
+        "--rows",
+        nargs="*",
+        type=one_of(row.name for row in (*ROWS, *BETWEEN)),
+        help="names of attention shapes; default: all of `ROWS`",
     )
     parser.add_argument(
-        "--reads", nargs="*", default=list(READS), help=f"of {', '.join(READS | PLANS)}"
+        "--reads",
+        nargs="*",
+        type=one_of(READS | PLANS),
+        default=list(READS),
+        help=f"of {', '.join(READS | PLANS)}",
     )
     parser.add_argument(
         "--also", nargs="*", default=[], type=_named, metavar="MODULE:FUNCTION", help="see above"

@@ -190,10 +190,11 @@ def main(argv: list[str] | None = None) -> int:
         "--only", nargs="+", default=[""], help="calls whose name contains one of these"
     )
     args = parser.parse_args(argv)
-    failed = 0
+    failed = ran = 0
     for name, function, arguments in calls():
         if not any(part in name for part in args.only):
             continue
+        ran += 1
         start = time.perf_counter()
         try:
             jax.block_until_ready(jax.jit(function)(*arguments))
@@ -201,8 +202,8 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:  # one line for each call, whatever is wrong with it
             said, failed = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}", failed + 1
         print(f"{name:60} {time.perf_counter() - start:6.1f} s  {said}", flush=True)
-    print(f"{failed} failed")
-    return failed
+    print(f"{ran} ran, {failed} failed")
+    return failed if ran else 2
 
 
 if __name__ == "__main__":

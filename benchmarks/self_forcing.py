@@ -30,10 +30,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device, names, numbers, peak, spawn, split_arm
+from benchmarks.common import (
+    an_arm,
+    device,
+    names,
+    numbers,
+    one_of,
+    peak,
+    positive,
+    several_of,
+    some_arms,
+    spawn,
+)
 from benchmarks.forward_pass import forward
-from benchmarks.heads import STAND_IN, write_list
+from benchmarks.heads import STAND_IN
 from benchmarks.model_tables import self_forcing_table
+from benchmarks.self_forcing_setup import Setup
+from models.self_forcing.releases import RELEASES
 
 PARTS = ("arms", "forward", "limit")
 ARMS_HELP = "CODEC or CODEC@IMPLEMENTATION of attention, smallest cache first"
@@ -59,20 +72,26 @@ def main() -> int:
         file.write_text(json.dumps(results, indent=1) + "\n")
     print(self_forcing_table(results, PARTS))
     print(f"{results['seconds']:.0f} s; wrote {file}")
-    return 0
+    return 1 if any("error" in results.get(part, {}) for part in args.parts) else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True)
-    add("--model", default="self-forcing", help="self-forcing or a release of its family")
-    add("--parts", type=names, default=PARTS, help=",".join(PARTS))
-    add("--arms", type=names, default=("qvg@mosaic_fp8", "qvg", "bf16"), help=ARMS_HELP)
+    family = ", ".join(RELEASES)
+    add("--model", type=one_of(RELEASES), default="self-forcing", help=f"of {family}")
+    add("--parts", type=several_of(PARTS), default=PARTS, help=",".join(PARTS))
+    add("--arms", type=some_arms, default=("qvg@mosaic_fp8", "qvg", "bf16"), help=ARMS_HELP)
     add("--frames", type=int, default=63, help="latent frames of a whole video")
     add("--budget", type=float, default=20, help="seconds for the blocks of an arm's video")
     add("--histories", type=numbers, default=(0, 60), help="latent frames before a block")
-    add("--repeats", type=int, default=2, help="blocks timed at each history, passes for forward")
+    add(
+        "--repeats",
+        type=positive,
+        default=2,
+        help="blocks timed at each history, passes for forward",
+    )
     add("--span", type=int, help="latent frames compressed together (24)")
     add(
         "--heads",
@@ -88,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     add("--limit", type=float, default=24e9, help="bytes of device memory")
     add("--limit-frames", type=int, default=180)
     add("--limit-budget", type=float, default=float("inf"), help="seconds of its blocks")
-    add("--limit-arm", default="qvg@mosaic_fp8")
+    add("--limit-arm", type=an_arm, default="qvg@mosaic_fp8")
     add("--capacity", type=int, help="frames that caches of arms are made for (as many as needed)")
     add("--height", type=int, default=480)
     add("--width", type=int, default=832)
@@ -112,100 +131,6 @@ def _child(args: argparse.Namespace) -> None:
             {"forward": forward, "arms": arms, "limit": limit}[part](setup, result)
         finally:  # what was measured before an error is kept
             (args.out / f"{part}.json").write_text(json.dumps(result))
-
-
-class Setup:
-    """The networks with random weights, and a prompt."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        *,
-        vae: bool = True,
-        sizes: Any = None,
-        release: str = "self-forcing",
-    ):
-        import jax
-
-        from models.runs.prompts import stand_in_embedding
-        from models.self_forcing.entry import Options
-        from models.self_forcing.params import WEIGHTS
-        from models.self_forcing.releases import RELEASES
-        from models.self_forcing.settings import released_sizes, sizes_of
-        from models.wan_vae.params import WEIGHTS as VAE
-
-        self.args = args
-        self.release = RELEASES[release]
-        sizes = sizes_of(self.release, released_sizes()) if sizes is None else sizes
-        dit = dataclasses.replace(sizes.dit, layers=args.layers or sizes.dit.layers)
-        self.sizes = dataclasses.replace(sizes, dit=dit)
-        listed, self.heads = {}, None
-        if args.heads != "all":
-            sizes_of_list = dict(layers=dit.layers, heads=dit.heads, multiple=args.head_multiple)
-            listed = dict(heads=str(write_list(args.heads, args.out, **sizes_of_list)))
-        self.options = Options(
-            **listed,
-            codec="bf16",
-            compare=tuple(split_arm(a)[0] for a in (*args.arms, args.limit_arm)),
-            height=args.height,
-            width=args.width,
-            span=args.span,
-        )
-        if listed:
-            (kept,) = {h.heads for h in self._settled(21).histories.values() if h.heads is not None}
-            self.heads = {
-                "list": args.heads, "multiple": args.head_multiple, "with_a_history": kept.full,
-                "of": kept.layers * kept.heads, "numbers_in_a_layer": sorted(set(kept.counts)),
-                "local_frames": kept.local_blocks,
-            }  # fmt: skip
-        begin = time.perf_counter()
-        self.model = jax.block_until_ready(WEIGHTS.random(dit, args.seed))
-        self.vae = jax.block_until_ready(VAE.random(sizes.vae)) if vae else None
-        size = dict(slots=dit.text_slots, width=dit.text_width, dtype=dit.dtype)
-        self.text = stand_in_embedding("a red fox in the snow", **size).text_BUE
-        log.info("weights made in %.1f s", time.perf_counter() - begin)
-
-    def _settled(self, frames: int, **devices: Any):
-        """The settings for videos of so many latent frames."""
-        from models.self_forcing.settings import settle
-
-        options = dataclasses.replace(self.options, frames=frames, **devices)
-        return settle(options, self.sizes, release=self.release)
-
-    def pipeline(self, arm: str, frames: int, capacity: int | None = None, **devices: Any):
-        """The pipeline of an arm, and a request for a video of so many latent frames.
-
-        Args:
-            arm, frames: which and how many.
-            capacity: frames that its cache is made for; None for as many.
-            devices: options `devices`, `plan` and `share_weights` of the command.
-        """
-        import jax
-        import numpy as np
-
-        from models.common.attention import with_attention
-        from models.self_forcing.pipeline import Generation, SelfForcing
-
-        capacity = capacity or frames
-        plan = self._settled(capacity, **devices)
-        y, x = plan.latent
-        request = Generation(
-            text_BUE=self.text,
-            frames=frames,
-            latent_height=y,
-            latent_width=x,
-            noise=jax.random.key(self.args.seed),
-            capacity=capacity,
-            # As the command runs it, which can be interrupted and go on.
-            done_BFZYX=np.zeros((1, 0, self.sizes.dit.latent_channels, y, x), self.sizes.dit.dtype),
-        )
-        codec, way = split_arm(arm)
-        model = with_attention(self.model, way)
-        share = devices.get("share_weights", False)
-        pipeline = SelfForcing(
-            model, sampler=plan.sampler, history=plan.histories[codec], share_weights=share
-        )
-        return pipeline, request
 
 
 def arms(setup: Setup, result: dict[str, Any]) -> None:

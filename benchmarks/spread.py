@@ -76,7 +76,7 @@ class Run:
         import jax
 
         from benchmarks.common import device
-        from benchmarks.self_forcing import Setup
+        from benchmarks.self_forcing_setup import Setup
 
         args.limit_arm, args.heads = args.arms[0], "all"
         self.setup = Setup(args, vae=False, sizes=_tiny_sizes() if args.tiny else None)

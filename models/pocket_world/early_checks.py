@@ -3,6 +3,7 @@
 from typing import Any
 
 from models.pocket_world.camera import parse_actions
+from models.runs.early_checks import check_encoders
 from qvg_jax.codecs import presets
 from qvg_jax.codecs.recipes import parse_recipe
 from qvg_jax.errors import UserError, told_to_user
@@ -14,8 +15,9 @@ def check_options(options: Any) -> None:
     """Raises UserError for a codec or actions that are not known, or an option without the one it needs."""
     parts = [part for recipe in options.codecs for part in recipe.split("/")]
     with told_to_user():
-        for name, settings in map(parse_recipe, parts):
-            presets.pair(name, **settings)
+        for part in parts:
+            name, settings = parse_recipe(part)
+            check_encoders(part, presets.pair(name, **settings))
     if options.actions is not None:
         parse_actions(options.actions)
     check_endless(options)

@@ -57,7 +57,8 @@ def _alone(told: dict[str, Any]) -> Any:
 def compiled_beside(lowered: Any, *, wait: float = WAIT) -> Iterator[None]:
     """Compiles the kernels of a program in threads, while the body of the `with` compiles the program.
 
-    Every kernel is compiled once in a process. If one fails, XLA meets the error again, and raises it.
+    A kernel that is compiled stays so in the process, and is not compiled again. If one fails, XLA meets the
+    error again, and raises it. When the body ends kernels that have begun still end, as does the process.
 
     Args:
         lowered: the program, for a GPU.

@@ -27,7 +27,7 @@ from qvg_jax.codecs.spec import FACTORIES, Spec, factory
 from qvg_jax.codecs.storage import Storage
 from qvg_jax.errors import wrong_kind
 
-__all__ = ["ENCODERS", "chain", "encoded_by", "labelled"]
+__all__ = ["ENCODERS", "chain", "encoded_by", "labelled", "missing_for"]
 
 ENCODERS = ("xla", "mosaic", "triton")
 
@@ -96,6 +96,7 @@ def chain(*transforms: Smoothing | Codec, encoder: str | None = None) -> Codec:
         kernels = _kernels(implementation or encoder, storage, last, x_BHTD)
         if kernels is None:
             return by_xla(x_BHTD, state, key)
+        _check_state(state, jax.eval_shape(lambda: init(x_BHTD.shape, x_BHTD.dtype)))
         return kernels.encode(x_BHTD, state, key)
 
     def by_xla(x_BHTD: Array, state: State, key: PRNGKeyArray | None):
@@ -139,24 +140,24 @@ def _storage(smoothings: list[Smoothing], last: Codec) -> Storage | None:
     return Storage(codes, before, chained=True, heads=last.storage.heads)
 
 
-def encoded_by(codec: Codec, implementation: str) -> Codec:
+def encoded_by(codec: Codec, encoder: str) -> Codec:
     """Returns the same codec with another `encoder` of its chain, which a cache then compresses with.
 
     Args:
         codec: one that `chain` made, or the codec of a preset that is a chain.
-        implementation: "xla", "mosaic" or "triton", see `chain`.
+        encoder: "xla", "mosaic" or "triton", see `chain`.
 
     Raises:
-        ValueError: another implementation, or a codec that is not a chain.
+        ValueError: another encoder, or a codec that is not a chain.
     """
-    _check_encoder(implementation)
+    _check_encoder(encoder)
     spec = codec.spec
     if spec is not None and spec.factory == "preset":
-        chosen = encoded_by(spec["codec"], implementation)
-        return labelled(spec["name"], chosen, f"{spec.text}:encoder={implementation}")
+        chosen = encoded_by(spec["codec"], encoder)
+        return labelled(spec["name"], chosen, f"{spec.text}:encoder={encoder}")
     if spec is None or spec.factory != "chain":
         raise ValueError(f"codec={codec.name!r} has no encoders to choose from; accepted: a chain")
-    return chain(*spec["transforms"], encoder=implementation)
+    return chain(*spec["transforms"], encoder=encoder)
 
 
 def labelled(name: str, codec: Codec, text: str) -> Codec:
@@ -179,7 +180,27 @@ FACTORIES["preset"] = labelled
 
 def _check_encoder(name: str) -> None:
     if name not in ENCODERS:
-        raise ValueError(f"implementation={name!r} is not accepted: give one of {ENCODERS}")
+        raise ValueError(f"encoder={name!r} is not accepted: give one of {ENCODERS}")
+
+
+def missing_for(codec: Codec | None) -> str | None:
+    """The reason why this machine has not what a codec names as its encoder, or None."""
+    spec = None if codec is None else codec.spec
+    while spec is not None and spec.factory == "preset":
+        spec = spec["codec"].spec
+    named = spec["encoder"] if spec is not None and spec.factory == "chain" else None
+    why = {"mosaic": no_hopper, "triton": no_triton}.get(named, lambda: None)()
+    return None if why is None else f"encoder={named!r}: {why}; 'xla' encodes anywhere"
+
+
+def _check_state(state: State, like: State) -> None:
+    """Raises ValueError for the state of a codec with other settings, which kernels would not notice."""
+    found, want = (jax.tree.map(jnp.shape, x) for x in (state, like))
+    if found != want:
+        raise ValueError(
+            f"state has arrays of shapes {found}, and these settings have {want}; "
+            "accepted: init(x_BHTD.shape, x_BHTD.dtype), or the state of the span before"
+        )
 
 
 class _Encoding(NamedTuple):

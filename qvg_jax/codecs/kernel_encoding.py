@@ -155,6 +155,7 @@ class KernelEncoding:
 
         Entries that would turn the means of a cluster into NaN show in the sums of the first iteration, so
         no pass looks for them; a span that has some is encoded once more without them, by the same kernels.
+        Finite ones whose sum is small again, as two opposite ones of one cluster, are encoded as they are.
         """
 
         def from_start(x_BHTD: Array, first: Clustered) -> tuple[Packed, State]:

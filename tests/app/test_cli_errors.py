@@ -94,6 +94,8 @@ def test_bad_arguments(argv, parts, capsys):
         (["--compare", "rtn,zip"], ["'zip'", "accepted: qvg"]),
         (["--codec", "qvg:group"], ["'qvg:group'", "NAME:SETTING=VALUE"]),
         (["--codec", "qvg:mood=1"], ["'qvg'", "mood"]),
+        (["--codec", "qvg:encoder=cuda"], ["encoder='cuda'", "'mosaic'"]),
+        (["--codec", "qvg:encoder=mosaic"], ["'qvg:encoder=mosaic'", "a Hopper GPU", "'xla'"]),
         (["--codec", "qvg:group=48"], ["group=48", "head_dim=128", "accepted: 1, 2, 4"]),
         (["--codec", "qvg:num_centroids=900"], ["num_centroids=900", "768 tokens", "1 to 768"]),
         (["--actions", "w-8,jump-2"], ["'jump-2'", "accepted", "w, s, a, d"]),

@@ -90,7 +90,7 @@ def test_a_recipe_can_say_what_encodes_it():
         if jax.default_backend() == "cpu":
             with pytest.raises(NotImplementedError, match="implementation='triton'.*'xla' serves"):
                 codec.encode(x, codec.init(x.shape, x.dtype))
-    with pytest.raises(ValueError, match="implementation='cuda' is not accepted.*mosaic"):
+    with pytest.raises(ValueError, match="encoder='cuda' is not accepted.*mosaic"):
         presets.get("qvg", encoder="cuda")
     with pytest.raises(ValueError, match="codec='bf16' has no encoders"):
         presets.get("bf16", encoder="xla")

@@ -284,6 +284,15 @@ def test_a_bad_entry_counts_as_zero(references, recipe, value):
     assert np.isfinite(np.asarray(codec.decode(ours[0]), np.float32)).all()
 
 
+def test_a_state_of_other_settings_is_named(references):
+    codec, other = (presets.get("qvg", num_centroids=n) for n in (16, 8))
+    x = clustered(2, 64, 16)[0][None]
+    with pytest.raises(
+        ValueError, match=r"state has arrays of shapes .*8, 128.*16, 128.*accepted: init"
+    ):
+        codec.encode(x, other.init(x.shape, x.dtype), implementation="mosaic")
+
+
 def test_spare_centroids_move_to_badly_served_tokens(references):
     """Content that changed: the old centroids attract little, and restart."""
     x, _ = clustered(1, 600, 64)

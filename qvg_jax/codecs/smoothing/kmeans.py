@@ -122,7 +122,8 @@ def kmeans_smoothing(
     Cold and warm start are one program: a flag in the state picks start and iterations.
 
     A token with a NaN, an infinity or an entry beyond 1e15 does not move any centroid; it gets
-    the centroid nearest to the origin, and its residual keeps the bad entry.
+    the centroid nearest to the origin, and its residual keeps the bad entry. Kernels, which encode on
+    GPUs where nothing else is said, take zeros in place of such entries, and the rest of the token as it is.
 
     Differs from the paper: distances accumulate in float32, not bfloat16; one more assignment
     follows the last update (0.5 to 1 % lower objective); a fixed number of iterations, with no
