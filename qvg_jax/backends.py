@@ -215,6 +215,8 @@ def resolve(
         reasons = f"these do not go together; there is {', '.join(found)}"
     other, _ = _first([c for c in candidates if c.is_meant(None, None)], call)
     instead = "nothing serves it" if other is None else f"{other.implementation!r} serves it"
+    if other is not None and implementation == other.implementation and precision is not None:
+        instead += f" without precision={precision!r}"
     raise NotImplementedError(f"{names + ': ' if names else ''}{reasons}; {instead}")
 
 

@@ -136,7 +136,10 @@ def choose(
     if implementation in ALIASES:
         implementation, implied = ALIASES[implementation]
         if precision not in (None, implied):
-            raise ValueError(f"precision={precision!r} beside implementation='mosaic_fp8'")
+            raise ValueError(
+                f"precision={precision!r} beside implementation='mosaic_fp8' is not accepted: give "
+                "implementation='mosaic'"
+            )
         precision = implied
     names = dict(implementation=implementation, precision=precision)
     return resolve(CANDIDATES, _Call(view, q_BTHD, features, reads_new), **names)

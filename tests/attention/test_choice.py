@@ -101,7 +101,7 @@ def test_names_choose_precision_and_implementation(hopper):
     [
         (dict(implementation="cuda"), ValueError, "implementation='cuda' is not accepted: give one of"),
         (dict(precision="int8"), ValueError, "precision='int8' is not accepted"),
-        (dict(implementation="mosaic_fp8", precision="bf16"), ValueError, "beside implementation"),
+        (dict(implementation="mosaic_fp8", precision="bf16"), ValueError, "beside.*give implementation='mosaic'"),
         (dict(implementation="xla", precision="fp8"), NotImplementedError,
          "precision='fp8': these do not go together; there is xla, spans decoded by xla; 'mosaic'"),
     ],
@@ -185,6 +185,9 @@ def test_a_call_that_nothing_serves_says_all_reasons():
     table = (Candidate("a", lambda _: "a is shut"), Candidate("b", lambda _: "b is far"))
     with pytest.raises(NotImplementedError, match="a is shut; b is far; nothing serves it"):
         resolve(table, None)
+    table = (Candidate("a", lambda _: "fp8 is shut", "fp8"), Candidate("a", lambda _: None, "bf16"))
+    with pytest.raises(NotImplementedError, match="is shut; 'a' serves it without precision='fp8'"):
+        resolve(table, None, implementation="a", precision="fp8")
 
 
 def test_kernels_are_offered_on_their_release_of_jax_only(monkeypatch):
