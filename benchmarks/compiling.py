@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device
+from benchmarks.common import an_arm, device
 from qvg_jax.app.report import aligned
 
 EVENTS = {
@@ -40,7 +40,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True)
-    add("--arm", default="qvg", help="CODEC or CODEC@IMPLEMENTATION")
+    add("--arm", type=an_arm, default="qvg", help="CODEC or CODEC@IMPLEMENTATION")
     add("--keep", action="store_true", help="keep compiled programs in DIR/compiled")
     add("--history", type=int, default=60, help="latent frames before the block")
     add("--least", type=float, default=0.1)

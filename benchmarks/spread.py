@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import names, numbers, split_arm
+from benchmarks.common import names, numbers, some_arms, split_arm
 from benchmarks.spread_table import exchanged, ring_bytes, table
 
 ENCODES = 165  # frames after which the second block encodes a span of 24
@@ -50,7 +50,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True)
-    add("--arms", type=names, default=("qvg@mosaic_fp8",), help="CODEC or CODEC@IMPLEMENTATION")
+    add("--arms", type=some_arms, default=("qvg@mosaic_fp8",), help="CODEC or CODEC@IMPLEMENTATION")
     add("--plans", type=names, default=("spans", "heads", "spans+weights", "ring"))
     add("--devices", type=int, help="that share a cache; all if left out")
     add("--capacity", type=int, default=180, help="frames that the caches are made for")
