@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dequant_attention import reference
 from pallas_kernels.dequant_attention.schedule import Schedule
-from pallas_kernels.dequant_attention.tuning import LARGEST_QUERY, Q_TILE, TUNING, Tuning
+from pallas_kernels.dequant_attention.tuning import Q_TILE, TUNING, Tuning, largest_query
 from pallas_kernels.dequantize.types import HEAD_DIMS, PAD, Rotation
 from pallas_kernels.gpu.triton_launch import missing
 
@@ -41,7 +41,7 @@ def prepare(q_nQD: Float[Array, "n Q D"], logits_scale: Float[Array, ""], dtype:
         return Queries(q_nQD.astype(dtype), logits_scale_nQ)
     q_nQD = q_nQD.astype(jnp.float32)
     largest_nQ = jnp.max(jnp.abs(q_nQD), axis=-1)
-    scale_nQ = jnp.where(largest_nQ > 0, largest_nQ, 1) / LARGEST_QUERY
+    scale_nQ = jnp.where(largest_nQ > 0, largest_nQ, 1) / largest_query(q_nQD.shape[-1])
     return Queries((q_nQD / scale_nQ[..., None]).astype(dtype), logits_scale_nQ * scale_nQ)
 
 

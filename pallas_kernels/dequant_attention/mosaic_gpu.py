@@ -86,9 +86,13 @@ def segment(
     # the compiler then spills less, and queries from the loading warpgroup.
     config = Config(d, dtype, persistent=scheduled and not fp8, tuning=tuning)
     tasks = Tasks(config, splits, n, queries)
+    operands = q_nQD, logits_scale_nQ, k_nTD, v, valid, k_scale_n, v_scale_n
+    if config.ones:
+        operands += (jnp.ones((config.ones, tuning.tile), dtype),)
 
     def body(*refs, smem):
-        gmem = Gmem(*refs)
+        given, state_refs = refs[: len(operands)], refs[len(operands) :]
+        gmem = Gmem(*given, *(() if config.ones else (None,)), *state_refs)
         wg, valid = lax.axis_index("wg"), gmem.valid[0]
         compute = Compute(wg, config, gmem, smem)
 
@@ -137,7 +141,7 @@ def segment(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attention_segment",
     )
-    out = kernel(q_nQD, logits_scale_nQ, k_nTD, v, valid, k_scale_n, v_scale_n, *(state or ()))
+    out = kernel(*operands, *(state or ()))
     return tuple(out) if state is None else None
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.dequant_attention.tuning import LARGEST_QUERY
+from pallas_kernels.dequant_attention.tuning import largest_query
 from pallas_kernels.dequantize.types import Rotation
 from pallas_kernels.gpu.channels import CHANNELS, load_channels, store_channels
 from pallas_kernels.gpu.lanes import (
@@ -94,12 +94,12 @@ def grouped(
                     store_channels(bf16_gmem + to * (2 * d) + (lane * 16).wide(), words, d)
                     if fp8:
                         largest = largest_of(x, lanes, at_least=_TINY)
-                        factor = largest.reciprocal() * float(LARGEST_QUERY)
+                        factor = largest.reciprocal() * largest_query(d)
                         pairs = [halves(x[i] * factor, x[i + 1] * factor) for i in range(0, 16, 2)]
                         store_channels(
                             fp8_gmem[0] + to * d + (lane * 8).wide(), e4m3_words(pairs), d
                         )
-                        scale_of_query = largest * scale.as_float() * (1 / LARGEST_QUERY)
+                        scale_of_query = largest * scale.as_float() * (1 / largest_query(d))
                         store(fp8_gmem[1] + to * 4, [scale_of_query], lane < 1)
 
         run(*refs)

@@ -5,14 +5,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["LARGEST_QUERY", "Q_TILE", "ROWS", "TUNING", "Config", "Tuning"]
+__all__ = ["Q_TILE", "ROWS", "TUNING", "Config", "Tuning", "largest_query"]
 
 ROWS = 64  # queries of a compute warpgroup
 Q_TILE = 2 * ROWS  # queries of a CTA
-LARGEST_QUERY = 256  # the largest number of a query in e4m3, which ends at 448
 
 # Accumulators of up to so many channels leave registers for a product of the same size.
 _MOST_BESIDE_PRODUCT = 128
+
+
+def largest_query(head_dim: int) -> float:
+    """The largest number of a query in e4m3: products with keys, up to 448, stay below float16's 65,504."""
+    return 128 / head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +28,18 @@ class Tuning:
         stages: tiles of K and of V in flight.
         registers: registers of a thread that computes and of a thread that loads; twice the first
             and once the second are at most 504, which is what three warpgroups start with.
+        first_apart: whether the first tile's logits and probabilities come before the loop over tiles; otherwise
+            it is a step of the loop, under conditions, and the compiler finds registers for all.
     """
 
     tile: int
     stages: int
     registers: tuple[int, int] = (232, 40)
+    first_apart: bool = True
 
 
 # By dtype and head dim. Sizes for 128 are measured; 64 has the same; those for 256 are what registers
-# and shared memory hold.
+# and shared memory hold. Where the first tile goes is measured for all.
 TUNING = {
     "bfloat16": {
         64: Tuning(tile=128, stages=2),
@@ -41,8 +48,8 @@ TUNING = {
     },
     "float8_e4m3fn": {
         64: Tuning(tile=256, stages=2),
-        128: Tuning(tile=256, stages=2),
-        256: Tuning(tile=128, stages=2, registers=(240, 24)),
+        128: Tuning(tile=256, stages=2, first_apart=False),
+        256: Tuning(tile=128, stages=2, first_apart=False),
     },
 }
 
@@ -54,7 +61,7 @@ class Config:
     Attributes:
         head_dim: channels of a head.
         dtype: dtype of queries, keys and values, bf16 or e4m3.
-        persistent: whether a CTA does one task after another; otherwise it has one task.
+        persistent: whether a CTA does one task after another; otherwise it has one task. Not in e4m3.
         tuning: sizes.
     """
 
@@ -79,9 +86,9 @@ class Config:
         return self.dtype != jnp.bfloat16
 
     @property
-    def shift(self) -> float:
-        """Probabilities are multiplied by 2 ** shift: in e4m3 into the middle of its range."""
-        return 8.0 if self.fp8 else 0.0
+    def ones(self) -> int:
+        """Rows of ones below the values in e4m3: their products are the sums of the probabilities."""
+        return 8 if self.fp8 else 0
 
     @property
     def acc_channels(self) -> int:
@@ -92,6 +99,14 @@ class Config:
     def num_accs(self) -> int:
         """Accumulators that hold all channels of a query."""
         return self.head_dim // self.acc_channels
+
+    def channels(self, c: int) -> slice:
+        """The channels of accumulator c among all of a query."""
+        return slice(c * self.acc_channels, (c + 1) * self.acc_channels)
+
+    def columns(self, c: int) -> int:
+        """Columns of accumulator c: channels, and in the last one the sums."""
+        return self.acc_channels + (self.ones if c == self.num_accs - 1 else 0)
 
     @property
     def adds_last_product(self) -> bool:

@@ -5,13 +5,12 @@ multiplies. Left alone they fall into step and wait for the same unit.
 
 In e4m3 the second product starts from zero at every tile and is added in float32. The 8-bit tensor
 cores of Hopper keep about 14 bits of their accumulator: accumulating 18,720 values of mean 0.5 in
-it came out 12 % short on an H100, this way 0.1 %. The probabilities are scaled by 2 ** 8, into the
-middle of e4m3's range.
+it came out 12 % short on an H100, this way 0.1 %. The sums of the probabilities come from the tensor cores
+too: below the values lie rows of ones. So they are sums of what the values are multiplied by.
 
 At 256 channels the accumulators of a query take 128 registers of a thread. In bf16 a tile has 64 keys
 then, and its product is added in place. In e4m3 each tile's product needs registers of its own,
-so it comes in two halves of the channels; the compiler still moves about a quarter of the registers
-through local memory in every step.
+so it comes in two halves of the channels.
 
 Source of the accumulation in float32: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2.
 """
@@ -25,11 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.dequant_attention.probabilities import probabilities
 from pallas_kernels.dequant_attention.reference import MASK_VALUE
 from pallas_kernels.dequant_attention.schedule import Task
 from pallas_kernels.dequant_attention.tuning import ROWS, Config
 from pallas_kernels.gpu.registers import (
-    as_words,
+    WORDS_OF_LEFT_OPERAND,
+    columns,
     constant,
     fold,
     left_operand,
@@ -51,6 +52,7 @@ class Gmem(NamedTuple):
     valid: Any  # number of valid keys, [1]
     k_scale: Any  # of every row
     v_scale: Any
+    ones: Any  # of a tile's keys, the same for all
     acc: Any  # the state
     m: Any
     l: Any
@@ -62,6 +64,7 @@ class Smem(NamedTuple):
     k_empty: Any
     k_full: Any
     k: Any
+    ones_full: Any
     q_empty: Any
     q_full: Any
     q: Any  # of two warpgroups
@@ -72,7 +75,10 @@ class Smem(NamedTuple):
 
 
 def smem_types(config: Config) -> Smem:
-    """Shapes and layouts of the shared memory; e4m3 values lie transposed, with tokens adjacent."""
+    """Shapes and layouts of the shared memory.
+
+    Values in e4m3 lie transposed, with tokens adjacent, above the rows of ones.
+    """
     stages, tile, d = config.stages, config.tile, config.head_dim
 
     def array(*shape: int) -> Any:
@@ -85,7 +91,8 @@ def smem_types(config: Config) -> Smem:
     return Smem(
         q=array(2, ROWS, d),
         k=array(stages, tile, d),
-        v=array(stages, *((d, tile) if config.fp8 else (tile, d))),
+        v=array(stages, *((d + config.ones, tile) if config.fp8 else (tile, d))),
+        ones_full=plgpu.Barrier(num_arrivals=stages) if config.ones else None,
         q_full=plgpu.Barrier(num_barriers=2),
         q_empty=plgpu.Barrier(num_barriers=2),
         k_full=plgpu.Barrier(num_barriers=stages),
@@ -94,6 +101,11 @@ def smem_types(config: Config) -> Smem:
         v_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         schedule_barrier=plgpu.Barrier(num_barriers=2),
     )
+
+
+def _where(condition: Any, f: Any, x: Any) -> Any:
+    """f(x) where the condition holds, otherwise x."""
+    return f(x) if condition is True else lax.cond(condition, f, lambda x: x, x)
 
 
 def load_queries(task: Task, wg: Any, gmem: Gmem, smem: Smem) -> None:
@@ -109,7 +121,7 @@ def load(task: Task, tiles_done: Any, config: Config, gmem: Gmem, smem: Smem) ->
     warpgroups do it. `tiles_done` tiles were loaded for earlier tasks; the slots and the phases of the
     barriers go on from there.
     """
-    stages, tile = config.stages, config.tile
+    stages, tile, d = config.stages, config.tile, config.head_dim
 
     def queries_when_free():
         for w in range(2):
@@ -119,6 +131,14 @@ def load(task: Task, tiles_done: Any, config: Config, gmem: Gmem, smem: Smem) ->
                 plgpu.barrier_wait(smem.q_empty.at[w])
 
             load_queries(task, w, gmem, smem)
+
+    if config.ones:
+
+        @pl.when(task.num_tiles > 0)
+        def _():
+            for slot in range(stages):
+                rows = smem.v.at[slot, pl.ds(d, config.ones)]
+                plgpu.copy_gmem_to_smem(gmem.ones, rows, smem.ones_full)
 
     @pl.loop(0, task.num_tiles)
     def _(i):
@@ -141,8 +161,10 @@ def load(task: Task, tiles_done: Any, config: Config, gmem: Gmem, smem: Smem) ->
         def _():
             plgpu.barrier_wait(smem.v_empty.at[slot])
 
-        v_tile = gmem.v.at[task.head, :, keys] if config.fp8 else gmem.v.at[task.head, keys]
-        plgpu.copy_gmem_to_smem(v_tile, smem.v.at[slot], smem.v_full.at[slot])
+        v_tile, to = gmem.v.at[task.head, keys], smem.v.at[slot]
+        if config.fp8:
+            v_tile, to = gmem.v.at[task.head, :, keys], smem.v.at[slot, pl.ds(0, d)]
+        plgpu.copy_gmem_to_smem(v_tile, to, smem.v_full.at[slot])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,40 +190,55 @@ class Compute:
         def _():
             self._release_tensor_cores()
 
-        s = self._first_logits(tiles_done)
-        s = jnp.where(self._columns() < valid - (task.end - 1) * config.tile, s, MASK_VALUE)
-        p, l, m = self._probabilities(s, constant((ROWS,), MASK_VALUE), scale)
-        accs = tuple(constant((ROWS, config.acc_channels), 0.0) for _ in range(config.num_accs))
-        alpha = constant((ROWS,), 1.0)
+        in_last = valid - (task.end - 1) * config.tile  # keys that count of the first tile here
+        accs = tuple(constant((ROWS, config.columns(c)), 0.0) for c in range(config.num_accs))
+        m, alpha = constant((ROWS,), MASK_VALUE), constant((ROWS,), 1.0)
+        p, l = self._nothing()
+        if config.ones:
+            plgpu.barrier_wait(smem.ones_full)
+        if config.tuning.first_apart:
+            s = self._masked(self._first_logits(tiles_done), in_last)
+            p, l, m = self._probabilities(s, m, scale)
 
         def step(i, carry):
-            """P V of tile i - 1, then logits of tile i."""
+            """P V of tile i - 1, if there is one, then logits of tile i."""
             accs, p, l, m, alpha = carry
-            slot = lax.rem(tiles_done + i, config.stages)
-            v_slot = self._slot_of_values(i - 1, tiles_done)
+            slot, v_slot = (lax.rem(tiles_done + j, config.stages) for j in (i, i - 1))
+            later = True if config.tuning.first_apart else i > 0
+
+            def multiplied(accs):
+                return tuple(
+                    self._accumulated(acc, alpha, p, self._values(v_slot, c))
+                    for c, acc in enumerate(accs)
+                )
+
+            pl.when(later)(lambda: plgpu.barrier_wait(smem.v_full.at[v_slot]))
             plgpu.barrier_wait(smem.k_full.at[slot])
             self._wait_for_tensor_cores()
-            accs = tuple(
-                self._accumulated(acc, alpha, p, self._values(v_slot, c))
-                for c, acc in enumerate(accs)
-            )
-            plgpu.barrier_arrive(smem.v_empty.at[v_slot])
+            accs = _where(later, multiplied, accs)
+            pl.when(later)(lambda: plgpu.barrier_arrive(smem.v_empty.at[v_slot]))
             s = product(smem.q.at[self.wg], smem.k.at[slot].T, (ROWS, config.tile))
             self._release_tensor_cores()
             plgpu.barrier_arrive(smem.k_empty.at[slot])
+            if later is not True:
+                s = _where(i == 0, lambda s: self._masked(s, in_last), s)
             p, l_tile, m_new = self._probabilities(s, m, scale)
             alpha = jnp.exp2(m - m_new)
-            l = l * over_columns(alpha, l.shape) + l_tile
+            l = None if l is None else l * over_columns(alpha, l.shape) + l_tile
             return accs, p, l, m_new, alpha
 
-        accs, p, l, m, alpha = lax.fori_loop(1, task.num_tiles, step, (accs, p, l, m, alpha))
+        first = 1 if config.tuning.first_apart else 0
+        accs, p, l, m, alpha = lax.fori_loop(first, task.num_tiles, step, (accs, p, l, m, alpha))
         if config.persistent:
             plgpu.barrier_arrive(smem.q_empty.at[self.wg])
         out = []
         for c, acc in enumerate(accs):
             acc = self._with_last_tile(acc, alpha, p, c, task.num_tiles, tiles_done)
+            if acc.shape[1] > config.acc_channels:
+                l = columns(acc, config.acc_channels, acc.shape[1])  # eight times the same
+                acc = columns(acc, 0, config.acc_channels)
             out.append(acc * self.gmem.v_scale[task.head])
-        return out, m, l.sum(axis=1)
+        return out, m, l.max(axis=1) if config.ones else l.sum(axis=1)
 
     def _wait_for_tensor_cores(self) -> None:
         plgpu.barrier_wait(self.smem.schedule_barrier.at[self.wg])
@@ -225,6 +262,10 @@ class Compute:
 
         return pl.run_scoped(logits, plgpu.ACC((ROWS, config.tile), jnp.float32))
 
+    def _masked(self, s: Array, keys: Any) -> Array:
+        """The logits of a tile of which the first keys count."""
+        return jnp.where(self._columns() < keys, s, MASK_VALUE)
+
     def _columns(self) -> Array:
         """The token of a tile that each column of the logits belongs to."""
         column = plgpu.broadcasted_iota(
@@ -235,13 +276,23 @@ class Compute:
             column = (column & -16) | inside
         return column
 
-    def _probabilities(self, s: Array, m: Array, scale: Array) -> tuple[Array, Array, Array]:
-        """The left operand of P V for a tile, partial sums of P in eight columns, and the new m."""
+    def _nothing(self) -> tuple[Array, Array | None]:
+        """P and its sums before the first tile."""
+        tile = self.config.tile
+        if self.config.fp8:
+            words = jnp.zeros((ROWS, tile // 4), jnp.int32)
+            return plgpu.layout_cast(words, WORDS_OF_LEFT_OPERAND), None
+        return constant((ROWS, tile), 0.0).astype(jnp.bfloat16), constant((ROWS, 8), 0.0)
+
+    def _probabilities(self, s: Array, m: Array, scale: Array) -> tuple[Array, Array | None, Array]:
+        """The left operand of P V for a tile, in bf16 partial sums of P in eight columns, and the new m."""
+        if self.config.fp8:
+            p, m_new = probabilities(s, m, scale)
+            return p, None, m_new
         largest = fold(s, jnp.maximum, 8).max(axis=1)
-        m_new = jnp.maximum(m, largest * scale - self.config.shift)
+        m_new = jnp.maximum(m, largest * scale)
         p = jnp.exp2(s * over_columns(scale, s.shape) - over_columns(m_new, s.shape))
-        l, p = fold(p, jnp.add, 8), p.astype(self.config.dtype)
-        return as_words(p) if self.config.fp8 else p, l, m_new
+        return p.astype(jnp.bfloat16), fold(p, jnp.add, 8), m_new
 
     def _slot_of_values(self, i: Any, tiles_done: Any) -> Any:
         """The slot of tile i of a task, once its values have arrived."""
@@ -250,13 +301,13 @@ class Compute:
         return slot
 
     def _values(self, slot: Any, c: int) -> Any:
-        """The values in a slot for the channels of accumulator c."""
-        channels = self.config.acc_channels
-        if not self.config.fp8:
+        """The values in a slot for the columns of accumulator c."""
+        config = self.config
+        if not config.fp8:
             return self.smem.v.at[slot]
-        if self.config.num_accs == 1:
+        if config.num_accs == 1:
             return self.smem.v.at[slot].T
-        return self.smem.v.at[slot, pl.ds(c * channels, channels)].T
+        return self.smem.v.at[slot, pl.ds(config.channels(c).start, config.columns(c))].T
 
     def _left(self, p: Array) -> Array:
         return left_operand(p, self.config.dtype) if self.config.fp8 else p

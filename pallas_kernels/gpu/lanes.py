@@ -17,9 +17,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
 __all__ = [
-    "Halves", "Lane", "bf16_pair", "cta", "e4m3_words", "global_address", "halves", "integer",
-    "largest_of", "load", "permute_bytes", "select", "shared_address", "shared_load", "shared_store", "store",
-    "thread",
+    "Halves", "Lane", "bf16_pair", "cta", "e4m3_word", "e4m3_words", "exchanged", "floating",
+    "global_address", "halves", "halves_below", "integer", "largest_of", "load", "permute_bytes", "select",
+    "shared_address", "shared_load", "shared_store", "store", "thread",
 ]  # fmt: skip
 
 _LESS = arith.CmpIPredicate.slt
@@ -78,11 +78,26 @@ class Lane:
     def __lt__(self, y: Lane | int) -> Lane:
         return Lane(arith.cmpi(_LESS, self.value, self._other(y)))
 
+    def with_bits(self, keep: int, add: int) -> Lane:
+        """The bits of a mask, and those of `add` beside them, in one instruction."""
+        asm = f"lop3.b32 $0, $1, {keep:#x}, {add:#x}, 0xEA;"
+        return Lane(utils.inline_ptx(asm, self.value, result_types=_type("i32")))
+
     def fma(self, y: Lane, z: Lane) -> Lane:
         """self * y + z, rounded once."""
         asm = "fma.rn.f32 $0, $1, $2, $3;"
         f32 = _type("f32")
         return Lane(utils.inline_ptx(asm, self.value, y.value, z.value, result_types=f32))
+
+    def max(self, y: Lane) -> Lane:
+        """The larger float, NaN if one of them is."""
+        asm = "max.NaN.f32 $0, $1, $2;"
+        return Lane(utils.inline_ptx(asm, self.value, y.value, result_types=_type("f32")))
+
+    def exp2(self) -> Lane:
+        """2 ** self, to about 22 bits."""
+        asm = "ex2.approx.ftz.f32 $0, $1;"
+        return Lane(utils.inline_ptx(asm, self.value, result_types=_type("f32")))
 
     def wide(self) -> Lane:
         """The unsigned value in 64 bits."""
@@ -105,6 +120,11 @@ class Lane:
 def integer(x: int) -> Lane:
     """A constant of 32 bits."""
     return Lane(utils.c(x, _type("i32")))
+
+
+def floating(x: float) -> Lane:
+    """A constant in float32."""
+    return Lane(utils.c(x, _type("f32")))
 
 
 def thread() -> Lane:
@@ -197,14 +217,17 @@ def largest_of(x: list[Lane], lanes: int, at_least: float) -> Lane:
     most = bits[0]
     for y in bits[1:]:
         most = Lane(arith.maxui(most.value, y.value))
-    asm = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
     while lanes > 1:
         lanes //= 2
-        theirs = utils.inline_ptx(
-            asm, most.value, integer(lanes).value, result_types=_type("i32"), has_side_effects=True
-        )
-        most = Lane(arith.maxui(most.value, theirs))
+        most = Lane(arith.maxui(most.value, exchanged(most, lanes).value))
     return most.as_float()
+
+
+def exchanged(word: Lane, apart: int) -> Lane:
+    """The word of the thread of this warp whose index differs in the bit `apart`."""
+    asm = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
+    operands = word.value, integer(apart).value
+    return Lane(utils.inline_ptx(asm, *operands, result_types=_type("i32"), has_side_effects=True))
 
 
 def bf16_pair(low: Lane, high: Lane) -> Lane:
@@ -238,6 +261,21 @@ class Halves:
         """self * y + z, rounded once."""
         return self._two("fma.rn", y, z)
 
+    def fma_or_zero(self, y: Halves, z: Halves) -> Halves:
+        """self * y + z, rounded once, and zero where that is negative."""
+        return self._two("fma.rn.relu", y, z)
+
+    def max(self, y: Halves) -> Halves:
+        """The larger numbers, NaN where one of them is."""
+        return self._two("max.NaN", y)
+
+    def floats(self) -> tuple[Lane, Lane]:
+        """The two numbers in float32."""
+        words = self.word, self.word >> 16
+        parts = [arith.bitcast(_type("f16"), arith.trunci(_type("i16"), w.value)) for w in words]
+        low, high = (Lane(arith.extf(_type("f32"), x)) for x in parts)
+        return low, high
+
     def swapped(self) -> Halves:
         """The two numbers in the other order."""
         return Halves(permute_bytes(self.word, self.word, 0x1032))
@@ -251,6 +289,22 @@ def halves(low: Lane, high: Lane) -> Halves:
     """Two floats rounded to float16."""
     asm = "cvt.rn.f16x2.f32 $0, $1, $2;"
     return Halves(Lane(utils.inline_ptx(asm, high.value, low.value, result_types=_type("i32"))))
+
+
+def halves_below(x: Lane) -> Halves:
+    """The largest float16 number that is not above a float, twice."""
+    asm = "cvt.rm.f16.f32 $0, $1;"
+    half = Lane(
+        arith.extui(_type("i32"), utils.inline_ptx(asm, x.value, result_types=_type("i16")))
+    )
+    return Halves(permute_bytes(half, half, 0x1010))
+
+
+def e4m3_word(x: list[Lane]) -> Lane:
+    """Four floats rounded to e4m3, saturating at 448."""
+    asm = "cvt.rn.satfinite.e4m3x2.f32"
+    asm = f"{{ .reg .b16 a, b; {asm} a, $2, $1; {asm} b, $4, $3; mov.b32 $0, {{a, b}}; }}"
+    return Lane(utils.inline_ptx(asm, *(y.value for y in x), result_types=_type("i32")))
 
 
 def e4m3_words(x: list[Halves]) -> list[Lane]:

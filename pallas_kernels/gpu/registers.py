@@ -13,9 +13,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxtyping import Array
 
-__all__ = ["as_words", "constant", "fold", "left_operand", "over_columns", "product", "row_of"]
+__all__ = [
+    "WORDS_OF_LEFT_OPERAND", "columns", "constant", "fold", "left_operand", "over_columns", "product",
+    "row_of",
+]  # fmt: skip
 
 _W = plgpu.Layout.WGMMA
+
+
+def _layout_of_words() -> Any:
+    tiles = tuple((*t[:-1], t[-1] // 4) for t in mgpu.WGMMA_LAYOUT_8BIT.tiling.tiles)
+    return plgpu.Layout.TILED(
+        dataclasses.replace(mgpu.WGMMA_LAYOUT_8BIT.tiling, tiles=tiles),
+        warp_dims=(-7,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+# The layout of an 8-bit left operand of a product, in words of four columns. A thread that holds columns 2 i,
+# 2 i + 1 of every 8 of a matrix must hold 4 i .. 4 i + 3 of every 16 of the operand. Taking the pairs of two
+# neighbouring groups of 8 for those four moves no register, and permutes the columns within 16: the keys, which the
+# decoder has permuted in advance (`key_row_of_token`). Words, because pairs of bytes carried from one step of a
+# loop to the next are taken apart by the compiler.
+WORDS_OF_LEFT_OPERAND = _layout_of_words()
 
 
 def row_of(ref: Any) -> Array:
@@ -61,65 +82,40 @@ def fold(x: Array, op: Any, width: int) -> Array:
     return run(x)
 
 
-def _layout_of_words() -> Any:
-    """The layout of an 8-bit left operand of a product, in words of four columns."""
-    tiles = tuple((*t[:-1], t[-1] // 4) for t in mgpu.WGMMA_LAYOUT_8BIT.tiling.tiles)
-    return plgpu.Layout.TILED(
-        dataclasses.replace(mgpu.WGMMA_LAYOUT_8BIT.tiling, tiles=tiles),
-        warp_dims=(-7,),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-    )
-
-
-def as_words(p: Array) -> Array:
-    """Probabilities in e4m3 as words of the left operand of an 8-bit product, without moving a register.
-
-    A thread holds columns 2 i, 2 i + 1 of every 8; as an 8-bit operand it must hold 4 i .. 4 i + 3 of
-    every 16. Taking the pairs of two neighbouring groups of 8 for those four permutes the keys
-    within 16, which the decoder has undone in advance (`key_row_of_token`). Words, because pairs of
-    bytes carried from one step of a loop to the next are taken apart by the compiler.
-    """
-    shape = (p.shape[0], p.shape[1] // 4)
+def columns(x: Array, start: int, stop: int) -> Array:
+    """Some columns of a register array; both bounds are multiples of eight."""
 
     @plgpu.inline_mgpu(
         arg_types=(_W,),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=_layout_of_words()),
+        return_type=plgpu.ShapeDtypeStruct((x.shape[0], stop - start), x.dtype, layout=_W),
     )
     def run(ctx, x):
         del ctx
-        word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-        even, odd = x.registers[:, 0::2].flat, x.registers[:, 1::2].flat
-        words = [
-            utils.bitcast(utils.vector_concat([a, b]), word) for a, b in zip(even, odd, strict=True)
-        ]
-        return _registers(words, shape, _layout_of_words().to_mgpu(), signed=True)
+        return x[:, start:stop]
 
-    return run(p)
+    return run(x)
 
 
 def left_operand(words: Array, dtype: Any) -> Array:
-    """The 8-bit left operand of a product, from its words; see `as_words`."""
+    """The 8-bit left operand of a product, from its words of `WORDS_OF_LEFT_OPERAND`."""
     shape = (words.shape[0], words.shape[1] * 4)
 
     @plgpu.inline_mgpu(
-        arg_types=(_layout_of_words(),),
+        arg_types=(WORDS_OF_LEFT_OPERAND,),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WGMMA_8BIT),
     )
     def run(ctx, x):
         del ctx
         four = ir.VectorType.get((4,), utils.dtype_to_ir_type(dtype))
-        numbers = [utils.bitcast(w, four) for w in x.registers.flat]
-        return _registers(numbers, shape, mgpu.WGMMA_LAYOUT_8BIT, signed=None)
+        numbers = np.array([utils.bitcast(w, four) for w in x.registers.flat], dtype=object)
+        layout = mgpu.WGMMA_LAYOUT_8BIT
+        return mgpu.FragmentedArray(
+            _registers=numbers.reshape(layout.registers_shape(shape)),
+            _layout=layout,
+            _is_signed=None,
+        )
 
     return run(words)
-
-
-def _registers(values: list[Any], shape: tuple[int, int], layout: Any, signed: bool | None) -> Any:
-    flat = np.empty(len(values), dtype=object)
-    flat[:] = values
-    registers = flat.reshape(layout.registers_shape(shape))
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
 def product(left: Any, right: Any, shape: tuple[int, int]) -> Array:

@@ -94,6 +94,38 @@ def test_attention_equals_the_reference(dtype, bound, splits):
     assert difference(ours(queries, workspace), right) < bound
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_queries_of_zeros_and_of_large_logits_in_e4m3(head_dim):
+    """A query of zeros has the mean of the keys that count; logits up to 7,000 leave one key."""
+    rng = np.random.default_rng(3)
+    tokens, valid = 1024, 700
+    q = rng.standard_normal((2, 128, head_dim))
+    q[:, :10] = 0
+    q[:, 10:20] *= np.linspace(1, 7000, 10)[:, None] * np.log(2) / head_dim**0.5
+    k, v = (rng.standard_normal((2, tokens, head_dim)) for _ in range(2))
+    k[:, 5] = q[:, 15] / np.linalg.norm(q[:, 15], axis=-1, keepdims=True) * head_dim**0.5
+
+    def prepared(q, k, v):
+        here = dict(valid=valid, dtype=E4M3, scale_n=jnp.full(2, 0.02), implementation="reference")
+        queries = prepare(q.astype(jnp.bfloat16), jnp.float32(head_dim**-0.5), E4M3)
+        return queries, [
+            f(Tokens(x, 0, 2), **here) for f, x in ((decode_keys, k), (decode_values, v))
+        ]
+
+    queries, workspace = on_cpu(prepared, q, k, v)
+    scales = jnp.full(2, 0.02)
+    state = attention_reference.empty(1, *queries.q_nQD.shape)
+    right = on_cpu(attention_reference.segment, *queries, *workspace, valid, scales, scales, state)
+    two = dict(k_scale_n=scales, v_scale_n=scales, splits=2)
+    queries, workspace = jax.device_put((queries, workspace), jax.devices()[0])
+    found = visit(queries, *workspace, valid, **two)
+    ours, right = (_floats(combine_splits(x, 128)) for x in (found, right))
+    assert np.isfinite(ours).all()
+    for rows in (slice(0, 10), slice(10, 20), slice(20, 128)):
+        error = np.linalg.norm(ours[:, rows] - right[:, rows])
+        assert error < 3e-2 * np.linalg.norm(right[:, rows])
+
+
 @pytest.mark.parametrize("name", codecs())
 @pytest.mark.parametrize("implementation, bound", [("mosaic", 1e-2), ("mosaic_fp8", 6e-2)])
 def test_attend_equals_xla_inside_a_scan_over_layers(name, implementation, bound):

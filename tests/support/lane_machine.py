@@ -23,7 +23,9 @@ from pallas_kernels.gpu import lanes
 
 __all__ = ["Machine"]
 
-_NUMPY = {"i1": np.bool_, "i16": np.uint16, "i32": np.uint32, "i64": np.uint64, "f32": np.float32}
+_NUMPY = {
+    "i1": np.bool_, "i16": np.uint16, "i32": np.uint32, "i64": np.uint64, "f16": np.float16, "f32": np.float32
+}  # fmt: skip
 _THREADS, _WARP, _GAP = 128, 32, 1 << 12  # of a CTA, of a warp; bytes between arrays
 
 
@@ -59,9 +61,22 @@ def _permuted(a: np.ndarray, b: np.ndarray, selector: Any) -> np.ndarray:
     return out
 
 
-def _e4m3(x: np.ndarray) -> np.ndarray:
-    fp8 = np.clip(_halves(x).astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    return np.ascontiguousarray(fp8).view(np.uint16)[..., 0]
+def _e4m3(x: np.ndarray, kind: Any = np.uint16) -> np.ndarray:
+    """Numbers in e4m3, as many in a row as a number of that kind has bytes."""
+    fp8 = np.clip(x.astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return np.ascontiguousarray(fp8).view(kind)[..., 0]
+
+
+def _float16(x: np.ndarray) -> np.ndarray:
+    """Numbers in float16; a NaN has the bits that GPUs give it."""
+    with np.errstate(over="ignore"):
+        half = np.ascontiguousarray(x.astype(np.float16))
+    return np.where(np.isnan(half), np.uint16(0x7FFF).view(np.float16), half)
+
+
+def _half_below(x: np.ndarray) -> np.ndarray:
+    half = _float16(x)
+    return np.where(half > x, np.nextafter(half, np.float16(-np.inf)), half).view(np.uint16)
 
 
 def _garbage(x: Any) -> np.ndarray:
@@ -112,7 +127,7 @@ class Machine:
             cmpi=lambda _, a, b: Value(a.x.view(np.int32) < b.x.view(np.int32), "i1"),
             bitcast=lambda kind, a: Value(a.x.view(_NUMPY[kind]), kind),
             select=lambda c, a, b: Value(np.where(c.x, a.x, b.x), a.type),
-            extui=cast, index_castui=cast,
+            extui=cast, index_castui=cast, trunci=cast, extf=cast,
         )  # fmt: skip
 
     def _utils(self) -> SimpleNamespace:
@@ -126,6 +141,11 @@ class Machine:
         before, self.active = self.active, self.active & condition.x
         yield
         self.active = before
+
+    def one_cta(self) -> None:
+        """The threads of one CTA, for functions of lanes outside of a kernel."""
+        self.thread = np.arange(_THREADS, dtype=np.uint64)
+        self.active = np.ones(_THREADS, bool)
 
     def _kernel(self, body: Any, *, out_type: Any, grid: Any, scratch_types: Any = (), **_: Any):
         """A kernel that runs here; outputs begin as garbage, and references begin as they are."""
@@ -203,19 +223,28 @@ class Machine:
             selector = np.uint64(int(given[1], 0)) if given else x[2].astype(np.uint64)
             return _value(_permuted(x[0], x[1], selector), "i32")
         if name.startswith("cvt.rn.satfinite.e4m3x2"):
-            return _value(_e4m3(x[0]), "i16")
+            return _value(_e4m3(_halves(x[0])), "i16")
+        if "e4m3x2.f32" in asm:
+            return _value(_e4m3(np.stack(np.broadcast_arrays(*x), -1), np.uint32), "i32")
+        if name == "cvt.rm.f16.f32":
+            return _value(_half_below(x[0]), "i16")
+        if name == "lop3.b32":
+            keep, add = (np.uint32(int(n, 0)) for n in re.findall(r"0x[0-9a-f]+", asm)[:2])
+            return _value((x[0] & keep) | add, "i32")
         if name.startswith("cvt.rn"):
-            kind = ml_dtypes.bfloat16 if "bf16x2" in name else np.float16
-            pair = np.stack(np.broadcast_arrays(x[1], x[0]), -1).astype(kind)
+            pair = np.stack(np.broadcast_arrays(x[1], x[0]), -1)
+            pair = pair.astype(ml_dtypes.bfloat16) if "bf16x2" in name else _float16(pair)
             return _value(pair.view(np.uint32)[..., 0], "i32")
         wide = [(_halves(v) if "f16x2" in name else v).astype(np.float64) for v in x]
         done = {
             "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-            "fma": lambda a, b, c: a * b + c, "rcp": lambda a: 1 / a,
+            "fma": lambda a, b, c: a * b + c, "rcp": lambda a: 1 / a, "max": np.maximum, "ex2": np.exp2,
         }[name[:3]](*wide)  # fmt: skip
+        if "relu" in name:
+            done = np.maximum(done, 0)
         if "f16x2" not in name:
             return _value(done, "f32")
-        return _value(np.ascontiguousarray(done.astype(np.float16)).view(np.uint32)[..., 0], "i32")
+        return _value(_float16(done).view(np.uint32)[..., 0], "i32")
 
     def _store(self, asm: str, operands: Any) -> None:
         words = int((re.search(r"\.v(\d)", asm) or (0, 1))[1])

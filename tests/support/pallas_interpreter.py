@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax._src.pallas.mosaic_gpu.interpret import (
     gpu_callbacks,
     interpret_pallas_call,
@@ -22,10 +22,11 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 )
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dequant_attention import warpgroups
+from pallas_kernels.dequant_attention import probabilities, warpgroups
 from pallas_kernels.dequantize.reference import key_row_of_token
 from pallas_kernels.kmeans import mosaic_gpu as kmeans
 from pallas_kernels.quantize_pack import levels
+from tests.support.kernel_cases import E4M3
 
 __all__ = ["interpreted_attention", "interpreted_encoding"]
 
@@ -86,9 +87,20 @@ def _fold(x: Array, op: Any, width: int) -> Array:
     return x
 
 
-def _in_tokens(p: Array, dtype: Any) -> Array:
+def _probabilities(s: Array, m: Array, scale: Array) -> tuple[Array, Array]:
+    """Probabilities in e4m3 by their definition, and the new m; two numbers a word."""
+    m_new = jnp.maximum(m, s.max(axis=1) * scale - probabilities.SHIFT)
+    return _words(jnp.exp2(s * scale[:, None] - m_new[:, None])), m_new
+
+
+def _words(p: Array) -> Array:
+    """Words of four columns in e4m3, as on a GPU, but of neighbours."""
+    return lax.bitcast_convert_type(p.astype(E4M3).reshape(p.shape[0], -1, 4), jnp.int32)
+
+
+def _in_tokens(words: Array, dtype: Any) -> Array:
     """Probabilities, whose columns are rows of keys, in the order of the values."""
-    del dtype
+    p = lax.bitcast_convert_type(words, dtype).reshape(words.shape[0], -1)
     return jnp.take(p, key_row_of_token(p.shape[1]), axis=1)
 
 
@@ -116,7 +128,8 @@ def interpreted_attention(monkeypatch: Any) -> Iterator[None]:
             plgpu=gpu,
             product=_product,
             fold=_fold,
-            as_words=lambda p: p,
+            probabilities=_probabilities,
+            columns=lambda x, start, stop: x[:, start:stop],
             left_operand=_in_tokens,
         ).items():
             patch.setattr(warpgroups, name, fake)
