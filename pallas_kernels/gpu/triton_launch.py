@@ -6,7 +6,9 @@ program. Neither is a dependency of this package: they are asked for when a Trit
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +17,24 @@ import numpy as np
 
 __all__ = ["Launch", "missing"]
 
+_OLDEST_TRITON = (3, 7)  # jax_triton 0.4.1 imports with older ones, and fails when it compiles
+
 
 @functools.cache
 def missing() -> str | None:
-    """A message that names the packages Triton kernels need and that are not installed, or None."""
+    """A message that names the packages Triton kernels need and that are absent or too old, or None."""
     absent = [n for n in ("triton", "jax_triton") if importlib.util.find_spec(n) is None]
-    if not absent:
+    if absent:
+        return f"Triton kernels need {' and '.join(absent)}: pip install 'qvg-jax[gpu]'"
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # built in place
         return None
-    return f"Triton kernels need {' and '.join(absent)}: pip install 'qvg-jax[gpu]'"
+    parts = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
+    if parts < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton is {found}; jax_triton needs {oldest} or newer: pip install -U triton"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,10 @@ def scheme_of(codec: Codec, head_dim: int, joined: int = 1) -> Scheme | None | s
     if isinstance(codes, Values):
         if joined > 1:
             return "plain values of two heads in one vector"
-        return None if codes.dtype == "bf16" else f"plain values in {codes.dtype}"
+        if codes.dtype != "bf16":
+            return f"plain values in {codes.dtype}"
+        token: Any = jax.ShapeDtypeStruct((1, 1, head_dim), jnp.bfloat16)
+        return supported(token, None)
     width = joined * head_dim
     group = width if codes.group is None else codes.group
     groups = width // group

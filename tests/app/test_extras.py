@@ -1,5 +1,7 @@
 """A missing optional package is one line with the command that installs it, for every extra."""
 
+import importlib.metadata
+import importlib.util
 import sys
 import tomllib
 
@@ -73,6 +75,16 @@ def test_triton_kernels(without):
     without("jax_triton")
     line = missing.__wrapped__()
     assert "triton and jax_triton" in line and installs(line, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "enough"), [("3.6.0", False), ("2.11", False), ("3.7.0", True), ("4.0.0+git1", True)]
+)
+def test_a_triton_that_is_too_old(found, enough, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    line = missing.__wrapped__()
+    assert line is None if enough else line.startswith(f"triton is {found}; jax_triton needs 3.7")
 
 
 def test_a_perceptual_distance(without):

@@ -74,6 +74,9 @@ def test_declared_storage_becomes_a_scheme():
         assert [scheme_of(codec, 128) for codec in presets.pair(name)] == [scheme] * 2
     assert isinstance(scheme_of(grid_quantize(grid="lloyd_max"), 128), str)
     assert "kmeans" not in scheme_of(presets.get("rtn", scale_dtype="bf16"), 128)
+    assert scheme_of(presets.get("bf16"), 128) is None
+    for name in ("bf16", "rtn"):
+        assert scheme_of(presets.get(name), 96) == "head_dim=96; it must be 64, 128 or 256"
 
 
 def test_two_heads_in_one_vector_are_two_rows_to_the_kernels():
