@@ -30,10 +30,14 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
     return read
 
 
+def several(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
+    """Returns a reader of arguments with commas, each read as one."""
+    return lambda text: tuple(map(read, names(text)))
+
+
 def several_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     """Returns a reader of an argument of known names with commas."""
-    read = one_of(known)
-    return lambda text: tuple(read(name) for name in names(text))
+    return several(one_of(known))
 
 
 def positive(text: str) -> int:
@@ -43,24 +47,36 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def an_arm(text: str) -> str:
-    """An argument that is an arm, CODEC or CODEC@IMPLEMENTATION."""
-    from qvg_jax.attention.choice import ALIASES, CANDIDATES
+def a_codec(text: str) -> str:
+    """An argument that is a codec, or one for keys and one for values."""
     from qvg_jax.codecs import presets
 
-    codec, way = split_arm(text)
     try:
-        presets.parse_pair(codec)
+        presets.parse_pair(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def an_implementation(text: str) -> str:
+    """An argument that is an implementation of attention."""
+    from qvg_jax.attention.choice import ALIASES, CANDIDATES
+
+    return one_of((*dict.fromkeys(c.implementation for c in CANDIDATES), *ALIASES))(text)
+
+
+def an_arm(text: str) -> str:
+    """An argument that is an arm, CODEC or CODEC@IMPLEMENTATION."""
+    codec, way = split_arm(text)
+    a_codec(codec)
     if way is not None:
-        one_of((*dict.fromkeys(c.implementation for c in CANDIDATES), *ALIASES))(way)
+        an_implementation(way)
     return text
 
 
 def some_arms(text: str) -> tuple[str, ...]:
     """An argument of arms with commas."""
-    return tuple(map(an_arm, names(text)))
+    return several(an_arm)(text)
 
 
 def split_arm(arm: str) -> tuple[str, str | None]:

@@ -27,7 +27,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import device, names, peak, spawn, split_arm
+from benchmarks.common import (
+    a_codec,
+    an_implementation,
+    device,
+    one_of,
+    peak,
+    several,
+    several_of,
+    spawn,
+    split_arm,
+)
 from benchmarks.model_tables import worldplay_table
 
 PARTS, ARMS = ("blocks", "limit"), ("single", "packed", "cudnn", "bf16")
@@ -54,17 +64,26 @@ def main() -> int:
     return int(any("error" in results.get(part, {"error": ""}) for part in args.parts))
 
 
+def _an_arm(text: str) -> str:
+    """An argument that is one of `ARMS`, or ARM@IMPLEMENTATION."""
+    arm, way = split_arm(text)
+    one_of(ARMS)(arm)
+    if way is not None:
+        an_implementation(way)
+    return text
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True)
-    add("--parts", type=names, default=PARTS, help=",".join(PARTS))
-    add("--arms", type=names, default=ARMS[:3], help=",".join(ARMS))
-    add("--codec", default="qvg", help="of single and packed")
+    add("--parts", type=several_of(PARTS), default=PARTS, help=",".join(PARTS))
+    add("--arms", type=several(_an_arm), default=ARMS[:3], help=",".join(ARMS))
+    add("--codec", type=a_codec, default="qvg", help="of single and packed")
     add("--frames", type=int, default=48, help="latent frames of the walk")
     add("--repeats", type=int, default=1, help="pairs of blocks that are timed")
     add("--limit", type=float, default=24e9, help="bytes of device memory")
-    add("--limit-arm", default="single")
+    add("--limit-arm", type=_an_arm, default="single")
     add("--decode", action="store_true", help="decode the latents of limit, too")
     add("--height", type=int, default=704)
     add("--width", type=int, default=1280)
