@@ -6,7 +6,7 @@ four powers are computed without them. The bits of 2^e (1 + f) in e4m3, read as 
 
     8 (2^g - 1 - g)
 
-is missing, at most 0.69. For it stands u^2 - 1/2, u = 51/32 (g - 1/2), which keeps a shape within 0.02 of it and
+is missing, at most 0.69. For it stands u^2 - 1/2, u = 51/32 (g - 1/2), which has its shape within 0.04 and
 differs by an offset that moves into h. Rounding to an integer is an addition of 1024, where neighbours in
 float16 are 1 apart.
 
@@ -40,7 +40,9 @@ from pallas_kernels.gpu.registers import WORDS_OF_LEFT_OPERAND
 __all__ = ["SHIFT", "of_thread", "probabilities"]
 
 SHIFT = 8.0  # probabilities are multiplied by 2 ** SHIFT, into the middle of e4m3's range
-_ZERO_AT = 55.82  # h of 2^0: 56 less the mean of what stands for 8 (2^g - 1 - g)
+# h of 2^0: 56 less the mean of what stands for 8 (2^g - 1 - g). It is a multiple of 1/16, so that m and b are made of each
+# other without rounding: an m that is made anew from itself at every tile must not move.
+_ZERO_AT = 56 - 3 / 16
 _BEND = 51 / 32
 _BY_UNITS = 4  # of so many words, one is computed by the units for 2^x
 _LEAST_FACTOR = 2.0**-24  # the least in float16: a masked logit times it is still minus infinity
@@ -53,7 +55,7 @@ def probabilities(s: Array, m: Array, scale: Array) -> tuple[Array, Array]:
     Args:
         s: products of queries and keys, of magnitudes up to 65,504, or `MASK_VALUE`.
         m: the running maximum of the base-2 logits, less `SHIFT`.
-        scale: factor from products to base-2 logits, not negative.
+        scale: factor from products to base-2 logits, positive, or zero for a query of zeros.
 
     Returns:
         The words (in the layout `WORDS_OF_LEFT_OPERAND`) of 2^(scale s - m_new), and m_new. Logits beyond about

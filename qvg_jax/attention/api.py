@@ -72,7 +72,8 @@ def attend(
         positions: positions of the new tokens; only with a cache and a rope.
         rope: rotation of Q and K, or encodings of stored K and V (then H above is all of their
             heads); only with a cache. None is none.
-        scale: factor of the logits; None is 1 / sqrt(D).
+        scale: factor of the logits, positive; None is 1 / sqrt(D). A base-2 logit beyond about 8,000
+            is more than fp8 takes: the output of its query is NaN.
         causal: whether a query of the new block sees only new keys that are not behind it. All of
             the cache lies before the block and is always seen.
         mask: bool, which keys of the new block its queries see, (T, T), (B, T, T) or (B, Hq, T, T),
@@ -104,8 +105,8 @@ def attend(
     Raises:
         TypeError: the cache is none, or q, k or v is no array.
         ValueError: a shape that does not fit the cache, a missing layer, positions or rope
-            beside a view, a mask, lengths or sink_logits of another shape or dtype, or an unknown
-            implementation.
+            beside a view, a scale that is not positive, a mask, lengths or sink_logits of another
+            shape or dtype, or an unknown implementation.
         NotImplementedError: a named implementation cannot serve this call; the message says why.
     """
     check_cache(cache, or_view=True)
@@ -136,6 +137,8 @@ def attend(
     if not q_BTHD.shape[1]:
         return (q_BTHD, jnp.zeros(q_BTHD.shape[:3], jnp.float32)) if return_lse else q_BTHD
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    if isinstance(scale, int | float) and not 0 < scale < math.inf:
+        raise ValueError(f"{scale=}; accepted: a positive number, or None for 1 / sqrt(D)")
     scale = jnp.float32(1 / math.sqrt(lay.head_dim) if scale is None else scale)
     call = (q_BTHD, view, k_BTHD, v_BTHD, layer, scale, features)
     if lay.plan is None:

@@ -86,6 +86,21 @@ def test_m_only_grows_and_stays_where_it_is(probabilities):
     assert p.max() > 200 and p_low.max() == 0
 
 
+def test_m_does_not_move_over_many_tiles(probabilities):
+    """Made anew from itself at each tile, m would lose a step each time if it were rounded on the way."""
+    largest = np.concatenate(
+        [np.geomspace(0.1, 7000, 50), np.arange(7, 14), -np.geomspace(0.1, 900, 7)]
+    )
+    s = np.full((ROWS, COLUMNS), MASK_VALUE, np.float32)
+    s[:, 5] = np.float16(largest)  # as many as rows
+    p_first, first = probabilities(s, MASK_VALUE, 1.0)
+    m = first
+    for _ in range(50):
+        p, m = probabilities(s, m, 1.0)
+    np.testing.assert_array_equal(m, first)
+    np.testing.assert_array_equal(p, p_first)
+
+
 @pytest.mark.parametrize("scale", [0.05, LEAST, 0.0], ids=["usual", "zeros", "zero"])
 def test_masked_keys_count_nothing(probabilities, scale):
     """Also for a query of zeros, whose scale is tiny: its other keys count all the same."""
