@@ -40,8 +40,8 @@ from pallas_kernels.gpu.registers import WORDS_OF_LEFT_OPERAND
 __all__ = ["SHIFT", "of_thread", "probabilities"]
 
 SHIFT = 8.0  # probabilities are multiplied by 2 ** SHIFT, into the middle of e4m3's range
-# h of 2^0: 56 less the mean of what stands for 8 (2^g - 1 - g). It is a multiple of 1/16, so that m and b are made of each
-# other without rounding: an m that is made anew from itself at every tile must not move.
+# h of 2^0: 56 less the mean of what stands for 8 (2^g - 1 - g). It is a multiple of 1/16, so that m and b are made of
+# each other without rounding: an m that is made anew from itself at every tile must not move.
 _ZERO_AT = 56 - 3 / 16
 _BEND = 51 / 32
 _BY_UNITS = 4  # of so many words, one is computed by the units for 2^x
